@@ -17,8 +17,8 @@ CHECK = "SGLANG_MUSA_EXT_CHECK"
 FORCE_UPDATE_METADATA = "SGLANG_MUSA_FA3_FORCE_UPDATE_METADATA"
 """Upstream's own variable for its in-tree MUSA backend; it keeps its meaning here."""
 
-_TRUE = ("1", "true", "yes", "on", "y", "t")
-_FALSE = ("0", "false", "no", "off", "n", "f")
+_TRUE = ("1", "true", "yes", "y")  # upstream's spellings (sglang.srt.environ.EnvBool)
+_FALSE = ("0", "false", "no", "n")
 
 
 class SettingsError(ValueError):
