@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from sglang_musa_ext import envs
+from sglang_musa_ext.envs import Settings, SettingsError
+
+DEFAULTS = {
+    "mode": "auto",
+    "kernels": "auto",
+    "mla_workspace_mb": 1,
+    "check": "off",
+    "force_update_metadata": False,
+}
+FIELDS = {
+    "SGLANG_MUSA_EXT": "mode",
+    "SGLANG_MUSA_EXT_KERNELS": "kernels",
+    "SGLANG_MUSA_EXT_MLA_WORKSPACE_MB": "mla_workspace_mb",
+    "SGLANG_MUSA_EXT_CHECK": "check",
+    "SGLANG_MUSA_FA3_FORCE_UPDATE_METADATA": "force_update_metadata",
+}
+CHOICES = {
+    "SGLANG_MUSA_EXT": ("auto", "on", "off"),
+    "SGLANG_MUSA_EXT_KERNELS": ("auto", "mate", "hopper", "reference"),
+    "SGLANG_MUSA_EXT_CHECK": ("off", "metadata", "output"),
+}
+FLAG = "SGLANG_MUSA_FA3_FORCE_UPDATE_METADATA"
+SIZE = "SGLANG_MUSA_EXT_MLA_WORKSPACE_MB"
+TRUE, FALSE = ("1", "true", "yes", "y"), ("0", "false", "no", "n")
+
+GOOD = [
+    *((variable, choice, choice) for variable, choices in CHOICES.items() for choice in choices),
+    ("SGLANG_MUSA_EXT", "OFF", "off"),
+    ("SGLANG_MUSA_EXT_KERNELS", "Reference", "reference"),
+    ("SGLANG_MUSA_EXT_CHECK", " metadata\n", "metadata"),
+    *((FLAG, spelling, True) for spelling in (*TRUE, "True", " YES ")),
+    *((FLAG, spelling, False) for spelling in (*FALSE, "False", " NO ")),
+    (SIZE, "1", 1),
+    (SIZE, "128", 128),
+    (SIZE, " 007 ", 7),
+]
+BAD = [
+    *((variable, bad, choices) for variable, choices in CHOICES.items() for bad in ("nonsense", "on,off", "1", "offf")),
+    ("SGLANG_MUSA_EXT", "true", CHOICES["SGLANG_MUSA_EXT"]),
+    *((FLAG, bad, (*TRUE, *FALSE)) for bad in ("maybe", "2", "-1", "on", "off")),
+    *((SIZE, bad, ("a whole number of MiB from 1 up",)) for bad in ("0", "-1", "1.5", "1e3", "1 MB", "0x10", "²", "٣")),
+]
+
+
+@pytest.mark.parametrize(("variable", "field"), FIELDS.items())
+@pytest.mark.parametrize("value", [None, "", "  \t"])
+def test_unset_or_empty_means_the_default(variable: str, field: str, value: str | None) -> None:
+    """A variable that is unset, empty or blank leaves every setting at its default."""
+    settings = Settings.from_environ({} if value is None else {variable: value})
+    assert dataclasses.asdict(settings) == DEFAULTS
+    assert field in DEFAULTS
+
+
+@pytest.mark.parametrize(("variable", "value", "expected"), GOOD)
+def test_a_good_value_sets_its_field_alone(variable: str, value: str, expected: object) -> None:
+    """Every accepted spelling, in any case and with blanks around it, sets its own field and no other."""
+    settings = Settings.from_environ({variable: value})
+    assert dataclasses.asdict(settings) == {**DEFAULTS, FIELDS[variable]: expected}
+
+
+@pytest.mark.parametrize(("variable", "value", "choices"), BAD)
+def test_a_bad_value_names_variable_value_and_choices(variable: str, value: str, choices: tuple[str, ...]) -> None:
+    """The error says which variable holds which value, and what it could be instead."""
+    with pytest.raises(SettingsError) as caught:
+        Settings.from_environ({variable: value})
+    error = caught.value
+    assert (error.variable, error.value, error.choices) == (variable, value, choices)
+    assert all(text in str(error) for text in (variable, repr(value), *choices))
+
+
+def test_a_bad_value_is_a_value_error() -> None:
+    """Whoever catches the natural builtin catches ours."""
+    assert issubclass(SettingsError, ValueError)
+
+
+def test_every_field_has_a_variable() -> None:
+    """The table of this file lists every setting there is."""
+    assert {field.name for field in dataclasses.fields(Settings)} == set(FIELDS.values())
+
+
+def test_the_process_environment_is_the_default_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without an argument the settings come from the process's own environment."""
+    monkeypatch.setenv(envs.MODE, "off")
+    assert Settings.from_environ().mode == "off"
+
+
+def test_other_variables_are_left_alone() -> None:
+    """A variable that is not one of ours is neither read nor refused."""
+    assert Settings.from_environ({"SGLANG_MUSA_EXT_TORCH_INDEX": "x", "SGLANG_USE_MUSA": "y"}) == Settings()
+
+
+def test_settings_are_frozen() -> None:
+    """Nobody changes a setting after it was read."""
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Settings().mode = "on"  # type: ignore[misc]
