@@ -59,8 +59,11 @@ class Settings:
             SettingsError: naming the first variable with a value it cannot have.
         """
         source = os.environ if environ is None else environ
+        mode = _choice(source, MODE, ("auto", "on", "off"))
+        if mode == "off":  # Off means off: the other variables are not even looked at.
+            return cls(mode=mode)
         return cls(
-            mode=_choice(source, MODE, ("auto", "on", "off")),
+            mode=mode,
             kernels=_choice(source, KERNELS, ("auto", "mate", "hopper", "reference")),
             mla_workspace_mb=_positive_int(source, MLA_WORKSPACE_MB, cls.mla_workspace_mb),
             check=_choice(source, CHECK, ("off", "metadata", "output")),

@@ -1,0 +1,408 @@
+"""Composition: upstream's ``FlashAttentionBackend`` on the kernels of this package.
+
+``MusaFA3Backend(MusaFA3Mixin, FlashAttentionBackend)`` runs upstream's own forwards. While one of them runs, the
+kernel names that it calls lead here, where each call gets the plan of its pass and geometry and goes to the
+selected kernels. No forward and no metadata method of upstream is copied or re-implemented.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from sglang.srt.layers.attention import flashattention_backend as upstream
+from sglang.srt.layers.attention.flashattention_backend import FlashAttentionBackend, FlashAttentionMultiStepBackend
+
+from sglang_musa_ext.envs import Settings
+from sglang_musa_ext.kernels import FA3Kernels, select_kernels
+from sglang_musa_ext.scheduler_metadata import (
+    CallGeometry,
+    MLAWorkspace,
+    SchedulerMetadataCache,
+    stream_probe,
+)
+
+logger = logging.getLogger(__name__)
+
+KERNEL_PARAMETERS = {
+    "flash_attn_with_kvcache": ("q", "k_cache", "v_cache"),
+    "flash_attn_varlen_func": ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k"),
+}
+"""The module globals through which upstream's forwards call FA3, with the parameters they may pass by position."""
+
+PASS_METHODS = (
+    "init_forward_metadata",
+    "init_forward_metadata_capture_cuda_graph",
+    "init_forward_metadata_replay_cuda_graph",
+    "init_forward_metadata_out_graph",
+    "init_forward_metadata_in_graph",
+    "stage_draft_extend_metadata",
+    "on_after_cuda_graph_warmup",
+    "init_forward_metadata_for_breakable_cuda_graph_capture",
+    "prepare_forward_metadata_for_breakable_cuda_graph_replay",
+    "prepare_full_cuda_graph_chunked_prefix",
+)
+"""Upstream methods that prepare metadata for a forward pass, over all releases: none of a pass's plans outlives one."""
+
+IN_TREE_MODULE = "sglang.srt.hardware_backend.musa.attention.flashattention_backend"
+"""Upstream's own MUSA backend, which the draft factory imports by this name on a MUSA device."""
+
+
+class UnsupportedAttentionVersion(ValueError):
+    """Another attention version than FA3 was asked for."""
+
+
+@dataclass
+class _LayerCall:
+    """One layer's forward of one backend, while it runs. ``role`` counts its planned kernel calls."""
+
+    backend: MusaFA3Mixin
+    layer: object
+    role: int = 0
+
+
+class _RunningLayers(threading.local):
+    """The layer calls that run on this thread, innermost last.
+
+    Per thread, so that two engines in two threads do not meet. A ``ContextVar`` would do the same, but Dynamo
+    cannot trace one (checked on torch 2.13), and upstream traces its models under ``--enable-torch-compile``.
+    """
+
+    def __init__(self) -> None:
+        self.stack: list[_LayerCall] = []
+
+
+_RUNNING = _RunningLayers()
+_CONSTRUCTION = threading.RLock()
+"""Held while names of upstream's modules stand for ours; see :func:`upstream_builds_ours`."""
+
+
+class MusaFA3Mixin:
+    """Puts the selected kernels, and plans that live for one pass, under upstream's forwards."""
+
+    use_mla: bool
+    page_size: int
+    kv_cache_dtype: torch.dtype
+    forward_metadata: object
+
+    def __init__(self, model_runner: Any, *args: Any, fa_impl_ver: int = 3, **kwargs: Any) -> None:
+        """Build upstream's backend for ``model_runner``, then put it on the kernels that the settings select.
+
+        Takes the arguments of upstream's ``FlashAttentionBackend``.
+
+        Raises:
+            UnsupportedAttentionVersion: ``fa_impl_ver`` is not 3.
+            KernelsUnavailable: the kernel library is missing, or is another one.
+            UnsupportedByKernels: page size or KV-cache dtype are not for these kernels.
+        """
+        if fa_impl_ver != 3:
+            raise UnsupportedAttentionVersion(
+                f"FlashAttention {fa_impl_ver} was asked for (fa_impl_ver={fa_impl_ver}), and this backend has "
+                "FlashAttention 3 alone. Start the server with --attention-backend fa3."
+            )
+        self._settings = Settings.from_environ()
+        # Read off the pool because the runner's own device name carries no index.
+        self._pool_device: torch.device = model_runner.req_to_token_pool.req_to_token.device
+        self._kernels = select_kernels(self._settings, self._pool_device)
+        with _importable_fa3(self._kernels):
+            super().__init__(model_runner, *args, fa_impl_ver=fa_impl_ver, **kwargs)  # type: ignore[call-arg]
+        self._kernels.require(page_size=self.page_size, kv_cache_dtype=self.kv_cache_dtype, use_mla=self.use_mla)
+        self._replace_upstream_kernels()
+        self._plans = SchedulerMetadataCache(stream_probe(self._pool_device))
+        self._workspace = self._mla_workspace()
+        _BACKENDS.add(self)
+        logger.info("sglang_musa_ext serves attention: %s", self.musa_fa3_report())
+
+    def forward_extend(
+        self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Upstream's forward for prefill, verify and draft-extend, on the selected kernels."""
+        return self._run(super().forward_extend, q, k, v, layer, forward_batch, *args, **kwargs)  # type: ignore[misc]
+
+    def forward_decode(
+        self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Upstream's forward for decode, on the selected kernels."""
+        return self._run(super().forward_decode, q, k, v, layer, forward_batch, *args, **kwargs)  # type: ignore[misc]
+
+    def flash_attn_with_kvcache(self, **arguments: Any) -> Any:
+        """FA3's function of this name over a paged KV cache, with the plan of this pass."""
+        self._plans.statistics.calls += 1
+        call = self._current_call()
+        metadata = self._scheduler_metadata(arguments, call)
+        call.role += 1
+        return self._kernels.flash_attn_with_kvcache(**arguments | {"scheduler_metadata": metadata})
+
+    def flash_attn_varlen_func(self, **arguments: Any) -> Any:
+        """FA3's function of this name over raw keys and values; it takes no plan, as upstream passes none."""
+        self._plans.statistics.calls += 1
+        return self._kernels.flash_attn_varlen_func(**arguments)
+
+    def musa_fa3_report(self) -> dict[str, Any]:
+        """What this backend is and has done, as plain data: for logs, ``/server_info`` and tests."""
+        return {
+            "backend": type(self).__name__,
+            "kernels": self._kernels.name,
+            "versions": dict(self._kernels.versions),
+            "device": str(self._pool_device),
+            "page_size": self.page_size,
+            "settings": asdict(self._settings),
+            "statistics": self._plans.statistics.report(),
+        }
+
+    def _run(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run an upstream forward, whose arguments begin with q, k, v, layer, forward_batch, as this backend's."""
+        layer, forward_batch = args[3:5]
+        self._plans.begin_layer(forward_batch, self.forward_metadata)
+        _RUNNING.stack.append(_LayerCall(self, layer))
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            _RUNNING.stack.pop()
+
+    def _current_call(self) -> _LayerCall:
+        """The layer call that is running; a call from anywhere else is a pass of its own."""
+        if _RUNNING.stack and _RUNNING.stack[-1].backend is self:
+            return _RUNNING.stack[-1]
+        self._plans.end_pass()
+        return _LayerCall(self, layer=None)
+
+    def _scheduler_metadata(self, arguments: dict[str, Any], call: _LayerCall) -> Any:
+        """The ``scheduler_metadata`` argument of a call: a tensor, or for MLA on MATE ``(workspace, reuse)``."""
+        if arguments.get("k") is None:
+            # Upstream passes the cumulative lengths of all keys under this name. FA3 reads it as lengths of keys
+            # still to be appended, which a plan then counts twice, so it goes only where new keys go.
+            arguments.pop("cu_seqlens_k_new", None)
+        geometry = _geometry(arguments, self._kernels)
+        tensors = tuple(arguments.get(name) for name in _PLANNED_TENSORS)
+        self._plans.begin_call(call.layer, call.role)
+        if self._settings.force_update_metadata:
+            self._plans.forget_plans()
+        if geometry.has_qv and self._workspace is not None:
+            return self._mla_plan(geometry, tensors, call.role)
+        compute = functools.partial(self._compute_plan, geometry, arguments)
+        plan, reused = self._plans.plan(geometry, tensors, compute)
+        if reused and self._settings.check != "off" and not self._plans.capturing:
+            _require_same_plan(plan, compute(), geometry, call)
+        return plan
+
+    def _compute_plan(self, geometry: CallGeometry, arguments: dict[str, Any]) -> torch.Tensor:
+        fields = geometry._asdict()
+        del fields["has_qv"], fields["device"]
+        tensors = {name: arguments[name] for name in _PLANNED_TENSORS if arguments.get(name) is not None}
+        return self._kernels.get_scheduler_metadata(**fields, **tensors)
+
+    def _mla_plan(
+        self, geometry: CallGeometry, tensors: tuple[torch.Tensor | None, ...], role: int
+    ) -> tuple[torch.Tensor, bool]:
+        assert self._workspace is not None and self._kernels.mla_plan_bytes is not None
+        size = self._kernels.mla_plan_bytes(
+            geometry.batch_size, geometry.max_seqlen_q, geometry.num_heads_q, geometry.device
+        )
+        slot = self._workspace.slot(self, role, size)
+        return slot, self._plans.plan_in_place(role, geometry, tensors)
+
+    def _mla_workspace(self) -> MLAWorkspace | None:
+        """Taken now because a graph capture must not be the first to allocate it."""
+        if not self.use_mla or self._kernels.mla_plan_bytes is None:
+            return None
+        return MLAWorkspace.of_device(self._pool_device, self._settings.mla_workspace_mb << 20)
+
+    def _replace_upstream_kernels(self) -> None:
+        """Let the methods above be found under the names of upstream's instance attributes, and turn off its plans.
+
+        Upstream precomputes metadata for plain decode layers alone, with its own kernels; ours covers every call.
+        """
+        self._get_scheduler_metadata = None
+        for name in KERNEL_PARAMETERS:
+            vars(self).pop(name, None)
+
+
+class MusaFA3Backend(MusaFA3Mixin, FlashAttentionBackend):  # type: ignore[misc]
+    """Upstream's FlashAttention backend on the kernels of this package; what ``--attention-backend fa3`` builds."""
+
+
+class MusaFA3MultiStepDraftBackend(FlashAttentionMultiStepBackend):  # type: ignore[misc]
+    """Upstream's multi-step draft backend, whose children are :class:`MusaFA3Backend`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Take the arguments of upstream's ``FlashAttentionMultiStepBackend``."""
+        with upstream_builds_ours():
+            super().__init__(*args, **kwargs)
+
+
+_BACKENDS: weakref.WeakSet[MusaFA3Mixin] = weakref.WeakSet()
+"""The live backends of this process, for reports alone: nothing is served from here."""
+
+_PLANNED_TENSORS = ("cache_seqlens", "cu_seqlens_q", "cache_leftpad", "cu_seqlens_k_new")
+"""The tensors whose contents a plan depends on."""
+
+
+def _geometry(arguments: dict[str, Any], kernels: FA3Kernels) -> CallGeometry:
+    """What the plan of a ``flash_attn_with_kvcache`` call depends on besides tensor contents."""
+    q, k_cache, page_table = arguments["q"], arguments["k_cache"], arguments.get("page_table")
+    cu_seqlens_q = arguments.get("cu_seqlens_q")
+    return CallGeometry(
+        batch_size=q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1,
+        max_seqlen_q=q.shape[1] if cu_seqlens_q is None else arguments["max_seqlen_q"],
+        max_seqlen_k=k_cache.shape[1] * (page_table.shape[1] if page_table is not None else 1),
+        num_heads_q=q.shape[-2],
+        num_heads_kv=k_cache.shape[-2],
+        headdim=q.shape[-1],
+        headdim_v=arguments["v_cache"].shape[-1],
+        qkv_dtype=q.dtype,
+        page_size=k_cache.shape[1] if page_table is not None else None,
+        causal=bool(arguments.get("causal", False)),
+        window_size=tuple(arguments.get("window_size") or (-1, -1)),
+        attention_chunk=arguments.get("attention_chunk") or 0,
+        has_softcap=kernels.metadata_uses_softcap and arguments.get("softcap", 0.0) > 0.0,
+        num_splits=arguments.get("num_splits", 0),
+        pack_gqa=arguments.get("pack_gqa"),
+        sm_margin=arguments.get("sm_margin", 0),
+        has_qv=arguments.get("qv") is not None,
+        device=q.device,
+    )
+
+
+class StalePlanError(RuntimeError):
+    """``SGLANG_MUSA_EXT_CHECK`` found a reused plan that differs from the one the call should have."""
+
+
+def _require_same_plan(used: torch.Tensor, fresh: torch.Tensor, geometry: CallGeometry, call: _LayerCall) -> None:
+    if not torch.equal(used, fresh):
+        raise StalePlanError(
+            f"A reused plan is not the plan of its call: layer {getattr(call.layer, 'layer_id', call.layer)}, role "
+            f"{call.role}, {geometry}.\nreused: {used.tolist()}\nfresh:  {fresh.tolist()}\nThis is a fault of "
+            "sglang-musa-ext. Please report it; SGLANG_MUSA_FA3_FORCE_UPDATE_METADATA=1 serves without reuse."
+        )
+
+
+class _KernelDispatcher:
+    """Stands in upstream's module for one FA3 function.
+
+    While a layer of our backend runs on this thread, the call is that backend's; otherwise it is the original's,
+    so that other users of the module notice nothing.
+    """
+
+    def __init__(self, name: str, original: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, original)
+        self._name, self.original = name, original
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not _RUNNING.stack:
+            return self.original(*args, **kwargs)
+        kwargs.update(zip(KERNEL_PARAMETERS[self._name], args, strict=False))
+        return getattr(_RUNNING.stack[-1].backend, self._name)(**kwargs)
+
+
+def install_kernel_dispatch() -> Callable[[], None]:
+    """Put a dispatcher under each kernel name of upstream's module; returns what takes this call's back out.
+
+    Names that have one already are left alone.
+    """
+    originals = {
+        name: function
+        for name in KERNEL_PARAMETERS
+        if not isinstance(function := getattr(upstream, name), _KernelDispatcher)
+    }
+    for name, original in originals.items():
+        setattr(upstream, name, _KernelDispatcher(name, original))
+    return functools.partial(_restore, upstream, originals)
+
+
+def _restore(module: ModuleType, originals: dict[str, Any]) -> None:
+    for name, original in originals.items():
+        setattr(module, name, original)
+
+
+def _ends_pass(name: str) -> Callable[..., Any]:
+    """An override of the upstream method ``name`` that also ends the pass, whose plans are void from here on."""
+
+    @functools.wraps(getattr(FlashAttentionBackend, name))
+    def method(self: MusaFA3Mixin, *args: Any, **kwargs: Any) -> Any:
+        self._plans.end_pass()
+        return getattr(super(MusaFA3Mixin, self), name)(*args, **kwargs)
+
+    return method
+
+
+for _name in PASS_METHODS:
+    # Only what this release has: upstream asks backends which of these methods they define.
+    if hasattr(FlashAttentionBackend, _name):
+        setattr(MusaFA3Mixin, _name, _ends_pass(_name))
+
+
+@contextmanager
+def _importable_fa3(kernels: FA3Kernels) -> Iterator[None]:
+    """Let ``from sgl_kernel.flash_attn import ...`` succeed while upstream's constructor runs.
+
+    Public MUSA builds of ``sgl_kernel`` come without it. The constructor only stores what it imports, and
+    :meth:`MusaFA3Mixin._replace_upstream_kernels` removes that again.
+    """
+    module: Any = ModuleType("sgl_kernel.flash_attn")
+    module.flash_attn_with_kvcache = kernels.flash_attn_with_kvcache
+    module.flash_attn_varlen_func = kernels.flash_attn_varlen_func
+    module.get_scheduler_metadata = kernels.get_scheduler_metadata
+    with _CONSTRUCTION, _module_as("sgl_kernel.flash_attn", module):
+        yield
+
+
+@contextmanager
+def upstream_builds_ours() -> Iterator[None]:
+    """While active, code of upstream that names an FA3 backend class, its own or the in-tree MUSA one, gets ours."""
+    ours = {"FlashAttentionBackend": MusaFA3Backend, "FlashAttentionMultiStepBackend": MusaFA3MultiStepDraftBackend}
+    in_tree: Any = ModuleType(IN_TREE_MODULE)
+    in_tree.MusaFlashAttentionBackend = MusaFA3Backend
+    in_tree.MusaFlashAttentionMultiStepBackend = MusaFA3MultiStepDraftBackend
+    with ExitStack() as stack:
+        stack.enter_context(_CONSTRUCTION)
+        stack.callback(_restore, upstream, {name: getattr(upstream, name) for name in ours})
+        for name, cls in ours.items():
+            setattr(upstream, name, cls)
+        stack.enter_context(_module_as(IN_TREE_MODULE, in_tree))
+        yield
+
+
+@contextmanager
+def _module_as(name: str, module: ModuleType) -> Iterator[None]:
+    """Have ``import name`` find ``module`` meanwhile."""
+    before = sys.modules.get(name)
+    sys.modules[name] = module
+    try:
+        yield
+    finally:
+        if before is None:
+            del sys.modules[name]
+        else:
+            sys.modules[name] = before
+
+
+def install_state_report() -> Callable[[], None]:
+    """Add the reports of this process's backends to the scheduler's internal state; returns what undoes it.
+
+    They are then part of ``/server_info`` and of ``Engine.get_server_info()``, as ``sglang_musa_ext``.
+    """
+    from sglang.srt.managers.scheduler import Scheduler
+
+    original = Scheduler.get_internal_state
+    if getattr(original, "_reports_musa_ext", False):
+        return lambda: None
+
+    @functools.wraps(original)
+    def get_internal_state(self: Any, recv_req: Any) -> Any:
+        reply = original(self, recv_req)
+        reply.internal_state["sglang_musa_ext"] = [backend.musa_fa3_report() for backend in _BACKENDS]
+        return reply
+
+    get_internal_state._reports_musa_ext = True  # type: ignore[attr-defined]
+    Scheduler.get_internal_state = get_internal_state
+    return functools.partial(setattr, Scheduler, "get_internal_state", original)

@@ -1,0 +1,172 @@
+"""Entry points that SGLang finds: :func:`register` in every process, :func:`activate_platform` at device discovery.
+
+Nothing heavy is imported until a server asks for ``fa3``. SGLang logs what a plugin raises and then serves without
+it, so a problem is not raised here: it is kept, and raised when a server asks for what the plugin should have given.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections.abc import Callable
+from typing import Any
+
+from sglang_musa_ext import envs, upstream
+from sglang_musa_ext.envs import Settings
+
+logger = logging.getLogger(__name__)
+
+REFERENCE_PLATFORM = "musa_reference"
+"""The name of our platform plugin, as ``SGLANG_PLATFORM`` gives it."""
+
+MINIMUM_CAPABILITY = (3, 1)
+"""MATE's kernels are built for MP31 and up."""
+
+_DRAFT_METHODS = ("_create_fa_decode_backend", "_create_fa_prefill_backend")
+"""Methods of upstream's ``DraftBackendFactory`` that choose an FA3 class by themselves."""
+
+
+class PluginError(RuntimeError):
+    """This package was to serve attention, and cannot. The message says why and what to do."""
+
+
+def register() -> None:
+    """Put this package under ``--attention-backend fa3``, if the environment and the device ask for it.
+
+    Called by SGLang in each of its processes; calling it again changes nothing. Raises nothing: a problem becomes
+    an error of every attempt to build an FA3 backend, which stops the server.
+    """
+    try:
+        settings = Settings.from_environ()
+        if settings.mode == "off":
+            return
+        if idle := _reason_to_stay_idle(settings):
+            logger.info("sglang_musa_ext stays idle: %s", idle)
+            return
+        upstream.require_upstream()
+        _take_over(create_musa_fa3_backend, _draft_backend_of_ours)
+        logger.info("sglang_musa_ext is active in process %d: --attention-backend fa3 is MusaFA3Backend", os.getpid())
+    except Exception as error:
+        logger.error("sglang_musa_ext cannot serve, and fa3 will refuse to: %s", error)
+        _take_over(functools.partial(_refuse, error), functools.partial(_refuse, error))
+
+
+def activate_platform() -> str | None:
+    """The CPU platform's class name if ``SGLANG_PLATFORM`` asks for it by name, else ``None``.
+
+    Raises:
+        PluginError: it is asked for while ``SGLANG_MUSA_EXT=off``.
+    """
+    if os.environ.get("SGLANG_PLATFORM") != REFERENCE_PLATFORM:
+        return None
+    if Settings.from_environ().mode == "off":
+        raise PluginError(
+            f"SGLANG_PLATFORM={REFERENCE_PLATFORM} asks for the CPU platform of sglang-musa-ext, and {envs.MODE}=off "
+            "turns the package off. Unset one of the two."
+        )
+    from sglang_musa_ext import cpu_platform
+
+    cpu_platform.prepare_process()
+    return "sglang_musa_ext.cpu_platform.CpuReferencePlatform"
+
+
+def create_musa_fa3_backend(runner: Any) -> Any:
+    """The FA3 backend of ``runner``; what the attention registry calls for ``fa3``."""
+    _require_capability()
+    from sglang_musa_ext import attention
+
+    attention.install_kernel_dispatch()
+    attention.install_state_report()
+    return attention.MusaFA3Backend(runner)
+
+
+def _reason_to_stay_idle(settings: Settings) -> str | None:
+    """Why there is nothing to do here, or ``None`` if there is.
+
+    Raises:
+        PluginError: ``SGLANG_MUSA_EXT=on`` where there is nothing it could be on for.
+    """
+    if _on_musa() or os.environ.get("SGLANG_PLATFORM") == REFERENCE_PLATFORM:
+        return None
+    if settings.mode == "on" and settings.kernels in ("hopper", "reference"):
+        return None
+    absent = "no MUSA device was found (torchada is missing, or torch is not built for MUSA)"
+    if settings.mode == "on":
+        raise PluginError(
+            f"{envs.MODE}=on, and {absent}. Install torch_musa and torchada, or set {envs.KERNELS}=hopper or "
+            f"=reference to run without a MUSA device, or {envs.MODE}=auto."
+        )
+    if settings.kernels != "auto":
+        return f"{absent}; {envs.KERNELS}={settings.kernels} takes effect with {envs.MODE}=on"
+    return absent
+
+
+def _on_musa() -> bool:
+    from sglang.srt.utils import is_musa
+
+    return bool(is_musa())
+
+
+def _require_capability() -> None:
+    """Refuse a MUSA device that MATE has no kernels for; says nothing of other devices."""
+    if not _on_musa():
+        return
+    from sglang.srt.utils import get_device_capability
+
+    capability = get_device_capability()
+    if capability < MINIMUM_CAPABILITY:
+        raise PluginError(
+            f"This GPU has MP version {'.'.join(map(str, capability))}, and MATE's FA3 kernels need "
+            f"{'.'.join(map(str, MINIMUM_CAPABILITY))} or newer. Start the server with --attention-backend triton."
+        )
+
+
+def _take_over(create: Callable[[Any], Any], create_draft: Callable[..., Any]) -> None:
+    """Let ``create`` build the backends of the attention registry, and ``create_draft`` those of draft models."""
+    from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
+    from sglang.srt.speculative.draft_utils import DraftBackendFactory
+
+    ATTENTION_BACKENDS["fa3"] = create
+    ATTENTION_BACKENDS["fa4"] = _refuse_fa4
+    for name in _DRAFT_METHODS:
+        method = getattr(DraftBackendFactory, name)
+        original = getattr(method, "_musa_ext_original", method)
+        setattr(DraftBackendFactory, name, _draft_method(original, create_draft))
+
+
+def _draft_method(original: Callable[..., Any], create_draft: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return create_draft(original, self, *args, **kwargs)
+
+    method._musa_ext_original = original  # type: ignore[attr-defined]
+    return method
+
+
+def _draft_backend_of_ours(original: Callable[..., Any], factory: Any, *args: Any, **kwargs: Any) -> Any:
+    """What upstream's factory method ``original`` returns, built from our classes.
+
+    The return value stays upstream's: a backend up to 0.5.17, a name and a backend from 0.5.18 on.
+    """
+    _require_capability()
+    from sglang_musa_ext import attention
+
+    attention.install_kernel_dispatch()
+    attention.install_state_report()
+    with attention.upstream_builds_ours():
+        return original(factory, *args, **kwargs)
+
+
+def _refuse(error: Exception, *_: Any, **__: Any) -> Any:
+    raise PluginError(
+        f"sglang-musa-ext is installed and could not be loaded, so FA3 attention is not served: {error}\n"
+        f"Mend that, or set {envs.MODE}=off to leave SGLang as it is without this package."
+    ) from error
+
+
+def _refuse_fa4(_: Any) -> Any:
+    raise PluginError(
+        "--attention-backend fa4 was asked for, and sglang-musa-ext serves FlashAttention 3 alone. Start the server "
+        f"with --attention-backend fa3, or set {envs.MODE}=off to leave SGLang as it is without this package."
+    )

@@ -1,0 +1,346 @@
+"""How long a plan lives: scheduler metadata per forward pass, and the workspace that holds MLA plans.
+
+A *plan* is FlashAttention-3's scheduler metadata: how the work of one call geometry is split and ordered.
+It is a function of the *values* of ``cache_seqlens`` and ``cu_seqlens_q``, which change with every forward
+pass, so a plan is valid for one pass of one backend instance and one geometry. Reusing it any further gives
+wrong output without any error; computing it once too often costs one small kernel. Every rule below errs on
+that side.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+
+SLOT_ALIGNMENT = 256
+"""Bytes; what device allocators align to, so that a slot can hold any kernel's records."""
+
+
+class CallGeometry(NamedTuple):
+    """What a plan depends on besides the contents of tensors; field names are FA3's."""
+
+    batch_size: int
+    max_seqlen_q: int
+    max_seqlen_k: int
+    """Capacity of the page table in tokens: the bound that the kernel itself uses, so that splits never exceed it."""
+    num_heads_q: int
+    num_heads_kv: int
+    headdim: int
+    headdim_v: int
+    qkv_dtype: torch.dtype
+    page_size: int | None
+    causal: bool
+    window_size: tuple[int, int]
+    attention_chunk: int
+    has_softcap: bool
+    num_splits: int
+    pack_gqa: bool | None
+    sm_margin: int
+    has_qv: bool
+    device: torch.device
+
+
+class TensorIdentity(NamedTuple):
+    """Stands for a tensor's contents in a key: the same storage, unchanged since.
+
+    The version is -1 for tensors made under ``inference_mode``, which count no versions; a change of their
+    contents within a pass is then visible only through the pass rules of :class:`SchedulerMetadataCache`.
+    """
+
+    data_ptr: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    version: int
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> TensorIdentity:
+        """The identity of ``tensor`` now; whoever stores it must keep ``tensor`` alive."""
+        version = -1 if tensor.is_inference() else tensor._version
+        # Tensors without storage (meta, empty) all have pointer 0: there the object itself is the identity.
+        return cls(tensor.data_ptr() or id(tensor), tuple(tensor.shape), tensor.stride(), version)
+
+
+class PlanKey(NamedTuple):
+    """Everything a plan depends on."""
+
+    geometry: CallGeometry
+    stream: int
+    tensors: tuple[TensorIdentity | None, ...]
+
+
+class StreamState(NamedTuple):
+    """Where work is being issued: the current stream's id, and whether a graph is capturing it."""
+
+    stream: int
+    capturing: bool
+
+
+def stream_probe(device: torch.device) -> Callable[[], StreamState]:
+    """A call that returns the stream state of ``device`` for the calling thread.
+
+    A CPU has one stream and captures nothing.
+    """
+    if device.type in ("cpu", "meta"):
+        return lambda: StreamState(0, False)
+    module = torch.get_device_module(device)
+    return lambda: StreamState(module.current_stream(device).stream_id, module.is_current_stream_capturing())
+
+
+@dataclass
+class PlanStatistics:
+    """Counts since the backend was built; what the server's report and the tests read."""
+
+    calls: int = 0
+    """Attention kernel calls of any kind."""
+    planned_calls: int = 0
+    """Calls that take a plan; the others (attention over raw keys and values) need none."""
+    plans: int = 0
+    """Plans computed."""
+    reuses: int = 0
+    """Planned calls served by a plan computed earlier in the same pass."""
+    passes_by_plans: Counter[int] = field(default_factory=Counter)
+    """Number of passes by how many plans each computed. A pass is counted from its first planned call on."""
+
+    @property
+    def passes(self) -> int:
+        """Forward passes in which at least one planned call was made."""
+        return self.passes_by_plans.total()
+
+    def report(self) -> dict[str, Any]:
+        """The counts as plain data that JSON can carry."""
+        counts = {name: getattr(self, name) for name in ("passes", "calls", "planned_calls", "plans", "reuses")}
+        return counts | {"passes_by_plans": {str(n): passes for n, passes in sorted((+self.passes_by_plans).items())}}
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """One plan of the current pass. ``keeps_alive`` holds the tensors that ``key`` names by address."""
+
+    key: PlanKey
+    value: Any
+    keeps_alive: tuple[torch.Tensor | None, ...]
+
+
+class SchedulerMetadataCache:
+    """The plans of one backend instance, for its current forward pass only.
+
+    Lifetime: everything here is dropped when the next pass begins, and with the backend that owns the cache.
+    A pass begins at the first planned call after any of these:
+
+    * :meth:`end_pass` was called (upstream prepared new metadata);
+    * upstream's metadata object, the forward batch, the stream or the capture state is another one;
+    * a layer comes again for the same call role. Identity of the metadata is not enough: the two warm-up
+      runs of a graph and its capture share one metadata object and one forward batch.
+
+    Not thread-safe, as upstream's backend is not: a backend belongs to the thread that runs its model.
+    """
+
+    def __init__(self, stream_state: Callable[[], StreamState]) -> None:
+        """``stream_state`` tells where work is being issued; see :func:`stream_probe`."""
+        self.statistics = PlanStatistics()
+        self._stream_state = stream_state
+        # Where the current pass stands; compared at every layer.
+        self._forward_batch: Callable[[], object] = lambda: None
+        self._forward_metadata: object = None
+        self._state = StreamState(0, False)
+        # What the current pass has; dropped by _begin_pass.
+        self._ended = True
+        self._plans: dict[PlanKey, _Plan] = {}
+        self._places: dict[int, _Plan] = {}
+        self._seen: dict[tuple[int, int], object] = {}
+        self._computed = 0
+
+    @property
+    def capturing(self) -> bool:
+        """Whether the calls of the current layer are being captured into a graph."""
+        return self._state.capturing
+
+    def end_pass(self) -> None:
+        """Say that whatever comes next belongs to another pass."""
+        self._ended = True
+
+    def begin_layer(self, forward_batch: object, forward_metadata: object) -> None:
+        """Note which forward batch and upstream metadata the next calls belong to."""
+        state = self._stream_state()
+        if (
+            self._forward_batch() is not forward_batch
+            or self._forward_metadata is not forward_metadata
+            or self._state != state
+        ):
+            self._forward_batch, self._forward_metadata = _holder(forward_batch), forward_metadata
+            self._state = state
+            self._ended = True
+
+    def begin_call(self, layer: object, role: int) -> None:
+        """Note a planned call: ``role`` is its ordinal among the layer's calls (0 prefix, 1 suffix of a cascade)."""
+        self.statistics.planned_calls += 1
+        if self._ended or (id(layer), role) in self._seen:
+            self._begin_pass()
+        self._seen[id(layer), role] = layer
+
+    def plan(
+        self, geometry: CallGeometry, tensors: tuple[torch.Tensor | None, ...], compute: Callable[[], torch.Tensor]
+    ) -> tuple[torch.Tensor, bool]:
+        """The plan of this pass for ``geometry`` and the contents of ``tensors``; and whether it is a reuse.
+
+        Args:
+            geometry: what the plan depends on besides tensor contents.
+            tensors: the tensors whose contents it depends on; ``None`` where a call passes none.
+            compute: makes the plan, if this pass has none yet.
+        """
+        key = self._key(geometry, tensors)
+        known = self._plans.get(key)
+        if known is None:
+            known = self._plans[key] = self._computed_plan(key, compute(), tensors)
+            return known.value, False
+        self.statistics.reuses += 1
+        return known.value, True
+
+    def plan_in_place(
+        self, place: int, geometry: CallGeometry, tensors: tuple[torch.Tensor | None, ...]
+    ) -> bool:
+        """Whether the plan that ``place`` holds is this pass's for ``geometry`` and ``tensors``.
+
+        For plans that the kernel writes where it is told to: when the answer is ``False``, the caller's kernel
+        writes one now, and ``place`` holds that from here on.
+        """
+        key = self._key(geometry, tensors)
+        held = self._places.get(place)
+        if held is None or held.key != key:
+            self._places[place] = self._computed_plan(key, None, tensors)
+            return False
+        self.statistics.reuses += 1
+        return True
+
+    def forget_plans(self) -> None:
+        """Drop the plans of this pass, so that the next call computes its own."""
+        self._plans.clear()
+        self._places.clear()
+
+    def _key(self, geometry: CallGeometry, tensors: tuple[torch.Tensor | None, ...]) -> PlanKey:
+        identities = tuple(None if tensor is None else TensorIdentity.of(tensor) for tensor in tensors)
+        return PlanKey(geometry, self._state.stream, identities)
+
+    def _computed_plan(self, key: PlanKey, value: Any, tensors: tuple[torch.Tensor | None, ...]) -> _Plan:
+        self.statistics.plans += 1
+        self.statistics.passes_by_plans[self._computed] -= 1
+        self._computed += 1
+        self.statistics.passes_by_plans[self._computed] += 1
+        return _Plan(key, value, tensors)
+
+    def _begin_pass(self) -> None:
+        self.forget_plans()
+        self._seen.clear()
+        self._ended = False
+        self._computed = 0
+        self.statistics.passes_by_plans[0] += 1
+
+
+def _holder(batch: object) -> Callable[[], object]:
+    """A call that returns ``batch`` while it lives: weak where possible, because a batch may hold images."""
+    try:
+        return weakref.ref(batch)
+    except TypeError:  # A SimpleNamespace view of a batch (graph replay) has no weak references.
+        return lambda: batch
+
+
+class MLAWorkspaceExhausted(MemoryError):
+    """The workspace of a device has no room for one more MLA plan."""
+
+    def __init__(self, device: torch.device, needed: int, free: int, capacity: int, slots: int) -> None:
+        self.device, self.needed, self.free, self.capacity = device, needed, free, capacity
+        super().__init__(
+            f"The MLA workspace of {device} has no room for one more plan: {needed} bytes are needed, the largest "
+            f"free piece has {free} of {capacity} bytes, and {slots} slots are in use (a slot belongs to one backend "
+            "and one call role, and is never shared). Set SGLANG_MUSA_EXT_MLA_WORKSPACE_MB to a larger number."
+        )
+
+
+@dataclass(frozen=True)
+class _Slot:
+    start: int
+    size: int
+
+
+class MLAWorkspace:
+    """One device's memory for MLA plans, carved into slots.
+
+    MATE writes an MLA plan *into* the tensor it is given, so two plans that are alive at once need two
+    places. A slot belongs to one backend and one call role: prefix and suffix of a cascade, the micro-batches
+    of an overlap, target and draft each have their own.
+
+    Lifetime: the workspace lives as long as a backend that uses it (:meth:`of_device`); a slot lives as long
+    as its owner, because a captured graph holds its address. A slot that must grow is replaced by one at least
+    twice as large and stays reserved for the same reason, so a role never holds more than twice its largest slot.
+    """
+
+    _by_device: weakref.WeakValueDictionary[tuple[torch.device, int], MLAWorkspace] = weakref.WeakValueDictionary()
+    _by_device_lock = threading.Lock()
+
+    def __init__(self, device: torch.device, capacity: int) -> None:
+        """Reserve ``capacity`` bytes (uint8) on ``device``."""
+        self.device, self.capacity = device, capacity
+        self.buffer = torch.zeros(capacity, dtype=torch.uint8, device=device)
+        self._lock = threading.Lock()
+        self._slots: dict[tuple[int, int], _Slot] = {}
+        self._taken: dict[int, list[_Slot]] = {}
+        # Ids of owners that died. A finalizer can run anywhere, also inside a method that holds the lock, so it
+        # only appends here; the next slot() returns what they held before it looks anything up by id.
+        self._dead: list[int] = []
+
+    @classmethod
+    def of_device(cls, device: torch.device, capacity: int) -> MLAWorkspace:
+        """The workspace of ``device`` that backends share; keep it, since nothing else does."""
+        with cls._by_device_lock:
+            workspace = cls._by_device.get((device, capacity))
+            if workspace is None:
+                workspace = cls._by_device[device, capacity] = cls(device, capacity)
+            return workspace
+
+    def slot(self, owner: object, role: int, size: int) -> torch.Tensor:
+        """The uint8 tensor of at least ``size`` bytes that belongs to ``owner`` and ``role`` alone.
+
+        Raises:
+            MLAWorkspaceExhausted: no free piece is large enough.
+        """
+        key = (id(owner), role)
+        with self._lock:
+            self._release_dead()
+            slot = self._slots.get(key)
+            if slot is None or slot.size < size:
+                slot = self._slots[key] = self._reserve(owner, max(_aligned(size), 2 * slot.size if slot else 0))
+        return self.buffer[slot.start : slot.start + slot.size]
+
+    def _reserve(self, owner: object, size: int) -> _Slot:
+        start = self._first_fit(size)
+        slot = _Slot(start, size)
+        if id(owner) not in self._taken:
+            self._taken[id(owner)] = []
+            weakref.finalize(owner, self._dead.append, id(owner)).atexit = False
+        self._taken[id(owner)].append(slot)
+        return slot
+
+    def _first_fit(self, size: int) -> int:
+        end, largest = 0, 0
+        taken = sorted((slot for slots in self._taken.values() for slot in slots), key=lambda slot: slot.start)
+        for slot in [*taken, _Slot(self.capacity, 0)]:
+            if slot.start - end >= size:
+                return end
+            largest, end = max(largest, slot.start - end), slot.start + slot.size
+        raise MLAWorkspaceExhausted(self.device, size, largest, self.capacity, len(taken))
+
+    def _release_dead(self) -> None:
+        while self._dead:
+            owner_id = self._dead.pop()
+            del self._taken[owner_id]
+            self._slots = {key: slot for key, slot in self._slots.items() if key[0] != owner_id}
+
+
+def _aligned(size: int) -> int:
+    return -(-size // SLOT_ALIGNMENT) * SLOT_ALIGNMENT
