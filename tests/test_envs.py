@@ -75,6 +75,12 @@ def test_a_bad_value_names_variable_value_and_choices(variable: str, value: str,
     assert all(text in str(error) for text in (variable, repr(value), *choices))
 
 
+@pytest.mark.parametrize("variable", [x for x in FIELDS if x != envs.MODE])
+def test_off_means_off(variable: str) -> None:
+    """With the mode ``off`` no other variable is looked at, not even one with a bad value."""
+    assert Settings.from_environ({envs.MODE: "off", variable: "nonsense"}) == Settings(mode="off")
+
+
 def test_a_bad_value_is_a_value_error() -> None:
     """Whoever catches the natural builtin catches ours."""
     assert issubclass(SettingsError, ValueError)
