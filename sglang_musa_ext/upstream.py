@@ -188,7 +188,6 @@ _SCHEDULER = "sglang.srt.managers.scheduler"
 
 _NEVER = "Never: composition rests on it; adapt the mixin if upstream renames it."
 _OLD_GRAPH_HOOKS = "The oldest supported release is 0.5.13 or newer."
-_OLD_PLATFORM_HOOKS = "The oldest supported release is 0.5.22 or newer."
 _KERNEL_PLUGIN = "Upstream offers a registry for FA3 kernel providers, so that no name needs replacing."
 
 PASS_BOUNDARIES = (
@@ -203,6 +202,25 @@ PASS_BOUNDARIES = (
 
 _FORWARD_PARAMETERS = ("self", "q", "k", "v", "layer", "forward_batch", "save_kv_cache")
 _KERNELS = ("flash_attn_with_kvcache", "flash_attn_varlen_func")
+
+
+def _hook(
+    name: str, parameters: tuple[str, ...], purpose: str, since: str | None = None, until: str | None = None
+) -> Requirement:
+    """A row about a method of SGLang's platform classes that the CPU reference platform overrides."""
+    going = "is gone" if until is None else f"is gone, or the oldest supported release is newer than {until}"
+    return Requirement(
+        "method",
+        _PLATFORM if name.startswith("SRTPlatform.") else _DEVICE,
+        name,
+        parameters,
+        since,
+        until,
+        used_by="cpu_platform",
+        why=f"The CPU reference platform {purpose} through this hook.",
+        remove_when=f"The CPU reference platform {going}.",
+    )
+
 
 PLUGIN_SUPPORT = Requirement(
     "function",
@@ -326,9 +344,16 @@ REQUIREMENTS: tuple[Requirement, ...] = (
         "forward_imports",
         _FA,
         "FlashAttentionBackend",
+        why="A local import inside a forward could bring a kernel past the dispatcher.",
+        remove_when=_KERNEL_PLUGIN,
+    ),
+    Requirement(
+        "forward_imports",
+        _FA,
+        "FlashAttentionBackend",
         ("forward_extend: sglang.kernels.ops.attention.flash_attention_v4.make_image_mask_mod",),
         "0.5.22",
-        why="A local import inside a forward could bring a kernel past the dispatcher; this one is FA4's mask.",
+        why="This local import inside a forward is the mask callback of FlashAttention 4, not a kernel.",
         remove_when="Upstream no longer imports it there.",
     ),
     # The backend class.
@@ -623,49 +648,20 @@ REQUIREMENTS: tuple[Requirement, ...] = (
         remove_when="Upstream's vision attention runs on MUSA unaided.",
     ),
     # The CPU reference platform overrides these; an override of a hook that is gone is never called.
-    *(
-        Requirement(
-            "method",
-            module,
-            f"{owner}.{hook}",
-            parameters,
-            since,
-            until,
-            used_by="cpu_platform",
-            why=f"The CPU reference platform {purpose} through this hook.",
-            remove_when=remove_when,
-        )
-        for module, owner, hook, parameters, since, until, purpose, remove_when in (
-            (_PLATFORM, "SRTPlatform", "apply_server_args_defaults", ("self", "server_args"), None, None,
-             "sets page size and backend", "The CPU reference platform is gone."),
-            (_PLATFORM, "SRTPlatform", "get_default_attention_backend", ("self",), None, None,
-             "names fa3", "The CPU reference platform is gone."),
-            (_PLATFORM, "SRTPlatform", "get_paged_allocator_cls", ("self",), None, None,
-             "names the page allocator", "The CPU reference platform is gone."),
-            (_PLATFORM, "SRTPlatform", "support_cuda_graph", ("self",), None, "0.5.21",
-             "declines graphs", _OLD_PLATFORM_HOOKS),
-            (_PLATFORM, "SRTPlatform", "get_mha_kv_pool_cls", ("self",), None, "0.5.21",
-             "names the KV pool", _OLD_PLATFORM_HOOKS),
-            (_PLATFORM, "SRTPlatform", "get_mla_kv_pool_cls", ("self",), None, "0.5.21",
-             "names the MLA pool", _OLD_PLATFORM_HOOKS),
-            (_PLATFORM, "SRTPlatform", "get_nsa_kv_pool_cls", ("self",), None, "0.5.12.post1",
-             "declines sparse pools", _OLD_GRAPH_HOOKS),
-            (_PLATFORM, "SRTPlatform", "get_dsa_kv_pool_cls", ("self",), "0.5.13", "0.5.21",
-             "declines sparse pools", _OLD_PLATFORM_HOOKS),
-            (_PLATFORM, "SRTPlatform", "get_kv_pool_cls", ("self", "kind"), "0.5.22", None,
-             "names every KV pool", "The CPU reference platform is gone."),
-            (_PLATFORM, "SRTPlatform", "get_speculative_cache_locs_fn", ("self",), "0.5.21", None,
-             "computes cache locations of drafts", "Upstream's own function runs on a CPU."),
-            (_DEVICE, "DeviceMixin", "get_device_total_memory", ("self", "device_id"), None, None,
-             "reports memory", "The CPU reference platform is gone."),
-            (_DEVICE, "DeviceMixin", "get_current_memory_usage", ("self", "device"), None, None,
-             "reports memory", "The CPU reference platform is gone."),
-            (_DEVICE, "DeviceMixin", "get_torch_distributed_backend_str", ("self",), None, None,
-             "names gloo", "The CPU reference platform is gone."),
-            (_DEVICE, "DeviceMixin", "get_device_capability", ("self", "device_id"), None, None,
-             "states a capability, which upstream's backend indexes", "The CPU reference platform is gone."),
-        )
-    ),
+    _hook("SRTPlatform.apply_server_args_defaults", ("self", "server_args"), "sets page size and backend"),
+    _hook("SRTPlatform.get_default_attention_backend", ("self",), "names fa3"),
+    _hook("SRTPlatform.get_paged_allocator_cls", ("self",), "names the page allocator"),
+    _hook("SRTPlatform.support_cuda_graph", ("self",), "declines graphs", None, "0.5.21"),
+    _hook("SRTPlatform.get_mha_kv_pool_cls", ("self",), "names the KV pool", None, "0.5.21"),
+    _hook("SRTPlatform.get_mla_kv_pool_cls", ("self",), "names the MLA pool", None, "0.5.21"),
+    _hook("SRTPlatform.get_nsa_kv_pool_cls", ("self",), "declines sparse pools", None, "0.5.12.post1"),
+    _hook("SRTPlatform.get_dsa_kv_pool_cls", ("self",), "declines sparse pools", "0.5.13", "0.5.21"),
+    _hook("SRTPlatform.get_kv_pool_cls", ("self", "kind"), "names every KV pool", "0.5.22"),
+    _hook("SRTPlatform.get_speculative_cache_locs_fn", ("self",), "computes cache locations of drafts", "0.5.21"),
+    _hook("DeviceMixin.get_device_total_memory", ("self", "device_id"), "reports memory"),
+    _hook("DeviceMixin.get_current_memory_usage", ("self", "device"), "reports memory"),
+    _hook("DeviceMixin.get_torch_distributed_backend_str", ("self",), "names gloo"),
+    _hook("DeviceMixin.get_device_capability", ("self", "device_id"), "states a capability"),
     Requirement(
         "attribute",
         _PLATFORM,
@@ -1046,7 +1042,8 @@ def _find_kernel_keywords(tree: SourceTree, module: str, name: str) -> set[str]:
 def _expanded(value: ast.expr, method: ast.FunctionDef, owner: ast.AST) -> set[str]:
     """The keywords that ``**value`` may carry; what cannot be followed is named as it is written."""
     if isinstance(value, ast.Dict):
-        return set().union(*(_dict_item(key, item, method, owner) for key, item in zip(value.keys, value.values, strict=True)))
+        items = zip(value.keys, value.values, strict=True)
+        return set().union(*(_dict_item(key, item, method, owner) for key, item in items))
     if isinstance(value, ast.Call) and ast.unparse(value.func) == "dict" and not value.args:
         return set().union(*(_keyword_item(keyword, method, owner) for keyword in value.keywords))
     if isinstance(value, ast.Call) and ast.unparse(value.func).startswith("self."):
