@@ -1,0 +1,92 @@
+"""The CPU reference platform: SGLang's own engine on a CPU, with FA3's semantics from PyTorch.
+
+It is chosen by ``SGLANG_PLATFORM=musa_reference`` alone. SGLang sees an out-of-tree device whose
+tensors live on the CPU; what it imports for accelerators is prepared by ``cpu_stand_ins``.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable
+from typing import Any, cast
+
+import psutil
+import torch
+from sglang.srt.platforms.interface import PlatformEnum, SRTPlatform
+
+from sglang_musa_ext.cpu_stand_ins import prepare_process
+
+__all__ = ["CpuReferencePlatform", "prepare_process"]
+
+# Defaults of the engine's arguments, applied where the user left upstream's default (None or False).
+DEFAULTS: dict[str, Any] = {
+    "attention_backend": "fa3",
+    "page_size": 64,
+    "sampling_backend": "pytorch",
+    "disable_cuda_graph": True,
+    # The machine's memory is not ours to fill: a pool for short conversations is enough for a reference.
+    "mem_fraction_static": 0.3,
+    "max_total_tokens": 8192,
+}
+
+
+class CpuReferencePlatform(SRTPlatform):  # type: ignore[misc]
+    """The CPU as an out-of-tree device, for checking attention backends without an accelerator."""
+
+    _enum = PlatformEnum.OOT
+    device_name = "cpu"
+    device_type = "cpu"
+
+    def apply_server_args_defaults(self, server_args: Any) -> None:
+        """Set what the user left open; ``server_args`` is SGLang's ``ServerArgs`` or a recorder of its fields."""
+        for name, value in DEFAULTS.items():
+            if getattr(server_args, name) in (None, False):
+                setattr(server_args, name, value)
+
+    def get_default_attention_backend(self) -> str:
+        """Return the attention backend of a server that names none."""
+        return "fa3"
+
+    def get_device(self, device_id: int | None = None) -> str:
+        """Return the device of SGLang's tensors; a CPU has no index."""
+        return "cpu"
+
+    def get_device_total_memory(self, device_id: int = 0) -> int:
+        """Return the machine's memory in bytes."""
+        return int(psutil.virtual_memory().total)
+
+    def get_current_memory_usage(self, device: torch.device | None = None) -> float:
+        """Return the memory in use on the machine, in bytes."""
+        memory = psutil.virtual_memory()
+        return float(memory.total - memory.available)
+
+    # Memory pools: SGLang's own serve any torch device. Up to 0.5.21 an out-of-tree platform must name
+    # them; from 0.5.22 on the first hook is asked instead, and None means SGLang's own.
+
+    def get_kv_pool_cls(self, *, kind: str) -> type | None:
+        """Return None: SGLang's own pool for keys and values of ``kind``."""
+        return None
+
+    def get_mha_kv_pool_cls(self) -> type:
+        """Return the pool of models that keep keys and values apart."""
+        from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+
+        return cast(type, MHATokenToKVPool)
+
+    def get_mla_kv_pool_cls(self) -> Callable[..., Any]:
+        """Return the pool of models with latent attention."""
+        return _mla_pool
+
+    def get_paged_allocator_cls(self) -> type:
+        """Return the allocator of pages."""
+        from sglang.srt.mem_cache.allocator import PagedTokenToKVPoolAllocator
+
+        return cast(type, PagedTokenToKVPoolAllocator)
+
+
+def _mla_pool(*args: Any, index_head_dim: int | None = None, **kwargs: Any) -> Any:
+    """Build SGLang's MLA pool; core passes ``index_head_dim``, which that class does not take, to a foreign one."""
+    from sglang.srt.mem_cache.memory_pool import MLATokenToKVPool
+
+    return MLATokenToKVPool(*args, **kwargs)
