@@ -65,20 +65,15 @@ def activate_platform() -> str | None:
             f"SGLANG_PLATFORM={REFERENCE_PLATFORM} asks for the CPU platform of sglang-musa-ext, and {envs.MODE}=off "
             "turns the package off. Unset one of the two."
         )
-    from sglang_musa_ext import cpu_platform
+    from sglang_musa_ext import cpu_stand_ins
 
-    cpu_platform.prepare_process()
+    cpu_stand_ins.prepare_process()
     return "sglang_musa_ext.cpu_platform.CpuReferencePlatform"
 
 
 def create_musa_fa3_backend(runner: Any) -> Any:
     """The FA3 backend of ``runner``; what the attention registry calls for ``fa3``."""
-    _require_capability()
-    from sglang_musa_ext import attention
-
-    attention.install_kernel_dispatch()
-    attention.install_state_report()
-    return attention.MusaFA3Backend(runner)
+    return _ready_attention().MusaFA3Backend(runner)
 
 
 def _reason_to_stay_idle(settings: Settings) -> str | None:
@@ -149,13 +144,19 @@ def _draft_backend_of_ours(original: Callable[..., Any], factory: Any, *args: An
 
     The return value stays upstream's: a backend up to 0.5.17, a name and a backend from 0.5.18 on.
     """
+    with _ready_attention().upstream_builds_ours():
+        return original(factory, *args, **kwargs)
+
+
+def _ready_attention() -> Any:
+    """The attention module, imported and installed into upstream's; for processes that run a model."""
     _require_capability()
     from sglang_musa_ext import attention
 
     attention.install_kernel_dispatch()
+    attention.install_construction_guard()
     attention.install_state_report()
-    with attention.upstream_builds_ours():
-        return original(factory, *args, **kwargs)
+    return attention
 
 
 def _refuse(error: Exception, *_: Any, **__: Any) -> Any:

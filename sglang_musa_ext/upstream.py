@@ -190,16 +190,6 @@ _NEVER = "Never: composition rests on it; adapt the mixin if upstream renames it
 _OLD_GRAPH_HOOKS = "The oldest supported release is 0.5.13 or newer."
 _KERNEL_PLUGIN = "Upstream offers a registry for FA3 kernel providers, so that no name needs replacing."
 
-PASS_BOUNDARIES = (
-    "init_forward_metadata",
-    "init_forward_metadata_capture_cuda_graph",
-    "init_forward_metadata_replay_cuda_graph",
-    "init_forward_metadata_out_graph",
-    "init_forward_metadata_in_graph",
-    "stage_draft_extend_metadata",
-)
-"""The backend methods whose call begins a new pass, in whichever release they exist."""
-
 _FORWARD_PARAMETERS = ("self", "q", "k", "v", "layer", "forward_batch", "save_kv_cache")
 _KERNELS = ("flash_attn_with_kvcache", "flash_attn_varlen_func")
 
@@ -263,10 +253,24 @@ REQUIREMENTS: tuple[Requirement, ...] = (
         "registered",
         _REGISTRY,
         "register_attention_backend",
-        ("fa3",),
+        ("fa3", "fa4"),
         used_by="plugin",
-        why="Replacing a name that upstream does not have would be an option that no user can choose.",
+        why="fa3 becomes ours and fa4 is refused; entries that upstream does not have are options nobody can choose.",
         remove_when="Upstream lets a platform name its attention backend class.",
+    ),
+    *(
+        Requirement(
+            "function",
+            "sglang.srt.utils.common",
+            function,
+            used_by="plugin",
+            why=why,
+            remove_when="Upstream's platform interface says the same without importing a device's library.",
+        )
+        for function, why in (
+            ("is_musa", "It decides whether there is anything to do under SGLANG_MUSA_EXT=auto."),
+            ("get_device_capability", "A device below MP 3.1 is refused by what it returns."),
+        )
     ),
     # The kernel names, and how the forwards reach them.
     *(
@@ -306,8 +310,8 @@ REQUIREMENTS: tuple[Requirement, ...] = (
         "FlashAttentionBackend",
         ("forward_extend: self.flash_attn_varlen_func",),
         "0.5.23",
-        why="Attention without a KV cache calls the instance attribute, so the mixin sets that as well.",
-        remove_when="Upstream calls the module global again; then the instance attributes need not be set.",
+        why="Attention without a KV cache calls the instance attribute, under whose name the mixin has a method.",
+        remove_when="Upstream calls the module global again, and the mixin's methods may have any name.",
     ),
     Requirement(
         "kernel_keywords",
@@ -369,19 +373,20 @@ REQUIREMENTS: tuple[Requirement, ...] = (
         remove_when=_NEVER,
     ),
     Requirement(
-        "imports",
+        "imports_from",
         _FA,
-        "FlashAttentionBackend.__init__",
-        tuple(f"sgl_kernel.flash_attn.{name}" for name in (*_KERNELS, "get_scheduler_metadata")),
-        why="sgl_kernel may be built without these, so they are provided while upstream's constructor runs.",
+        "sgl_kernel.flash_attn",
+        (*_KERNELS, "get_scheduler_metadata"),
+        why="sgl_kernel may be built without it, so a stand-in with these names serves while the constructor runs.",
         remove_when="Upstream's constructor no longer imports sgl_kernel.flash_attn.",
     ),
     Requirement(
-        "imports",
+        "imports_from",
         _FA,
-        "",
-        ("sgl_kernel.merge_state_v2",),
-        why="Cascade attention merges its parts with it; the CPU platform provides a stand-in.",
+        "sgl_kernel",
+        ("merge_state_v2",),
+        used_by="cpu_platform",
+        why="Cascade attention merges its parts with it; the CPU platform's stand-in for sgl_kernel has this name.",
         remove_when="Upstream merges states without sgl_kernel.",
     ),
     *(
@@ -423,10 +428,9 @@ REQUIREMENTS: tuple[Requirement, ...] = (
             ("forward_metadata", "A new object in it begins a new pass."),
             ("page_size", "The kernels bound the key length by the page table's capacity, in pages of this size."),
             ("use_mla", "MLA plans live in a workspace, others in a tensor of their own."),
-            ("fa_impl_ver", "The kernels are chosen by it, and 4 is refused."),
-            ("flash_attn_with_kvcache", "The mixin sets it to the dispatcher, like the module global."),
-            ("flash_attn_varlen_func", "The mixin sets it to the dispatcher, like the module global."),
-            ("num_splits", "Deterministic inference sets it to 1, which the plans must follow."),
+            ("kv_cache_dtype", "The kernels refuse an fp8 KV cache by its name."),
+            ("flash_attn_with_kvcache", "The instance attribute is removed, so that the mixin's method is found."),
+            ("flash_attn_varlen_func", "The instance attribute is removed, so that the mixin's method is found."),
         )
     ),
     Requirement(
@@ -508,12 +512,36 @@ REQUIREMENTS: tuple[Requirement, ...] = (
         why="Called between a graph's warm-up runs and its capture: what the warm-up planned must not leak in.",
         remove_when="Upstream no longer announces the end of the warm-up.",
     ),
+    *(
+        Requirement(
+            "method",
+            _BASE,
+            f"AttentionBackend.{method}",
+            ("self", *parameters),
+            since,
+            why="Its call prepares metadata for a graph, and begins a new pass.",
+            remove_when="Upstream prepares graphs through another method.",
+        )
+        for method, parameters, since in (
+            ("init_forward_metadata_for_breakable_cuda_graph_capture", ("forward_batch",), "0.5.13"),
+            ("prepare_forward_metadata_for_breakable_cuda_graph_replay", ("capture_metadata",), "0.5.13"),
+            ("prepare_full_cuda_graph_chunked_prefix", ("forward_batch",), "0.5.17"),
+        )
+    ),
+    Requirement(
+        "attribute",
+        "sglang.srt.mem_cache.memory_pool",
+        "ReqToTokenPool.req_to_token",
+        why="The device of the kernels is read off this tensor, because the runner's device name has no index.",
+        remove_when="The runner's device names its index in every release.",
+    ),
     # Where upstream constructs the backend: each place is a selection point, or known not to be one.
     Requirement(
         "constructors",
         "sglang.srt",
         "FlashAttentionBackend",
         (_REGISTRY, _FA, _DRAFT),
+        used_by="selection",
         why="A backend constructed elsewhere would not be ours; these places are covered.",
         remove_when="Upstream lets a platform name its attention backend class.",
     ),
@@ -523,6 +551,7 @@ REQUIREMENTS: tuple[Requirement, ...] = (
         "FlashAttentionBackend",
         ("sglang.srt.layers.attention.minicpm.backend",),
         "0.5.19",
+        used_by="selection",
         why="MiniCPM's sparse backend calls its kernels itself and is not served by this package.",
         remove_when="MiniCPM's sparse backend is served too, or gone.",
     ),
@@ -532,7 +561,7 @@ REQUIREMENTS: tuple[Requirement, ...] = (
         _FA,
         "FlashAttentionMultiStepBackend.__init__",
         ("self", "model_runner", "topk", "speculative_num_steps", "fa_impl_ver"),
-        why="The multi-step draft backend is ours by running upstream's constructor with our child class.",
+        why="The multi-step draft backend runs this constructor while our child class stands for upstream's.",
         remove_when="Upstream lets a platform name its attention backend class.",
     ),
     Requirement(
@@ -542,22 +571,6 @@ REQUIREMENTS: tuple[Requirement, ...] = (
         ("FlashAttentionBackend",),
         why="Its children become ours because it constructs them through the module global.",
         remove_when="Upstream lets the child class be named.",
-    ),
-    Requirement(
-        "attribute",
-        _FA,
-        "FlashAttentionMultiStepBackend.attn_backends",
-        why="The list of children, one a step; the object itself must stay, for it has an alias from 0.5.19.",
-        remove_when=_NEVER,
-    ),
-    Requirement(
-        "attribute",
-        _FA,
-        "FlashAttentionMultiStepBackend.attn_backend_list",
-        (),
-        "0.5.19",
-        why="An alias of attn_backends: the reason why that list object is kept.",
-        remove_when="Upstream drops one of the two names.",
     ),
     *(
         Requirement(
@@ -587,10 +600,19 @@ REQUIREMENTS: tuple[Requirement, ...] = (
         remove_when="Upstream asks the attention registry for draft backends too.",
     ),
     Requirement(
+        "imports_from",
+        _DRAFT,
+        _MUSA,
+        ("MusaFlashAttentionBackend", "MusaFlashAttentionMultiStepBackend"),
+        why="A stand-in with these two names takes the in-tree MUSA module's place while a draft factory runs.",
+        remove_when="Upstream asks the attention registry for draft backends too.",
+    ),
+    Requirement(
         "strings",
         _DFLASH,
         "_DFLASH_VERIFY_SKIP_CUSTOM_MASK_BACKENDS",
         ("FlashAttentionBackend",),
+        used_by="dflash",
         why="DFlash goes by class name to skip a mask that FA3 ignores; our class must count as upstream's.",
         remove_when="Upstream asks the backend instead of its name.",
     ),
@@ -602,6 +624,14 @@ REQUIREMENTS: tuple[Requirement, ...] = (
         ("self", "recv_req"),
         used_by="report",
         why="The effective configuration and the plan counters are added to the state it returns.",
+        remove_when="Upstream lets plugins add to the server's state.",
+    ),
+    Requirement(
+        "attribute",
+        "sglang.srt.managers.io_struct",
+        "GetInternalStateReqOutput.internal_state",
+        used_by="report",
+        why="The report goes into this dictionary of the reply.",
         remove_when="Upstream lets plugins add to the server's state.",
     ),
     # Page size.
@@ -658,6 +688,7 @@ REQUIREMENTS: tuple[Requirement, ...] = (
     _hook("SRTPlatform.get_dsa_kv_pool_cls", ("self",), "declines sparse pools", "0.5.13", "0.5.21"),
     _hook("SRTPlatform.get_kv_pool_cls", ("self", "kind"), "names every KV pool", "0.5.22"),
     _hook("SRTPlatform.get_speculative_cache_locs_fn", ("self",), "computes cache locations of drafts", "0.5.21"),
+    _hook("DeviceMixin.get_device", ("self",), "names the device"),
     _hook("DeviceMixin.get_device_total_memory", ("self", "device_id"), "reports memory"),
     _hook("DeviceMixin.get_current_memory_usage", ("self", "device"), "reports memory"),
     _hook("DeviceMixin.get_torch_distributed_backend_str", ("self",), "names gloo"),
@@ -673,6 +704,10 @@ REQUIREMENTS: tuple[Requirement, ...] = (
         remove_when="The CPU reference platform is gone.",
     ),
 )
+
+
+SERVING = ("plugin", "attention", "report")
+"""The users of those rows without which ``fa3`` cannot be served; a broken row of another user concerns it alone."""
 
 
 @dataclass(frozen=True)
@@ -731,9 +766,12 @@ def check_upstream(
 
 
 def require_upstream(
-    source_root: Path | None = None, version: str | None = None, *, used_by: Iterable[str] | None = None
-) -> None:
-    """Raise what :func:`check_upstream` finds, all of it at once.
+    source_root: Path | None = None, version: str | None = None, *, used_by: Iterable[str] = SERVING
+) -> Support:
+    """Raise what :func:`check_upstream` finds, all of it at once; else say where the version stands.
+
+    Returns:
+        The version's standing; its ``message``, if any, is a warning to be logged.
 
     Raises:
         UpstreamContractError: carrying every violation.
@@ -741,6 +779,9 @@ def require_upstream(
     violations = check_upstream(source_root, version, used_by=used_by)
     if violations:
         raise UpstreamContractError(violations)
+    package = find_package(source_root)
+    assert package is not None  # its absence is a violation
+    return classify_version(version or read_version(package))
 
 
 def find_package(source_root: Path | None = None) -> Path | None:
@@ -1098,6 +1139,12 @@ def _find_forward_imports(tree: SourceTree, module: str, name: str) -> set[str]:
     return {f"{method.name}: {imported}" for method in forwards for imported in _imports(method)}
 
 
+def _find_imports_from(tree: SourceTree, module: str, name: str) -> set[str]:
+    """What ``module`` imports, anywhere in it, from the module ``name``."""
+    imports = (imported.rpartition(".") for imported in _imports(tree.module(module)))
+    return {imported for origin, _, imported in imports if origin == name}
+
+
 def _find_metadata_writers(tree: SourceTree, module: str, name: str) -> set[str]:
     """The methods by which ``forward_metadata`` is assigned from outside the class.
 
@@ -1135,6 +1182,7 @@ ALLOWANCES: dict[str, Callable[[SourceTree, str, str], set[str]]] = {
     "kernel_calls": _find_kernel_calls,
     "kernel_keywords": _find_kernel_keywords,
     "forward_imports": _find_forward_imports,
+    "imports_from": _find_imports_from,
     "metadata_writers": _find_metadata_writers,
     "constructors": _find_constructors,
 }

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from attention_float64 import attention
+from .attention_float64 import attention
 from torch import Tensor
 
 from sglang_musa_ext import reference
