@@ -23,7 +23,7 @@ from sglang.srt.layers.attention import flashattention_backend as upstream
 from sglang.srt.layers.attention.flashattention_backend import FlashAttentionBackend, FlashAttentionMultiStepBackend
 
 from sglang_musa_ext.envs import Settings
-from sglang_musa_ext.kernels import FA3Kernels, select_kernels
+from sglang_musa_ext.kernels import FA3Kernels, reference_kernels, select_kernels
 from sglang_musa_ext.scheduler_metadata import (
     CallGeometry,
     MLAWorkspace,
@@ -126,15 +126,11 @@ class MusaFA3Mixin:
         _BACKENDS.add(self)
         logger.info("sglang_musa_ext serves attention: %s", self.musa_fa3_report())
 
-    def forward_extend(
-        self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, *args: Any, **kwargs: Any
-    ) -> Any:
+    def forward_extend(self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
         """Upstream's forward for prefill, verify and draft-extend, on the selected kernels."""
         return self._run(super().forward_extend, q, k, v, layer, forward_batch, *args, **kwargs)  # type: ignore[misc]
 
-    def forward_decode(
-        self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, *args: Any, **kwargs: Any
-    ) -> Any:
+    def forward_decode(self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
         """Upstream's forward for decode, on the selected kernels."""
         return self._run(super().forward_decode, q, k, v, layer, forward_batch, *args, **kwargs)  # type: ignore[misc]
 
@@ -144,7 +140,10 @@ class MusaFA3Mixin:
         call = self._current_call()
         metadata = self._scheduler_metadata(arguments, call)
         call.role += 1
-        return self._kernels.flash_attn_with_kvcache(**arguments | {"scheduler_metadata": metadata})
+        result = self._kernels.flash_attn_with_kvcache(**arguments | {"scheduler_metadata": metadata})
+        if self._settings.check == "output" and not self._plans.capturing:
+            _require_reference_output(result, arguments, self._pool_device, call)
+        return result
 
     def flash_attn_varlen_func(self, **arguments: Any) -> Any:
         """FA3's function of this name over raw keys and values; it takes no plan, as upstream passes none."""
@@ -192,12 +191,17 @@ class MusaFA3Mixin:
         if self._settings.force_update_metadata:
             self._plans.forget_plans()
         if geometry.has_qv and self._workspace is not None:
-            return self._mla_plan(geometry, tensors, call.role)
+            return self._mla_plan(geometry, tensors, arguments, call)
         compute = functools.partial(self._compute_plan, geometry, arguments)
         plan, reused = self._plans.plan(geometry, tensors, compute)
-        if reused and self._settings.check != "off" and not self._plans.capturing:
+        if reused and self._checking:
             _require_same_plan(plan, compute(), geometry, call)
         return plan
+
+    @property
+    def _checking(self) -> bool:
+        """Whether reused plans are to be recomputed. A comparison waits for the device, which a capture forbids."""
+        return self._settings.check != "off" and not self._plans.capturing
 
     def _compute_plan(self, geometry: CallGeometry, arguments: dict[str, Any]) -> torch.Tensor:
         fields = geometry._asdict()
@@ -206,14 +210,24 @@ class MusaFA3Mixin:
         return self._kernels.get_scheduler_metadata(**fields, **tensors)
 
     def _mla_plan(
-        self, geometry: CallGeometry, tensors: tuple[torch.Tensor | None, ...], role: int
+        self,
+        geometry: CallGeometry,
+        tensors: tuple[torch.Tensor | None, ...],
+        arguments: dict[str, Any],
+        call: _LayerCall,
     ) -> tuple[torch.Tensor, bool]:
         assert self._workspace is not None and self._kernels.mla_plan_bytes is not None
         size = self._kernels.mla_plan_bytes(
             geometry.batch_size, geometry.max_seqlen_q, geometry.num_heads_q, geometry.device
         )
-        slot = self._workspace.slot(self, role, size)
-        return slot, self._plans.plan_in_place(role, geometry, tensors)
+        slot = self._workspace.slot(self, call.role, size)
+        reuse = self._plans.plan_in_place(call.role, geometry, tensors)
+        if reuse and self._checking:
+            # The kernel writes its plan itself, so a fresh one takes a call. Bytes it leaves alone stay equal.
+            fresh = slot.clone()
+            self._kernels.flash_attn_with_kvcache(**arguments | {"scheduler_metadata": (fresh, False), "out": None})
+            _require_same_plan(slot.view(torch.int32), fresh.view(torch.int32), geometry, call)
+        return slot, reuse
 
     def _mla_workspace(self) -> MLAWorkspace | None:
         """Taken now because a graph capture must not be the first to allocate it."""
@@ -287,6 +301,36 @@ def _require_same_plan(used: torch.Tensor, fresh: torch.Tensor, geometry: CallGe
             f"A reused plan is not the plan of its call: layer {getattr(call.layer, 'layer_id', call.layer)}, role "
             f"{call.role}, {geometry}.\nreused: {used.tolist()}\nfresh:  {fresh.tolist()}\nThis is a fault of "
             "sglang-musa-ext. Please report it; SGLANG_MUSA_FA3_FORCE_UPDATE_METADATA=1 serves without reuse."
+        )
+
+
+class WrongOutputError(RuntimeError):
+    """``SGLANG_MUSA_EXT_CHECK=output`` found an output that differs from the reference's."""
+
+
+_OUTPUT_TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+"""Relative and absolute; a few units in the last place of each dtype."""
+
+
+def _require_reference_output(result: Any, arguments: dict[str, Any], device: torch.device, call: _LayerCall) -> None:
+    """Compare a call's output with the PyTorch kernels', which plan for themselves."""
+    kernels = reference_kernels()
+    plan: Any = None
+    if arguments.get("qv") is not None:
+        assert kernels.mla_plan_bytes is not None
+        geometry = _geometry(arguments, kernels)
+        size = kernels.mla_plan_bytes(geometry.batch_size, geometry.max_seqlen_q, geometry.num_heads_q, device)
+        plan = (torch.zeros(size, dtype=torch.uint8, device=device), False)
+    expected = kernels.flash_attn_with_kvcache(**arguments | {"scheduler_metadata": plan, "out": None})
+    expected, output = (value[0] if isinstance(value, tuple) else value for value in (expected, result))
+    tolerance = _OUTPUT_TOLERANCE[output.dtype]
+    # Rows that no query owns are NaN in the reference.
+    wrong = ~torch.isclose(output, expected, rtol=tolerance, atol=tolerance) & ~expected.isnan()
+    if wrong.any():
+        raise WrongOutputError(
+            f"The output of layer {getattr(call.layer, 'layer_id', call.layer)}, call {call.role - 1}, differs from "
+            f"the reference in {int(wrong.sum())} of {wrong.numel()} values (tolerance {tolerance}): "
+            f"{_geometry(arguments, kernels)}. Please report this with the model and the versions of the kernels."
         )
 
 
@@ -400,7 +444,7 @@ def install_construction_guard() -> Callable[[], None]:
         return lambda: None
 
     @functools.wraps(original)
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+    def guarded(self: Any, *args: Any, **kwargs: Any) -> None:
         if not isinstance(self, MusaFA3Mixin):
             raise ForeignBackendError(
                 f"{type(self).__module__}.{type(self).__qualname__} was about to serve FA3 attention in place of "
@@ -409,8 +453,8 @@ def install_construction_guard() -> Callable[[], None]:
             )
         original(self, *args, **kwargs)
 
-    __init__._guards_construction = True  # type: ignore[attr-defined]
-    FlashAttentionBackend.__init__ = __init__
+    guarded._guards_construction = True  # type: ignore[attr-defined]
+    FlashAttentionBackend.__init__ = guarded
     return functools.partial(setattr, FlashAttentionBackend, "__init__", original)
 
 

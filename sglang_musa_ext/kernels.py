@@ -73,9 +73,9 @@ class FA3Kernels:
         """
         if kv_cache_dtype not in self.dtypes:
             raise UnsupportedByKernels(
-                f"The KV cache has dtype {_short(kv_cache_dtype)} (--kv-cache-dtype, or --dtype with it at 'auto'), which "
-                f"the {self.name!r} kernels cannot read. Expected one of: {_names(self.dtypes)}. Start the server with "
-                "--kv-cache-dtype auto and a --dtype from this list, or with another --attention-backend."
+                f"The KV cache has dtype {_short(kv_cache_dtype)} (--kv-cache-dtype, or --dtype with it at 'auto'), "
+                f"which the {self.name!r} kernels cannot read. Expected one of: {_names(self.dtypes)}. Start the "
+                "server with --kv-cache-dtype auto and a --dtype from this list, or with another --attention-backend."
             )
         if use_mla and self.mla_page_sizes is not None and page_size not in self.mla_page_sizes:
             choices = ", ".join(map(str, self.mla_page_sizes))
@@ -101,7 +101,7 @@ def select_kernels(settings: Settings, device: torch.device) -> FA3Kernels:
         raise KernelsUnavailable(
             f"{envs.KERNELS}=auto has no kernels for the device {device}: it chooses "
             + ", ".join(f"{kernels} on {kind}" for kind, kernels in by_device.items())
-            + f". Set {envs.KERNELS}=hopper to run on an NVIDIA Hopper GPU, or {envs.MODE}=off to leave SGLang as it is."
+            + f". Set {envs.KERNELS}=hopper to run on an NVIDIA Hopper GPU, or {envs.MODE}=off to leave SGLang alone."
         )
     return _PROVIDERS[name](device)
 
@@ -150,14 +150,16 @@ def hopper_kernels(device: torch.device) -> FA3Kernels:
         library = importlib.import_module("sgl_kernel.flash_attn")
     except ImportError as error:
         raise KernelsUnavailable(
-            f"The 'hopper' kernels are sgl_kernel.flash_attn, which cannot be imported: {error}. Install SGLang's kernel "
-            "package for this GPU, built with FlashAttention-3."
+            f"The 'hopper' kernels are sgl_kernel.flash_attn, which cannot be imported: {error}. Install SGLang's "
+            "kernel package for this GPU, built with FlashAttention-3."
         ) from error
     return FA3Kernels(
         name="hopper",
         flash_attn_with_kvcache=_adapt(library.flash_attn_with_kvcache),
         flash_attn_varlen_func=_adapt(library.flash_attn_varlen_func),
-        get_scheduler_metadata=_rename(library.get_scheduler_metadata, {"num_heads_q": "num_heads", "num_heads_kv": "num_heads_k"}),
+        get_scheduler_metadata=_rename(
+            library.get_scheduler_metadata, {"num_heads_q": "num_heads", "num_heads_kv": "num_heads_k"}
+        ),
         dtypes=_HALF,
         metadata_uses_softcap=True,
         versions=_versions("sglang-kernel", "sgl-kernel"),
@@ -188,11 +190,14 @@ def _import_mate() -> ModuleType:
     try:
         library = importlib.import_module(MATE_MODULE)
     except ImportError as error:
-        raise KernelsUnavailable(f"MATE's wrapper {MATE_MODULE!r} cannot be imported: {error}. {_MATE_REMEDY}") from error
+        raise KernelsUnavailable(
+            f"MATE's wrapper {MATE_MODULE!r} cannot be imported: {error}. {_MATE_REMEDY}"
+        ) from error
     missing = [name for name in _FUNCTIONS if not callable(getattr(library, name, None))]
     if missing:
         raise KernelsUnavailable(
-            f"{MATE_MODULE!r} at {library.__file__} lacks {', '.join(missing)}, so it is not MATE's wrapper. {_MATE_REMEDY}"
+            f"{MATE_MODULE!r} at {library.__file__} lacks {', '.join(missing)}, so it is not MATE's wrapper. "
+            f"{_MATE_REMEDY}"
         )
     return library
 
@@ -216,7 +221,9 @@ def _adapt(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def call(**arguments: Any) -> Any:
         if arguments.pop("ver", 3) != 3:
-            raise UnsupportedKernelArgument("These are FlashAttention-3 kernels, and the call asks for another version.")
+            raise UnsupportedKernelArgument(
+                "These are FlashAttention-3 kernels, and the call asks for another version."
+            )
         out = arguments.pop("out", None) if "out" not in accepted else None
         for name in arguments.keys() - accepted:
             if not _asks_for_nothing(arguments.pop(name)):

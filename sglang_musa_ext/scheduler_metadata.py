@@ -14,7 +14,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
@@ -202,9 +202,7 @@ class SchedulerMetadataCache:
         self.statistics.reuses += 1
         return known.value, True
 
-    def plan_in_place(
-        self, place: int, geometry: CallGeometry, tensors: tuple[torch.Tensor | None, ...]
-    ) -> bool:
+    def plan_in_place(self, place: int, geometry: CallGeometry, tensors: tuple[torch.Tensor | None, ...]) -> bool:
         """Whether the plan that ``place`` holds is this pass's for ``geometry`` and ``tensors``.
 
         For plans that the kernel writes where it is told to: when the answer is ``False``, the caller's kernel
@@ -280,7 +278,10 @@ class MLAWorkspace:
     twice as large and stays reserved for the same reason, so a role never holds more than twice its largest slot.
     """
 
-    _by_device: weakref.WeakValueDictionary[tuple[torch.device, int], MLAWorkspace] = weakref.WeakValueDictionary()
+    # Weak: a workspace is kept by the backends that use it, and by nothing else.
+    _by_device: ClassVar[weakref.WeakValueDictionary[tuple[torch.device, int], MLAWorkspace]] = (
+        weakref.WeakValueDictionary()
+    )
     _by_device_lock = threading.Lock()
 
     def __init__(self, device: torch.device, capacity: int) -> None:
