@@ -552,7 +552,7 @@ REQUIREMENTS: tuple[Requirement, ...] = (
         ("sglang.srt.layers.attention.minicpm.backend",),
         "0.5.19",
         used_by="selection",
-        why="MiniCPM's sparse backend calls its kernels itself and is not served by this package.",
+        why="MiniCPM's sparse backend calls its kernels itself; it is not served, and refused when constructed.",
         remove_when="MiniCPM's sparse backend is served too, or gone.",
     ),
     # Speculative decoding.
@@ -681,27 +681,28 @@ REQUIREMENTS: tuple[Requirement, ...] = (
     _hook("SRTPlatform.apply_server_args_defaults", ("self", "server_args"), "sets page size and backend"),
     _hook("SRTPlatform.get_default_attention_backend", ("self",), "names fa3"),
     _hook("SRTPlatform.get_paged_allocator_cls", ("self",), "names the page allocator"),
-    _hook("SRTPlatform.support_cuda_graph", ("self",), "declines graphs", None, "0.5.21"),
     _hook("SRTPlatform.get_mha_kv_pool_cls", ("self",), "names the KV pool", None, "0.5.21"),
     _hook("SRTPlatform.get_mla_kv_pool_cls", ("self",), "names the MLA pool", None, "0.5.21"),
-    _hook("SRTPlatform.get_nsa_kv_pool_cls", ("self",), "declines sparse pools", None, "0.5.12.post1"),
-    _hook("SRTPlatform.get_dsa_kv_pool_cls", ("self",), "declines sparse pools", "0.5.13", "0.5.21"),
     _hook("SRTPlatform.get_kv_pool_cls", ("self", "kind"), "names every KV pool", "0.5.22"),
-    _hook("SRTPlatform.get_speculative_cache_locs_fn", ("self",), "computes cache locations of drafts", "0.5.21"),
     _hook("DeviceMixin.get_device", ("self",), "names the device"),
     _hook("DeviceMixin.get_device_total_memory", ("self", "device_id"), "reports memory"),
     _hook("DeviceMixin.get_current_memory_usage", ("self", "device"), "reports memory"),
-    _hook("DeviceMixin.get_torch_distributed_backend_str", ("self",), "names gloo"),
-    _hook("DeviceMixin.get_device_capability", ("self", "device_id"), "states a capability"),
-    Requirement(
-        "attribute",
-        _PLATFORM,
-        "SRTPlatform.capabilities",
-        (),
-        "0.5.22",
-        used_by="cpu_platform",
-        why="From 0.5.22 the CPU reference platform states what it can do through this record.",
-        remove_when="The CPU reference platform is gone.",
+    *(
+        Requirement(
+            "module_global",
+            module,
+            name,
+            used_by="cpu_platform",
+            why=f"The CPU reference platform {purpose}.",
+            remove_when="The CPU reference platform is gone.",
+        )
+        for module, name, purpose in (
+            (_PLATFORM, "SRTPlatform", "derives from it"),
+            (_PLATFORM, "PlatformEnum", "says by it that it is out of tree"),
+            ("sglang.srt.mem_cache.memory_pool", "MHATokenToKVPool", "names it as the KV pool up to 0.5.21"),
+            ("sglang.srt.mem_cache.memory_pool", "MLATokenToKVPool", "builds it as the MLA pool up to 0.5.21"),
+            ("sglang.srt.mem_cache.allocator", "PagedTokenToKVPoolAllocator", "names it as the page allocator"),
+        )
     ),
 )
 

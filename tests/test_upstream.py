@@ -459,6 +459,47 @@ def test_every_wrapped_method_has_a_row() -> None:
     assert pass_methods() <= named
 
 
+def package_sources() -> list[ast.Module]:
+    """The package's own modules, parsed."""
+    return [ast.parse(path.read_text()) for path in sorted(Path(upstream.__file__).parent.glob("*.py"))]
+
+
+def test_every_import_from_sglang_has_a_row() -> None:
+    """A symbol of SGLang that the package imports is in the contract."""
+    imported = {
+        (node.module, alias.name)
+        for tree in package_sources()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "sglang"
+        for alias in node.names
+    }
+    missing = {
+        f"{module}.{name}"
+        for module, name in imported
+        if not any(
+            row.symbol.startswith(f"{module}.{name}")
+            or (row.module.startswith(f"{module}.") and row.name.partition(".")[0] == name)
+            for row in REQUIREMENTS
+        )
+    }
+    assert missing == set()
+
+
+def test_every_platform_hook_has_a_row_and_every_row_a_hook() -> None:
+    """What the CPU platform overrides is in the contract, and the contract states no hook that it leaves alone."""
+    (platform,) = (
+        node
+        for tree in package_sources()
+        for node in tree.body
+        if isinstance(node, ast.ClassDef) and node.name == "CpuReferencePlatform"
+    )
+    overridden = {node.name for node in platform.body if isinstance(node, ast.FunctionDef)}
+    rows = {
+        row.name.rpartition(".")[2] for row in REQUIREMENTS if (row.kind, row.used_by) == ("method", "cpu_platform")
+    }
+    assert overridden == rows
+
+
 def test_shipped_releases_are_those_of_the_matrix() -> None:
     """The package's table and the test data name the same releases, and the levels that are expected to pass."""
     levels = ("contract", "backend", "engine")
