@@ -458,6 +458,18 @@ def install_construction_guard() -> Callable[[], None]:
     return functools.partial(setattr, FlashAttentionBackend, "__init__", original)
 
 
+def install_class_names() -> Callable[[], None]:
+    """Add our backend to upstream's list, by class name, of backends that need no custom mask in DFlash's verify.
+
+    Returns what undoes it. Imports a speculative-decoding module, so call it only where a model is speculated on.
+    """
+    from sglang.srt.speculative import dflash_utils
+
+    names = dflash_utils._DFLASH_VERIFY_SKIP_CUSTOM_MASK_BACKENDS
+    dflash_utils._DFLASH_VERIFY_SKIP_CUSTOM_MASK_BACKENDS = names | {MusaFA3Backend.__name__}
+    return functools.partial(setattr, dflash_utils, "_DFLASH_VERIFY_SKIP_CUSTOM_MASK_BACKENDS", names)
+
+
 def install_state_report() -> Callable[[], None]:
     """Add the reports of this process's backends to the scheduler's internal state; returns what undoes it.
 

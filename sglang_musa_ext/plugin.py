@@ -73,7 +73,10 @@ def activate_platform() -> str | None:
 
 def create_musa_fa3_backend(runner: Any) -> Any:
     """The FA3 backend of ``runner``; what the attention registry calls for ``fa3``."""
-    return _ready_attention().MusaFA3Backend(runner)
+    attention = _ready_attention()
+    if not runner.spec_algorithm.is_none():
+        attention.install_class_names()
+    return attention.MusaFA3Backend(runner)
 
 
 def _reason_to_stay_idle(settings: Settings) -> str | None:
