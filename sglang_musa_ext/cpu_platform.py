@@ -19,16 +19,18 @@ from sglang_musa_ext.cpu_stand_ins import prepare_process
 
 __all__ = ["CpuReferencePlatform", "prepare_process"]
 
-# Defaults of the engine's arguments, applied where the user left upstream's default (None or False).
+# Defaults of the engine's arguments, applied where the value is one that SGLang gave.
 DEFAULTS: dict[str, Any] = {
     "attention_backend": "fa3",
     "page_size": 64,
-    "sampling_backend": "pytorch",
     "disable_cuda_graph": True,
     # The machine's memory is not ours to fill: a pool for short conversations is enough for a reference.
     "mem_fraction_static": 0.3,
     "max_total_tokens": 8192,
 }
+# Before it asks the platform, SGLang has chosen this attention backend for a CPU that is not ARM. It has none
+# for an out-of-tree platform and would fall back to torch_native, so nobody can have meant it here.
+UPSTREAM_CPU_CHOICE = "intel_amx"
 
 
 class CpuReferencePlatform(SRTPlatform):  # type: ignore[misc]
@@ -41,7 +43,7 @@ class CpuReferencePlatform(SRTPlatform):  # type: ignore[misc]
     def apply_server_args_defaults(self, server_args: Any) -> None:
         """Set what the user left open; ``server_args`` is SGLang's ``ServerArgs`` or a recorder of its fields."""
         for name, value in DEFAULTS.items():
-            if getattr(server_args, name) in (None, False):
+            if getattr(server_args, name) in (None, False, UPSTREAM_CPU_CHOICE):
                 setattr(server_args, name, value)
 
     def get_default_attention_backend(self) -> str:
