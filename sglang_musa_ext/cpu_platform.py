@@ -6,13 +6,11 @@ tensors live on the CPU; what it imports for accelerators is prepared by ``cpu_s
 
 from __future__ import annotations
 
-import os
 import platform
 from collections.abc import Callable
 from typing import Any, cast
 
 import psutil
-import torch
 from sglang.srt.platforms.interface import PlatformEnum, SRTPlatform
 
 from sglang_musa_ext.cpu_stand_ins import prepare_process
@@ -50,18 +48,66 @@ class CpuReferencePlatform(SRTPlatform):  # type: ignore[misc]
         """Return the attention backend of a server that names none."""
         return "fa3"
 
+    def init_backend(self) -> None:
+        """Adjust SGLang in a worker, before its model is built."""
+        from sglang.srt.layers.rotary_embedding import base
+
+        # Up to 0.5.12, rotary embeddings do not know out-of-tree platforms and take vllm's kernel on a device they
+        # do not know. The flag is read for that one choice, and leads to the PyTorch implementation.
+        if not hasattr(base, "current_platform"):
+            base._is_mps = True
+
+    # The device.
+
     def get_device(self, device_id: int | None = None) -> str:
         """Return the device of SGLang's tensors; a CPU has no index."""
         return "cpu"
+
+    def set_device(self, device: Any) -> None:
+        """Do nothing: there is one CPU."""
+
+    def get_device_name(self, device_id: int = 0) -> str:
+        """Return the processor's name as far as the operating system tells it."""
+        return platform.processor() or platform.machine()
+
+    def get_device_uuid(self, device_id: int = 0) -> str:
+        """Return the same identifier for every index."""
+        return "cpu"
+
+    def get_device_capability(self, device_id: int = 0) -> None:
+        """Return None: a CPU has no compute capability."""
 
     def get_device_total_memory(self, device_id: int = 0) -> int:
         """Return the machine's memory in bytes."""
         return int(psutil.virtual_memory().total)
 
-    def get_current_memory_usage(self, device: torch.device | None = None) -> float:
+    def get_current_memory_usage(self, device: Any = None) -> float:
         """Return the memory in use on the machine, in bytes."""
         memory = psutil.virtual_memory()
         return float(memory.total - memory.available)
+
+    def get_available_memory(self, device_id: int = 0) -> tuple[int, int]:
+        """Return free and total memory in bytes."""
+        memory = psutil.virtual_memory()
+        return int(memory.available), int(memory.total)
+
+    def is_pin_memory_available(self, device: Any = None) -> bool:
+        """Return False: nothing is copied to another device."""
+        return False
+
+    def get_torch_distributed_backend_str(self) -> str:
+        """Return PyTorch's collective library for CPU tensors."""
+        return "gloo"
+
+    def get_torch_profiler_activity_str(self) -> str:
+        """Return the name of the activity that the profiler records."""
+        return "CPU"
+
+    def get_torch_profiler_activity(self) -> Any:
+        """Return the activity that the profiler records."""
+        from torch.profiler import ProfilerActivity
+
+        return ProfilerActivity.CPU
 
     # Memory pools: SGLang's own serve any torch device. Up to 0.5.21 an out-of-tree platform must name
     # them; from 0.5.22 on the first hook is asked instead, and None means SGLang's own.

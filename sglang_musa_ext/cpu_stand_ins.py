@@ -227,10 +227,6 @@ def _reinterpret_standard_library() -> None:
     importlib.reload(tl)
 
 
-def _log1p(x: Array) -> Array:
-    return np.log1p(x)
-
-
 # libdevice's names of what the interpreter can compute with NumPy. ``fast_*`` are approximations on a GPU.
 LIBDEVICE: dict[str, Callable[..., Array]] = {
     "tanh": np.tanh,
