@@ -323,7 +323,7 @@ REQUIREMENTS: tuple[Requirement, ...] = (
             *("k_descale", "v_descale", "return_softmax_lse", "num_splits", "sinks", "scheduler_metadata", "out"),
             "ver",
         ),
-        why="The adapters translate each keyword by name; one they do not know cannot be translated.",
+        why="Plans depend on what a call asks for, so a new keyword must be understood before it is served.",
         remove_when=_KERNEL_PLUGIN,
     ),
     Requirement(
