@@ -46,7 +46,7 @@ LAYERS = {
     "attention": layer("torch sglang envs kernels scheduler_metadata"),
     "cpu_platform": layer("sglang torch psutil cpu_stand_ins"),
     "cpu_stand_ins": layer("torch numpy", lazy="reference transformers triton"),
-    "plugin": layer("envs upstream", lazy="attention cpu_platform kernels sglang torch"),
+    "plugin": layer("envs upstream", lazy="attention cpu_platform cpu_stand_ins sglang"),
     "doctor": layer("envs upstream", lazy="*"),
 }
 MAY_TOUCH_THE_ENVIRONMENT = {
