@@ -287,12 +287,14 @@ def test_another_role_of_the_same_layer_stays_in_the_pass() -> None:
     assert server.passes == 1
 
 
-def test_the_same_role_of_the_same_layer_begins_a_pass() -> None:
-    """A cascade that is run twice is two passes, one plan each."""
+@pytest.mark.parametrize(
+    ("roles", "expected"), [((0, 1, 0, 1), [False, True, False, True]), ((1, 1), [False, False])], ids=str
+)
+def test_the_same_role_of_the_same_layer_begins_a_pass(roles: tuple[int, ...], expected: list[bool]) -> None:
+    """A call that is run twice is two passes, whichever of its layer's calls it is."""
     server = Server()
     layer = Thing()
-    reuses = [server.call(layer, role)[1] for role in (0, 1, 0, 1)]
-    assert reuses == [False, True, False, True]
+    assert [server.call(layer, role)[1] for role in roles] == expected
 
 
 def test_a_layer_at_the_address_of_a_dead_one_cannot_be() -> None:
