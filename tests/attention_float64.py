@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 
 
-def visible_keys(
-    rows: int, keys: int, causal: bool, window: tuple[int, int] = (-1, -1), chunk: int = 0
-) -> Tensor:
+def visible_keys(rows: int, keys: int, causal: bool, window: tuple[int, int] = (-1, -1), chunk: int = 0) -> Tensor:
     """Which keys each query row sees, bool ``(rows, keys)``; the last row is aligned with the last key."""
     own = torch.arange(keys - rows, keys).reshape(rows, 1)
     key = torch.arange(keys).reshape(1, keys)

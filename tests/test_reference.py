@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from .attention_float64 import attention
 from torch import Tensor
 
 from sglang_musa_ext import reference
@@ -24,6 +23,8 @@ from sglang_musa_ext.reference import (
     mla_parts,
     mla_plan_bytes,
 )
+
+from .attention_float64 import attention
 
 
 @dataclass
@@ -135,7 +136,7 @@ def test_paged_attention_is_attention(page: int, heads: tuple[int, int], causal:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("dims", [(64, 64), (128, 128), (192, 128), (192, 192), (256, 256), (512, 512), (80, 80), (40, 56)])
+@pytest.mark.parametrize("dims", [*reference.HEAD_DIM_PAIRS, (80, 80), (40, 56)])
 def test_head_dimensions_and_dtypes(dims: tuple[int, int], dtype: torch.dtype) -> None:
     """Every bucket of head dimensions, and some between, in every dtype."""
     batch = Batch([1, 20], [40, 70], dim=dims[0], dim_v=dims[1], dtype=dtype)
@@ -610,6 +611,16 @@ def test_too_small_a_max_seqlen_q_leaves_rows_unwritten() -> None:
     assert out[:16].isfinite().all()
 
 
+def test_tiles_follow_the_batch_table() -> None:
+    """Positions are not batches: the plan's tiles belong to the batch that the table names."""
+    batch = Batch([1, 300], [30, 310])
+    plan = batch.plan()
+    assert plan[2:4].tolist() == [1, 0]
+    assert_attention(batch, batch.call(scheduler_metadata=plan))
+    plan[2:4] = int32([0, 1])
+    assert batch.call(scheduler_metadata=plan)[0].isnan().any()
+
+
 def test_stale_lengths_within_the_same_bounds_are_harmless() -> None:
     """Key lengths only choose how many splits run; the forward reads its own, so the output stays right."""
     batch = Batch([1, 1], [1500, 64])
@@ -736,7 +747,12 @@ def test_out_must_fit() -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [dict(max_seqlen_k=None), dict(cu_seqlens_k=int32([0, 9, 500])), dict(page_table=WIDE), dict(v=torch.zeros(3, 2, 64))],
+    [
+        dict(max_seqlen_k=None),
+        dict(cu_seqlens_k=int32([0, 9, 500])),
+        dict(page_table=WIDE),
+        dict(v=torch.zeros(3, 2, 64)),
+    ],
     ids=str,
 )
 def test_varlen_refusals(changes: dict[str, Any]) -> None:
