@@ -499,17 +499,23 @@ class _Problem:
         return grouped.reshape(self.heads_kv, count * self.ratio, q.shape[-1])
 
 
-def _partial(problem: _Problem, batch: int, q: Tensor, first_row: int, keys: range) -> tuple[Tensor, Tensor]:
-    """Attention of packed rows ``q`` over one run of keys: output ``(heads_kv, n, dim)``, LSE ``(heads_kv, n)``."""
+def _partial(
+    problem: _Problem, batch: int, q: Tensor, keys: range, held: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Attention of packed rows ``q`` over one run of keys: output ``(heads_kv, n, dim)``, LSE ``(heads_kv, n)``.
+
+    ``held`` are these keys and values where the caller has them already.
+    """
     if not len(keys):
         lse = q.new_full(q.shape[:2], -math.inf)
         return q.new_zeros((*q.shape[:2], problem.headdim_v)), lse
-    k, v = problem.store.gather(batch, keys.start, keys.stop)
+    k, v = held or problem.store.gather(batch, keys.start, keys.stop)
     budget = max(_SCORE_BUDGET // (q.shape[0] * len(keys)), 1)
     parts = [
-        _softmax_rows(problem, batch, q[:, at : at + budget], first_row + at, keys, k, v)
-        for at in range(0, q.shape[1], budget)
+        _softmax_rows(problem, batch, q[:, at : at + budget], at, keys, k, v) for at in range(0, q.shape[1], budget)
     ]
+    if len(parts) == 1:
+        return parts[0]
     return torch.cat([out for out, _ in parts], dim=1), torch.cat([lse for _, lse in parts], dim=1)
 
 
@@ -605,14 +611,18 @@ def _run(problem: _Problem, tile: TileShape, visits: list[_Visit], static: int, 
 def _visit(problem: _Problem, visit: _Visit, q: Tensor, static: int) -> tuple[Tensor, Tensor]:
     tiles, keys = _key_tiles(problem, visit.batch), problem.key_counts[visit.batch]
     if visit.splits <= 1:
-        return _partial(problem, visit.batch, q, 0, _tile_keys(tiles, keys))
+        return _partial(problem, visit.batch, q, _tile_keys(tiles, keys))
     # Accumulators start as NaN, and only the splits that the forward itself launches are ever written.
     outs = q.new_full((visit.splits, *q.shape[:2], problem.headdim_v), math.nan)
     lses = q.new_full((visit.splits, *q.shape[:2]), math.nan)
     share = _ceil_div(len(tiles), visit.splits)
+    whole = _tile_keys(tiles, keys)
+    # One gather serves all splits, for speed; each still sees its own keys alone.
+    k, v = problem.store.gather(visit.batch, whole.start, whole.stop)
     for split in range(min(visit.splits, static)):
-        part = tiles[split * share : (split + 1) * share]
-        outs[split], lses[split] = _partial(problem, visit.batch, q, 0, _tile_keys(part, keys))
+        part = _tile_keys(tiles[split * share : (split + 1) * share], keys)
+        at = slice(part.start - whole.start, part.stop - whole.start)
+        outs[split], lses[split] = _partial(problem, visit.batch, q, part, (k[:, at], v[:, at]))
     return _combine(outs, lses)
 
 
@@ -710,7 +720,7 @@ def _mla_run(problem: _Problem, plan: list[int], parts: int, tiles: int, out: Te
         q = problem.packed_queries(batch)[:, : tiles * MLA_QUERY_TILE]
         if not q.shape[1] or not _mla_pieces_fit(pieces, counts[batch + 1] - counts[batch], keys):
             continue
-        results = [_partial(problem, batch, q, 0, _tile_keys(piece, keys)) for piece in pieces]
+        results = [_partial(problem, batch, q, _tile_keys(piece, keys)) for piece in pieces]
         merged = _combine(torch.stack([r[0] for r in results]), torch.stack([r[1] for r in results]))
         _store(problem, batch, *(results[0] if len(results) == 1 else merged), out, lse)
 
