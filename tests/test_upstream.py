@@ -417,6 +417,12 @@ def test_row_is_complete(row: Requirement) -> None:
         assert version_key(row.since) <= version_key(row.until)
 
 
+@pytest.mark.parametrize("row", [row for row in REQUIREMENTS if row.since], ids=row_id)
+def test_row_begins_after_the_oldest_release(row: Requirement) -> None:
+    """A row that holds in every supported release needs no beginning, and what serves the time before it can go."""
+    assert not row.holds_in(SUPPORTED_RELEASES[0].version)
+
+
 @pytest.mark.parametrize("row", [row for row in REQUIREMENTS if row.until], ids=row_id)
 def test_row_still_serves_a_supported_release(row: Requirement) -> None:
     """A row that ends before the oldest supported release can go."""
