@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from sglang_musa_ext import envs
+
+from .engine import EngineServer, summary_table
 
 _SETTINGS = (
     envs.MODE,
@@ -30,3 +33,19 @@ def pytest_configure() -> None:
 def repository() -> Path:
     """The root of the checkout."""
     return Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineServer]:
+    """A process that has imported SGLang and boots engines in forks of itself."""
+    server = EngineServer(tmp_path_factory.mktemp("engines"))
+    yield server
+    server.close()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print what the engines computed, if any ran."""
+    if lines := summary_table():
+        terminalreporter.section("plans per engine")
+        for line in lines:
+            terminalreporter.write_line(line)

@@ -1,0 +1,138 @@
+"""Tiny random models, made on the spot, and what they answer according to transformers alone."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+VOCABULARY = 512
+WIDE = 0.15
+"""Standard deviation of the weights: with the usual 0.02 every token repeats, and a test sees nothing."""
+
+
+@dataclass(frozen=True)
+class TinyModel:
+    """A configuration of transformers' and the weights that seed 0 gives it."""
+
+    config: str
+    """Name of the configuration class."""
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    architecture: str | None = None
+    """Name of the model class; ``None``: the one that generates text with this configuration."""
+
+    def build(self, directory: Path) -> None:
+        """Write the model to ``directory`` as a checkpoint."""
+        import torch
+        import transformers
+
+        torch.manual_seed(0)
+        config = getattr(transformers, self.config)(**self.fields)
+        if self.architecture is None:
+            model = transformers.AutoModelForCausalLM.from_config(config)
+        else:
+            model = getattr(transformers, self.architecture)(config)
+        _tell_apart(model)
+        model.float().save_pretrained(directory)
+
+    @property
+    def name(self) -> str:
+        """A directory's name: readable, and of this configuration alone."""
+        content = json.dumps([self.config, dict(self.fields), self.architecture], sort_keys=True, default=str)
+        return f"{self.config}-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
+
+
+def _tell_apart(model: Any) -> None:
+    """Give parameters that start out constant (norms, biases, sinks) values of their own, so that they count."""
+    import torch
+
+    for parameter in model.parameters():
+        if parameter.numel() > 1 and torch.all(parameter == parameter.flatten()[0]):
+            parameter.data.add_(0.1 * torch.randn_like(parameter))
+
+
+def greedy(model: Path, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[tuple[list[int], list[float]]]:
+    """Tokens and their log-probabilities that transformers' own greedy search gives each prompt, in float32."""
+    import torch
+    import transformers
+
+    torch.set_num_threads(1)
+    network = transformers.AutoModelForCausalLM.from_pretrained(
+        model, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    return [_greedy(network, list(prompt), new_tokens) for prompt in prompts]
+
+
+def _greedy(network: Any, prompt: list[int], new_tokens: int) -> tuple[list[int], list[float]]:
+    """Every step computes the whole sequence anew, so that no cache can be at fault."""
+    import torch
+
+    tokens: list[int] = []
+    logprobs: list[float] = []
+    with torch.inference_mode():
+        for _ in range(new_tokens):
+            scores = network(torch.tensor([prompt + tokens]), use_cache=False).logits[0, -1].log_softmax(-1)
+            tokens.append(int(scores.argmax()))
+            logprobs.append(float(scores.max()))
+    return tokens, logprobs
+
+
+def llama(**fields: Any) -> TinyModel:
+    """Two layers, four query heads on two key heads of 16, unless ``fields`` say otherwise."""
+    return TinyModel("LlamaConfig", _SMALL | fields)
+
+
+_SMALL: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 2048,
+    "initializer_range": WIDE,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def tokens(count: int, seed: int = 0) -> tuple[int, ...]:
+    """``count`` ordinary tokens, which ``seed`` decides."""
+    import random
+
+    return tuple(random.Random(seed).choices(range(3, VOCABULARY), k=count))
+
+
+def add_tokenizer(directory: Path) -> None:
+    """Give the checkpoint in ``directory`` a tokenizer of single bytes, and a chat template."""
+    import transformers
+
+    tokenizers: Any = importlib.import_module("tokenizers")
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    specials = ["<unk>", "<s>", "</s>"]
+    fillers = [f"<{number}>" for number in range(VOCABULARY - len(specials) - len(alphabet))]
+    vocabulary = {token: number for number, token in enumerate([*specials, *alphabet, *fillers])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+    fast.chat_template = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+    fast.save_pretrained(directory)
+
+
+def chat(model: Path, question: str, new_tokens: int) -> str:
+    """What transformers answers to ``question``, with the model's own tokenizer and chat template."""
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    text = tokenizer.apply_chat_template([{"role": "user", "content": question}], tokenize=False)
+    ((answer, _),) = greedy(model, [tokenizer.encode(text)], new_tokens)
+    return str(tokenizer.decode(answer))
