@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -42,8 +43,12 @@ def environment(**values: str) -> Iterator[None]:
 
 
 prepare_process()
-# SGLang looks for its platform once, while it is imported; the tests choose their own settings afterwards.
-with environment(SGLANG_PLATFORM="musa_reference"):
+# All tensors are small, and threads that wait for one another take longer than the work.
+torch.set_num_threads(1)
+# SGLang looks for its platform once, while it is imported; the tests choose their own settings afterwards. It also
+# warns of the quantizations that a CPU does not have.
+with warnings.catch_warnings(), environment(SGLANG_PLATFORM="musa_reference"):
+    warnings.simplefilter("ignore")
     from sglang.srt.configs.model_config import AttentionArch
     from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
@@ -317,6 +322,42 @@ class Model:
         made.batch.out_cache_loc = torch.cat([queries.slots[-count:] for queries in made.queries])
         made.batch.positions = positions
         return made
+
+    def draft_tree(self, requests: Sequence[Request], topk: int, steps: int, step: int) -> Step:
+        """Step ``step`` of drafting ``topk`` branches a request, each on pages of its own, as upstream lays them out.
+
+        A branch begins with a copy of its request's last, partly filled page. The batch's ``out_cache_loc`` is that
+        of all steps, which upstream's metadata wants; :meth:`enter_step` narrows it to this step's.
+        """
+        branches = [self.branch(request, steps) for request in requests for _ in range(topk)]
+        for made in branches:
+            for layer in self.layers:
+                self.hand_out(layer, made[:step], store=True)
+        spec_info = Draft()
+        made = self._step(ForwardMode.DECODE, requests, [0] * len(requests), spec_info=spec_info)
+        made.queries = []
+        for index, drafted in enumerate(branches):
+            request = requests[index // topk]
+            slots = torch.cat([self.slots(request, request.length), drafted[: step + 1]])
+            made.queries.append(Queries(slots, torch.tensor([request.length + step])))
+        made.batch.out_cache_loc = torch.cat(branches)
+        return made
+
+    def branch(self, request: Request, steps: int) -> Tensor:
+        """Slots for ``steps`` draft tokens after ``request``, behind a copy of its last, partly filled page."""
+        pages = self.table[self._free_rows.pop(0)].long()
+        last = request.length % self.page_size
+        copied = self.slots(request, request.length)[request.length - last :]
+        for pool in (self.truth, self.pool):
+            for layer in self.layers:
+                for buffer in pool.get_kv_buffer(layer.layer_id):
+                    buffer[pages[:last]] = buffer[copied]
+        return pages[last : last + steps]
+
+    @staticmethod
+    def enter_step(made: Step) -> None:
+        """Let the batch of a draft step write where this step's tokens go, as upstream's draft worker does."""
+        made.batch.out_cache_loc = torch.cat([queries.slots[-1:] for queries in made.queries])
 
     def slots(self, request: Request, length: int) -> Tensor:
         """The KV slots of the first ``length`` tokens of a request."""
