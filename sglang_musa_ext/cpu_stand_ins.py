@@ -204,10 +204,9 @@ def _deliver(value: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
 
 
 def interpret_triton() -> None:
-    """Make every Triton kernel run in the interpreter, with the three things that it lacks."""
+    """Make every Triton kernel run in the interpreter, with what it lacks."""
     _reinterpret_standard_library()
     _install_libdevice()
-    _accept_integer_masks()
     _take_first_config()
 
 
@@ -270,25 +269,6 @@ def _elementwise(name: str, function: Callable[..., Array]) -> Callable[..., Any
 
     device_function.__name__ = device_function.__qualname__ = name
     return device_function
-
-
-def _accept_integer_masks() -> None:
-    """Turn masks of a load or store into bool: the compiler takes any integer, the interpreter only bool."""
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-    def as_bool(mask: Any) -> Any:
-        return mask if mask.data.dtype == np.bool_ else TensorHandle(mask.data.astype(np.bool_), mask.dtype)
-
-    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
-
-    def create_masked_load(self: Any, ptrs: Any, mask: Any, *rest: Any) -> Any:
-        return load(self, ptrs, as_bool(mask), *rest)
-
-    def create_masked_store(self: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
-        return store(self, ptrs, value, as_bool(mask), *rest)
-
-    InterpreterBuilder.create_masked_load = create_masked_load
-    InterpreterBuilder.create_masked_store = create_masked_store
 
 
 def _take_first_config() -> None:
