@@ -16,6 +16,8 @@ MLA_WORKSPACE_MB = "SGLANG_MUSA_EXT_MLA_WORKSPACE_MB"
 CHECK = "SGLANG_MUSA_EXT_CHECK"
 FORCE_UPDATE_METADATA = "SGLANG_MUSA_FA3_FORCE_UPDATE_METADATA"
 """Upstream's own variable for its in-tree MUSA backend; it keeps its meaning here."""
+PLATFORM = "SGLANG_PLATFORM"
+"""Upstream's own variable that names the platform plugin to use."""
 
 _TRUE = ("1", "true", "yes", "y")  # upstream's spellings (sglang.srt.environ.EnvBool)
 _FALSE = ("0", "false", "no", "n")
@@ -51,6 +53,9 @@ class Settings:
     force_update_metadata: bool = False
     """Compute a plan for every call instead of reusing one within a pass."""
 
+    platform: str = ""
+    """The platform plugin that SGLang was told to use; empty: none."""
+
     @classmethod
     def from_environ(cls, environ: Mapping[str, str] | None = None) -> Settings:
         """Read the settings from ``environ`` (``None``: the process's own).
@@ -60,14 +65,16 @@ class Settings:
         """
         source = os.environ if environ is None else environ
         mode = _choice(source, MODE, ("auto", "on", "off"))
+        platform = source.get(PLATFORM, "")
         if mode == "off":  # Off means off: the other variables are not even looked at.
-            return cls(mode=mode)
+            return cls(mode=mode, platform=platform)
         return cls(
             mode=mode,
             kernels=_choice(source, KERNELS, ("auto", "mate", "hopper", "reference")),
             mla_workspace_mb=_positive_int(source, MLA_WORKSPACE_MB, cls.mla_workspace_mb),
             check=_choice(source, CHECK, ("off", "metadata", "output")),
             force_update_metadata=_flag(source, FORCE_UPDATE_METADATA),
+            platform=platform,
         )
 
 

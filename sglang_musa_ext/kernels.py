@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.machinery
 import importlib.metadata
 import importlib.util
 import inspect
@@ -145,14 +146,14 @@ def mate_kernels(device: torch.device) -> FA3Kernels:
 def hopper_kernels(device: torch.device) -> FA3Kernels:
     """NVIDIA's FA3 as SGLang ships it (``sgl_kernel.flash_attn``), to validate this package on a Hopper GPU."""
     if device.type != "cuda":
-        raise KernelsUnavailable(f"The 'hopper' kernels run on an NVIDIA GPU, and the KV cache is on {device}.")
-    try:
-        library = importlib.import_module("sgl_kernel.flash_attn")
-    except ImportError as error:
         raise KernelsUnavailable(
-            f"The 'hopper' kernels are sgl_kernel.flash_attn, which cannot be imported: {error}. Install SGLang's "
-            "kernel package for this GPU, built with FlashAttention-3."
-        ) from error
+            f"The 'hopper' kernels run on an NVIDIA GPU, and the KV cache is on {device}. Set {envs.KERNELS}=auto, or "
+            "start the server on a machine with a Hopper GPU."
+        )
+    library = _import_library(
+        "sgl_kernel.flash_attn",
+        "Install SGLang's kernel package for this GPU, built with FlashAttention-3, as this SGLang pins it.",
+    )
     return FA3Kernels(
         name="hopper",
         flash_attn_with_kvcache=_adapt(library.flash_attn_with_kvcache),
@@ -182,22 +183,32 @@ def _import_mate() -> ModuleType:
     found = importlib.util.find_spec("mate")
     if found is None:
         raise KernelsUnavailable(f"MATE is not installed: there is no module 'mate'. {_MATE_REMEDY}")
-    if importlib.util.find_spec("mate.mha_interface") is None:
+    # Looked for without importing the parent, which may be a foreign package that does not even import.
+    inside = found.submodule_search_locations
+    if not inside or importlib.machinery.PathFinder.find_spec("mate.mha_interface", inside) is None:
         raise KernelsUnavailable(
-            f"The module 'mate' at {found.origin} is not Moore Threads' MATE: it has no 'mate.mha_interface'. "
-            f"Distribution and version: {_versions('mate') or 'unknown'}. Uninstall it. {_MATE_REMEDY}"
+            f"The module 'mate' at {found.origin or list(inside or ())} is not Moore Threads' MATE: it has no "
+            f"'mate.mha_interface'. Distribution and version: {_versions('mate') or 'unknown'}. Uninstall it. "
+            f"{_MATE_REMEDY}"
         )
+    return _import_library(MATE_MODULE, _MATE_REMEDY)
+
+
+def _import_library(name: str, remedy: str) -> ModuleType:
+    """The module ``name``, with the three FA3 functions in it.
+
+    Raises:
+        KernelsUnavailable: it cannot be imported, for whatever reason its loading has, or lacks a function.
+    """
     try:
-        library = importlib.import_module(MATE_MODULE)
-    except ImportError as error:
-        raise KernelsUnavailable(
-            f"MATE's wrapper {MATE_MODULE!r} cannot be imported: {error}. {_MATE_REMEDY}"
-        ) from error
-    missing = [name for name in _FUNCTIONS if not callable(getattr(library, name, None))]
+        library = importlib.import_module(name)
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:
+        raise KernelsUnavailable(f"{name!r} cannot be imported: {type(error).__name__}: {error}. {remedy}") from error
+    missing = [function for function in _FUNCTIONS if not callable(getattr(library, function, None))]
     if missing:
         raise KernelsUnavailable(
-            f"{MATE_MODULE!r} at {library.__file__} lacks {', '.join(missing)}, so it is not MATE's wrapper. "
-            f"{_MATE_REMEDY}"
+            f"{name!r} at {getattr(library, '__file__', None)} lacks {', '.join(missing)}, so it is not the library "
+            f"that is needed here. {remedy}"
         )
     return library
 
@@ -220,9 +231,10 @@ def _adapt(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def call(**arguments: Any) -> Any:
-        if arguments.pop("ver", 3) != 3:
+        if (version := arguments.pop("ver", 3)) != 3:
             raise UnsupportedKernelArgument(
-                "These are FlashAttention-3 kernels, and the call asks for another version."
+                f"The call asks for FlashAttention {version} (ver={version}), and these kernels are FlashAttention-3. "
+                "Start the server with --attention-backend fa3."
             )
         out = arguments.pop("out", None) if "out" not in accepted else None
         for name in arguments.keys() - accepted:

@@ -6,6 +6,7 @@ it, so a problem is not raised here: it is kept, and raised when a server asks f
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
@@ -44,12 +45,19 @@ def register() -> None:
         if idle := _reason_to_stay_idle(settings):
             logger.info("sglang_musa_ext stays idle: %s", idle)
             return
-        upstream.require_upstream()
-        _take_over(create_musa_fa3_backend, _draft_backend_of_ours)
+        support = upstream.require_upstream()
+        if support.message:
+            logger.warning("%s", support.message)
+        _take_over(create_musa_fa3_backend)
+        _take_over_drafts(_draft_backend_of_ours)
         logger.info("sglang_musa_ext is active in process %d: --attention-backend fa3 is MusaFA3Backend", os.getpid())
     except Exception as error:
         logger.error("sglang_musa_ext cannot serve, and fa3 will refuse to: %s", error)
-        _take_over(functools.partial(_refuse, error), functools.partial(_refuse, error))
+        refuse = functools.partial(_refuse, error)
+        _take_over(refuse)
+        # What upstream does not have builds nothing: there is nothing to refuse.
+        with contextlib.suppress(ImportError, AttributeError):
+            _take_over_drafts(refuse)
 
 
 def activate_platform() -> str | None:
@@ -58,11 +66,12 @@ def activate_platform() -> str | None:
     Raises:
         PluginError: it is asked for while ``SGLANG_MUSA_EXT=off``.
     """
-    if os.environ.get("SGLANG_PLATFORM") != REFERENCE_PLATFORM:
+    settings = Settings.from_environ()
+    if settings.platform != REFERENCE_PLATFORM:
         return None
-    if Settings.from_environ().mode == "off":
+    if settings.mode == "off":
         raise PluginError(
-            f"SGLANG_PLATFORM={REFERENCE_PLATFORM} asks for the CPU platform of sglang-musa-ext, and {envs.MODE}=off "
+            f"{envs.PLATFORM}={REFERENCE_PLATFORM} asks for the CPU platform of sglang-musa-ext, and {envs.MODE}=off "
             "turns the package off. Unset one of the two."
         )
     from sglang_musa_ext import cpu_stand_ins
@@ -85,7 +94,7 @@ def _reason_to_stay_idle(settings: Settings) -> str | None:
     Raises:
         PluginError: ``SGLANG_MUSA_EXT=on`` where there is nothing it could be on for.
     """
-    if _on_musa() or os.environ.get("SGLANG_PLATFORM") == REFERENCE_PLATFORM:
+    if settings.platform == REFERENCE_PLATFORM or _on_musa():
         return None
     if settings.mode == "on" and settings.kernels in ("hopper", "reference"):
         return None
@@ -120,23 +129,31 @@ def _require_capability() -> None:
         )
 
 
-def _take_over(create: Callable[[Any], Any], create_draft: Callable[..., Any]) -> None:
-    """Let ``create`` build the backends of the attention registry, and ``create_draft`` those of draft models."""
+def _take_over(create: Callable[[Any], Any]) -> None:
+    """Let ``create`` build the backends that the attention registry has for FlashAttention."""
     from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
-    from sglang.srt.speculative.draft_utils import DraftBackendFactory
 
     ATTENTION_BACKENDS["fa3"] = create
     ATTENTION_BACKENDS["fa4"] = _refuse_fa4
+
+
+def _take_over_drafts(create: Callable[..., Any]) -> None:
+    """Let ``create`` build the FA3 backends of draft models, which upstream chooses without its registry.
+
+    It is called with the method it replaces, then with that method's arguments.
+    """
+    from sglang.srt.speculative.draft_utils import DraftBackendFactory
+
     for name in _DRAFT_METHODS:
         method = getattr(DraftBackendFactory, name)
         original = getattr(method, "_musa_ext_original", method)
-        setattr(DraftBackendFactory, name, _draft_method(original, create_draft))
+        setattr(DraftBackendFactory, name, _draft_method(original, create))
 
 
-def _draft_method(original: Callable[..., Any], create_draft: Callable[..., Any]) -> Callable[..., Any]:
+def _draft_method(original: Callable[..., Any], create: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return create_draft(original, self, *args, **kwargs)
+        return create(original, self, *args, **kwargs)
 
     method._musa_ext_original = original  # type: ignore[attr-defined]
     return method

@@ -9,6 +9,7 @@ that side.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import weakref
 from collections import Counter
@@ -67,10 +68,9 @@ class TensorIdentity(NamedTuple):
 
 
 class PlanKey(NamedTuple):
-    """Everything a plan depends on."""
+    """Everything a plan depends on within a pass, which is of one stream."""
 
     geometry: CallGeometry
-    stream: int
     tensors: tuple[TensorIdentity | None, ...]
 
 
@@ -223,7 +223,7 @@ class SchedulerMetadataCache:
 
     def _key(self, geometry: CallGeometry, tensors: tuple[torch.Tensor | None, ...]) -> PlanKey:
         identities = tuple(None if tensor is None else TensorIdentity.of(tensor) for tensor in tensors)
-        return PlanKey(geometry, self._state.stream, identities)
+        return PlanKey(geometry, identities)
 
     def _computed_plan(self, key: PlanKey, value: Any, tensors: tuple[torch.Tensor | None, ...]) -> _Plan:
         self.statistics.plans += 1
@@ -274,8 +274,8 @@ class MLAWorkspace:
     of an overlap, target and draft each have their own.
 
     Lifetime: the workspace lives as long as a backend that uses it (:meth:`of_device`); a slot lives as long
-    as its owner, because a captured graph holds its address. A slot that must grow is replaced by one at least
-    twice as large and stays reserved for the same reason, so a role never holds more than twice its largest slot.
+    as its owner, because a captured graph holds its address. A slot that must grow stays reserved for the same
+    reason, and is replaced by one twice as large where that fits, so that growth wastes less than what it gains.
     """
 
     # Weak: a workspace is kept by the backends that use it, and by nothing else.
@@ -315,8 +315,15 @@ class MLAWorkspace:
             self._release_dead()
             slot = self._slots.get(key)
             if slot is None or slot.size < size:
-                slot = self._slots[key] = self._reserve(owner, max(_aligned(size), 2 * slot.size if slot else 0))
+                slot = self._slots[key] = self._grown(owner, slot, _aligned(size))
         return self.buffer[slot.start : slot.start + slot.size]
+
+    def _grown(self, owner: object, old: _Slot | None, size: int) -> _Slot:
+        """A slot of at least ``size`` bytes in place of ``old``: twice as large where there is room for that."""
+        if old is not None and 2 * old.size > size:
+            with contextlib.suppress(MLAWorkspaceExhausted):
+                return self._reserve(owner, 2 * old.size)
+        return self._reserve(owner, size)
 
     def _reserve(self, owner: object, size: int) -> _Slot:
         start = self._first_fit(size)

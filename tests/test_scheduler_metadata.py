@@ -611,7 +611,6 @@ def test_growth_reserves_at_most_twice_the_largest_slot() -> None:
     assert workspace.slot(Thing(), 0, 16384 - 2 * 4096).numel() == 8192
 
 
-@pytest.mark.xfail(reason="Growth asks for twice the old slot even where only a smaller piece is free.", strict=True)
 def test_a_slot_grows_into_what_is_free() -> None:
     """A plan that fits is not refused because twice the old slot would not fit."""
     workspace = MLAWorkspace(CPU, 2560)
