@@ -103,7 +103,9 @@ class KVPool:
     Slots are filled with ``fill`` until they are written. NaN shows every read of a slot that was not written.
     """
 
-    def __init__(self, layers: Sequence[RadixAttention], slots: int, dtype: torch.dtype, mla: bool, fill: float) -> None:
+    def __init__(
+        self, layers: Sequence[RadixAttention], slots: int, dtype: torch.dtype, mla: bool, fill: float
+    ) -> None:
         self.dtype, self.mla = dtype, mla
         self.k: dict[int, Tensor] = {}
         self.v: dict[int, Tensor] = {}
@@ -414,7 +416,12 @@ class Model:
         return run(arguments.pop("q"), arguments.pop("k"), arguments.pop("v"), **arguments)
 
     def expected(
-        self, step: Step, layer: RadixAttention, q: Tensor, dtype: torch.dtype = torch.float64, sinks: Tensor | None = None
+        self,
+        step: Step,
+        layer: RadixAttention,
+        q: Tensor,
+        dtype: torch.dtype = torch.float64,
+        sinks: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Output ``(rows, heads * dim)`` and log-sum-exp ``(rows, heads)`` of a layer, from the truth."""
         outputs, start = [], 0
@@ -465,7 +472,9 @@ class Model:
                 f"{int(bad.nonzero()[0])}, error {error.max().item():.3g} where {tolerance:.3g} is allowed"
             )
 
-    def run_pass(self, backend: Any, step: Step, layers: Sequence[RadixAttention] | None = None, **options: Any) -> None:
+    def run_pass(
+        self, backend: Any, step: Step, layers: Sequence[RadixAttention] | None = None, **options: Any
+    ) -> None:
         """One whole forward pass: upstream's metadata, then every layer, each checked."""
         backend.init_forward_metadata(step.batch)
         for layer in self.layers if layers is None else layers:

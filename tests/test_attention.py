@@ -16,6 +16,11 @@ from typing import Any
 
 import pytest
 import torch
+from sglang.srt.layers.attention import flashattention_backend as upstream
+
+from sglang_musa_ext import envs, kernels, plugin
+from sglang_musa_ext.attention import MusaFA3Backend, MusaFA3MultiStepDraftBackend, StalePlanError, WrongOutputError
+from sglang_musa_ext.scheduler_metadata import MLAWorkspace, MLAWorkspaceExhausted
 from tests.backend import (
     AttentionType,
     Draft,
@@ -29,11 +34,6 @@ from tests.backend import (
     mla_layer,
     recorded,
 )
-from sglang.srt.layers.attention import flashattention_backend as upstream
-
-from sglang_musa_ext import envs, kernels, plugin
-from sglang_musa_ext.attention import MusaFA3Backend, MusaFA3MultiStepDraftBackend, StalePlanError, WrongOutputError
-from sglang_musa_ext.scheduler_metadata import MLAWorkspace, MLAWorkspaceExhausted
 
 WINDOW = 40
 FORWARD_PARAMETERS = inspect.signature(upstream.FlashAttentionBackend.forward_extend).parameters
@@ -404,7 +404,9 @@ def test_mha_cascade_verify_with_topk_above_one() -> None:
 @pytest.mark.parametrize("step", [0, 2])
 def test_cascade_draft_decode_keeps_prefix_and_suffix_apart(mla: bool, step: int) -> None:
     """Draft of a tree: two calls a layer; MLA plans, written in place, must not overwrite one another."""
-    model = mla_model(3, table_rows=10, arguments=TOPK) if mla else Model(uniform_layers(3), table_rows=10, arguments=TOPK)
+    model = (
+        mla_model(3, table_rows=10, arguments=TOPK) if mla else Model(uniform_layers(3), table_rows=10, arguments=TOPK)
+    )
     attention.install_kernel_dispatch()
     draft = MusaFA3MultiStepDraftBackend(model.runner(), 2, 4)
     made = model.draft_tree(model.requests(300, 70), topk=2, steps=4, step=step)
@@ -481,7 +483,11 @@ def often_switching() -> Iterator[None]:
 @pytest.mark.parametrize("mla", [False, True], ids=["mha", "mla"])
 def test_two_models_in_two_threads(mla: bool) -> None:
     """Two engines of one process, layer by layer at the same time: neither sees the other's plan or kernels."""
-    models = [mla_model(4, seed=1), mla_model(4, seed=2)] if mla else [Model(uniform_layers(4, heads=heads)) for heads in (4, 8)]
+    models = (
+        [mla_model(4, seed=1), mla_model(4, seed=2)]
+        if mla
+        else [Model(uniform_layers(4, heads=heads)) for heads in (4, 8)]
+    )
     work = [(model, model.backend(), model.decode(model.requests(*lengths)))
             for model, lengths in zip(models, [(100, 5, 300), (400,)], strict=True)]  # fmt: skip
     barrier = threading.Barrier(2, timeout=60)
@@ -833,7 +839,6 @@ def test_a_call_outside_of_any_layer_is_a_pass_of_its_own() -> None:
     assert (counts.passes, counts.plans, counts.reuses) == (2, 2, 0)
 
 
-@pytest.mark.xfail(reason="the pass of a call outside of any layer stays open for the layers that follow")
 def test_a_call_outside_of_any_layer_leaves_no_plan_to_layers() -> None:
     """The pass of such a call is over when it returns."""
     model = Model(uniform_layers(2))
