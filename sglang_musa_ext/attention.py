@@ -93,6 +93,9 @@ _CONSTRUCTION = threading.RLock()
 class MusaFA3Mixin:
     """Puts the selected kernels, and plans that live for one pass, under upstream's forwards."""
 
+    _OUTSIDE = object()
+    """Stands for the forward batch of a kernel call that no layer makes."""
+
     use_mla: bool
     page_size: int
     kv_cache_dtype: torch.dtype
@@ -176,6 +179,8 @@ class MusaFA3Mixin:
         """The layer call that is running; a call from anywhere else is a pass of its own."""
         if _RUNNING.stack and _RUNNING.stack[-1].backend is self:
             return _RUNNING.stack[-1]
+        # No layer has this batch, so that what comes before and after is another pass.
+        self._plans.begin_layer(self._OUTSIDE, None)
         self._plans.end_pass()
         return _LayerCall(self, layer=None)
 

@@ -65,7 +65,7 @@ class Settings:
         """
         source = os.environ if environ is None else environ
         mode = _choice(source, MODE, ("auto", "on", "off"))
-        platform = source.get(PLATFORM, "")
+        platform = named_platform(source)
         if mode == "off":  # Off means off: the other variables are not even looked at.
             return cls(mode=mode, platform=platform)
         return cls(
@@ -76,6 +76,11 @@ class Settings:
             force_update_metadata=_flag(source, FORCE_UPDATE_METADATA),
             platform=platform,
         )
+
+
+def named_platform(environ: Mapping[str, str] | None = None) -> str:
+    """The platform plugin that ``environ`` (``None``: the process's own) tells SGLang to use; empty: none."""
+    return (os.environ if environ is None else environ).get(PLATFORM, "")
 
 
 def _choice(environ: Mapping[str, str], variable: str, choices: Sequence[str]) -> str:

@@ -66,10 +66,9 @@ def activate_platform() -> str | None:
     Raises:
         PluginError: it is asked for while ``SGLANG_MUSA_EXT=off``.
     """
-    settings = Settings.from_environ()
-    if settings.platform != REFERENCE_PLATFORM:
+    if envs.named_platform() != REFERENCE_PLATFORM:
         return None
-    if settings.mode == "off":
+    if Settings.from_environ().mode == "off":
         raise PluginError(
             f"{envs.PLATFORM}={REFERENCE_PLATFORM} asks for the CPU platform of sglang-musa-ext, and {envs.MODE}=off "
             "turns the package off. Unset one of the two."
