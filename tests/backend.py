@@ -24,6 +24,13 @@ os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 import torch
 
+# Tests take `attention` and `upstream` from here, because what this module prepares must come before their import.
+__all__ = [
+    "AttentionType", "Call", "Counts", "Draft", "ForwardMode", "Model", "Queries", "Request", "SpeculativeAlgorithm",
+    "Step", "attention", "attention_layer", "counted", "dense_attention", "mla_layer", "recorded", "replace_kernels",
+    "upstream",
+]  # fmt: skip
+
 from sglang_musa_ext.cpu_stand_ins import prepare_process
 
 
@@ -56,6 +63,7 @@ with warnings.catch_warnings(), environment(SGLANG_PLATFORM="musa_reference"):
     from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
     from sglang_musa_ext import attention
+    from sglang_musa_ext.attention import upstream
 
 Tensor = torch.Tensor
 

@@ -16,10 +16,8 @@ from typing import Any
 
 import pytest
 import torch
-from sglang.srt.layers.attention import flashattention_backend as upstream
 
 from sglang_musa_ext import envs, kernels, plugin
-from sglang_musa_ext.attention import MusaFA3Backend, MusaFA3MultiStepDraftBackend, StalePlanError, WrongOutputError
 from sglang_musa_ext.scheduler_metadata import MLAWorkspace, MLAWorkspaceExhausted
 from tests.backend import (
     AttentionType,
@@ -33,6 +31,7 @@ from tests.backend import (
     counted,
     mla_layer,
     recorded,
+    upstream,
 )
 
 WINDOW = 40
@@ -346,7 +345,7 @@ def draft_of(model: Model, steps: int = 4, topk: int = 1) -> Any:
     """Our multi-step draft backend over a one-layer draft model with the page size of ``model``."""
     layers = [mla_layer(0)] if model.mla else uniform_layers(1, heads=2, kv_heads=1)
     draft = Model(layers, mla=model.mla, draft_worker=True, arguments=model.arguments, context_len=model.context_len)
-    return draft, MusaFA3MultiStepDraftBackend(draft.runner(), topk, steps)
+    return draft, attention.MusaFA3MultiStepDraftBackend(draft.runner(), topk, steps)
 
 
 SPEC = {"speculative_algorithm": "EAGLE", "speculative_eagle_topk": 1, "speculative_num_draft_tokens": 4}
@@ -375,8 +374,8 @@ def test_multi_step_draft_decodes_with_backends_of_ours(mla: bool) -> None:
     arguments = SPEC
     model = mla_model(1, arguments=arguments) if mla else Model(uniform_layers(1), arguments=arguments)
     attention.install_kernel_dispatch()
-    draft = MusaFA3MultiStepDraftBackend(model.runner(), 1, 4)
-    assert [type(child) for child in draft.attn_backends] == [MusaFA3Backend] * 3
+    draft = attention.MusaFA3MultiStepDraftBackend(model.runner(), 1, 4)
+    assert [type(child) for child in draft.attn_backends] == [attention.MusaFA3Backend] * 3
     assert getattr(draft, "attn_backend_list", draft.attn_backends) is draft.attn_backends
     requests = model.requests(100, 63)
     draft.init_forward_metadata(model.draft_decode(requests, 0).batch)
@@ -408,7 +407,7 @@ def test_cascade_draft_decode_keeps_prefix_and_suffix_apart(mla: bool, step: int
         mla_model(3, table_rows=10, arguments=TOPK) if mla else Model(uniform_layers(3), table_rows=10, arguments=TOPK)
     )
     attention.install_kernel_dispatch()
-    draft = MusaFA3MultiStepDraftBackend(model.runner(), 2, 4)
+    draft = attention.MusaFA3MultiStepDraftBackend(model.runner(), 2, 4)
     made = model.draft_tree(model.requests(300, 70), topk=2, steps=4, step=step)
     draft.init_forward_metadata(made.batch)
     model.enter_step(made)
@@ -453,7 +452,7 @@ def test_two_batch_overlap_with_unequal_halves(mla: bool, mode: str) -> None:
     overlap = import_module("sglang.srt.layers.attention.tbo_backend").TboAttnBackend
     # Up to some releases the constructor reads nothing of the primary, later ones its pools.
     whole = overlap.init_new(lambda: attention.MusaFA3Backend(model.runner()))
-    assert {type(one) for one in (whole.primary, *whole.children)} == {MusaFA3Backend}
+    assert {type(one) for one in (whole.primary, *whole.children)} == {attention.MusaFA3Backend}
     halves = [model.requests(300, 5, 40), model.requests(120)]
     new = [[20, 3, 70], [9]]
     steps = [
@@ -947,7 +946,7 @@ def test_a_corrupted_plan_is_caught_before_it_is_reused(mla: bool, monkeypatch: 
     plan = calls[-1].arguments["scheduler_metadata"]
     (plan[0].view(torch.int32) if mla else plan)[0] += 1
     layer = model.layers[1]
-    with pytest.raises(StalePlanError) as caught:
+    with pytest.raises(attention.StalePlanError) as caught:
         model.check(backend, step, layer)
     text = str(caught.value)
     for part in (f"layer {layer.layer_id}", "role 0", "CallGeometry(batch_size=2", "reused: [", "fresh:  ["):
@@ -973,7 +972,7 @@ def test_a_wrong_output_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     backend, requests = model.backend(), model.requests(300, 5)
     right = backend._kernels.flash_attn_with_kvcache
     object.__setattr__(backend._kernels, "flash_attn_with_kvcache", lambda **arguments: right(**arguments) * 1.01)
-    with pytest.raises(WrongOutputError, match="layer 5, call 0"):
+    with pytest.raises(attention.WrongOutputError, match="layer 5, call 0"):
         model.run_pass(backend, model.decode(requests))
 
 
@@ -1140,7 +1139,7 @@ def test_the_registry_builds_ours() -> None:
     from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 
     backend = ATTENTION_BACKENDS["fa3"](ready_runner())
-    assert type(backend) is MusaFA3Backend
+    assert type(backend) is attention.MusaFA3Backend
     assert isinstance(backend, upstream.FlashAttentionBackend)
 
 
@@ -1160,11 +1159,11 @@ def test_draft_factories_build_ours(musa: bool, phase: str, monkeypatch: pytest.
     made = create()
     backend = made[1] if isinstance(made, tuple) else made
     if phase == "extend":
-        assert type(backend) is MusaFA3Backend
+        assert type(backend) is attention.MusaFA3Backend
     else:
-        assert type(backend) is MusaFA3MultiStepDraftBackend
-        assert {type(child) for child in backend.attn_backends} == {MusaFA3Backend}
-    assert upstream.FlashAttentionBackend is not MusaFA3Backend
+        assert type(backend) is attention.MusaFA3MultiStepDraftBackend
+        assert {type(child) for child in backend.attn_backends} == {attention.MusaFA3Backend}
+    assert upstream.FlashAttentionBackend is not attention.MusaFA3Backend
 
 
 @pytest.mark.usefixtures("plugin_on")
