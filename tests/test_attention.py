@@ -31,6 +31,7 @@ from tests.backend import (
     counted,
     mla_layer,
     recorded,
+    replace_kernels,
     upstream,
 )
 
@@ -489,7 +490,7 @@ def test_two_models_in_two_threads(mla: bool) -> None:
     )
     work = [(model, model.backend(), model.decode(model.requests(*lengths)))
             for model, lengths in zip(models, [(100, 5, 300), (400,)], strict=True)]  # fmt: skip
-    barrier = threading.Barrier(2, timeout=60)
+    barrier = threading.Barrier(2, timeout=30)
     for _, backend, _ in work:
         _meet_inside_kernels(backend, barrier)
     counts = _in_threads([lambda one=one: _count_pass(*one) for one in work])
@@ -1094,6 +1095,66 @@ def test_softcap_is_part_of_the_geometry_only_where_plans_depend_on_it(uses: boo
     """NVIDIA's metadata depends on ``has_softcap``, MATE's does not."""
     provider = SimpleNamespace(metadata_uses_softcap=uses)
     assert attention._geometry(BASE_CALL | {"softcap": 30.0}, provider).has_softcap is uses
+
+
+OTHER_ARGUMENTS: dict[str, dict[str, Any]] = {
+    "batch size": {"q": torch.zeros(6, 1, 8, 64), "cu_seqlens_q": None},
+    "max_seqlen_q": {"max_seqlen_q": 3},
+    "capacity": {"page_table": torch.zeros(3, 6, dtype=torch.int32)},
+    "query heads": {"q": torch.zeros(6, 16, 64)},
+    "key heads": {"k_cache": torch.zeros(9, 16, 4, 64)},
+    "head dim": {"q": torch.zeros(6, 8, 128)},
+    "value head dim": {"v_cache": torch.zeros(9, 16, 2, 32)},
+    "dtype": {"q": torch.zeros(6, 8, 64, dtype=torch.bfloat16)},
+    "page size": {"k_cache": torch.zeros(9, 80, 2, 64), "page_table": torch.zeros(3, 1, dtype=torch.int32)},
+    "causal": {"causal": False},
+    "window": {"window_size": (8, 0)},
+    "chunk": {"attention_chunk": 64},
+    "splits": {"num_splits": 2},
+    "packing": {"pack_gqa": True},
+    "margin": {"sm_margin": 1},
+    "qv": {"qv": torch.zeros(1)},
+    "device": {"q": torch.zeros(6, 8, 64, device="meta")},
+    "lengths": {"cache_seqlens": torch.ones(3, dtype=torch.int32)},
+    "offsets": {"cu_seqlens_q": torch.zeros(4)},
+    "padding": {"cache_leftpad": torch.zeros(3, dtype=torch.int32)},
+    "new keys": {"k": torch.zeros(1), "cu_seqlens_k_new": torch.zeros(4)},
+}
+
+
+@pytest.mark.parametrize("what", OTHER_ARGUMENTS)
+def test_calls_of_a_layer_that_differ_in_one_thing_have_plans_of_their_own(what: str) -> None:
+    """Each thing that a plan depends on is enough, alone, to tell two calls of a pass apart; and likeness to share."""
+    backend = Model(uniform_layers(1)).backend()
+    replace_kernels(backend, lambda *_: lambda **arguments: torch.zeros(1))
+    first = {**BASE_CALL, "cache_seqlens": torch.zeros(3, dtype=torch.int32)}
+
+    def calls(*_: Any) -> None:
+        for change in ({}, {}, OTHER_ARGUMENTS[what], {}):
+            upstream.flash_attn_with_kvcache(**first | change)
+
+    batch = SimpleNamespace()
+    with counted(backend) as counts:
+        backend._run(calls, None, None, None, object(), batch)
+    assert (counts.passes, counts.plans, counts.reuses) == (1, 2, 2)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_lengths_of_a_pass_are_told_apart_by_their_contents(shared: bool) -> None:
+    """Lengths that are changed in place between two calls, or that only look alike, are other lengths."""
+    backend = Model(uniform_layers(1)).backend()
+    replace_kernels(backend, lambda *_: lambda **arguments: torch.zeros(1))
+    lengths = torch.zeros(6, dtype=torch.int32)
+
+    def calls(*_: Any) -> None:
+        upstream.flash_attn_with_kvcache(**BASE_CALL, cache_seqlens=lengths[:3])
+        if shared:
+            lengths.add_(1)
+        upstream.flash_attn_with_kvcache(**BASE_CALL, cache_seqlens=lengths[:3] if shared else lengths[::2])
+
+    with counted(backend) as counts:
+        backend._run(calls, None, None, None, object(), SimpleNamespace())
+    assert (counts.plans, counts.reuses) == (2, 0)
 
 
 # --- every way by which upstream comes to an FA3 backend ----------------------------------------------
