@@ -227,14 +227,10 @@ def compare(ours: dict[str, Any], theirs: dict[str, Any], dtype: str) -> None:
     pairs = zip(ours["logprobs"]["content"][:same], theirs["logprobs"]["content"][:same], strict=True)
     drift = max((abs(a["logprob"] - b["logprob"]) for a, b in pairs), default=0.0)
     equal = mine == other
-    print(
-        f"self-check in {dtype}: {'the same' if equal else 'not all the same'} greedy tokens from fa3 and torch_native"
-    )
-    print(
-        f"  the first {same} of {max(len(mine), len(other))} are; their log-probabilities differ by up to {drift:.1e}"
-    )
+    verdict = f"the same {same} greedy tokens" if equal else f"the same first {same} tokens, then others"
+    print(f"self-check in {dtype}: fa3 and torch_native give {verdict}; log-probabilities up to {drift:.1e} apart")
     if not equal:
-        print(f"  torch_native goes on: {theirs['message']['content']!r}")
+        print(f"  torch_native's answer: {theirs['message']['content']!r}")
     if not equal and dtype == "float32":
         raise DemoError(f"token {same} differs: fa3 {mine[same:][:1]}, torch_native {other[same:][:1]}")
     print(_ABOUT_BF16[dtype])
