@@ -30,7 +30,7 @@ ENVIRON = {
     "SGLANG_PLATFORM": "musa_reference",
     "SGLANG_MUSA_EXT": "on",
     "SGLANG_MUSA_EXT_KERNELS": "reference",
-    # A health check would otherwise be a request of its own, and show in the counters.
+    # A health check would otherwise be a request of its own, and could show in the counters.
     "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "false",
     # Gloo takes the address of the machine's name unless it is told otherwise.
     "GLOO_SOCKET_IFNAME": "lo",
@@ -105,7 +105,7 @@ def run(options: argparse.Namespace) -> None:
 def start(children: ExitStack, backend: str, port: int, model: Path, dtype: str) -> Server:
     """Start a server with the attention ``backend``; it ends with ``children``."""
     arguments = ["--model-path", str(model), "--served-model-name", demo_model.NAME, "--attention-backend", backend]
-    arguments += ["--dtype", dtype, "--random-seed", "0", "--skip-server-warmup", "--sleep-on-idle"]
+    arguments += ["--dtype", dtype, "--random-seed", "0", "--sleep-on-idle"]
     if backend != "fa3":
         # SGLang's own default; the CPU platform's is for FA3.
         arguments += ["--page-size", "1"]
