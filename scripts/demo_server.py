@@ -129,7 +129,9 @@ class Child:
         return messages[-1] if messages else "importing SGLang"
 
     def _log_text(self) -> str:
-        return self.log.read_text(errors="replace")
+        """The log without the lines that our own waiting leaves there."""
+        lines = self.log.read_text(errors="replace").splitlines(keepends=True)
+        return "".join(line for line in lines if '"GET /health ' not in line)
 
 
 class Server(Child):
