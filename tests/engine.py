@@ -78,8 +78,8 @@ class EngineCase:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     """Over ``ENGINE_ARGUMENTS``."""
     environ: Mapping[str, str] = field(default_factory=dict)
-    sabotage: Callable[[], None] | None = None
-    """Called in the engine's process before it boots; a function of a test module, by name."""
+    before_boot: Callable[[], None] | None = None
+    """Called in the process that boots the engine, and so inherited by all of its forks; a module-level function."""
 
 
 @dataclass(frozen=True)
@@ -352,21 +352,39 @@ def run_engine(case: EngineCase) -> EngineRun:
 
 def ask_engine(case: EngineCase) -> EngineRun:
     """Boot the engine of ``case`` and ask it, in this process."""
-    os.environ.update(case.environ)
-    import sglang
-    import torch
-
-    torch.set_num_threads(1)
-    if case.sabotage is not None:
-        case.sabotage()
-    engine = sglang.Engine(model_path=str(case.model), **{**ENGINE_ARGUMENTS, **OURS, **case.arguments})
-    try:
+    with _booted(case) as engine:
         reports = [_reports(engine)]
         phases = []
         for requests in case.phases:
             phases.append(engine.loop.run_until_complete(_phase(engine, requests)))
             reports.append(_reports(engine))
         return EngineRun(phases, reports)
+
+
+def embed(case: EngineCase) -> tuple[list[list[float]], list[dict[str, Any]]]:
+    """The embeddings that the engine of ``case`` gives the prompts of its only phase, and its backends' reports."""
+    from sglang.srt.managers.io_struct import EmbeddingReqInput
+
+    _fork_always()
+    (requests,) = case.phases
+    with _booted(case) as engine:
+        request = EmbeddingReqInput(input_ids=[list(request.prompt) for request in requests])
+        answers = engine.loop.run_until_complete(anext(engine.tokenizer_manager.generate_request(request, None)))
+        return [answer["embedding"] for answer in answers], _reports(engine)
+
+
+@contextlib.contextmanager
+def _booted(case: EngineCase) -> Iterator[Any]:
+    os.environ.update(case.environ)
+    import sglang
+    import torch
+
+    torch.set_num_threads(1)
+    if case.before_boot is not None:
+        case.before_boot()
+    engine = sglang.Engine(model_path=str(case.model), **{**ENGINE_ARGUMENTS, **OURS, **case.arguments})
+    try:
+        yield engine
     finally:
         engine.shutdown()
 

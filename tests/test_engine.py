@@ -203,7 +203,7 @@ def keep_plans_for_ever() -> None:
 def test_stale_plans_are_noticed(engines: EngineServer) -> None:
     """An engine that keeps its plans from pass to pass gives other tokens: the tests above are not blind."""
     model = engines.model(REVERSED.model)
-    sabotaged = EngineCase(model, REVERSED.phases, STEPWISE, sabotage=keep_plans_for_ever)
+    sabotaged = EngineCase(model, REVERSED.phases, STEPWISE, before_boot=keep_plans_for_ever)
     expected = [engines.greedy(model, request)[0] for request in all_requests(REVERSED)]
     assert engines.run(sabotaged).tokens != expected
 
@@ -212,7 +212,7 @@ def test_stale_plans_are_refused_under_check(engines: EngineServer) -> None:
     """With SGLANG_MUSA_EXT_CHECK=metadata the same engine stops, and says that a plan is stale."""
     model = engines.model(REVERSED.model)
     environ = {envs.CHECK: "metadata"}
-    sabotaged = EngineCase(model, REVERSED.phases, STEPWISE, environ, sabotage=keep_plans_for_ever)
+    sabotaged = EngineCase(model, REVERSED.phases, STEPWISE, environ, before_boot=keep_plans_for_ever)
     with pytest.raises(EngineFailed, match="A reused plan is not the plan of its call"):
         engines.run(sabotaged)
 

@@ -13,6 +13,21 @@ from typing import Any
 VOCABULARY = 512
 WIDE = 0.15
 """Standard deviation of the weights: with the usual 0.02 every token repeats, and a test sees nothing."""
+SMALL: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 2048,
+    "initializer_range": WIDE,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+"""Fields of most configurations: two layers, four query heads on two key heads of 16."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +62,15 @@ class TinyModel:
 
 
 def _tell_apart(model: Any) -> None:
-    """Give parameters that start out constant (norms, biases, sinks) values of their own, so that they count."""
+    """Make every part of the model count for what it answers.
+
+    Parameters that start out constant (norms, biases) get values of their own. Embeddings that are the output
+    layer as well are made small beside what the layers add, or every token would repeat itself.
+    """
     import torch
 
+    if model.config.tie_word_embeddings:
+        model.get_input_embeddings().weight.data.mul_(0.2)
     for parameter in model.parameters():
         if parameter.numel() > 1 and torch.all(parameter == parameter.flatten()[0]):
             parameter.data.add_(0.1 * torch.randn_like(parameter))
@@ -83,23 +104,7 @@ def _greedy(network: Any, prompt: list[int], new_tokens: int) -> tuple[list[int]
 
 def llama(**fields: Any) -> TinyModel:
     """Two layers, four query heads on two key heads of 16, unless ``fields`` say otherwise."""
-    return TinyModel("LlamaConfig", _SMALL | fields)
-
-
-_SMALL: dict[str, Any] = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "vocab_size": VOCABULARY,
-    "max_position_embeddings": 2048,
-    "initializer_range": WIDE,
-    "tie_word_embeddings": False,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+    return TinyModel("LlamaConfig", SMALL | fields)
 
 
 def tokens(count: int, seed: int = 0) -> tuple[int, ...]:
