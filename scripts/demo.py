@@ -3,7 +3,8 @@
 
 The first run makes the virtual environment (.venv) and the model (.cache/demo): some minutes. Later runs find both.
 The answer is then checked against SGLang's own torch_native backend: in float32 every greedy token must be the same.
-Everything listens on loopback alone, nothing is fetched from a model hub, and every process is ended at the end.
+The servers answer on loopback alone (the rendezvous port of torch.distributed inside SGLang has no such option and
+listens on every interface meanwhile), nothing is fetched from a model hub, and every process is ended at the end.
 """
 
 from __future__ import annotations
