@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.machinery
 import importlib.metadata
-import importlib.util
 import inspect
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -20,11 +19,11 @@ from typing import Any
 
 import torch
 
-from sglang_musa_ext import envs
+from sglang_musa_ext import envs, mate
 from sglang_musa_ext.envs import Settings
+from sglang_musa_ext.mate import identify_mate
 
-MATE_MODULE = "flash_attn_interface"
-"""The import name of MATE's FA3 wrapper, in every generation of it."""
+logger = logging.getLogger(__name__)
 
 _FUNCTIONS = ("flash_attn_with_kvcache", "flash_attn_varlen_func", "get_scheduler_metadata")
 _HALF = frozenset({torch.float16, torch.bfloat16})
@@ -175,23 +174,19 @@ _PROVIDERS: Mapping[str, Callable[[torch.device], FA3Kernels]] = {
 
 
 def _import_mate() -> ModuleType:
-    """MATE's FA3 wrapper, once it has shown that it is the one.
+    """MATE's FA3 wrapper, once what is installed has shown that it is the one.
 
-    Public package indexes have an unrelated distribution that is also called ``mate``, so a name or a version
-    number proves nothing; what is imported has to contain MATE's attention interface.
+    Raises:
+        KernelsUnavailable: with everything that is wrong: what was found, where, whose, and the remedy.
     """
-    found = importlib.util.find_spec("mate")
-    if found is None:
-        raise KernelsUnavailable(f"MATE is not installed: there is no module 'mate'. {_MATE_REMEDY}")
-    # Looked for without importing the parent, which may be a foreign package that does not even import.
-    inside = found.submodule_search_locations
-    if not inside or importlib.machinery.PathFinder.find_spec("mate.mha_interface", inside) is None:
+    identity = identify_mate()
+    if identity.problems or identity.wrapper_module is None:
         raise KernelsUnavailable(
-            f"The module 'mate' at {found.origin or list(inside or ())} is not Moore Threads' MATE: it has no "
-            f"'mate.mha_interface'. Distribution and version: {_versions('mate') or 'unknown'}. Uninstall it. "
-            f"{_MATE_REMEDY}"
+            "\n".join(map(str, identity.problems)) + f" Or set {envs.MODE}=off to leave SGLang as it is."
         )
-    return _import_library(MATE_MODULE, _MATE_REMEDY)
+    for warning in identity.warnings:
+        logger.warning("%s", warning)
+    return _import_library(identity.wrapper_module, mate.INSTALL)
 
 
 def _import_library(name: str, remedy: str) -> ModuleType:
@@ -211,12 +206,6 @@ def _import_library(name: str, remedy: str) -> ModuleType:
             f"that is needed here. {remedy}"
         )
     return library
-
-
-_MATE_REMEDY = (
-    "Install MATE and its flash_attn_3 wrapper from Moore Threads' own package index (never 'mate' from the public "
-    f"one, which is another project), or set {envs.MODE}=off to leave SGLang as it is."
-)
 
 
 def _mate_mla_plan_bytes(batch_size: int, max_seqlen_q: int, num_heads_q: int, device: torch.device) -> int:

@@ -106,7 +106,8 @@ def write_distribution(root: Path, name: str, version: str) -> None:
 
 def write_mate(root: Path, wrapper: str = WRAPPER) -> None:
     """A stand-in of Moore Threads' MATE and of its wrapper."""
-    write(root, {"mate/__init__.py": "", "mate/mha_interface.py": "", "flash_attn_interface.py": wrapper})
+    write(root, {"mate/__init__.py": "", "mate/mha_interface.py": "", "mate/jit/__init__.py": ""})
+    write(root, {"flash_attn_interface.py": "import mate\n" + wrapper})
 
 
 def adapted(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -213,7 +214,7 @@ def test_a_foreign_mate_is_refused(packages: Path) -> None:
     write_distribution(packages, "mate", "0.2.0")
     message = refusal(Settings(), MUSA)
     for part in (
-        "'mate': '0.2.0'",
+        "'mate', version '0.2.0'",
         str(packages / "mate" / "__init__.py"),
         "mate.mha_interface",
         "Uninstall",
@@ -235,10 +236,11 @@ def test_a_foreign_mate_that_cannot_be_imported_is_refused(packages: Path, files
 
 def test_a_wrapper_that_is_missing_is_refused(packages: Path) -> None:
     """MATE without its wrapper is named as that."""
-    write(packages, {"mate/__init__.py": "", "mate/mha_interface.py": ""})
+    write_mate(packages)
+    (packages / "flash_attn_interface.py").unlink()
     message = refusal(Settings(), MUSA)
     assert "'flash_attn_interface'" in message
-    assert "cannot be imported" in message
+    assert "not installed" in message
     assert "flash_attn_3" in message
 
 
