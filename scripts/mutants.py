@@ -1,0 +1,358 @@
+"""Break the core in many small ways, one at a time, and see that the backend-level tests notice each.
+
+Every mutant is a copy of the package with one piece of text replaced: a field or tensor left out of a plan's key, a
+rule of what a pass is, an isolation between backends, threads or roles. The tests named beside it guard that piece;
+they run against the copy, and one of them must fail. SGLang is imported once, and each mutant tested in a fork.
+
+Exit status: 0 if the tests noticed every mutant, 1 if one survived, 2 if the run itself is broken: a text that is
+no longer in the source, guards that do not exist, or guards that fail without any mutation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE, TESTS = "sglang_musa_ext", "tests"
+FILES = ("test_attention.py", "test_graphs.py")
+UNIT = ("test_scheduler_metadata.py",)
+"""Where a guard is that no call of upstream can reach: what upstream never passes, or what is guarded twice."""
+SECONDS = 150
+"""How long the guards of a mutant may take; a mutant that hangs them is noticed."""
+
+CACHE, BACKEND, KERNELS, PLUGIN = "scheduler_metadata.py", "attention.py", "kernels.py", "plugin.py"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One way to break the package: ``old`` becomes ``new``, and tests that ``guards`` selects (``-k``) must fail."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    guards: str
+    tests: tuple[str, ...] = FILES
+
+
+KEY = "return PlanKey(geometry, identities)"
+FIELD_GUARDS = {
+    "batch_size": "another_geometry",
+    "device": "another_geometry",
+    "has_softcap": "another_geometry",
+}
+"""Fields that a call cannot change alone, because tensors in the key change with them: guarded as units."""
+FIELDS = (
+    "batch_size", "max_seqlen_q", "max_seqlen_k", "num_heads_q", "num_heads_kv", "headdim", "headdim_v", "qkv_dtype",
+    "page_size", "causal", "window_size", "attention_chunk", "has_softcap", "num_splits", "pack_gqa", "sm_margin",
+    "has_qv", "device",
+)  # fmt: skip
+IDENTITIES = "tensors = tuple(arguments.get(name) for name in _PLANNED_TENSORS)"
+TENSORS = ("cache_seqlens", "cu_seqlens_q", "cache_leftpad", "cu_seqlens_k_new")
+
+
+def key_mutants() -> Iterator[Mutant]:
+    """Each field and tensor left out of the key, and each way of knowing a tensor again left out of its identity."""
+    for field in FIELDS:
+        guards = FIELD_GUARDS.get(field, "differ_in_one_thing")
+        tests = UNIT if field in FIELD_GUARDS else FILES
+        yield Mutant(
+            f"key without {field}",
+            CACHE,
+            KEY,
+            KEY.replace("geometry,", f"geometry._replace({field}=None),"),
+            guards,
+            tests,
+        )
+    for name in TENSORS:
+        less = IDENTITIES.replace("_PLANNED_TENSORS)", f'_PLANNED_TENSORS if name != "{name}")')
+        yield Mutant(f"key without {name}", BACKEND, IDENTITIES, less, "differ_in_one_thing")
+    for part, old, new, guards in (
+        ("address", "tensor.data_ptr() or id(tensor)", "0", "differ_in_one_thing"),
+        ("shape", "tuple(tensor.shape), tensor.stride()", "(), tensor.stride()", "another_view"),
+        ("stride", "tuple(tensor.shape), tensor.stride()", "tuple(tensor.shape), ()", "told_apart"),
+        ("version", "-1 if tensor.is_inference() else tensor._version", "-1", "told_apart"),
+    ):
+        yield Mutant(f"identity without {part}", CACHE, old, new, guards, UNIT if part == "shape" else FILES)
+    yield Mutant("planned tensors not kept alive", CACHE, "return _Plan(key, value, tensors)",
+                 "return _Plan(key, value, ())", "outlive_their_owner", UNIT)  # fmt: skip
+
+
+PASS_RULES = (
+    Mutant("end_pass does nothing", CACHE, "        self._ended = True\n\n    def begin_layer",
+           "        pass\n\n    def begin_layer", "rewritten_in_place or init_method or outside"),
+    Mutant("init methods end no pass", BACKEND, "        self._plans.end_pass()\n        return getattr(super",
+           "        return getattr(super", "rewritten_in_place or init_method"),
+    Mutant("batch ignored", CACHE, "self._forward_batch() is not forward_batch", "False", "batch_alone"),
+    Mutant("metadata object ignored", CACHE, "or self._forward_metadata is not forward_metadata", "",
+           "metadata_object_alone"),
+    Mutant("stream and capture ignored", CACHE, "or self._state != state", "", "capture or another_stream"),
+    Mutant("stream ignored", CACHE, "or self._state != state", "or self._state.capturing != state.capturing",
+           "another_stream"),
+    Mutant("capture state ignored", CACHE, "or self._state != state", "or self._state.stream != state.stream",
+           "takes_no_plan_from_before or leaves_no_plan_behind"),
+    Mutant("a layer may come again", CACHE, "if self._ended or (id(layer), role) in self._seen:", "if self._ended:",
+           "reuse_one_metadata_object or the_same_layer_object"),
+    Mutant("role ignored", CACHE, "(id(layer), role) in self._seen", "(id(layer), 0) in self._seen",
+           "cascade or context_parallel"),
+    Mutant("role never counted", BACKEND, "        call.role += 1\n", "", "cascade or context_parallel"),
+    Mutant("layers known by their id", CACHE, "(id(layer), role) in self._seen:",
+           "getattr(layer, 'layer_id', 0) in [getattr(one, 'layer_id', 0) for one in self._seen.values()]:",
+           "share_keys"),
+    Mutant("plans survive their pass", CACHE, "        self.forget_plans()\n        self._seen.clear()",
+           "        self._seen.clear()", "decode_of_uniform or takes_no_plan or reuse_one_metadata_object"),
+    Mutant("layers survive their pass", CACHE, "        self._seen.clear()\n", "", "decode_of_uniform or alternate"),
+    Mutant("a layer counts as nothing seen", CACHE, "        self._seen[id(layer), role] = layer\n", "",
+           "reuse_one_metadata_object"),
+    Mutant("calls from outside join a pass", BACKEND, "        self._plans.begin_layer(self._OUTSIDE, None)\n", "",
+           "outside_of_any_layer"),
+    Mutant("nothing is ever reused", CACHE, "        if known is None:\n", "        if True:\n", "decode_of_uniform"),
+)  # fmt: skip
+
+WORKSPACE = (
+    Mutant("in-place plans always reused", CACHE, "key, None, tensors)\n            return False",
+           "key, None, tensors)\n            return True", "mla and decode"),
+    Mutant("in-place plans never reused", CACHE, "if held is None or held.key != key:", "if True:",
+           "decode_of_uniform and mla"),
+    Mutant("in-place plans of any key reused", CACHE, "if held is None or held.key != key:", "if held is None:",
+           "rewritten_in_place or alternating_geometries", FILES + UNIT),
+    Mutant("roles share a slot", BACKEND, "self._workspace.slot(self, call.role, size)",
+           "self._workspace.slot(self, 0, size)", "cascade and mla"),
+    Mutant("roles share a place and a slot's plan", BACKEND, "self._plans.plan_in_place(call.role,",
+           "self._plans.plan_in_place(0,", "cascade and mla"),
+    Mutant("backends share a slot", CACHE, "key = (id(owner), role)", "key = (0, role)",
+           "mla and (threads or overlap)"),
+    Mutant("slots of the dead stay taken", CACHE, "        while self._dead:", "        while False:",
+           "dropped_backend"),
+    Mutant("slots do not grow", CACHE, "slot is None or slot.size < size", "slot is None", "grows", UNIT),
+    Mutant("backends are kept alive", BACKEND, "weakref.WeakSet[MusaFA3Mixin] = weakref.WeakSet()",
+           "set[MusaFA3Mixin] = set()", "frees_what_it_held"),
+    Mutant("batches are kept alive", CACHE, "return weakref.ref(batch)", "return lambda: batch", "batch_is_not_kept",
+           UNIT),
+    Mutant("one workspace for all devices", CACHE, "cls._by_device.get((device, capacity))",
+           "next(iter(cls._by_device.values()), None)", "belongs_to_one_device"),
+)  # fmt: skip
+
+CALLS = (
+    Mutant("cu_seqlens_k_new always passed on", BACKEND, 'if arguments.get("k") is None:', "if False:",
+           "counts_its_keys_twice"),
+    Mutant("cu_seqlens_k_new never passed on", BACKEND, 'if arguments.get("k") is None:', "if True:", "new_keys_keep"),
+    Mutant("max_seqlen_k from the lengths", BACKEND,
+           "max_seqlen_k=k_cache.shape[1] * (page_table.shape[1] if page_table is not None else 1),",
+           'max_seqlen_k=int(arguments["cache_seqlens"].max()),', "capacity_of_the_page_table or long_context"),
+    Mutant("max_seqlen_k in pages", BACKEND, "max_seqlen_k=k_cache.shape[1] * (page_table.shape[1]",
+           "max_seqlen_k=1 * (page_table.shape[1]", "capacity_of_the_page_table or long_context"),
+    Mutant("no plan reaches the kernel", BACKEND, '{"scheduler_metadata": metadata})', '{"scheduler_metadata": None})',
+           "own_precompute or (decode_of_uniform and mla)"),
+    Mutant("plans for no window", BACKEND, 'window_size=tuple(arguments.get("window_size") or (-1, -1)),',
+           "window_size=(-1, -1),", "window_layers or read_off_the_call"),
+    Mutant("plans for no mask", BACKEND, 'causal=bool(arguments.get("causal", False)),', "causal=False,",
+           "causal_and_full or read_off_the_call"),
+    Mutant("plans ignore num_splits", BACKEND, 'num_splits=arguments.get("num_splits", 0),', "num_splits=0,",
+           "deterministic"),
+    Mutant("plans for as many key heads as query heads", BACKEND, "num_heads_kv=k_cache.shape[-2],",
+           "num_heads_kv=q.shape[-2],", "read_off_the_call"),
+    Mutant("plans for values as wide as keys", BACKEND, 'headdim_v=arguments["v_cache"].shape[-1],',
+           "headdim_v=q.shape[-1],", "read_off_the_call or value_head_dim"),
+    Mutant("upstream's own plans stay on", BACKEND, "        self._get_scheduler_metadata = None\n", "",
+           "own_precompute"),
+    Mutant("strided page tables stay", KERNELS, "page_table is not None and not page_table.is_contiguous()", "False",
+           "strided_page_table"),
+    Mutant("out= is dropped", KERNELS, "return result if out is None else _into(out, result)", "return result",
+           "output_buffer"),
+    Mutant("force-update ignored", BACKEND, "if self._settings.force_update_metadata:", "if False:", "force_update"),
+)  # fmt: skip
+
+ISOLATION = (
+    Mutant("threads share what runs", BACKEND, "class _RunningLayers(threading.local):", "class _RunningLayers:",
+           "threads or another_thread"),
+    Mutant("dispatcher never dispatches", BACKEND, "        if not _RUNNING.stack:\n", "        if True:\n",
+           "decode_of_uniform"),
+    Mutant("dispatcher always dispatches", BACKEND, "        if not _RUNNING.stack:\n", "        if False:\n",
+           "other_users"),
+    Mutant("a layer stays on the stack", BACKEND, "            _RUNNING.stack.pop()\n", "            pass\n",
+           "no_trace"),
+    Mutant("dispatch is installed over itself", BACKEND,
+           "if not isinstance(function := getattr(upstream, name), _KernelDispatcher)",
+           "if (function := getattr(upstream, name))", "installing_twice"),
+)  # fmt: skip
+
+CHECKS = (
+    Mutant("plans are not compared", BACKEND, "if reused and self._checking:", "if False:", "corrupted_plan"),
+    Mutant("in-place plans are not compared", BACKEND, "if reuse and self._checking:", "if False:", "corrupted_plan"),
+    Mutant("comparison during capture", BACKEND, 'self._settings.check != "off" and not self._plans.capturing',
+           'self._settings.check != "off"', "disturb_a_capture"),
+    Mutant("comparison without being asked", BACKEND, 'self._settings.check != "off" and not self._plans.capturing',
+           "not self._plans.capturing", "without_the_check"),
+    Mutant("outputs are not compared", BACKEND, 'if self._settings.check == "output"', "if False", "wrong_output"),
+)  # fmt: skip
+
+SELECTION = (
+    Mutant("draft steps are upstream's", BACKEND, "        with upstream_builds_ours():\n            super().__init__",
+           "        if True:\n            super().__init__", "multi_step_draft"),
+    Mutant("registry left alone", PLUGIN, 'ATTENTION_BACKENDS["fa3"] = create', "pass", "registry_builds"),
+    Mutant("draft factories left alone", PLUGIN,
+           '_DRAFT_METHODS = ("_create_fa_decode_backend", "_create_fa_prefill_backend")', "_DRAFT_METHODS = ()",
+           "draft_factories"),
+    Mutant("in-tree MUSA classes left alone", BACKEND, "stack.enter_context(_module_as(IN_TREE_MODULE, in_tree))",
+           "pass", "draft_factories"),
+    Mutant("foreign backends pass", BACKEND, "if not isinstance(self, MusaFA3Mixin):", "if False:", "foreign_fa3"),
+    Mutant("DFlash does not know us", BACKEND, "= names | {MusaFA3Backend.__name__}", "= names", "dflash"),
+)  # fmt: skip
+
+
+def all_mutants() -> list[Mutant]:
+    """Every mutant, in the order of the run."""
+    return [*key_mutants(), *PASS_RULES, *WORKSPACE, *CALLS, *ISOLATION, *CHECKS, *SELECTION]
+
+
+class BrokenRun(RuntimeError):
+    """The run says nothing about the tests, because it cannot be made as written."""
+
+
+def mutated(mutant: Mutant | None, into: Path) -> None:
+    """Put package, tests and settings below ``into``, broken as ``mutant`` says."""
+    for folder in (PACKAGE, TESTS):
+        shutil.copytree(ROOT / folder, into / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", into)
+    if mutant is None:
+        return
+    source = into / PACKAGE / mutant.file
+    text = source.read_text()
+    if text.count(mutant.old) != 1:
+        raise BrokenRun(
+            f"mutant {mutant.name!r}: its text occurs {text.count(mutant.old)} times in {mutant.file}, expected once. "
+            f"Follow the source in scripts/mutants.py. The text:\n{mutant.old}"
+        )
+    source.write_text(text.replace(mutant.old, mutant.new))
+
+
+def start(mutant: Mutant | None, guards: str, tests: Sequence[str], folder: Path) -> int:
+    """Run the guards against a copy in a forked process; returns its id."""
+    mutated(mutant, folder)
+    process = os.fork()
+    if process:
+        return process
+    try:
+        run_guards(guards, tests, folder)
+    except BaseException:  # noqa: BLE001 - a fork must not return into the stack of its parent, whatever happens
+        traceback.print_exc()
+        sys.stderr.flush()
+    os._exit(3)
+
+
+def run_guards(guards: str, tests: Sequence[str], folder: Path) -> NoReturn:
+    """Become the process that tests the copy in ``folder``; its exit status is pytest's."""
+    import pytest
+
+    # A plugin of another package that is imported already would be warned of, and warnings are errors.
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    signal.alarm(SECONDS)
+    os.chdir(folder)
+    log = os.open("log", os.O_CREAT | os.O_WRONLY)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    sys.path.insert(0, str(folder))
+    # What the parent imported was the package and the harness as they are.
+    for name in [name for name in sys.modules if name.split(".")[0] in (PACKAGE, TESTS)]:
+        del sys.modules[name]
+    paths = [str(folder / TESTS / name) for name in tests]
+    status = pytest.main(["-x", "-q", "--rootdir", str(folder), "-p", "no:cacheprovider", "-k", guards, *paths])
+    sys.stdout.flush()
+    os._exit(int(status))
+
+
+def verdict(wait_status: int, mutant: Mutant, log: str) -> bool:
+    """Whether the tests noticed: a failure, or a run that hung."""
+    if os.WIFSIGNALED(wait_status) and os.WTERMSIG(wait_status) == signal.SIGALRM:
+        return True
+    status = os.waitstatus_to_exitcode(wait_status)
+    if status not in (0, 1, 2):
+        raise BrokenRun(f"mutant {mutant.name!r}: pytest ended with {status} for -k {mutant.guards!r}.\n{log[-3000:]}")
+    if status == 2 and "Error" not in log:
+        raise BrokenRun(f"mutant {mutant.name!r}: pytest was interrupted.\n{log[-3000:]}")
+    return status != 0
+
+
+def run(mutants: Sequence[Mutant], jobs: int, folder: Path) -> list[Mutant]:
+    """Test the mutants, ``jobs`` at a time, and print each verdict; returns those that survived."""
+    survivors: list[Mutant] = []
+    waiting, running, done = list(mutants), dict[int, tuple[Mutant, Path]](), 0
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            mutant = waiting.pop(0)
+            place = Path(tempfile.mkdtemp(dir=folder))
+            running[start(mutant, mutant.guards, mutant.tests, place)] = mutant, place
+        process, status = os.wait()
+        mutant, place = running.pop(process)
+        noticed = verdict(status, mutant, (place / "log").read_text(errors="replace"))
+        shutil.rmtree(place)
+        done += 1
+        print(f"[{done:3d}/{len(mutants)}] {'killed' if noticed else 'SURVIVED':8s}  {mutant.name}", flush=True)
+        survivors += [] if noticed else [mutant]
+    return survivors
+
+
+def check_guards(mutants: Sequence[Mutant], folder: Path) -> None:
+    """Run all guards on the package as it is; they must pass, or a failure says nothing."""
+    for tests in (FILES, UNIT):
+        guards = sorted({mutant.guards for mutant in mutants if set(tests) <= set(mutant.tests)})
+        if not guards:
+            continue
+        place = Path(tempfile.mkdtemp(dir=folder))
+        _, status = os.waitpid(start(None, " or ".join(f"({one})" for one in guards), tests, place), 0)
+        if status:
+            raise BrokenRun(f"the guards fail on the package as it is:\n{(place / 'log').read_text()[-4000:]}")
+
+
+def import_once() -> None:
+    """Import what every fork needs and no mutant changes."""
+    import importlib
+
+    sys.path.insert(0, str(ROOT))
+    importlib.import_module(f"{TESTS}.backend")
+    for name in (
+        "managers.scheduler",
+        "speculative.dflash_utils",
+        "speculative.draft_utils",
+        "layers.attention.tbo_backend",
+    ):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(f"sglang.srt.{name}")
+
+
+def main() -> int:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--jobs", type=int, default=2, help="mutants to test at a time (default: %(default)s)")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="only mutants whose name contains one of these")
+    options = parser.parse_args()
+    mutants = [one for one in all_mutants() if not options.names or any(name in one.name for name in options.names)]
+    began = time.monotonic()
+    import_once()
+    try:
+        with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
+            check_guards(mutants, Path(folder))
+            print(f"the guards pass on the package as it is ({time.monotonic() - began:.0f} s)", flush=True)
+            survivors = run(mutants, options.jobs, Path(folder))
+    except BrokenRun as error:
+        print(f"scripts/mutants cannot run: {error}", file=sys.stderr)
+        return 2
+    print(f"{len(mutants) - len(survivors)} of {len(mutants)} mutants killed in {time.monotonic() - began:.0f} s")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
