@@ -231,9 +231,9 @@ class Model:
             model_config=config,
             req_to_token_pool=SimpleNamespace(req_to_token=self.table, size=self.table_rows),
             token_to_kv_pool=self.pool,
-            kv_index_translator=SimpleNamespace(
-                is_translating=False, reads_are_translated=False, write_ids=lambda *_: None
-            ),
+            # Up to 0.5.18 upstream looks for hooks of a unified pool here, which ours has not.
+            token_to_kv_pool_allocator=SimpleNamespace(),
+            kv_index_translator=self._translator(),
             device="cpu",
             kv_cache_dtype=self.dtype,
             kv_cache_dtype_str="auto",
@@ -245,6 +245,14 @@ class Model:
             tp_size=1,
             ps=SimpleNamespace(tp_size=1, attn_tp_size=1, attn_cp_size=1),
         )
+
+    def _translator(self) -> Any:
+        """The stand-in for upstream's ``KVIndexTranslator`` over a pool that needs no translation."""
+        return SimpleNamespace(
+            is_translating=False, reads_are_translated=False, write_ids=lambda *_: None,
+            # Asked by the graphs of 0.5.19 alone.
+            build_index_table=lambda req_pool_indices, **_: SimpleNamespace(ids=self.table, row_ids=req_pool_indices),
+        )  # fmt: skip
 
     def publish(self) -> Any:
         """Make this model's server arguments those of the process, through upstream's own setter."""

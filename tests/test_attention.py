@@ -9,6 +9,7 @@ import gc
 import inspect
 import sys
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -154,7 +155,10 @@ def test_layers_with_another_value_head_dim_have_plans_of_their_own() -> None:
 def test_chunked_local_layers_then_a_global_one() -> None:
     """Llama-4: local layers run on virtual batches, so their plan fits no global layer, nor the reverse."""
     layers = [attention_layer(i, use_irope=i % 2 == 0) for i in range(4)]
-    model = Model(layers, chunk=128)
+    # Up to 0.5.19 upstream's virtual batches take token slots for pages, which is right for pages of one token alone.
+    source = inspect.getsource(sys.modules[upstream.FlashAttentionBackend.__module__])
+    paged = "local_attn_builder" in source or "[:, :: self.page_size] // self.page_size" in source
+    model = Model(layers, chunk=128, page_size=64 if paged else 1)
     backend = model.backend()
     requests = model.requests(0, 0)
     with counted(backend) as counts:
@@ -421,6 +425,8 @@ def test_cascade_draft_decode_keeps_prefix_and_suffix_apart(mla: bool, step: int
 
 def test_draft_extend_without_lengths_on_the_host() -> None:
     """Draft-extend v2: upstream's overlap scheduler leaves the host copies of the lengths unset."""
+    if "is_draft_extend(include_v2=True)" in inspect.getsource(upstream.FlashAttentionBackend.init_forward_metadata):
+        pytest.skip("this SGLang reads the host copies of the lengths")
     model = Model(uniform_layers(1), arguments=SPEC)
     backend, requests = model.backend(skip_prefill=False), model.requests(100, 5, 300)
     step = model.extend(requests, [4, 4, 4], ForwardMode.DRAFT_EXTEND_V2)
@@ -593,7 +599,9 @@ def test_cross_attention_beside_self_attention(mode: str) -> None:
     # Upstream reads encoder pages of one token only.
     model = Model(layers, page_size=1, context_len=128, encoder_decoder=True)
     backend = model.backend()
-    step = _with_encoder(model, mode, encoder_lens=[20, 7], prefixes=[30, 3], new=[10, 20])
+    several = "Only encoder size 1" not in inspect.getsource(upstream.FlashAttentionBackend.init_forward_metadata)
+    count = 2 if several else 1
+    step = _with_encoder(model, mode, encoder_lens=[20, 7][:count], prefixes=[30, 3][:count], new=[10, 20][:count])
     backend.init_forward_metadata(step.batch)
     with counted(backend) as counts:
         model.check(backend, step, layers[0])
@@ -706,6 +714,8 @@ def test_context_parallel_calls_a_layer_twice(mla: bool, monkeypatch: pytest.Mon
     """Upstream's zigzag strategy: the rank's two pieces of the prompt are two calls, each with its own plan."""
     if mla and not hasattr(upstream, "get_cp_strategy"):
         pytest.skip("this SGLang has no context parallelism for MLA here")
+    from sglang.srt.layers.utils import cp_utils
+
     model = mla_model(3, context_len=1024) if mla else Model(uniform_layers(3), context_len=1024)
     request = model.request(600)
     step = model.extend([request], [80])
@@ -717,8 +727,9 @@ def test_context_parallel_calls_a_layer_twice(mla: bool, monkeypatch: pytest.Mon
         model.run_pass(backend, step)
     assert counts.passes == 1
     assert counts.planned_calls == 6
-    # The older strategy makes its tensors of offsets anew for each layer, and new tensors are new lengths.
-    assert (counts.plans, counts.reuses) == ((2, 4) if hasattr(upstream, "get_cp_strategy") else (6, 0))
+    # Up to 0.5.12 each layer makes its tensors of offsets anew, and new tensors are new lengths.
+    anew = not hasattr(upstream, "get_cp_strategy") and "cu_seqlens_q_prev_tensor" not in inspect.getsource(cp_utils)
+    assert (counts.plans, counts.reuses) == ((6, 0) if anew else (2, 4))
 
 
 def _context_parallel(
@@ -1163,8 +1174,11 @@ def test_lengths_of_a_pass_are_told_apart_by_their_contents(shared: bool) -> Non
 @pytest.fixture
 def plugin_on(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The plugin, registered in this process; everything it puts into upstream is taken out again."""
+    with warnings.catch_warnings():
+        # From 0.5.22 on its import says that Triton has no driver here.
+        warnings.simplefilter("ignore")
+        from sglang.srt.managers.scheduler import Scheduler
     from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
-    from sglang.srt.managers.scheduler import Scheduler
     from sglang.srt.speculative import dflash_utils
     from sglang.srt.speculative.draft_utils import DraftBackendFactory
 
