@@ -251,7 +251,9 @@ class Model:
         return SimpleNamespace(
             is_translating=False, reads_are_translated=False, write_ids=lambda *_: None,
             # Asked by the graphs of 0.5.19 alone.
-            build_index_table=lambda req_pool_indices, **_: SimpleNamespace(ids=self.table, row_ids=req_pool_indices),
+            build_index_table=lambda req_pool_indices, **_: SimpleNamespace(
+                ids=self.table, row_ids=req_pool_indices, is_translated=False, sliding_window_ids=None
+            ),
         )  # fmt: skip
 
     def publish(self) -> Any:
