@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from types import ModuleType
 from typing import Any
 
+import sglang
 import torch
 from sglang.srt.layers.attention import flashattention_backend as upstream
 from sglang.srt.layers.attention.flashattention_backend import FlashAttentionBackend, FlashAttentionMultiStepBackend
@@ -127,7 +128,7 @@ class MusaFA3Mixin:
         self._plans = SchedulerMetadataCache(stream_probe(self._pool_device))
         self._workspace = self._mla_workspace()
         _BACKENDS.add(self)
-        logger.info("sglang_musa_ext serves attention: %s", self.musa_fa3_report())
+        logger.info("sglang_musa_ext serves attention: %s", self._configuration())
 
     def forward_extend(self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
         """Upstream's forward for prefill, verify and draft-extend, on the selected kernels."""
@@ -158,12 +159,26 @@ class MusaFA3Mixin:
         return {
             "backend": type(self).__name__,
             "kernels": self._kernels.name,
+            "sglang": sglang.__version__,
             "versions": dict(self._kernels.versions),
             "device": str(self._pool_device),
             "page_size": self.page_size,
             "settings": asdict(self._settings),
             "statistics": self._plans.statistics.report(),
         }
+
+    def _configuration(self) -> str:
+        """What this backend serves with, as one line for a log."""
+        versions = ", ".join(f"{name} {version}" for name, version in self._kernels.versions.items())
+        workspace = "none" if self._workspace is None else f"{self._settings.mla_workspace_mb} MiB"
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        return (
+            f"{type(self).__name__} on {self._kernels.name} kernels ({versions}), rank "
+            f"{torch.distributed.get_rank() if distributed else 0}, device {self._pool_device}, page size "
+            f"{self.page_size}, MLA workspace {workspace}, checks {self._settings.check}, plans "
+            f"{'for every call' if self._settings.force_update_metadata else 'reused within a pass'}, "
+            f"SGLang {sglang.__version__}"
+        )
 
     def _run(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run an upstream forward, whose arguments begin with q, k, v, layer, forward_batch, as this backend's."""

@@ -50,7 +50,11 @@ def register() -> None:
             logger.warning("%s", support.message)
         _take_over(create_musa_fa3_backend)
         _take_over_drafts(_draft_backend_of_ours)
-        logger.info("sglang_musa_ext is active in process %d: --attention-backend fa3 is MusaFA3Backend", os.getpid())
+        logger.info(
+            "sglang_musa_ext is active in process %d: --attention-backend fa3 is MusaFA3Backend (SGLang %s)",
+            os.getpid(),
+            support.version,
+        )
     except Exception as error:
         logger.error("sglang_musa_ext cannot serve, and fa3 will refuse to: %s", error)
         refuse = functools.partial(_refuse, error)
