@@ -57,13 +57,13 @@ torch.set_num_threads(1)
 with warnings.catch_warnings(), environment(SGLANG_PLATFORM="musa_reference"):
     warnings.simplefilter("ignore")
     from sglang.srt.configs.model_config import AttentionArch
+    from sglang.srt.layers.attention import flashattention_backend as upstream
     from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
     from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
     from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
     from sglang_musa_ext import attention
-    from sglang_musa_ext.attention import upstream
 
 Tensor = torch.Tensor
 
@@ -350,11 +350,10 @@ class Model:
         of all steps, which upstream's metadata wants; :meth:`enter_step` narrows it to this step's.
         """
         branches = [self.branch(request, steps) for request in requests for _ in range(topk)]
-        for made in branches:
+        for drafted in branches:
             for layer in self.layers:
-                self.hand_out(layer, made[:step], store=True)
-        spec_info = Draft()
-        made = self._step(ForwardMode.DECODE, requests, [0] * len(requests), spec_info=spec_info)
+                self.hand_out(layer, drafted[:step], store=True)
+        made = self._step(ForwardMode.DECODE, requests, [0] * len(requests), spec_info=Draft())
         made.queries = []
         for index, drafted in enumerate(branches):
             request = requests[index // topk]
@@ -446,6 +445,7 @@ class Model:
         for queries in step.queries:
             rows = q.view(-1, layer.tp_q_head_num, layer.head_dim)[start : start + len(queries.positions)]
             slots = queries.encoder_slots if layer.is_cross_attention else queries.slots
+            assert slots is not None
             k, v = (buffer[slots].to(dtype) for buffer in self.truth.get_kv_buffer(layer.layer_id))
             visible = self.visible(queries, layer, len(slots))
             outputs.append(dense_attention(rows.to(dtype), k, v, visible, layer.scaling, layer.logit_cap, sinks))

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import pytest
@@ -77,11 +78,11 @@ class CpuGraph:
         return [one for one in self.operations if one.name in known and name in ("", one.name)]
 
 
-class _Tape(TorchDispatchMode):
+class _Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Writes down each operation of PyTorch that runs, except while a kernel does, which is one operation itself."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.graph = CpuGraph()
         self.inside_kernel = False
 
@@ -250,6 +251,7 @@ class GraphRunner:
         for index, layer in enumerate(self.model.layers):
             inputs = self.model.inputs(step, layer)
             for name, value in inputs.items():
+                assert value is not None
                 self.inputs[index][name][: step.rows] = value
             fed.append(inputs)
         self.batches[size].seq_lens_cpu = self.lengths[:size].clone()
@@ -395,7 +397,7 @@ def test_two_captures_in_a_row_share_no_plan(graphs: CpuGraphs) -> None:
     made = []
     for layer in model.layers:
         inputs = model.inputs(step, layer)
-        graph, _ = graphs.capture(lambda layer=layer, inputs=inputs: model.forward(backend, step, layer, inputs))
+        graph, _ = graphs.capture(partial(model.forward, backend, step, layer, inputs))
         made.append(graph)
         getattr(backend, "on_after_cuda_graph_warmup", backend._plans.end_pass)()
     assert [len(graph.kernels("get_scheduler_metadata")) for graph in made] == [1, 1]
