@@ -92,6 +92,8 @@ class Output:
     prompt_tokens: int
     cached_tokens: int
     """Of the prompt, found in the prefix cache."""
+    verified: int
+    """Rounds of speculative decoding: drafts that the model itself checked."""
 
 
 @dataclass(frozen=True)
@@ -440,6 +442,7 @@ def _output(answer: dict[str, Any]) -> Output:
         logprobs=[logprob for logprob, *_ in chosen],
         prompt_tokens=about["prompt_tokens"],
         cached_tokens=about["cached_tokens"],
+        verified=about.get("spec_verify_ct", 0),
     )
 
 

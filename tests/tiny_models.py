@@ -61,6 +61,35 @@ class TinyModel:
         return f"{self.config}-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
 
 
+@dataclass(frozen=True)
+class EagleDraft(TinyModel):
+    """An EAGLE head of one random layer, for a Llama of the same fields; ``architecture`` is SGLang's name of it."""
+
+    def build(self, directory: Path) -> None:
+        """Write the head to ``directory`` as a checkpoint."""
+        import torch
+        import transformers
+        from safetensors.torch import save_file
+
+        torch.manual_seed(1)
+        fields = {**self.fields, "num_hidden_layers": 1, "architectures": [self.architecture]}
+        config = transformers.LlamaConfig(**fields, draft_vocab_size=VOCABULARY)
+        model = transformers.LlamaForCausalLM(config).float()
+        weights = {name.removeprefix("model."): weight for name, weight in model.state_dict().items()}
+        hidden = config.hidden_size
+        if self.architecture == "LlamaForCausalLMEagle3":
+            for name in ("q_proj", "k_proj", "v_proj"):  # They see the embedding beside the hidden state.
+                key = f"layers.0.self_attn.{name}.weight"
+                weights[key] = torch.cat([weights[key], WIDE * torch.randn_like(weights[key])], dim=1)
+            weights["layers.0.hidden_norm.weight"] = torch.ones(hidden)
+            weights["fc.weight"] = WIDE * torch.randn(hidden, 3 * hidden)
+        else:
+            weights["fc.weight"] = WIDE * torch.randn(hidden, 2 * hidden)
+            weights["fc.bias"] = torch.zeros(hidden)
+        config.save_pretrained(directory)
+        save_file({name: weight.contiguous() for name, weight in weights.items()}, directory / "model.safetensors")
+
+
 def _tell_apart(model: Any) -> None:
     """Make every part of the model count for what it answers.
 
@@ -79,13 +108,31 @@ def _tell_apart(model: Any) -> None:
 def greedy(model: Path, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[tuple[list[int], list[float]]]:
     """Tokens and their log-probabilities that transformers' own greedy search gives each prompt, in float32."""
     import torch
-    import transformers
 
     torch.set_num_threads(1)
-    network = transformers.AutoModelForCausalLM.from_pretrained(
-        model, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
+    network = _network(model)
     return [_greedy(network, list(prompt), new_tokens) for prompt in prompts]
+
+
+def _network(model: Path) -> Any:
+    """The model in transformers, of the very class that wrote the checkpoint."""
+    import torch
+    import transformers
+
+    (architecture,) = json.loads((model / "config.json").read_text())["architectures"]
+    network = getattr(transformers, architecture)
+    return network.from_pretrained(model, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+def embeddings(model: Path, prompts: Sequence[Sequence[int]], position: int) -> list[list[float]]:
+    """The normalized last hidden state of each prompt's token at ``position``, in float32."""
+    import torch
+
+    torch.set_num_threads(1)
+    network = _network(model)
+    with torch.inference_mode():
+        states = [network.base_model(torch.tensor([list(prompt)])).last_hidden_state for prompt in prompts]
+    return [(state[0, position] / state[0, position].norm()).tolist() for state in states]
 
 
 def _greedy(network: Any, prompt: list[int], new_tokens: int) -> tuple[list[int], list[float]]:
