@@ -6,6 +6,8 @@ tensors live on the CPU; what it imports for accelerators is prepared by ``cpu_s
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import platform
 from collections.abc import Callable
 from typing import Any, cast
@@ -13,6 +15,7 @@ from typing import Any, cast
 import psutil
 from sglang.srt.platforms.interface import PlatformEnum, SRTPlatform
 
+from sglang_musa_ext import cpu_trees
 from sglang_musa_ext.cpu_stand_ins import prepare_process
 
 __all__ = ["CpuReferencePlatform", "prepare_process"]
@@ -30,6 +33,22 @@ DEFAULTS: dict[str, Any] = {
 # for an out-of-tree platform and would fall back to torch_native, so nobody can have meant it here.
 UPSTREAM_CPU_CHOICE = "intel_amx"
 
+# Up to 0.5.21 an out-of-tree platform always gets the plain pool, while the prefix cache asks for the pool that
+# frees what sliding windows have left behind.
+NEEDS_PLAIN_POOL = not hasattr(SRTPlatform, "get_kv_pool_cls")
+
+# Modules of upstream that choose kernels of speculative decoding by flags of known devices, and know no way for
+# another one. MUSA's way takes them from ``sgl_kernel`` and Triton, which both have stand-ins here. More modules do
+# so up to 0.5.13, whose speculative decoding assumes CUDA in ways that no flag changes.
+MUSA_KERNEL_MODULES = (
+    "sglang.srt.speculative.eagle_utils",
+    "sglang.srt.speculative.triton_ops.cache_locs",
+    "sglang.kernels.ops.speculative.cache_locs",
+    "sglang.kernels.ops.speculative.spec_tree",
+)
+
+SPECULATIVE_ALGORITHMS = ("EAGLE", "EAGLE3", "NEXTN", "NGRAM", "STANDALONE")
+
 
 class CpuReferencePlatform(SRTPlatform):  # type: ignore[misc]
     """The CPU as an out-of-tree device, for checking attention backends without an accelerator."""
@@ -43,6 +62,8 @@ class CpuReferencePlatform(SRTPlatform):  # type: ignore[misc]
         for name, value in DEFAULTS.items():
             if getattr(server_args, name) in (None, False, UPSTREAM_CPU_CHOICE):
                 setattr(server_args, name, value)
+        if NEEDS_PLAIN_POOL:
+            server_args.disable_hybrid_swa_memory = True
 
     def get_default_attention_backend(self) -> str:
         """Return the attention backend of a server that names none."""
@@ -56,6 +77,7 @@ class CpuReferencePlatform(SRTPlatform):  # type: ignore[misc]
         # do not know. The flag is read for that one choice, and leads to the PyTorch implementation.
         if not hasattr(base, "current_platform"):
             base._is_mps = True
+        _take_kernels_of_musa()
 
     # The device.
 
@@ -109,6 +131,10 @@ class CpuReferencePlatform(SRTPlatform):  # type: ignore[misc]
 
         return ProfilerActivity.CPU
 
+    def supports_speculative_algorithm(self, algorithm: str) -> bool:
+        """Whether drafts by ``algorithm`` were seen to give here what plain decoding gives."""
+        return algorithm in SPECULATIVE_ALGORITHMS
+
     # Memory pools: SGLang's own serve any torch device. Up to 0.5.21 an out-of-tree platform must name
     # them; from 0.5.22 on the first hook is asked instead, and None means SGLang's own.
 
@@ -131,6 +157,21 @@ class CpuReferencePlatform(SRTPlatform):  # type: ignore[misc]
         from sglang.srt.mem_cache.allocator import PagedTokenToKVPoolAllocator
 
         return cast(type, PagedTokenToKVPoolAllocator)
+
+
+def _take_kernels_of_musa() -> None:
+    """Lead speculative decoding to the kernels that it takes on a MUSA device."""
+    for name in filter(_exists, MUSA_KERNEL_MODULES):
+        module: Any = importlib.import_module(name)
+        module._is_musa = True
+        # What the module would have imported, had it been on a MUSA device.
+        module.sgl_build_tree_kernel_efficient = cpu_trees.build_tree_kernel_efficient
+
+
+def _exists(module: str) -> bool:
+    """Whether this release has ``module``; asking for one in a package that is not there would raise."""
+    package = module.rpartition(".")[0]
+    return (not package or _exists(package)) and importlib.util.find_spec(module) is not None
 
 
 def _mla_pool(*args: Any, index_head_dim: int | None = None, **kwargs: Any) -> Any:

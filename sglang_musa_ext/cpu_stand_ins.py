@@ -23,6 +23,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from sglang_musa_ext import cpu_trees
+
 Array = npt.NDArray[Any]
 
 # What every process of the engine needs in its environment; children inherit it.
@@ -31,6 +33,8 @@ ENVIRONMENT = {
     "TRITON_INTERPRET": "1",
     # A reference on the CPU must not be half on a GPU that happens to be there.
     "CUDA_VISIBLE_DEVICES": "",
+    # Accepted drafts are moved in the KV cache by a kernel that reads raw addresses, unless this is set.
+    "SGLANG_NATIVE_MOVE_KV_CACHE": "1",
 }
 
 
@@ -130,7 +134,14 @@ def sgl_kernel_modules() -> dict[str, dict[str, Any]]:
     No module answers to names it lacks: SGLang probes ``sgl_kernel`` for optional parts.
     """
     return {
-        "sgl_kernel": {"merge_state_v2": merge_state_v2},
+        "sgl_kernel": {
+            "merge_state_v2": merge_state_v2,
+            "build_tree_kernel_efficient": cpu_trees.build_tree_kernel_efficient,
+            "verify_tree_greedy": cpu_trees.verify_tree_greedy,
+            # For sampling among drafts, which upstream imports together with the greedy one up to 0.5.13.
+            **_absent("sgl_kernel", "top_k_renorm_prob", "top_p_renorm_prob", "tree_speculative_sampling_target_only"),
+        },
+        "sgl_kernel.speculative": {"reconstruct_indices_from_tree_mask": cpu_trees.reconstruct_indices_from_tree_mask},
         "sgl_kernel.flash_attn": {name: _reference_kernel(name) for name in _FLASH_ATTN},
         # Up to 0.5.12 the host pools import these unconditionally; they serve hierarchical caches on a GPU.
         "sgl_kernel.kvcacheio": _absent("sgl_kernel", *_KVCACHEIO),

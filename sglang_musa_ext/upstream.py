@@ -185,6 +185,7 @@ _PLUGINS = "sglang.srt.plugins"
 _PLATFORM = "sglang.srt.platforms.interface"
 _DEVICE = "sglang.srt.platforms.device_mixin"
 _SCHEDULER = "sglang.srt.managers.scheduler"
+_SPECULATIVE = "sglang.srt.speculative"
 
 _NEVER = "Never: composition rests on it; adapt the mixin if upstream renames it."
 _OLD_GRAPH_HOOKS = "The oldest supported release is 0.5.13 or newer."
@@ -697,6 +698,9 @@ REQUIREMENTS: tuple[Requirement, ...] = (
     _hook("DeviceMixin.get_torch_profiler_activity", ("self",), "names what is profiled", "0.5.16"),
     _hook("DeviceMixin.get_device_total_memory", ("self", "device_id"), "reports memory"),
     _hook("DeviceMixin.get_current_memory_usage", ("self", "device"), "reports memory"),
+    _hook(
+        "SRTPlatform.supports_speculative_algorithm", ("self", "algorithm"), "says which algorithms it runs", "0.5.21"
+    ),
     Requirement(
         "module_global",
         "sglang.srt.layers.rotary_embedding.base",
@@ -730,6 +734,25 @@ REQUIREMENTS: tuple[Requirement, ...] = (
             ("sglang.srt.mem_cache.memory_pool", "MHATokenToKVPool", "names it as the KV pool up to 0.5.21"),
             ("sglang.srt.mem_cache.memory_pool", "MLATokenToKVPool", "builds it as the MLA pool up to 0.5.21"),
             ("sglang.srt.mem_cache.allocator", "PagedTokenToKVPoolAllocator", "names it as the page allocator"),
+        )
+    ),
+    *(
+        Requirement(
+            "module_global",
+            module,
+            "_is_musa",
+            (),
+            since,
+            until,
+            used_by="cpu_platform",
+            why="Speculative decoding chooses kernels by this flag, and has none for a device it does not know.",
+            remove_when="Upstream speculates on every out-of-tree device, or the module is older than all releases.",
+        )
+        for module, since, until in (
+            (f"{_SPECULATIVE}.eagle_utils", None, "0.5.22"),
+            (f"{_SPECULATIVE}.triton_ops.cache_locs", "0.5.13.post1", "0.5.15.post1"),
+            ("sglang.kernels.ops.speculative.cache_locs", "0.5.16", None),
+            ("sglang.kernels.ops.speculative.spec_tree", "0.5.23", None),
         )
     ),
 )
