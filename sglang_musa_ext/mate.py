@@ -81,6 +81,11 @@ class MateIdentity:
     warnings: tuple[Problem, ...] = ()
     """What is unusual, and may still work."""
 
+    @property
+    def release(self) -> tuple[int, ...]:
+        """MATE's release as numbers; where nothing says it, the first or the newest one with this wrapper."""
+        return _release(self.version) or (OLDEST if self.wrapper == LEGACY.distribution else NEWEST)
+
 
 def identify_mate() -> MateIdentity:
     """What ``mate`` and its wrapper are. Imports neither, and raises nothing for what it finds."""

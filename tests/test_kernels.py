@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,30 +28,69 @@ from sglang_musa_ext.kernels import (
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda", 0)
 
-# The functions of MATE 0.2.2's wrapper, with its own parameters; each returns what it was called with.
-WRAPPER = """
-from types import SimpleNamespace
+# The parameters of the wrapper's functions, release by release, as read in its sources; those of 0.2.1 and 0.2.2 are
+# the same. "later" is a state of the sources after 0.2.2 that no public release is known to be.
+WITH_KVCACHE = (
+    "q k_cache v_cache k=None v=None qv=None rotary_cos=None rotary_sin=None cache_seqlens=None cache_batch_idx=None "
+    "cache_leftpad=None page_table=None cu_seqlens_q=None cu_seqlens_k_new=None max_seqlen_q=None rotary_seqlens=None "
+    "q_descale=None k_descale=None v_descale=None softmax_scale=None causal=False window_size=(-1,-1) "
+    "attention_chunk=0 softcap=0.0 rotary_interleaved=True scheduler_metadata=None num_splits=0 pack_gqa=None "
+    "sm_margin=0 return_softmax_lse=False sinks=None s_aux=None cp_world_size=1 cp_rank=0 cp_tot_seqused_k=None"
+)
+VARLEN_HEAD = (
+    "q k v cu_seqlens_q=None cu_seqlens_k=None max_seqlen_q=None max_seqlen_k=None seqused_q=None seqused_k=None"
+)
+VARLEN_TAIL = (
+    "q_descale=None k_descale=None v_descale=None window_size=(-1,-1) attention_chunk=0 softcap=0.0 "
+    "scheduler_metadata=None num_splits=0 pack_gqa=None deterministic=False sm_margin=0 return_attn_probs=False "
+    "return_softmax_lse=False sinks=None s_aux=None cp_world_size=1 cp_rank=0 cp_tot_seqused_k=None"
+)
+PAGED = f"{VARLEN_HEAD} page_table=None block_table=None softmax_scale=None causal=False qv=None"
+METADATA = (
+    "batch_size max_seqlen_q max_seqlen_k num_heads_q num_heads_kv headdim cache_seqlens qkv_dtype=None headdim_v=None "
+    "cu_seqlens_q=None cu_seqlens_k_new=None cache_leftpad=None page_size=None max_seqlen_k_new=0 causal=False "
+    "window_size=(-1,-1) attention_chunk=0 has_softcap=False num_splits=0 pack_gqa=None sm_margin=0"
+)
+SIGNATURES = {
+    "0.1.3": {
+        "flash_attn_with_kvcache": WITH_KVCACHE,
+        "flash_attn_varlen_func": f"{VARLEN_HEAD} softmax_scale=None causal=False qv=None {VARLEN_TAIL}",
+        "get_scheduler_metadata": METADATA,
+    },
+    "0.2.0": {
+        "flash_attn_with_kvcache": WITH_KVCACHE,
+        "flash_attn_varlen_func": f"{PAGED} q_v=None {VARLEN_TAIL} out=None",
+        "get_scheduler_metadata": METADATA,
+    },
+    "0.2.2": {
+        "flash_attn_with_kvcache": WITH_KVCACHE,
+        "flash_attn_varlen_func": f"{PAGED} {VARLEN_TAIL} out=None",
+        "get_scheduler_metadata": METADATA,
+    },
+    "later": {
+        "flash_attn_with_kvcache": f"{WITH_KVCACHE} only_qv=False",
+        "flash_attn_varlen_func": f"{PAGED} {VARLEN_TAIL} out=None",
+        "get_scheduler_metadata": f"{METADATA} has_qv=False",
+    },
+}
+SIGNATURES["0.2.1"] = SIGNATURES["0.2.2"]
+RELEASES = {"0.1.3": "0.1.3", "0.2.0": "0.2.0", "0.2.1": "0.2.1", "0.2.2": "0.2.2", "later": "0.2.7"}
+"""The states of the sources, and the version that an installation of each has in these tests."""
 
-def flash_attn_with_kvcache(q, k_cache, v_cache, k=None, v=None, qv=None, rotary_cos=None, rotary_sin=None,
-    cache_seqlens=None, cache_batch_idx=None, cache_leftpad=None, page_table=None, cu_seqlens_q=None,
-    cu_seqlens_k_new=None, max_seqlen_q=None, rotary_seqlens=None, q_descale=None, k_descale=None, v_descale=None,
-    softmax_scale=None, causal=False, window_size=(-1, -1), attention_chunk=0, softcap=0.0, rotary_interleaved=True,
-    scheduler_metadata=None, num_splits=0, pack_gqa=None, sm_margin=0, return_softmax_lse=False, sinks=None,
-    s_aux=None, cp_world_size=1, cp_rank=0, cp_tot_seqused_k=None):
-    return SimpleNamespace(**locals())
 
-def flash_attn_varlen_func(q, k, v, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None,
-    seqused_q=None, seqused_k=None, page_table=None, softmax_scale=None, causal=False, window_size=(-1, -1),
-    softcap=0.0, out=None, return_softmax_lse=False):
-    return SimpleNamespace(**locals())
+def wrapper_of(state: str) -> str:
+    """A module with the wrapper's functions; each returns what it was called with."""
+    functions = (
+        f"def {name}({parameters.replace(' ', ', ')}): return SimpleNamespace(**locals())\n"
+        for name, parameters in SIGNATURES[state].items()
+    )
+    return "from types import SimpleNamespace\n" + "".join(functions)
 
-def get_scheduler_metadata(batch_size, max_seqlen_q, max_seqlen_k, num_heads_q, num_heads_kv, headdim, cache_seqlens,
-    qkv_dtype=None, headdim_v=None, cu_seqlens_q=None, cu_seqlens_k_new=None, cache_leftpad=None, page_size=None,
-    max_seqlen_k_new=0, causal=False, window_size=(-1, -1), attention_chunk=0, has_softcap=False, num_splits=0,
-    pack_gqa=None, sm_margin=0):
-    return SimpleNamespace(**locals())
-"""
-LIBRARIES = ("mate", "flash_attn_interface", "sgl_kernel")
+
+WRAPPER = wrapper_of("0.2.2")
+# NVIDIA's function of this name calls the heads otherwise.
+NVIDIA = WRAPPER.replace("num_heads_q, num_heads_kv", "num_heads, num_heads_k")
+LIBRARIES = ("mate", "flash_attn_interface", "flash_attn", "sgl_kernel")
 # What the attention backend gives a provider for one plan: FA3's own names.
 PLAN = {
     "batch_size": 1,
@@ -286,12 +326,10 @@ def test_mate_is_called_with_its_own_names(packages: Path) -> None:
 
 def test_hopper_is_called_with_its_own_names(packages: Path) -> None:
     """The functions that NVIDIA's library names otherwise get its names for the heads, and FA3's for the rest."""
-    library = "def get_scheduler_metadata(**given): return given\n"
-    library += "flash_attn_with_kvcache = flash_attn_varlen_func = lambda q: q\n"
-    write(packages, {"sgl_kernel/__init__.py": "", "sgl_kernel/flash_attn.py": library})
-    given: Any = hopper_kernels(CUDA).get_scheduler_metadata(**PLAN)
+    write(packages, {"sgl_kernel/__init__.py": "", "sgl_kernel/flash_attn.py": NVIDIA})
+    given = vars(hopper_kernels(CUDA).get_scheduler_metadata(**PLAN))
     names = {"num_heads_q": "num_heads", "num_heads_kv": "num_heads_k"}
-    assert given == {names.get(name, name): value for name, value in PLAN.items()}
+    assert given.items() >= {names.get(name, name): value for name, value in PLAN.items()}.items()
 
 
 # The adapter -------------------------------------------------------------------------------------
@@ -436,23 +474,348 @@ def test_the_caller_keeps_its_arguments() -> None:
     assert all(arguments[name] is value for name, value in before.items())
 
 
-@pytest.mark.parametrize("name", ["flash_attn_with_kvcache", "flash_attn_varlen_func"])
-def test_mate_gets_what_upstream_passes(packages: Path, name: str) -> None:
-    """A provider's functions take upstream's spellings and know MATE's parameters by its signature."""
-    write_mate(packages)
-    function = getattr(mate_kernels(MUSA), name)
-    values = ("k_cache", "v_cache") if name == "flash_attn_with_kvcache" else ("k", "v")
-    given = vars(function(q=1, **dict.fromkeys(values, 2), ver=3, score_mod=None, aux_tensors=None, softcap=30.0))
-    assert given["softcap"] == 30.0
-    assert "ver" not in given
-    with pytest.raises(UnsupportedKernelArgument, match="'sfq'"):
-        function(q=1, **dict.fromkeys(values, 2), sfq=3)
+@pytest.mark.parametrize(
+    ("given", "own"),
+    [
+        ("sinks", "s_aux"), ("s_aux", "sinks"), ("sinks", "learnable_sink"), ("page_table", "block_table"),
+        ("cache_seqlens", "seqused_k"), ("num_heads_q", "num_heads"), ("num_heads_kv", "num_heads_k"),
+        ("sm_margin", "mp_margin"), ("return_softmax_lse", "return_attn_probs"),
+    ],
+)  # fmt: skip
+def test_an_argument_goes_under_the_name_that_the_kernel_has(given: str, own: str) -> None:
+    """Interfaces of FA3 differ in names; the signature says which one is meant."""
+    scope: dict[str, Any] = {}
+    exec(f"def kernel({own}=None): return {own}", scope)
+    value = torch.zeros(1)
+    assert adapted(scope["kernel"])(**{given: value}) is value
+
+
+def test_a_name_that_the_kernel_has_is_not_translated() -> None:
+    """A kernel with both names gets each under its own."""
+    assert adapted(lambda sinks=None, s_aux=None: (sinks, s_aux))(sinks=1, s_aux=2) == (1, 2)
+
+
+def test_a_kernel_that_takes_anything_gets_everything_that_matters() -> None:
+    """A function that hides its parameters is trusted with all arguments but those that say nothing."""
+    assert adapted(lambda **given: given)(q=1, sinks=2, score_mod=None) == {"q": 1, "sinks": 2}
 
 
 def test_the_reference_refuses_what_mate_lacks() -> None:
     """The reference has MATE's parameters, so a call that works here does not fail there for a keyword."""
     with pytest.raises(UnsupportedKernelArgument, match="'score_mod'"):
         reference_kernels().flash_attn_with_kvcache(q=1, score_mod=abs)
+
+
+# MATE's releases ---------------------------------------------------------------------------------
+
+
+def install_mate(root: Path, state: str) -> FA3Kernels:
+    """The kernels of an installation that has the signatures and the version of a release."""
+    write_mate(root)
+    write_distribution(root, "mate", RELEASES[state])
+    if state == "0.1.3":
+        (root / "flash_attn_interface.py").unlink()
+        write(root, {"flash_attn/__init__.py": "from .interface import *\n"})
+        write(root, {"flash_attn/interface.py": "import mate\n" + wrapper_of(state)})
+    else:
+        write(root, {"flash_attn_interface.py": "import mate\n" + wrapper_of(state)})
+    return mate_kernels(MUSA)
+
+
+@pytest.fixture(params=list(RELEASES))
+def release(request: pytest.FixtureRequest, packages: Path) -> FA3Kernels:
+    """The kernels of each release of MATE whose sources are known."""
+    return install_mate(packages, request.param)
+
+
+def half(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.zeros(shape, dtype=dtype)
+
+
+def paged(**more: Any) -> dict[str, Any]:
+    """A call of paged decode the way upstream makes it."""
+    cache = half(4, 64, 2, 128)
+    table = torch.zeros(2, 2, dtype=torch.int32)
+    return {"q": half(2, 8, 128), "k_cache": cache, "v_cache": cache, "page_table": table, "causal": True} | more
+
+
+def raw(**more: Any) -> dict[str, Any]:
+    """A call of attention over raw keys and values."""
+    return {"q": half(2, 8, 128), "k": half(2, 2, 128), "v": half(2, 2, 128), "causal": True} | more
+
+
+def mla(**more: Any) -> dict[str, Any]:
+    """A call of MLA decode with packed queries."""
+    call = {
+        "q": half(2, 16, 64),
+        "qv": half(2, 16, 512),
+        "k_cache": half(4, 64, 1, 64),
+        "v_cache": half(4, 64, 1, 512),
+        "page_table": torch.zeros(2, 2, dtype=torch.int32),
+        "cu_seqlens_q": torch.tensor([0, 1, 2], dtype=torch.int32),
+        "scheduler_metadata": (torch.zeros(64, dtype=torch.uint8), False),
+        "causal": True,
+    }
+    return call | more
+
+
+UPSTREAM = {
+    "ver": 3, "score_mod": None, "mask_mod": None, "aux_tensors": None, "rel_bias": None, "sfq": None, "only_qv": False,
+    "num_splits": 0, "softcap": 0.0, "window_size": (-1, -1), "return_softmax_lse": True, "k_descale": torch.ones(1),
+}  # fmt: skip
+
+
+def test_every_release_takes_what_upstream_passes(release: FA3Kernels) -> None:
+    """Whatever the release, upstream's names and no-ops are understood by both functions."""
+    given = vars(release.flash_attn_with_kvcache(**paged(**UPSTREAM)))
+    assert given["return_softmax_lse"] is True
+    assert vars(release.flash_attn_varlen_func(**raw(**UPSTREAM)))["return_softmax_lse"] is True
+
+
+def test_every_release_plans_with_fa3s_names(release: FA3Kernels) -> None:
+    """Scheduler metadata is asked for under FA3's names."""
+    assert vars(release.get_scheduler_metadata(**PLAN)).items() >= PLAN.items()
+
+
+def test_every_release_takes_mla(release: FA3Kernels) -> None:
+    """The workspace and whether it holds this plan reach the kernel as they are."""
+    workspace = torch.zeros(64, dtype=torch.uint8)
+    given = vars(release.flash_attn_with_kvcache(**mla(scheduler_metadata=(workspace, True))))
+    assert given["scheduler_metadata"][0] is workspace
+    assert given["scheduler_metadata"][1] is True
+
+
+@pytest.mark.parametrize("name", ["flash_attn_with_kvcache", "flash_attn_varlen_func"])
+def test_every_release_writes_where_it_is_told(release: FA3Kernels, name: str) -> None:
+    """``out`` is handed to a function that has it, and written for one that has not."""
+    out = torch.zeros(2, 8, 128, dtype=torch.bfloat16)
+    function = getattr(release, name)
+    call = paged() if name == "flash_attn_with_kvcache" else raw()
+    if "out" in inspect.signature(function).parameters:
+        assert vars(function(**call, out=out))["out"] is out
+    else:
+        with pytest.raises(AttributeError, match="view"):  # What these stand-ins return is no tensor to be copied.
+            function(**call, out=out)
+
+
+@pytest.mark.parametrize("name", ["score_mod", "mask_mod", "rel_bias", "aux_tensors", "sfq", "rel_bias_prep_cache"])
+def test_every_release_refuses_what_none_has(release: FA3Kernels, name: str) -> None:
+    """Features of other kernels are refused by name."""
+    with pytest.raises(UnsupportedKernelArgument, match=f"'{name}'"):
+        release.flash_attn_with_kvcache(**paged(**{name: object()}))
+
+
+def test_every_release_refuses_version_4(release: FA3Kernels) -> None:
+    """FlashAttention 4 is other kernels."""
+    with pytest.raises(UnsupportedKernelArgument, match="ver=4"):
+        release.flash_attn_varlen_func(**raw(ver=4))
+
+
+def test_every_release_refuses_fp8(release: FA3Kernels) -> None:
+    """A cache in fp8 is refused with what the call has and how to start the server."""
+    cache = half(4, 64, 2, 128, dtype=torch.float8_e4m3fn)
+    with pytest.raises(UnsupportedKernelArgument, match=r"k_cache float8_e4m3fn.*--kv-cache-dtype auto"):
+        release.flash_attn_with_kvcache(**paged(k_cache=cache, v_cache=cache))
+
+
+def test_every_release_refuses_mixed_dtypes(release: FA3Kernels) -> None:
+    """Queries of another dtype than the cache's are refused with both dtypes."""
+    with pytest.raises(UnsupportedKernelArgument, match=r"q float16, .*k_cache bfloat16"):
+        release.flash_attn_with_kvcache(**paged(q=half(2, 8, 128, dtype=torch.float16)))
+
+
+def test_scales_of_fp8_are_dropped(release: FA3Kernels) -> None:
+    """They scale nothing that is not fp8, and no kernel needs to look at them."""
+    scales = dict.fromkeys(("q_descale", "k_descale", "v_descale"), torch.full((2, 2), 0.5))
+    given = vars(release.flash_attn_with_kvcache(**paged(**scales)))
+    assert [given[name] for name in scales] == [None] * 3
+
+
+@pytest.mark.parametrize("name", ["sinks", "s_aux"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_sinks_of_another_dtype_are_refused(release: FA3Kernels, name: str, dtype: torch.dtype) -> None:
+    """MATE reads bfloat16, and rounding a model's weights is not for an adapter to do."""
+    with pytest.raises(UnsupportedKernelArgument, match=f"{str(dtype).removeprefix('torch.')}.*bfloat16"):
+        release.flash_attn_with_kvcache(**paged(**{name: half(8, dtype=dtype)}))
+
+
+def test_sinks_in_bfloat16_are_handed_on(release: FA3Kernels) -> None:
+    """The tensor itself reaches the kernel."""
+    sinks = half(8)
+    assert vars(release.flash_attn_with_kvcache(**paged(sinks=sinks)))["sinks"] is sinks
+
+
+def test_a_cache_that_would_have_to_be_copied_is_refused(release: FA3Kernels) -> None:
+    """A cache whose rows are not dense is refused: no kernel reads it, and a copy is as large as the cache."""
+    cache = half(4, 64, 128, 2).transpose(2, 3)
+    with pytest.raises(UnsupportedKernelArgument, match="k_cache has stride 2"):
+        release.flash_attn_with_kvcache(**paged(k_cache=cache))
+
+
+def test_words_for_none_are_left_to_the_kernel(release: FA3Kernels) -> None:
+    """What ``None`` asks for is what a kernel does by default; not every release takes the word."""
+    words = dict.fromkeys(("window_size", "attention_chunk", "softcap", "num_splits"))
+    given = vars(release.flash_attn_with_kvcache(**paged(**words)))
+    assert [given[name] for name in words] == [(-1, -1), 0, 0.0, 0]
+
+
+# MLA on MATE
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("window_size", (127, 0)), ("softcap", 30.0), ("attention_chunk", 64),
+        ("sinks", torch.zeros(16, dtype=torch.bfloat16)),
+    ],
+)  # fmt: skip
+def test_mla_refuses_what_its_kernels_ignore(release: FA3Kernels, name: str, value: object) -> None:
+    """An argument that would be left out without a word is refused by name."""
+    with pytest.raises(UnsupportedKernelArgument, match=name):
+        release.flash_attn_with_kvcache(**mla(**{name: value}))
+
+
+@pytest.mark.parametrize("q", [half(2, 16, 128), None], ids=["128", "none"])
+def test_qv_is_for_mla_alone(release: FA3Kernels, q: torch.Tensor | None) -> None:
+    """Other head dimensions, or ``qv`` alone, are refused with what the kernels have."""
+    with pytest.raises(UnsupportedKernelArgument, match="64 and 512"):
+        release.flash_attn_with_kvcache(**mla(q=q))
+
+
+@pytest.mark.parametrize("metadata", [None, torch.zeros(8, dtype=torch.int32)], ids=["none", "tensor"])
+def test_mla_refuses_to_run_without_a_workspace(release: FA3Kernels, metadata: object) -> None:
+    """Later releases would take another kernel for it, and earlier ones fail inside."""
+    with pytest.raises(UnsupportedKernelArgument, match="workspace"):
+        release.flash_attn_with_kvcache(**mla(scheduler_metadata=metadata))
+
+
+def with_lse(packages: Path, shape: tuple[int, ...]) -> FA3Kernels:
+    """MATE whose kernel returns an output and a ``softmax_lse`` of this shape, counting up."""
+    body = f"return (q, torch.arange(torch.Size({shape}).numel()).view({shape}))"
+    text = "import torch\n" + WRAPPER.replace("return SimpleNamespace(**locals())", body, 1)
+    write_mate(packages, text)
+    return mate_kernels(MUSA)
+
+
+def test_softmax_lse_of_padded_mla_is_laid_out_as_in_fa3(packages: Path) -> None:
+    """MATE's MLA has the heads last, FA3 before the queries."""
+    call = mla(q=half(2, 3, 16, 64), qv=half(2, 3, 16, 512), cu_seqlens_q=None)
+    _, lse = with_lse(packages, (2, 3, 16)).flash_attn_with_kvcache(**call)
+    assert lse.shape == (2, 16, 3)
+    assert lse[1, 5, 2] == (1 * 3 + 2) * 16 + 5
+
+
+def test_softmax_lse_of_packed_mla_is_fa3s_already(packages: Path) -> None:
+    """With packed queries MATE's MLA has FA3's layout."""
+    _, lse = with_lse(packages, (16, 2)).flash_attn_with_kvcache(**mla())
+    torch.testing.assert_close(lse, torch.arange(32).view(16, 2))
+
+
+def test_softmax_lse_of_other_attention_is_untouched(packages: Path) -> None:
+    """Only MLA differs from FA3."""
+    _, lse = with_lse(packages, (2, 8, 3)).flash_attn_with_kvcache(**paged(q=half(2, 3, 8, 128)))
+    assert lse.shape == (2, 8, 3)
+
+
+# What single releases lack
+
+
+@pytest.mark.parametrize(
+    ("state", "name"),
+    [
+        *(("0.1.3", name) for name in ("k", "v")),
+        *((state, name) for state in ("0.1.3", "0.2.0") for name in
+          ("cache_leftpad", "cache_batch_idx", "rotary_cos", "rotary_sin")),
+    ],
+)  # fmt: skip
+def test_what_a_release_lacks_is_refused_by_name(packages: Path, state: str, name: str) -> None:
+    """A parameter that is there but not read, or not yet served, is refused with the release that has it."""
+    kernels = install_mate(packages, state)
+    with pytest.raises(UnsupportedKernelArgument, match=rf"needs {name}, which MATE has from 0\.2\.[01] on"):
+        kernels.flash_attn_with_kvcache(**paged(**{name: half(2, 2, 128)}))
+
+
+@pytest.mark.parametrize("name", ["k", "cache_leftpad", "rotary_cos", "cache_batch_idx"])
+def test_what_a_release_has_is_handed_on(packages: Path, name: str) -> None:
+    """From 0.2.1 on these reach the kernel."""
+    value = half(2, 2, 128)
+    assert vars(install_mate(packages, "0.2.1").flash_attn_with_kvcache(**paged(**{name: value})))[name] is value
+
+
+def test_raw_keys_are_no_new_keys(packages: Path) -> None:
+    """The function over raw keys and values reads them in every release."""
+    call = raw()
+    assert vars(install_mate(packages, "0.1.3").flash_attn_varlen_func(**call))["k"] is call["k"]
+
+
+@pytest.mark.parametrize(
+    ("causal", "window", "expected"),
+    [
+        (True, (127, 0), (False, (127, 0))),
+        (True, (127, -1), (False, (127, 0))),
+        (True, (127, 5), (False, (127, 0))),
+        (False, (127, 9), (False, (127, 9))),
+        (True, (-1, 0), (True, (-1, -1))),
+        (False, (-1, 0), (True, (-1, -1))),
+        (True, (-1, -1), (True, (-1, -1))),
+        (False, (-1, -1), (False, (-1, -1))),
+    ],
+)
+def test_mate_0_1_is_told_windows_its_own_way(
+    packages: Path, causal: bool, window: tuple[int, int], expected: tuple[bool, tuple[int, int]]
+) -> None:
+    """It forgets the window of a causal call, so that the window says what causal means."""
+    kernels = install_mate(packages, "0.1.3")
+    for given in (
+        kernels.flash_attn_with_kvcache(**paged(causal=causal, window_size=window)),
+        kernels.flash_attn_varlen_func(**raw(causal=causal, window_size=window)),
+    ):
+        assert (given.causal, given.window_size) == expected
+
+
+@pytest.mark.parametrize("window", [(127, -1), (-1, 9)])
+def test_mate_0_1_refuses_a_window_with_one_side(packages: Path, window: tuple[int, int]) -> None:
+    """It would forget such a window, too."""
+    with pytest.raises(UnsupportedKernelArgument, match="two sides"):
+        install_mate(packages, "0.1.3").flash_attn_with_kvcache(**paged(causal=False, window_size=window))
+
+
+@pytest.mark.parametrize("state", ["0.2.0", "0.2.1", "0.2.2", "later"])
+def test_later_releases_get_windows_unchanged(packages: Path, state: str) -> None:
+    """From 0.2 on a causal call keeps its window."""
+    given = vars(install_mate(packages, state).flash_attn_with_kvcache(**paged(window_size=(127, 0))))
+    assert (given["causal"], given["window_size"]) == (True, (127, 0))
+
+
+@pytest.mark.parametrize("state", ["0.1.3", "0.2.0"])
+@pytest.mark.parametrize("headdims", [(64, 64), (128, 128), (192, 128)], ids=str)
+def test_softcap_that_a_release_forgets_is_refused(packages: Path, state: str, headdims: tuple[int, int]) -> None:
+    """Before 0.2.1 plain varlen attention goes to a kernel without softcap."""
+    call = raw(q=half(2, 8, headdims[0]), k=half(2, 2, headdims[0]), v=half(2, 2, headdims[1]), softcap=30.0)
+    with pytest.raises(UnsupportedKernelArgument, match=r"softcap=30\.0"):
+        install_mate(packages, state).flash_attn_varlen_func(**call)
+
+
+@pytest.mark.parametrize(
+    ("state", "more"),
+    [
+        ("0.2.0", {"window_size": (127, 0)}),
+        ("0.2.0", {"q": half(2, 8, 256), "k": half(2, 2, 256), "v": half(2, 2, 256)}),
+        ("0.2.0", {"seqused_k": torch.ones(1, dtype=torch.int32)}),
+        ("0.2.1", {}),
+        ("0.2.2", {}),
+    ],
+    ids=["window", "wide", "seqused", "0.2.1", "0.2.2"],
+)
+def test_softcap_that_a_release_reads_is_handed_on(packages: Path, state: str, more: dict[str, Any]) -> None:
+    """Other kernels of the same release, and later releases, have it."""
+    given = vars(install_mate(packages, state).flash_attn_varlen_func(**raw(softcap=30.0, **more)))
+    assert given["softcap"] == 30.0
+
+
+def test_softcap_over_a_cache_is_handed_on(release: FA3Kernels) -> None:
+    """Attention over a paged cache has softcap in every release."""
+    assert vars(release.flash_attn_with_kvcache(**paged(softcap=30.0)))["softcap"] == 30.0
 
 
 # What a configuration may ask --------------------------------------------------------------------
