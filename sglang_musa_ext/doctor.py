@@ -373,7 +373,7 @@ def _probe_device(s: Surroundings) -> CheckResult:
     if old:
         text = f"{_device(old[0])} is older than version {_dotted(wanted)}, which the kernels need."
         return failed(text, "Serve with --attention-backend triton on this device.", **report)
-    text = f"{len(report['devices'])} devices: " + "; ".join(map(_device, report["devices"])) + "."
+    text = f"Devices: {'; '.join(map(_device, report['devices']))}."
     if any(x["free"] < x["total"] / 2 for x in report["devices"]):
         step = "See which process holds it (mthreads-gmi), or lower --mem-fraction-static."
         return warned(f"{text} More than half of a device's memory is in use.", step, **report)

@@ -49,10 +49,14 @@ LAYERS = {
     "cpu_trees": layer("torch"),
     "cpu_stand_ins": layer("torch numpy cpu_trees", lazy="reference transformers triton"),
     "plugin": layer("envs upstream", lazy="attention cpu_platform cpu_stand_ins sglang"),
-    "doctor": layer("envs mate upstream", lazy="*"),
+    "guard": layer("envs"),
+    "doctor": layer("envs upstream", lazy="*"),
 }
 MAY_TOUCH_THE_ENVIRONMENT = {
     ("envs", "from_environ"): "the one reader of our variables",
+    ("guard", "arm"): "torch calls it in every process, where a bad value of ours must not be an error",
+    ("guard", "_reason"): "names SGLang's own variables in an error",
+    ("doctor", "main"): "hands what it is to judge to the probes",
     ("cpu_stand_ins", "prepare_process"): "sets what the CPU engine needs before SGLang's modules read it",
 }
 PATHS = sorted(SOURCES.rglob("*.py"))
@@ -147,7 +151,7 @@ def test_imports_are_acyclic() -> None:
     assert graph == {}
 
 
-@pytest.mark.parametrize("module", ["", ".envs", ".upstream", ".plugin"])
+@pytest.mark.parametrize("module", ["", ".envs", ".upstream", ".plugin", ".guard", ".doctor"])
 def test_light_modules_load_neither_torch_nor_sglang(module: str) -> None:
     """What SGLang imports to find the plugin costs a process nothing that it might not want."""
     code = f"import sys, {PACKAGE}{module}; print(*sorted({{'torch', 'sglang'}} & set(sys.modules)))"
