@@ -456,13 +456,13 @@ CHECKED = [
 
 NOT_ON_A_CPU = {
     "two-batch overlap": "SGLang asks for an expert-parallel all-to-all backend, and all of them are CUDA's",
-    "torch.compile and graphs": "SGLang compiles decode together with graph capture alone, which a CPU has not",
+    "torch.compile and graphs": "SGLang asks the platform for a graph runner, and a CPU captures no graphs",
     "Gemma-4 (layers of different head dims)": "SGLang's own list of its attention backends lacks fa3",
     "Llama-4 (chunked-local attention)": "SGLang's experts in PyTorch cannot weigh their input by the router",
     "Qwen3-Next (linear attention)": "its Triton kernels give wrong numbers in the interpreter",
     "MLA with a tree of drafts (topk > 1)": "SGLang reads the tree's keys one a page, where MLA's pages hold 64",
     "NGRAM with pages of 64": "SGLang refuses it with every backend but flashinfer",
-    "cross attention": "SGLang's models that have it take images, which the tests' environment cannot load",
+    "cross attention": "its models take images or sound, whose processors these tests do not set up",
 }
 """What cannot run here for reasons outside of attention; the backend's own tests cover it."""
 
