@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 import platform
 from collections.abc import Callable
 from typing import Any, cast
@@ -20,6 +21,8 @@ from sglang_musa_ext.cpu_stand_ins import prepare_process
 
 __all__ = ["CpuReferencePlatform", "prepare_process"]
 
+logger = logging.getLogger(__name__)
+
 # Defaults of the engine's arguments, applied where the value is one that SGLang gave.
 DEFAULTS: dict[str, Any] = {
     "attention_backend": "fa3",
@@ -29,13 +32,19 @@ DEFAULTS: dict[str, Any] = {
     "mem_fraction_static": 0.3,
     "max_total_tokens": 8192,
 }
+if not hasattr(SRTPlatform, "get_kv_pool_cls"):
+    # Up to 0.5.21 an out-of-tree platform always gets the plain pool, where the prefix cache of models with sliding
+    # windows expects the pool that frees what the windows have left behind.
+    DEFAULTS["disable_hybrid_swa_memory"] = True
+
 # Before it asks the platform, SGLang has chosen this attention backend for a CPU that is not ARM. It has none
 # for an out-of-tree platform and would fall back to torch_native, so nobody can have meant it here.
 UPSTREAM_CPU_CHOICE = "intel_amx"
-
-# Up to 0.5.21 an out-of-tree platform always gets the plain pool, while the prefix cache asks for the pool that
-# frees what sliding windows have left behind.
-NEEDS_PLAIN_POOL = not hasattr(SRTPlatform, "get_kv_pool_cls")
+# For ARM it has chosen torch_native, which the user may have meant as well.
+TORCH_NATIVE_ON_ARM = (
+    "This server runs on torch_native, which is SGLang's own choice for ARM where no attention backend is named. "
+    "Start it with --attention-backend fa3 to run on the composed FA3 backend."
+)
 
 # Modules of upstream that choose kernels of speculative decoding by flags of known devices, and know no way for
 # another one. MUSA's way takes them from ``sgl_kernel`` and Triton, which both have stand-ins here. More modules do
@@ -62,8 +71,8 @@ class CpuReferencePlatform(SRTPlatform):  # type: ignore[misc]
         for name, value in DEFAULTS.items():
             if getattr(server_args, name) in (None, False, UPSTREAM_CPU_CHOICE):
                 setattr(server_args, name, value)
-        if NEEDS_PLAIN_POOL:
-            server_args.disable_hybrid_swa_memory = True
+        if server_args.attention_backend == "torch_native" and platform.machine() in ("aarch64", "arm64"):
+            logger.warning("%s", TORCH_NATIVE_ON_ARM)
 
     def get_default_attention_backend(self) -> str:
         """Return the attention backend of a server that names none."""

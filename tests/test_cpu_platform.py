@@ -263,6 +263,7 @@ def test_the_autotuner_takes_its_first_configuration() -> None:
 
 PLATFORM = """
 import json
+import sys
 from types import SimpleNamespace
 from sglang.srt.platforms import current_platform as platform
 """
@@ -273,16 +274,20 @@ def platform_facts() -> dict[str, Any]:
     """What SGLang finds under ``SGLANG_PLATFORM=musa_reference``."""
     code = """
     open_ = dict(attention_backend="intel_amx", page_size=None, disable_cuda_graph=False,
-                 mem_fraction_static=None, max_total_tokens=None)
+                 mem_fraction_static=None, max_total_tokens=None, disable_hybrid_swa_memory=False)
     chosen = dict(attention_backend="torch_native", page_size=1, disable_cuda_graph=True,
-                  mem_fraction_static=0.5, max_total_tokens=100)
+                  mem_fraction_static=0.5, max_total_tokens=100, disable_hybrid_swa_memory=True)
     defaults = {}
     for name, values in (("open", open_), ("chosen", chosen)):
         arguments = SimpleNamespace(**values)
         platform.apply_server_args_defaults(arguments)
         defaults[name] = vars(arguments)
     import sgl_kernel
+    from sglang.srt.platforms.interface import SRTPlatform
     from sglang.srt.utils import get_device
+    from sglang_musa_ext import cpu_platform
+    platform.init_backend()
+    modules = [sys.modules[name] for name in cpu_platform.MUSA_KERNEL_MODULES if name in sys.modules]
     free, total = platform.get_available_memory()
     print(json.dumps({
         "class": type(platform).__name__,
@@ -295,6 +300,10 @@ def platform_facts() -> dict[str, Any]:
                   platform.get_paged_allocator_cls().__name__],
         "defaults": defaults,
         "unchanged": defaults["chosen"] == chosen,
+        "plain_pool": defaults["open"]["disable_hybrid_swa_memory"] == (not hasattr(SRTPlatform, "get_kv_pool_cls")),
+        "algorithms": [platform.supports_speculative_algorithm(name) for name in ("EAGLE", "NGRAM", "UNHEARD_OF")],
+        "kernels_of_musa": [module._is_musa for module in modules],
+        "trees": [module.sgl_build_tree_kernel_efficient.__module__ for module in modules],
     }))
     """
     facts: dict[str, Any] = run_python(PLATFORM + textwrap.dedent(code), UNDER_THE_PLATFORM)
@@ -310,6 +319,8 @@ def platform_facts() -> dict[str, Any]:
         ("collectives", "gloo"),
         ("memory_adds_up", True),
         ("pools", [None, "MHATokenToKVPool", "PagedTokenToKVPoolAllocator"]),
+        ("plain_pool", True),
+        ("algorithms", [True, True, False]),
     ],
 )
 def test_sglang_finds_a_cpu_outside_its_tree(platform_facts: dict[str, Any], fact: str, expected: Any) -> None:
@@ -328,6 +339,30 @@ def test_open_arguments_get_the_platforms_defaults(platform_facts: dict[str, Any
 def test_the_users_arguments_win(platform_facts: dict[str, Any]) -> None:
     """What the user chose stays, the oracle ``torch_native`` among it."""
     assert platform_facts["unchanged"]
+
+
+def test_speculative_decoding_takes_the_kernels_of_musa(platform_facts: dict[str, Any]) -> None:
+    """Every module of this release that chooses among known devices takes the way that leads to the stand-ins."""
+    assert platform_facts["kernels_of_musa"]
+    assert all(platform_facts["kernels_of_musa"])
+    assert set(platform_facts["trees"]) == {"sglang_musa_ext.cpu_trees"}
+
+
+@pytest.mark.parametrize(("machine", "warned"), [("aarch64", True), ("x86_64", False)])
+def test_sglangs_choice_for_arm_is_pointed_out(machine: str, warned: bool) -> None:
+    """On ARM, torch_native may be SGLang's choice or the user's, so it stays, with a word about it."""
+    code = f"""
+    import logging
+    import platform as system
+    system.machine = lambda: {machine!r}
+    said = []
+    logging.getLogger("sglang_musa_ext.cpu_platform").addFilter(lambda record: said.append(record.getMessage()))
+    arguments = SimpleNamespace(attention_backend="torch_native", page_size=1, disable_cuda_graph=True,
+                                mem_fraction_static=0.5, max_total_tokens=100, disable_hybrid_swa_memory=True)
+    platform.apply_server_args_defaults(arguments)
+    print(json.dumps([arguments.attention_backend, any("--attention-backend fa3" in line for line in said)]))
+    """
+    assert run_python(PLATFORM + textwrap.dedent(code), UNDER_THE_PLATFORM) == ["torch_native", warned]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("sgl_kernel") is not None, reason="sgl_kernel is installed")
