@@ -16,7 +16,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -37,8 +37,8 @@ class Results:
     """The results of former runs, one file each."""
 
     directory: Path
-    fingerprint: str
-    """Of the sources as they were before the first cell ran."""
+    fingerprints: Mapping[str, str]
+    """Of each level's sources, as they were before the first cell ran."""
     fresh: bool = False
 
     def load(self, release: Release, level: str) -> Run | None:
@@ -51,13 +51,13 @@ class Results:
             run = Run(**stored["run"])
         except (ValueError, KeyError, TypeError):
             return None  # It was written by another version of this script.
-        if stored["fingerprint"] != self.fingerprint or judge(release, level, run).problems:
+        if stored["fingerprint"] != self.fingerprints[level] or judge(release, level, run).problems:
             return None
         return run
 
     def store(self, release: Release, level: str, run: Run) -> None:
         """Keep ``run`` for the next time."""
-        write(self._path(release, level), json.dumps({"fingerprint": self.fingerprint, "run": asdict(run)}))
+        write(self._path(release, level), json.dumps({"fingerprint": self.fingerprints[level], "run": asdict(run)}))
 
     def _path(self, release: Release, level: str) -> Path:
         return self.directory / f"{release.version}-{level}.json"
@@ -148,7 +148,7 @@ def check(options: argparse.Namespace) -> int:
     def runner(release: Release, level: str) -> Run:
         return run_level(release, level, sources[release.version], CACHE)
 
-    results = Results(CACHE / "results", fingerprint(), options.fresh)
+    results = Results(CACHE / "results", {level: fingerprint(level) for level in levels}, options.fresh)
     cells = run_matrix(releases, levels, results, runner, jobs=options.jobs)
     table = ordered(collect(cells, len(releases) * len(levels)), releases, levels)
     write(CACHE / "matrix.json", as_json(table, environment()))

@@ -29,18 +29,21 @@ CELL_SECONDS = 1800.0
 """More than any level takes on a machine that is busy with other work."""
 
 
-def fingerprint() -> str:
-    """What a release's results depend on: this package, its tests, what is installed here."""
-    files = [
-        *sorted((ROOT / "sglang_musa_ext").glob("*.py")),
-        *sorted((ROOT / "tests").glob("*.py")),
-        ROOT / ".venv" / "dev-env.stamp",
-    ]
+def fingerprint(level: str) -> str:
+    """What a result of ``level`` depends on: this package, the level's tests, what is installed here."""
+    tests = [path for path in (ROOT / "tests").glob("*.py") if _has_part_in(path, level)]
+    sources = (ROOT / "sglang_musa_ext").glob("*.py")
     digest = hashlib.sha256()
-    for path in files:
+    for path in [*sorted(sources), *sorted(tests), ROOT / ".venv" / "dev-env.stamp"]:
         if path.is_file():
             digest.update(f"\0{path.name}\0".encode() + path.read_bytes())
     return digest.hexdigest()
+
+
+def _has_part_in(path: Path, level: str) -> bool:
+    """Whether a file of ``tests/`` is a test of ``level``, or a helper of tests."""
+    named = [*TESTS.get(level, ()), "tests/test_engine_modes.py"]
+    return not path.name.startswith("test_") or f"tests/{path.name}" in named
 
 
 def fetch(release: Release, directory: Path) -> Path:

@@ -180,7 +180,7 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeMatrix:
     monkeypatch.setattr(matrix, "DOCS", tmp_path / "releases.md")
     monkeypatch.setattr(matrix, "fetched", lambda one: tmp_path / one.version)
     monkeypatch.setattr(matrix, "run_level", made.run_level)
-    monkeypatch.setattr(matrix, "fingerprint", lambda: "sources")
+    monkeypatch.setattr(matrix, "fingerprint", lambda level: f"sources of {level}")
     return made
 
 
@@ -206,11 +206,11 @@ def test_a_second_run_repeats_nothing_unless_told_to(fake: FakeMatrix) -> None:
 
 
 def test_changed_sources_run_again(fake: FakeMatrix, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A result is one of the sources it was found with."""
+    """A result is one of the sources it was found with; the other levels' results still hold."""
     fake()
-    monkeypatch.setattr(matrix, "fingerprint", lambda: "changed sources")
+    monkeypatch.setattr(matrix, "fingerprint", lambda level: "changed" if level == "engine" else f"sources of {level}")
     fake()
-    assert fake.ran == CELLS
+    assert fake.ran == [("0.5.20", "engine"), ("0.5.21", "engine")]
 
 
 def test_an_interrupted_run_goes_on_where_it_was(fake: FakeMatrix) -> None:
@@ -275,6 +275,22 @@ def test_results_are_written_as_json_and_docs(fake: FakeMatrix) -> None:
     page = (fake.directory / "releases.md").read_text()
     row = "| 0.5.20 | >=3.10 | 2.13.0 | pass (1 passed) | pass (1 passed) | pass (1 passed, 1 not applicable) |"
     assert row in page.splitlines()
+
+
+def test_a_fingerprint_is_of_its_levels_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package and the helpers of tests belong to every level, a test to those levels that run it."""
+    monkeypatch.setattr(matrix_levels, "ROOT", tmp_path)
+    files = ["sglang_musa_ext/envs.py", "tests/backend.py", "tests/test_graphs.py", "tests/test_envs.py"]
+    changes = {}
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    for name in files:
+        before = [matrix_levels.fingerprint(level) for level in ("backend", "engine")]
+        (tmp_path / name).write_text("changed")
+        after = [matrix_levels.fingerprint(level) for level in ("backend", "engine")]
+        changes[name] = [old != new for old, new in zip(before, after, strict=True)]
+    assert changes == dict(zip(files, [[True, True], [True, True], [True, False], [False, False]], strict=True))
 
 
 # --- tables -------------------------------------------------------------------------------------------
