@@ -10,11 +10,11 @@ import venv
 import zipfile
 from pathlib import Path
 
+import install_musa
 import pip
 import pytest
+from install_musa import CONSTRAINTS, cohorts, normal, read_pins
 
-from scripts import install_musa
-from scripts.install_musa import CONSTRAINTS, cohorts, normal, read_pins
 from sglang_musa_ext.doctor import COLLIDING
 
 COHORT = "torch2.11"
