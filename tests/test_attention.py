@@ -428,16 +428,14 @@ def test_cascade_draft_decode_keeps_prefix_and_suffix_apart(mla: bool, step: int
 
 def test_draft_extend_without_lengths_on_the_host() -> None:
     """Draft-extend v2: upstream's overlap scheduler leaves the host copies of the lengths unset."""
-    if "is_draft_extend(include_v2=True)" in inspect.getsource(upstream.FlashAttentionBackend.init_forward_metadata):
+    # From 0.5.16 on upstream takes the number of draft tokens where there are no lengths on the host.
+    if "GPU-only" not in inspect.getsource(upstream.FlashAttentionBackend.init_forward_metadata):
         pytest.skip("this SGLang reads the host copies of the lengths")
     model = Model(uniform_layers(1), arguments=SPEC)
     backend, requests = model.backend(skip_prefill=False), model.requests(100, 5, 300)
     step = model.extend(requests, [4, 4, 4], ForwardMode.DRAFT_EXTEND_V2)
     step.batch.spec_info = Draft(num_tokens_per_req=4, num_accepted_tokens=None, num_accepted_tokens_cpu=None)
-    step.batch.extend_prefix_lens_cpu = None
-    if "GPU-only" in inspect.getsource(upstream.FlashAttentionBackend.init_forward_metadata):
-        # This release takes the number of draft tokens instead.
-        step.batch.extend_seq_lens_cpu = None
+    step.batch.extend_prefix_lens_cpu = step.batch.extend_seq_lens_cpu = None
     with counted(backend) as counts:
         model.run_pass(backend, step)
     assert (counts.passes, counts.plans) == (1, 1)
