@@ -24,7 +24,7 @@ from sglang.srt.layers.attention import flashattention_backend as upstream
 from sglang.srt.layers.attention.flashattention_backend import FlashAttentionBackend, FlashAttentionMultiStepBackend
 
 from sglang_musa_ext.envs import Settings
-from sglang_musa_ext.kernels import FA3Kernels, reference_kernels, select_kernels
+from sglang_musa_ext.kernels import FA3Kernels, UnsupportedByKernels, reference_kernels, select_kernels
 from sglang_musa_ext.scheduler_metadata import (
     CallGeometry,
     MLAWorkspace,
@@ -98,6 +98,7 @@ class MusaFA3Mixin:
     """Stands for the forward batch of a kernel call that no layer makes."""
 
     use_mla: bool
+    topk: int
     page_size: int
     kv_cache_dtype: torch.dtype
     forward_metadata: object
@@ -110,7 +111,7 @@ class MusaFA3Mixin:
         Raises:
             UnsupportedAttentionVersion: ``fa_impl_ver`` is not 3.
             KernelsUnavailable: the kernel library is missing, or is another one.
-            UnsupportedByKernels: page size or KV-cache dtype are not for these kernels.
+            UnsupportedByKernels: page size, KV-cache dtype or speculative tree are not for these kernels.
         """
         if fa_impl_ver != 3:
             raise UnsupportedAttentionVersion(
@@ -124,6 +125,8 @@ class MusaFA3Mixin:
         with _importable_fa3(self._kernels):
             super().__init__(model_runner, *args, fa_impl_ver=fa_impl_ver, **kwargs)  # type: ignore[call-arg]
         self._kernels.require(page_size=self.page_size, kv_cache_dtype=self.kv_cache_dtype, use_mla=self.use_mla)
+        if not model_runner.is_draft_worker:
+            self._refuse_trees_over_latent_pages()
         self._replace_upstream_kernels()
         self._plans = SchedulerMetadataCache(stream_probe(self._pool_device))
         self._workspace = self._mla_workspace()
@@ -215,7 +218,8 @@ class MusaFA3Mixin:
         compute = functools.partial(self._compute_plan, geometry, arguments)
         plan, reused = self._plans.plan(geometry, tensors, compute)
         if reused and self._checking:
-            _require_same_plan(plan, compute(), geometry, call)
+            used, fresh = (self._kernels.plan_contents(p, geometry.batch_size) for p in (plan, compute()))
+            _require_same_plan(used, fresh, geometry, call)
         return plan
 
     @property
@@ -254,6 +258,15 @@ class MusaFA3Mixin:
         if not self.use_mla or self._kernels.mla_plan_bytes is None:
             return None
         return MLAWorkspace.of_device(self._pool_device, self._settings.mla_workspace_mb << 20)
+
+    def _refuse_trees_over_latent_pages(self) -> None:
+        """Refuse what upstream's verify of an MLA model gets wrong: a table of tokens over pages of many tokens."""
+        if self.use_mla and self.topk > 1 and self.page_size > 1:
+            raise UnsupportedByKernels(
+                f"--speculative-eagle-topk {self.topk} does not work with an MLA model at --page-size "
+                f"{self.page_size}: to verify a tree, SGLang passes a table of tokens for one of pages, and kernels "
+                "then read elsewhere. Start the server with --speculative-eagle-topk 1."
+            )
 
     def _replace_upstream_kernels(self) -> None:
         """Let the methods above be found under the names of upstream's instance attributes, and turn off its plans.

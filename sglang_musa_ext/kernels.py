@@ -62,6 +62,8 @@ class FA3Kernels:
     """Page sizes that MLA calls take; ``None``: any. Other calls take any page size."""
     metadata_uses_softcap: bool = False
     """Whether scheduler metadata depends on ``has_softcap``."""
+    plan_contents: Callable[[torch.Tensor, int], torch.Tensor] = lambda plan, batch_size: plan
+    """What of a plan's tensor says something, from it and the batch size; for comparing two plans."""
     versions: Mapping[str, str] = field(default_factory=dict)
     """Distribution names and versions behind the functions, for reports."""
 
@@ -160,6 +162,7 @@ def hopper_kernels(device: torch.device) -> FA3Kernels:
         get_scheduler_metadata=_adapt(library.get_scheduler_metadata),
         dtypes=_HALF,
         metadata_uses_softcap=True,
+        plan_contents=_hopper_plan_contents,
         versions=_versions("sglang-kernel", "sgl-kernel"),
     )
 
@@ -204,6 +207,15 @@ def _import_library(name: str, remedy: str) -> ModuleType:
             f"that is needed here. {remedy}"
         )
     return library
+
+
+def _hopper_plan_contents(plan: torch.Tensor, batch_size: int) -> torch.Tensor:
+    """The vectors of a plan without their padding, which is never written, and without the forward's semaphore.
+
+    NVIDIA's plan is vectors of the batch size rounded up to 4, and a counter at the end that each forward uses up.
+    """
+    padded = max(-(-batch_size // 4) * 4, 4)
+    return plan[: plan.numel() // padded * padded].view(-1, padded)[:, :batch_size]
 
 
 def _mate_mla_plan_bytes(batch_size: int, max_seqlen_q: int, num_heads_q: int, device: torch.device) -> int:

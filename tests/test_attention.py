@@ -412,7 +412,9 @@ def test_mha_cascade_verify_with_topk_above_one() -> None:
 def test_cascade_draft_decode_keeps_prefix_and_suffix_apart(mla: bool, step: int) -> None:
     """Draft of a tree: two calls a layer; MLA plans, written in place, must not overwrite one another."""
     model = (
-        mla_model(3, table_rows=10, arguments=TOPK) if mla else Model(uniform_layers(3), table_rows=10, arguments=TOPK)
+        mla_model(3, table_rows=10, arguments=TOPK, draft_worker=True)
+        if mla
+        else Model(uniform_layers(3), table_rows=10, arguments=TOPK)
     )
     attention.install_kernel_dispatch()
     draft = attention.MusaFA3MultiStepDraftBackend(model.runner(), 2, 4)
@@ -424,6 +426,12 @@ def test_cascade_draft_decode_keeps_prefix_and_suffix_apart(mla: bool, step: int
         for layer in model.layers:
             model.check(child, made, layer)
     assert (counts.passes, counts.planned_calls, counts.plans, counts.reuses) == (1, 6, 2, 4)
+
+
+def test_a_tree_over_pages_of_a_latent_cache_is_refused() -> None:
+    """Upstream's verify of an MLA model passes a table of tokens for one of pages, so only chains can be verified."""
+    with pytest.raises(kernels.UnsupportedByKernels, match=r"--speculative-eagle-topk 2 .* --page-size 64"):
+        mla_model(1, arguments=TOPK).backend()
 
 
 def test_draft_extend_without_lengths_on_the_host() -> None:

@@ -887,3 +887,15 @@ def test_a_record_is_frozen() -> None:
     """What a backend was given does not change under it."""
     with pytest.raises(AttributeError):
         reference_kernels().name = "other"  # type: ignore[misc]
+
+
+def test_a_hopper_plan_is_compared_without_padding_and_semaphore() -> None:
+    """NVIDIA's FA3 leaves its vectors' padding unwritten and counts in the last value: neither says anything."""
+    # Three vectors of one request, padded to four, then the semaphore; as two computations of one plan came from a GPU.
+    used = torch.tensor([1, 1, 2, 12, 1, 1, 1, 1, 0, 0, 1, 2, 0], dtype=torch.int32)
+    fresh = torch.tensor([1, 1, 2, 3, 1, 0, 3, 0, 0, 0, 0, 0, 9], dtype=torch.int32)
+    other = torch.tensor([2, 1, 2, 3, 1, 0, 3, 0, 0, 0, 0, 0, 9], dtype=torch.int32)
+    contents = kernels._hopper_plan_contents
+    assert contents(used, 1).flatten().tolist() == [1, 1, 0]
+    assert torch.equal(contents(used, 1), contents(fresh, 1))
+    assert not torch.equal(contents(used, 1), contents(other, 1))
