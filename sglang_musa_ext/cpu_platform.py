@@ -47,8 +47,7 @@ TORCH_NATIVE_ON_ARM = (
 )
 
 # Modules of upstream that choose kernels of speculative decoding by flags of known devices, and know no way for
-# another one. MUSA's way takes them from ``sgl_kernel`` and Triton, which both have stand-ins here. More modules do
-# so up to 0.5.13, whose speculative decoding assumes CUDA in ways that no flag changes.
+# another one. MUSA's way takes them from ``sgl_kernel`` and Triton, which both have stand-ins here.
 MUSA_KERNEL_MODULES = (
     "sglang.srt.speculative.eagle_utils",
     "sglang.srt.speculative.triton_ops.cache_locs",

@@ -48,6 +48,7 @@ def prepare_process() -> None:
     """
     os.environ.update(ENVIRONMENT)
     install_missing_modules()
+    ignore_waits_for_cuda()
     if importlib.util.find_spec("triton") is not None:
         interpret_triton()
 
@@ -79,6 +80,20 @@ def _install(name: str, contents: dict[str, dict[str, Any]]) -> None:
         parent, _, child = dotted.rpartition(".")
         if parent:
             setattr(sys.modules[parent], child, module)
+
+
+def ignore_waits_for_cuda() -> None:
+    """Let ``torch.cuda.synchronize()`` return at once, where it would raise because there is no CUDA device.
+
+    Why: models that share their embeddings with a draft model call it after that, whatever the device.
+    Until: 0.5.15.
+    """
+    if not torch.cuda.is_available():
+        torch.cuda.synchronize = _nothing_to_wait_for
+
+
+def _nothing_to_wait_for(device: object = None) -> None:
+    """Stand for ``torch.cuda.synchronize``: what the CPU was told to do is done."""
 
 
 def torchvision_modules() -> dict[str, dict[str, Any]]:

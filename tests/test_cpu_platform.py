@@ -348,6 +348,13 @@ def test_speculative_decoding_takes_the_kernels_of_musa(platform_facts: dict[str
     assert set(platform_facts["trees"]) == {"sglang_musa_ext.cpu_trees"}
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device to wait for")
+def test_a_wait_for_cuda_returns_at_once() -> None:
+    """Without a CUDA device, upstream's unconditional waits for one do not raise."""
+    code = PLATFORM + "import torch; print(json.dumps(torch.cuda.synchronize()))"
+    assert run_python(code, UNDER_THE_PLATFORM) is None
+
+
 @pytest.mark.parametrize(("machine", "warned"), [("aarch64", True), ("x86_64", False)])
 def test_sglangs_choice_for_arm_is_pointed_out(machine: str, warned: bool) -> None:
     """On ARM, torch_native may be SGLang's choice or the user's, so it stays, with a word about it."""
