@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -112,3 +113,20 @@ def test_plans_per_pass_are_the_model_s_geometries(each: Mode, ours: EngineRun) 
     # 115 tokens are one chunk of 128, or two where the release's scheduler counts whole pages.
     assert passes - each.passes in (0, 1)
     assert report["statistics"] == replace(each, passes=passes).statistics()
+
+
+PREPARE = "from sglang_musa_ext.cpu_stand_ins import prepare_process; prepare_process()"
+
+
+@pytest.mark.engine
+def test_spawned_engine(engines: EngineServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine whose processes each start Python anew finds the plugin in each, whatever the release imports first."""
+    # Up to 0.5.20 SGLang imports libraries that this machine lacks before it looks for platforms, so each Python
+    # prepares itself as it starts. It imports this module after all paths are known.
+    (tmp_path / "sitecustomize.py").write_text(PREPARE)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    each = MODES["dense"]
+    request = each.requests[0]
+    run = engines.spawn(EngineCase(engines.model(each.model), ((request,),), CHUNKS))
+    assert run.tokens == [engines.greedy(engines.model(each.model), request)[0]]
+    assert run.report()["backend"] == "MusaFA3Backend"
