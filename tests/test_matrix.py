@@ -73,6 +73,7 @@ def test_a_run_is_judged_by_what_is_expected(
     assert verdict.status is status
     assert verdict.held is (status is Status.PASS)
     assert verdict.problems == () if problem is None else re.search(problem, " ".join(verdict.problems))
+    assert list(verdict.known) == [one for one in exceptions if any(map(one.covers, run.failed))]
 
 
 def test_an_exception_is_of_its_level_alone() -> None:
