@@ -10,6 +10,8 @@ import contextlib
 import functools
 import logging
 import os
+import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -43,17 +45,16 @@ def register() -> None:
         if settings.mode == "off":
             return
         if idle := _reason_to_stay_idle(settings):
-            logger.info("sglang_musa_ext stays idle: %s", idle)
+            _announce(f"sglang_musa_ext stays idle in process {os.getpid()}: {idle}")
             return
         support = upstream.require_upstream()
         if support.message:
             logger.warning("%s", support.message)
         _take_over(create_musa_fa3_backend)
         _take_over_drafts(_draft_backend_of_ours)
-        logger.info(
-            "sglang_musa_ext is active in process %d: --attention-backend fa3 is MusaFA3Backend (SGLang %s)",
-            os.getpid(),
-            support.version,
+        _announce(
+            f"sglang_musa_ext is active in process {os.getpid()}: --attention-backend fa3 is MusaFA3Backend "
+            f"(SGLang {support.version})"
         )
     except Exception as error:
         logger.error("sglang_musa_ext cannot serve, and fa3 will refuse to: %s", error)
@@ -62,6 +63,14 @@ def register() -> None:
         # What upstream does not have builds nothing: there is nothing to refuse.
         with contextlib.suppress(ImportError, AttributeError):
             _take_over_drafts(refuse)
+
+
+def _announce(line: str) -> None:
+    """Have ``line`` in the log, also where SGLang loads plugins before it sets its log up, as in its schedulers."""
+    if logger.hasHandlers():
+        logger.info("%s", line)
+    else:
+        print(f"[{time.strftime('%Y-%m-%d %H:%M:%S')}] {line}", file=sys.stderr, flush=True)
 
 
 def activate_platform() -> str | None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from sglang_musa_ext import guard
+from sglang_musa_ext import guard, plugin
 from sglang_musa_ext.guard import NotServedByUsError, arm, guard_class
 
 # One process imports SGLang, as a scheduler does, and forks for each case, so that each loads plugins for the
@@ -212,3 +212,42 @@ def test_torch_finds_the_guard() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "1"
+
+
+# One line a process ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("variables", "line"),
+    [
+        ({"SGLANG_MUSA_EXT": "on", "SGLANG_MUSA_EXT_KERNELS": "reference"}, "sglang_musa_ext is active in process"),
+        ({"SGLANG_MUSA_EXT": "auto"}, "sglang_musa_ext stays idle in process"),
+        ({"SGLANG_MUSA_EXT": "off"}, None),
+    ],
+    ids=["active", "idle", "off"],
+)
+def test_a_process_says_once_what_it_does(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], line: str | None
+) -> None:
+    """SGLang loads plugins before it sets its log up, and the line is seen all the same; off says nothing."""
+    for name in ("_take_over", "_take_over_drafts"):
+        monkeypatch.setattr(plugin, name, lambda _: None)
+    monkeypatch.setattr(plugin, "_on_musa", lambda: False)
+    monkeypatch.setattr(plugin.logger, "hasHandlers", lambda: False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    plugin.register()
+    lines = [x for x in capfd.readouterr().err.splitlines() if "sglang_musa_ext" in x]
+    assert len(lines) == (line is not None)
+    assert line is None or line in lines[0]
+
+
+@pytest.mark.parametrize("lines", [0, 1])
+def test_a_log_that_is_set_up_gets_the_line(
+    capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, lines: int
+) -> None:
+    """Where there is a log, its level decides, and nothing is printed beside it."""
+    with caplog.at_level("INFO" if lines else "WARNING", "sglang_musa_ext"):
+        plugin._announce("what it does")
+    assert caplog.text.count("what it does") == lines
+    assert "what it does" not in capfd.readouterr().err
