@@ -114,6 +114,11 @@ class Surroundings:
         return settings.kernels if settings.mode == "on" and settings.kernels in ("hopper", "reference") else ""
 
     @cached_property
+    def has_our_defaults(self) -> bool:
+        """Whether this package chooses what a command line leaves open: on MUSA and on its own CPU platform."""
+        return bool(self.kernels) and (self.has_musa_stack or self.settings.platform == PLATFORM_PLUGIN)
+
+    @cached_property
     def devices(self) -> dict[str, Any]:
         """What torch says of the devices; see :func:`print_devices`.
 
@@ -201,7 +206,7 @@ def _probe_contract(_: Surroundings) -> CheckResult:
         text = f"SGLang lacks {len(serving)} things that serving needs: {_some(serving)}"
         return failed(text, step, violations=serving + others)
     if others:
-        text = f"SGLang lacks {len(others)} things, none of them for serving on MUSA: {_some(others)}"
+        text = f"SGLang lacks {len(others)} things, none of which serving needs: {_some(others)}"
         return warned(text, step, violations=others)
     return passed(f"SGLang's sources have all that {len(upstream.REQUIREMENTS)} rows of the contract ask for.")
 
@@ -279,7 +284,7 @@ def _probe_command(s: Surroundings) -> CheckResult:
     if s.command is None:
         return passed("No command line was given; give a server's arguments after -- to see what they lead to.")
     options, rest = _server_parser().parse_known_args(s.command)
-    resolved = _resolve(options, s.kernels)
+    resolved = _resolve(options, s)
     words = [f"{name} {value} ({why})" for name, (value, why) in resolved.items()]
     finding = "; ".join(words) + f". {UNKNOWABLE}"
     details = {name: {"value": value, "because": why} for name, (value, why) in resolved.items()}
@@ -289,6 +294,9 @@ def _probe_command(s: Surroundings) -> CheckResult:
     return passed(finding, **details)
 
 
+SGLANGS_CHOICE = "SGLang's choice"
+HALF = ("auto", "bf16", "bfloat16", "fp16", "float16", "half")
+"""Spellings of the types that MATE reads; with another one, fa3 is no default."""
 UNKNOWABLE = "Not known here: what SGLang sets for a model's architecture, and what --config holds."
 
 
@@ -302,17 +310,13 @@ def _server_parser() -> argparse.ArgumentParser:
     parser.add_argument("--speculative-draft-attention-backend")
     parser.add_argument("--page-size", type=int)
     parser.add_argument("--kv-cache-dtype", default="auto")
+    parser.add_argument("--dtype", default="auto")
     return parser
 
 
-def _resolve(options: argparse.Namespace, kernels: str) -> dict[str, tuple[Any, str]]:
+def _resolve(options: argparse.Namespace, s: Surroundings) -> dict[str, tuple[Any, str]]:
     """The attention backends and the page size of a command line, each with the reason for it."""
-    if options.attention_backend:
-        attention = options.attention_backend, "--attention-backend"
-    elif kernels:
-        attention = "fa3", "the default while this package serves"
-    else:
-        attention = "SGLang's choice", "this package would stay idle"
+    attention = _attention(options, s)
     resolved: dict[str, tuple[Any, str]] = {}
     for phase in ("prefill", "decode"):
         named = getattr(options, f"{phase}_attention_backend")
@@ -321,11 +325,28 @@ def _resolve(options: argparse.Namespace, kernels: str) -> dict[str, tuple[Any, 
         resolved["draft attention"] = named, "--speculative-draft-attention-backend"
     if options.page_size is not None:
         resolved["page size"] = options.page_size, "--page-size"
-    elif kernels in ("mate", "reference"):
+    elif s.has_our_defaults:
         resolved["page size"] = 64, "the default on MUSA and on the CPU reference platform"
     else:
-        resolved["page size"] = "SGLang's choice", "no rule of this package"
+        resolved["page size"] = SGLANGS_CHOICE, "no rule of this package"
     return resolved
+
+
+def _attention(options: argparse.Namespace, s: Surroundings) -> tuple[str, str]:
+    """The attention backend of both phases where neither is named apart, and the reason for it."""
+    if options.attention_backend:
+        return options.attention_backend, "--attention-backend"
+    if not s.kernels:
+        return SGLANGS_CHOICE, "this package would stay idle"
+    if not s.has_our_defaults:
+        return SGLANGS_CHOICE, "this package has defaults on MUSA and on its CPU platform alone"
+    if s.kernels == "mate":
+        for name in ("kv_cache_dtype", "dtype"):
+            if (value := getattr(options, name)) not in HALF:
+                return SGLANGS_CHOICE, f"MATE cannot read --{name.replace('_', '-')} {value}"
+        if options.page_size not in (None, 64) and _is_mla(options.model_path):
+            return SGLANGS_CHOICE, f"MATE's MLA kernels cannot read --page-size {options.page_size}"
+    return "fa3", "the default while this package serves"
 
 
 def _problems_of_command(

@@ -66,8 +66,8 @@ def register() -> None:
 
 
 def _announce(line: str) -> None:
-    """Have ``line`` in the log, also where SGLang loads plugins before it sets its log up, as in its schedulers."""
-    if logger.hasHandlers():
+    """Have ``line`` seen: SGLang loads plugins before it sets its log up, whose level is then still Python's own."""
+    if logger.isEnabledFor(logging.INFO) and logger.hasHandlers():
         logger.info("%s", line)
     else:
         print(f"[{time.strftime('%Y-%m-%d %H:%M:%S')}] {line}", file=sys.stderr, flush=True)

@@ -400,7 +400,9 @@ def test_a_command_line_is_resolved(
     [
         (["--attention-backend", "fa4"], Status.FAIL, "fa4"),
         (["--attention-backend", "triton"], Status.WARN, "would not be used"),
-        (["--kv-cache-dtype", "fp8_e4m3"], Status.FAIL, "fp8"),
+        (["--kv-cache-dtype", "fp8_e4m3", "--attention-backend", "fa3"], Status.FAIL, "fp8"),
+        (["--kv-cache-dtype", "fp8_e4m3"], Status.WARN, "MATE cannot read --kv-cache-dtype fp8_e4m3"),
+        (["--dtype", "float32"], Status.WARN, "MATE cannot read --dtype float32"),
         (["--page-size", "many"], Status.FAIL, "page-size"),
         (["--page-size", "32"], Status.PASS, "page size 32"),
     ],
@@ -412,11 +414,33 @@ def test_a_command_line_that_cannot_serve(musa: Machine, options: list[str], sta
     assert part in result.finding
 
 
-@pytest.mark.parametrize(("rank", "status"), [(512, Status.FAIL), (None, Status.PASS)])
-def test_mla_models_take_one_page_size(musa: Machine, rank: int | None, status: Status) -> None:
-    """A model on this machine says itself whether it is MLA, which takes pages of 64."""
+@pytest.mark.parametrize(
+    ("rank", "options", "status"),
+    [
+        (512, ["--attention-backend", "fa3"], Status.FAIL),
+        (512, [], Status.WARN),
+        (None, ["--attention-backend", "fa3"], Status.PASS),
+        (None, [], Status.PASS),
+    ],
+)
+def test_mla_models_take_one_page_size(musa: Machine, rank: int | None, options: list[str], status: Status) -> None:
+    """A model on this machine says itself whether it is MLA, which takes pages of 64, or gets no fa3 by default."""
     musa.write("model/config.json", json.dumps({"kv_lora_rank": rank}))
-    assert musa.ask("command", "--model", str(musa.folder / "model"), "--page-size", "32").status is status
+    model = str(musa.folder / "model")
+    assert musa.ask("command", "--model", model, "--page-size", "32", *options).status is status
+
+
+def test_the_defaults_are_the_plugins() -> None:
+    """The doctor and what chooses fa3 in a server go by the same spellings."""
+    defaults = pytest.importorskip("sglang_musa_ext.musa_defaults")
+    assert doctor.HALF == defaults._HALF
+
+
+def test_kernels_on_a_foreign_device_bring_no_defaults(machine: Machine) -> None:
+    """For validation on another device SGLang chooses as ever, and fa3 has to be named."""
+    machine.environ |= {"SGLANG_MUSA_EXT": "on", "SGLANG_MUSA_EXT_KERNELS": "reference"}
+    assert machine.ask("command", "--model", "m").details["decode attention"]["value"] == "SGLang's choice"
+    assert machine.ask("command", "--attention-backend", "fa3").status is Status.PASS
 
 
 def test_without_a_device_nothing_is_promised(machine: Machine) -> None:

@@ -159,12 +159,18 @@ def test_the_licence_is_whole(repository: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("group", "name"), [("sglang.srt.plugins", "musa_ext"), ("sglang.srt.platforms", "musa_reference")]
+    ("group", "name"),
+    [
+        ("sglang.srt.plugins", "musa_ext"),
+        ("sglang.srt.platforms", "musa_reference"),
+        ("torch.backends", "musa_ext_guard"),
+        ("console_scripts", "sglang-musa-doctor"),
+    ],
 )
 def test_entry_points_load_where_nothing_else_is_installed(
     wheel: Path, clean_python: Path, group: str, name: str
 ) -> None:
-    """In an environment without torch and sglang, both entry points are found and lead to a callable."""
+    """In an environment without torch and sglang, each entry point is found and leads to a callable."""
     pip("--python", clean_python, "install", "--no-index", "--no-deps", wheel)
     code = (
         "from importlib.metadata import entry_points\n"
