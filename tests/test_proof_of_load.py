@@ -45,6 +45,14 @@ def serve(case, model):
     result = {"fa3": ATTENTION_BACKENDS["fa3"].__module__}
     if case.get("resolve_first"):
         result["attention_backend"] = args.attention_backend
+    if case.get("resolve_first"):
+        from sglang_musa_ext.attention import MusaFA3Mixin
+        kernels = types.SimpleNamespace(name="mate", versions={"mate": "0.2.7", "flash_attn_3": "0.2.7+musa"})
+        settings = types.SimpleNamespace(check="metadata", mla_workspace_mb=3, force_update_metadata=False)
+        backend = types.SimpleNamespace(
+            _kernels=kernels, _settings=settings, _workspace=object(), _pool_device="musa:1", page_size=64
+        )
+        result["line"] = MusaFA3Mixin._configuration(backend)
     for name, build in {
         "registry": lambda: ATTENTION_BACKENDS["fa3"](runner),
         "class": lambda: flashattention_backend.FlashAttentionBackend(runner),
@@ -139,6 +147,25 @@ def test_a_loaded_plugin_serves(schedulers: dict[str, dict[str, str]], case: str
 def test_late_is_after_the_arguments_are_resolved(schedulers: dict[str, dict[str, str]]) -> None:
     """The late case is one: its arguments had chosen fa3 before the plugin was loaded."""
     assert schedulers["loaded late"]["attention_backend"] == "fa3"
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        "mate kernels (mate 0.2.7, flash_attn_3 0.2.7+musa)",
+        "rank 0",
+        "device musa:1",
+        "page size 64",
+        "MLA workspace 3 MiB",
+        "checks metadata",
+        "plans reused within a pass",
+        "SGLang ",
+    ],
+)
+def test_a_backend_says_in_one_line_what_it_serves_with(schedulers: dict[str, dict[str, str]], part: str) -> None:
+    """The log has the effective configuration, for people, in one line."""
+    assert part in schedulers["loaded late"]["line"]
+    assert "\n" not in schedulers["loaded late"]["line"]
 
 
 # The guard by itself ------------------------------------------------------------------------------------
