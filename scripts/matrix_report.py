@@ -109,8 +109,9 @@ Written by `scripts/matrix --write-docs`, from what it found; what is expected s
   and one with multi-head latent attention. Tokens equal those of transformers and of the release's own `torch_native`
   backend, and one plan is computed for each geometry and pass.
 
-All of it runs on a CPU with the reference kernels, in one environment: {environment}. A test is not applicable
-where the release lacks what it is about.
+All of it runs on a CPU with the reference kernels, in one environment:
+{environment}.
+A test is not applicable where the release lacks what it is about.
 """
 
 
