@@ -37,7 +37,7 @@ def serve(case, model):
         args = ServerArgs(model_path=model, device="cpu", attention_backend="fa3", skip_tokenizer_init=True)
     if case.get("unguarded"):
         backend = flashattention_backend.FlashAttentionBackend
-        backend.__init__ = backend.__init__.__wrapped__
+        backend.__init__ = getattr(backend.__init__, "__wrapped__", backend.__init__)
     if case.get("broken"):
         sys.modules["sglang_musa_ext.plugin"] = None
     if case.get("loads", True):
