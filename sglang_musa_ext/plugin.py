@@ -15,16 +15,14 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from sglang_musa_ext import envs, upstream
+from sglang_musa_ext import envs, musa_defaults, upstream
 from sglang_musa_ext.envs import Settings
+from sglang_musa_ext.musa_defaults import MINIMUM_CAPABILITY
 
 logger = logging.getLogger(__name__)
 
 REFERENCE_PLATFORM = "musa_reference"
 """The name of our platform plugin, as ``SGLANG_PLATFORM`` gives it."""
-
-MINIMUM_CAPABILITY = (3, 1)
-"""MATE's kernels are built for MP31 and up."""
 
 _DRAFT_METHODS = ("_create_fa_decode_backend", "_create_fa_prefill_backend")
 """Methods of upstream's ``DraftBackendFactory`` that choose an FA3 class by themselves."""
@@ -52,6 +50,8 @@ def register() -> None:
             logger.warning("%s", support.message)
         _take_over(create_musa_fa3_backend)
         _take_over_drafts(_draft_backend_of_ours)
+        if _on_musa():
+            _take_defaults()
         _announce(
             f"sglang_musa_ext is active in process {os.getpid()}: --attention-backend fa3 is MusaFA3Backend "
             f"(SGLang {support.version})"
@@ -125,6 +125,15 @@ def _on_musa() -> bool:
     from sglang.srt.utils import is_musa
 
     return bool(is_musa())
+
+
+def _take_defaults() -> None:
+    """Put the defaults of MUSA in place. What upstream has changed about them costs them alone, not ``fa3``."""
+    if violations := upstream.check_upstream(used_by=("defaults",)):
+        listed = "; ".join(map(str, violations))
+        logger.warning("sglang_musa_ext cannot choose defaults; start with --attention-backend fa3. %s", listed)
+        return
+    musa_defaults.install_defaults()
 
 
 def _require_capability() -> None:

@@ -48,7 +48,8 @@ LAYERS = {
     "cpu_platform": layer("sglang torch psutil cpu_stand_ins cpu_trees"),
     "cpu_trees": layer("torch"),
     "cpu_stand_ins": layer("torch numpy cpu_trees", lazy="reference transformers triton"),
-    "plugin": layer("envs upstream", lazy="attention cpu_platform cpu_stand_ins sglang"),
+    "musa_defaults": layer("envs", lazy="kernels sglang"),
+    "plugin": layer("envs musa_defaults upstream", lazy="attention cpu_platform cpu_stand_ins sglang"),
     "guard": layer("envs"),
     "doctor": layer("envs upstream", lazy="*"),
 }

@@ -143,6 +143,8 @@ def musa(imported: Upstream, monkeypatch: pytest.MonkeyPatch) -> Callable[[tuple
     def believe(capability: tuple[int, int]) -> None:
         monkeypatch.setattr("sglang.srt.utils.is_musa", lambda: True)
         monkeypatch.setattr("sglang.srt.utils.get_device_capability", lambda: capability)
+        # They reach further into SGLang than a test puts back; tests/test_musa_defaults.py has their own.
+        monkeypatch.setattr("sglang_musa_ext.musa_defaults.install_defaults", lambda: None)
 
     return believe
 
@@ -766,3 +768,35 @@ def test_a_server_with_bad_input_exits_before_it_serves(
     for part in parts:
         assert part in output
     assert "The server is fired up and ready to roll" not in output
+
+
+# Defaults on MUSA --------------------------------------------------------------------------------
+
+
+def test_a_musa_device_gets_the_defaults(
+    sglang: Upstream, musa: Callable[[tuple[int, int]], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Registering beside a MUSA device puts its defaults in place."""
+    installed: list[bool] = []
+    musa((3, 1))
+    monkeypatch.setattr("sglang_musa_ext.musa_defaults.install_defaults", lambda: installed.append(True))
+    register()
+    assert installed
+
+
+def test_a_broken_contract_of_defaults_costs_them_alone(
+    sglang: Upstream,
+    musa: Callable[[tuple[int, int]], None],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Where upstream chooses its backend some other way, fa3 is served all the same, to those who ask for it."""
+    installed: list[bool] = []
+    musa((3, 1))
+    monkeypatch.setattr("sglang_musa_ext.musa_defaults.install_defaults", lambda: installed.append(True))
+    monkeypatch.setattr(upstream, "check_upstream", lambda *, used_by: [f"moved: {used_by}"])
+    register()
+    assert not installed
+    assert sglang.backends["fa3"] is create_musa_fa3_backend
+    assert "moved: ('defaults',)" in caplog.text
+    assert "--attention-backend fa3" in caplog.text

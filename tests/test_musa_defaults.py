@@ -1,0 +1,446 @@
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from sglang_musa_ext import musa_defaults
+from sglang_musa_ext.musa_defaults import install_defaults
+from sglang_musa_ext.upstream import SUPPORTED_RELEASES, find_package, read_version
+
+OVERRIDES = ("sglang.srt.arg_groups.model_override_base", "sglang.srt.arg_groups.overrides")
+LLAMA = SimpleNamespace(hf_config=SimpleNamespace(architectures=["LlamaForCausalLM"]))
+WHISPER = SimpleNamespace(hf_config=SimpleNamespace(architectures=["WhisperForConditionalGeneration"]))
+
+# How upstream's vision attention reaches FA3, by release: 0.5.11-0.5.15 by a name that MUSA has, later by one that
+# CUDA alone has.
+VISION = """
+class VisionFlash3Attention:
+    def forward(self, q, k, v, **arguments):
+        return {callee}(q, k, v, cu_seqlens_q=arguments["cu_seqlens"], cu_seqlens_k=arguments["cu_seqlens"])
+"""
+
+
+class ServerArgs:
+    """Arguments as upstream has them, as far as a default depends on them."""
+
+    def __init__(self, **given: Any) -> None:
+        self.attention_backend = None
+        self.page_size = None
+        self.kv_cache_dtype = self.dtype = "auto"
+        vars(self).update(given)
+
+    def settle(self) -> None:
+        """Choose what was left open, the way upstream does: ask for a default only where nothing was chosen."""
+        if self.attention_backend is None:
+            self.attention_backend = self.default(self, use_mla_backend=False, model_config=LLAMA)
+
+    @staticmethod
+    def default(server_args: Any, **call: Any) -> Any:
+        raise NotImplementedError
+
+
+class Early(ServerArgs):
+    """Up to 0.5.18: the default is a method, and construction settles the arguments."""
+
+    def __init__(self, **given: Any) -> None:
+        super().__init__(**given)
+        self.__post_init__()
+
+    def __post_init__(self) -> None:
+        self.settle()
+
+    def _get_default_attn_backend(self, use_mla_backend: bool, model_config: Any) -> str:
+        return "triton"
+
+    @staticmethod
+    def default(server_args: Any, **call: Any) -> Any:
+        return server_args._get_default_attn_backend(**call)
+
+
+class Late(ServerArgs):
+    """From 0.5.19: the default is a function, and settling is a step of its own, done once."""
+
+    def __post_init__(self) -> None:
+        """Leave the arguments as they were given."""
+
+    def resolve_once(self) -> None:
+        if not getattr(self, "_resolution_finished", False):
+            self.settle()
+            self._resolution_finished = True
+
+    @staticmethod
+    def default(server_args: Any, **call: Any) -> Any:
+        return sys.modules[OVERRIDES[1]].get_default_attn_backend(server_args, **call)
+
+
+def flashinfer_or_triton(server_args: Any, use_mla_backend: bool, model_config: Any) -> str:
+    return "triton" if use_mla_backend else "flashinfer"
+
+
+class Musa:
+    """A SGLang that believes in a MUSA device, with the names that the defaults touch."""
+
+    def __init__(self, kind: type[ServerArgs], monkeypatch: pytest.MonkeyPatch) -> None:
+        self.kind = kind
+        self.capability = (3, 1)
+        self.out_of_tree = False
+        self.backends: dict[str, Callable[[Any], Any]] = {
+            name: functools.partial(self.build, name) for name in ("triton", "flashinfer", "torch_native")
+        }
+        self._monkeypatch = monkeypatch
+        platform = SimpleNamespace(is_out_of_tree=lambda: self.out_of_tree)
+        self.module("sglang.srt.server_args", ServerArgs=kind)
+        self.module("sglang.srt.platforms", current_platform=platform)
+        self.module("sglang.srt.utils", get_device_capability=lambda: self.capability)
+        self.module("sglang.srt.layers.attention.attention_registry", ATTENTION_BACKENDS=self.backends)
+        if issubclass(kind, Late):
+            for name in OVERRIDES:
+                self.module(name, get_default_attn_backend=flashinfer_or_triton)
+
+    @staticmethod
+    def build(name: str, runner: Any) -> str:
+        return name
+
+    def module(self, name: str, **contents: Any) -> ModuleType:
+        """Put a module with these contents, and its parents, where imports look first."""
+        if name in sys.modules:
+            vars(sys.modules[name]).update(contents)
+            return sys.modules[name]
+        module = ModuleType(name)
+        vars(module).update({"__path__": [], **contents})
+        self._monkeypatch.setitem(sys.modules, name, module)
+        parent, _, child = name.rpartition(".")
+        if parent:
+            setattr(self.module(parent), child, module)
+        return module
+
+    def settled(self, **given: Any) -> Any:
+        """Arguments, settled as upstream's launcher does it."""
+        arguments: Any = self.kind(**given)
+        if isinstance(arguments, Late):
+            arguments.resolve_once()
+        return arguments
+
+    def choice(self, *, use_mla_backend: bool = False, model_config: Any = LLAMA, **given: Any) -> Any:
+        """What is chosen for these arguments where nothing was."""
+        arguments = self.kind(attention_backend="other", **given)
+        return arguments.default(arguments, use_mla_backend=use_mla_backend, model_config=model_config)
+
+
+@pytest.fixture(params=[Early, Late], ids=["up to 0.5.18", "from 0.5.19"])
+def musa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Musa]:
+    """SGLang on MUSA, in both forms that its arguments have had; what is installed is taken out again."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "sglang"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    # A subclass of its own, because installing replaces methods of the class.
+    methods = {name: vars(request.param)[name] for name in vars(request.param) if not name.startswith("__w")}
+    yield Musa(type(request.param.__name__, (request.param,), methods), monkeypatch)
+    musa_defaults._warn_of_lateness.cache_clear()
+    musa_defaults._kernels_of.cache_clear()
+
+
+# The attention backend ---------------------------------------------------------------------------
+
+
+def test_fa3_is_chosen_where_nothing_was(musa: Musa) -> None:
+    """A server that names no attention backend gets fa3 on MUSA."""
+    assert musa.settled().attention_backend in ("triton", "flashinfer")
+    install_defaults()
+    assert musa.settled().attention_backend == "fa3"
+
+
+@pytest.mark.parametrize("chosen", ["triton", "torch_native", "fa3"])
+def test_the_users_choice_wins(musa: Musa, chosen: str) -> None:
+    """A backend that was named stays."""
+    install_defaults()
+    assert musa.settled(attention_backend=chosen).attention_backend == chosen
+
+
+def test_a_default_can_be_taken_out_again(musa: Musa) -> None:
+    """What installing returns undoes it."""
+    before = musa.settled().attention_backend, dict(musa.backends)
+    install_defaults()()
+    assert (musa.settled().attention_backend, dict(musa.backends)) == before
+    assert not hasattr(musa.settled(), musa_defaults._MARK)
+
+
+def test_installing_twice_changes_nothing(musa: Musa) -> None:
+    """SGLang may load plugins more than once in a process."""
+    install_defaults()
+    backends, finders = dict(musa.backends), list(sys.meta_path)
+    install_defaults()
+    assert dict(musa.backends) == backends
+    assert sys.meta_path == finders
+
+
+@pytest.mark.parametrize(
+    ("given", "use_mla_backend"),
+    [
+        ({}, False), ({}, True), ({"page_size": 64}, True), ({"page_size": 1}, False), ({"dtype": "bfloat16"}, False),
+        ({"dtype": "half"}, True), ({"kv_cache_dtype": "bf16"}, False),
+    ],
+)  # fmt: skip
+def test_fa3_is_chosen_for_what_it_serves(musa: Musa, given: dict[str, Any], use_mla_backend: bool) -> None:
+    """Half precision, any page size, and MLA on pages of 64 tokens."""
+    install_defaults()
+    assert musa.choice(use_mla_backend=use_mla_backend, **given) == "fa3"
+
+
+@pytest.mark.parametrize(
+    ("given", "use_mla_backend", "reason"),
+    [
+        ({"kv_cache_dtype": "fp8_e4m3"}, False, "--kv-cache-dtype fp8_e4m3"),
+        ({"dtype": "float32"}, False, "--dtype float32"),
+        ({"page_size": 1}, True, "--page-size 1"),
+        ({"model_config": WHISPER}, False, "Whisper"),
+    ],
+    ids=["fp8", "float32", "page", "whisper"],
+)
+def test_what_fa3_cannot_serve_is_left_to_sglang(
+    musa: Musa, caplog: pytest.LogCaptureFixture, given: dict[str, Any], use_mla_backend: bool, reason: str
+) -> None:
+    """A default must not turn a server that starts into one that refuses; the log says why."""
+    caplog.set_level(logging.INFO)
+    before = musa.choice(use_mla_backend=use_mla_backend, **given)
+    install_defaults()
+    assert musa.choice(use_mla_backend=use_mla_backend, **given) == before
+    assert reason in caplog.text
+
+
+@pytest.mark.parametrize("capability", [(2, 1), (2, 2), (3, 0)])
+def test_an_older_device_is_left_to_sglang(musa: Musa, capability: tuple[int, int]) -> None:
+    """MATE has no kernels below MP 3.1."""
+    musa.capability = capability
+    install_defaults()
+    assert musa.choice() in ("triton", "flashinfer")
+
+
+def test_another_platform_plugin_keeps_its_choice(musa: Musa) -> None:
+    """An out-of-tree platform names its own default."""
+    musa.out_of_tree = True
+    install_defaults()
+    assert musa.choice() in ("triton", "flashinfer")
+
+
+# What came too late ------------------------------------------------------------------------------
+
+
+def build(musa: Musa, name: str, arguments: Any) -> Any:
+    return musa.backends[name](SimpleNamespace(server_args=arguments))
+
+
+@pytest.mark.parametrize("name", ["triton", "flashinfer"])
+def test_lateness_is_said_once(musa: Musa, caplog: pytest.LogCaptureFixture, name: str) -> None:
+    """Arguments that were settled before the plugin was there are pointed out, and the server runs."""
+    arguments = musa.settled()
+    install_defaults()
+    assert build(musa, name, arguments) == build(musa, name, arguments) == name
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    for part in (repr(name), "--attention-backend fa3", "load_plugins()"):
+        assert part in record.getMessage()
+
+
+def test_a_choice_made_in_time_is_no_lateness(musa: Musa, caplog: pytest.LogCaptureFixture) -> None:
+    """A user who chose triton, with the plugin there, reads nothing of it."""
+    install_defaults()
+    assert build(musa, "triton", musa.settled(attention_backend="triton")) == "triton"
+    assert not caplog.records
+
+
+def test_settling_again_is_no_settling(musa: Musa) -> None:
+    """A child process asks again for what its parent settled without this package."""
+    if musa.kind.__name__ != "Late":
+        pytest.skip("Up to 0.5.18 construction is the only time")
+    arguments = musa.settled()
+    install_defaults()
+    arguments.resolve_once()
+    assert not hasattr(arguments, musa_defaults._MARK)
+
+
+# Vision ------------------------------------------------------------------------------------------
+
+
+def vision(callee: str, **contents: Any) -> str:
+    """The source of upstream's module, with what its own imports bind."""
+    bound = "".join(f"{name} = {value!r}\n" for name, value in contents.items())
+    return bound + VISION.format(callee=callee)
+
+
+def import_vision(musa: Musa, tmp_path: Path, source: str) -> ModuleType:
+    """Import upstream's vision module, made of ``source``, as an import statement does."""
+    (tmp_path / "vision.py").write_text(source)
+    musa.module("sglang.srt.layers.attention").__path__ = [str(tmp_path)]
+    return importlib.import_module("sglang.srt.layers.attention.vision")
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What reaches the provider's function for raw keys and values."""
+    recorded: list[dict[str, Any]] = []
+
+    def attention(**given: Any) -> str:
+        recorded.append(given)
+        return "output"
+
+    provider = SimpleNamespace(flash_attn_varlen_func=attention)
+    monkeypatch.setattr(musa_defaults, "_kernels_of", functools.cache(lambda device: provider))
+    return recorded
+
+
+def attend(module: ModuleType) -> Any:
+    q, k, v = torch.zeros(3, 2, 1, 8)
+    return module.VisionFlash3Attention().forward(q, k, v, cu_seqlens=torch.tensor([0, 2]))
+
+
+def test_vision_without_the_function_fails(musa: Musa, tmp_path: Path) -> None:
+    """This is upstream's mistake: the name is bound for CUDA alone."""
+    with pytest.raises(NameError, match="flash_attn_func"):
+        attend(import_vision(musa, tmp_path, vision("flash_attn_func")))
+
+
+@pytest.mark.parametrize("first", ["plugin", "vision"])
+def test_vision_is_mended(musa: Musa, tmp_path: Path, calls: list[dict[str, Any]], first: str) -> None:
+    """Vision reaches the provider with its cumulative lengths, whichever was imported first."""
+    if first == "plugin":
+        install_defaults()
+    module = import_vision(musa, tmp_path, vision("flash_attn_func"))
+    if first == "vision":
+        install_defaults()
+    assert attend(module) == "output"
+    (given,) = calls
+    assert given.keys() == {"q", "k", "v", "cu_seqlens_q", "cu_seqlens_k"}
+    assert given["cu_seqlens_q"].tolist() == [0, 2]
+
+
+def test_vision_is_not_imported_for_it(musa: Musa, tmp_path: Path) -> None:
+    """A process without vision does not pay for it."""
+    install_defaults()
+    assert "sglang.srt.layers.attention.vision" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        pytest.param(vision("flash_attn_varlen_func", flash_attn_varlen_func=None), id="up to 0.5.15"),
+        pytest.param(vision("flash_attn_func", flash_attn_func="upstream's"), id="mended upstream"),
+    ],
+)
+def test_vision_that_needs_nothing_is_left_alone(musa: Musa, tmp_path: Path, source: str) -> None:
+    """A release without the mistake keeps what it has."""
+    install_defaults()
+    module = import_vision(musa, tmp_path, source)
+    assert getattr(module, "flash_attn_func", "upstream's") == "upstream's"
+
+
+def test_the_import_is_watched_once(musa: Musa, tmp_path: Path) -> None:
+    """After the import nothing of ours is left in the way of others."""
+    before = list(sys.meta_path)
+    install_defaults()
+    assert sys.meta_path != before
+    import_vision(musa, tmp_path, vision("flash_attn_func"))
+    assert sys.meta_path == before
+
+
+# Real releases -----------------------------------------------------------------------------------
+
+# The reference platform lets SGLang be imported without a GPU. Then every module is made to believe in MUSA.
+CHILD = """
+import importlib, json, os, pickle, sys, warnings
+warnings.simplefilter("ignore")
+from sglang_musa_ext.cpu_stand_ins import prepare_process
+prepare_process()
+import torch
+implement = torch.library.Library.impl
+torch.library.Library.impl = lambda self, name, function, key="", **more: implement(
+    self, name, function, "PrivateUse1" if key == "MUSA" else key, **more
+)
+os.environ["SGLANG_PLATFORM"] = "musa_reference"
+for name in (
+    "server_args", "layers.attention.attention_registry", "configs.model_config", "model_loader",
+    "speculative.draft_utils", "arg_groups.overrides", "arg_groups.pipeline",
+):
+    try:
+        importlib.import_module(f"sglang.srt.{name}")
+    except ModuleNotFoundError as error:
+        assert "arg_groups" in str(error), error
+del os.environ["SGLANG_PLATFORM"]
+from sglang.srt import platforms
+from sglang.srt.platforms.interface import SRTPlatform
+platforms._current_platform = SRTPlatform()
+beliefs = {
+    "current_platform": platforms._current_platform,
+    "is_musa": lambda: True,
+    "get_device_capability": lambda *_: (3, 1),
+    "get_device_name": lambda *_: "MTT S5000",
+}
+for module in list(sys.modules.values()):
+    if module is not None and module.__name__.startswith("sglang."):
+        vars(module).update({name: value for name, value in beliefs.items() if name in vars(module)})
+try:
+    from sglang.srt.runtime_context import override_platform
+except ImportError:
+    pass
+else:
+    override_platform(is_musa=True).__enter__()
+from sglang_musa_ext import plugin
+plugin.register()
+from sglang.srt.server_args import ServerArgs
+
+def settled(**given):
+    arguments = ServerArgs(model_path=sys.argv[1], device="cuda", **given)
+    if hasattr(arguments, "resolve_once"):
+        arguments.resolve_once()
+    try:
+        from sglang.srt.arg_groups.overrides import resolved_view
+    except ImportError:
+        view = arguments
+    else:
+        view = resolved_view(arguments)
+    carried = getattr(pickle.loads(pickle.dumps(arguments)), "_musa_ext_present", False)
+    return view.attention_backend, view.page_size, carried
+
+print("RESULT", json.dumps([settled(), settled(attention_backend="triton", page_size=32)]))
+"""
+TINY = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "intermediate_size": 128,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128,
+    "torch_dtype": "bfloat16",
+}  # fmt: skip
+
+
+def python_path(version: str) -> str | None:
+    """Where the sources of a release are; ``None``: nowhere known."""
+    root = Path(os.environ.get("SGLANG_RELEASES", "/nonexistent")) / version
+    return str(root) if (root / "sglang").is_dir() else None
+
+
+@pytest.mark.parametrize("version", [release.version for release in SUPPORTED_RELEASES])
+def test_a_release_gets_the_defaults(version: str, tmp_path: Path) -> None:
+    """On MUSA a real release settles on fa3 with pages of 64, keeps what was chosen, and carries the mark along."""
+    path = python_path(version)
+    package = find_package()
+    if path is None and (package is None or read_version(package) != version):
+        pytest.skip(f"SGLANG_RELEASES names no directory with {version}/sglang")
+    (tmp_path / "config.json").write_text(json.dumps(TINY))
+    environment = {name: value for name, value in os.environ.items() if "MUSA" not in name}
+    environment |= {"PYTHONPATH": path} if path else {}
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, str(tmp_path)], capture_output=True, text=True, env=environment, check=False
+    )
+    results = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    assert results, done.stderr[-2000:]
+    assert json.loads(results[0].removeprefix("RESULT ")) == [["fa3", 64, True], ["triton", 32, True]]
