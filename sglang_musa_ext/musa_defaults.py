@@ -80,9 +80,9 @@ def _preferring_fa3(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _reason_against_fa3(server_args: Any, use_mla_backend: bool, model_config: Any) -> str | None:
     """Why ``fa3`` could not serve what was asked for; ``None``: it can."""
-    from sglang.srt.platforms import current_platform
+    from sglang.srt import platforms
 
-    if current_platform.is_out_of_tree():
+    if platforms.current_platform.is_out_of_tree():
         return "another platform plugin chooses it"
     if "WhisperForConditionalGeneration" in (model_config.hf_config.architectures or ()):
         return "SGLang runs Whisper on one backend alone"

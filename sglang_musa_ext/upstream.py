@@ -701,6 +701,24 @@ REQUIREMENTS: tuple[Requirement, ...] = (
         why="Vision on MUSA calls a function that its module defines for CUDA alone; it is given one.",
         remove_when="Upstream defines the function on MUSA, or asks its attention registry.",
     ),
+    Requirement(
+        "strings",
+        "sglang.srt.platforms",
+        "__getattr__",
+        ("current_platform",),
+        used_by="defaults",
+        why="The platform in use is looked up under this name, which the module makes up when asked.",
+        remove_when="Upstream chooses fa3 on MUSA by itself.",
+    ),
+    Requirement(
+        "method",
+        _DEVICE,
+        "DeviceMixin.is_out_of_tree",
+        ("self",),
+        used_by="defaults",
+        why="A platform plugin names its own default attention backend, which is left to it.",
+        remove_when="Upstream chooses fa3 on MUSA by itself.",
+    ),
     # Page size.
     Requirement(
         "method",
