@@ -10,7 +10,7 @@ import pytest
 
 from sglang_musa_ext import envs
 
-from .engine import EngineServer, summary_table
+from .engine import EngineServer, replace_table, summary_table
 
 _SETTINGS = (
     envs.MODE,
@@ -21,6 +21,11 @@ _SETTINGS = (
     "SGLANG_PLATFORM",
     "SGLANG_PLUGINS",
 )
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let the table of plans be kept: docs/plans.md is written this way, from a whole run of the engine tests."""
+    parser.addoption("--write-plans", metavar="FILE", type=Path, help="put the table of plans per engine into FILE")
 
 
 def pytest_configure() -> None:
@@ -43,9 +48,13 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineServer]:
     server.close()
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Print what the engines computed, if any ran."""
-    if lines := summary_table():
-        terminalreporter.section("plans per engine")
-        for line in lines:
-            terminalreporter.write_line(line)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Print what the engines computed, if any ran; keep it where ``--write-plans`` says."""
+    lines = summary_table()
+    if not lines:
+        return
+    terminalreporter.section("plans per engine")
+    for line in lines:
+        terminalreporter.write_line(line)
+    if kept := config.getoption("--write-plans"):
+        replace_table(kept, lines)

@@ -147,6 +147,10 @@ SUMMARY: list[SummaryRow] = []
 """Rows that the tests of this session noted."""
 
 
+TABLE_BEGINS, TABLE_ENDS = "<!-- plans: begin -->", "<!-- plans: end -->"
+"""Between them stands the table in a page of the documentation."""
+
+
 def summary_table() -> list[str]:
     """Lines of a table: passes, geometries, plans and reuses of each case that ran."""
     if not SUMMARY:
@@ -160,6 +164,16 @@ def summary_table() -> list[str]:
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [head, *rows]]
     return [lines[0], "-|-".join("-" * width for width in widths), *lines[1:]]
+
+
+def replace_table(page: Path, lines: Sequence[str]) -> None:
+    """Put ``lines`` of a table into ``page``, between the markers there."""
+    before, begin, rest = page.read_text().partition(TABLE_BEGINS)
+    _, end, after = rest.partition(TABLE_ENDS)
+    if not (begin and end):
+        raise ValueError(f"{page} has no line {TABLE_BEGINS!r} with {TABLE_ENDS!r} below it, where the table goes.")
+    table = "\n".join(f"| {line.rstrip()} |" for line in lines)
+    page.write_text(f"{before}{begin}\n\n{table}\n\n{end}{after}")
 
 
 def _by_plans(statistics: Mapping[str, Any]) -> str:

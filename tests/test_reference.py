@@ -86,7 +86,7 @@ class Batch:
         return get_scheduler_metadata(**{**arguments, **changes})
 
     def split_rows(self) -> list[Tensor]:
-        return list(self.q.split(self.rows))
+        return list(torch.split(self.q, self.rows))
 
     def truth(self, dtype: torch.dtype = torch.float64, **options: Any) -> tuple[Tensor, Tensor]:
         parts = [
@@ -121,7 +121,7 @@ def assert_attention(batch: Batch, result: tuple[Tensor, Tensor], **options: Any
     assert_close(result[1], truth[1], plain32[1], torch.float32)
 
 
-RAGGED = dict(rows=[1, 37, 0, 13], keys=[70, 37, 5, 150])
+RAGGED: dict[str, Any] = dict(rows=[1, 37, 0, 13], keys=[70, 37, 5, 150])
 
 
 @pytest.mark.parametrize("planned", [False, True])
@@ -445,7 +445,7 @@ def test_mla_plans_really_split() -> None:
 def test_dense_mla_queries_give_an_lse_like_the_queries() -> None:
     """Of 4-d queries MLA's LSE is ``(batch, seqlen_q, heads)``."""
     batch = Latent([2, 2], [100, 30])
-    dense = {"q": batch.rope.q.view(2, 2, 8, 64), "qv": batch.latent.q.view(2, 2, 8, 512)}
+    dense: dict[str, Any] = {"q": batch.rope.q.view(2, 2, 8, 64), "qv": batch.latent.q.view(2, 2, 8, 512)}
     out, lse = batch.call(**dense, cu_seqlens_q=None, max_seqlen_q=None, causal=True)
     assert lse.shape == (2, 2, 8)
     batch.check((out.flatten(0, 1), lse.flatten(0, 1).T), causal=True)
@@ -733,7 +733,7 @@ def test_mla_refusals(changes: dict[str, Any], error: type[KernelRefusal], match
 def test_mla_wants_pages_of_64() -> None:
     """MLA over other pages is refused with the option to set."""
     batch = Latent([1, 1], [5, 9])
-    pages = {"k_cache": torch.zeros(9, 32, 1, 64), "v_cache": torch.zeros(9, 32, 1, 512)}
+    pages: dict[str, Any] = {"k_cache": torch.zeros(9, 32, 1, 64), "v_cache": torch.zeros(9, 32, 1, 512)}
     with pytest.raises(RefusedValue, match="--page-size 64"):
         batch.call(**pages)
 
