@@ -22,7 +22,14 @@ from sglang_musa_ext.upstream import REQUIREMENTS, check_upstream
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = {
     # The first test of test_release.py says that it is this release that is tested.
-    "backend": ["tests/test_release.py", "tests/test_attention.py", "tests/test_graphs.py", "-m", "not engine"],
+    "backend": [
+        "tests/test_release.py",
+        "tests/test_attention.py",
+        "tests/test_graphs.py",
+        "tests/test_selection.py",
+        "-m",
+        "not engine",
+    ],
     "engine": ["tests/test_release.py"],
 }
 CELL_SECONDS = 1800.0

@@ -26,7 +26,7 @@ from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE, TESTS = "sglang_musa_ext", "tests"
-FILES = ("test_attention.py", "test_graphs.py")
+FILES = ("test_attention.py", "test_graphs.py", "test_selection.py")
 UNIT = ("test_scheduler_metadata.py",)
 """Where a guard is that no call of upstream can reach: what upstream never passes, or what is guarded twice."""
 SECONDS = 150

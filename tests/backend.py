@@ -26,8 +26,25 @@ import torch
 
 # Tests take `attention` and `upstream` from here, because what this module prepares must come before their import.
 __all__ = [
-    "AttentionType", "Call", "Counts", "Draft", "ForwardMode", "Model", "Queries", "Request", "SpeculativeAlgorithm",
-    "Step", "attention", "attention_layer", "counted", "dense_attention", "mla_layer", "recorded", "replace_kernels",
+    "AttentionType",
+    "Call",
+    "Counts",
+    "Draft",
+    "ForwardMode",
+    "LinearStandIn",
+    "Model",
+    "PretrainedConfig",
+    "Queries",
+    "Request",
+    "SpeculativeAlgorithm",
+    "Step",
+    "attention",
+    "attention_layer",
+    "counted",
+    "dense_attention",
+    "mla_layer",
+    "recorded",
+    "replace_kernels",
     "upstream",
 ]  # fmt: skip
 
@@ -62,6 +79,7 @@ with warnings.catch_warnings(), environment(SGLANG_PLATFORM="musa_reference"):
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
     from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
     from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
+    from transformers import PretrainedConfig
 
     from sglang_musa_ext import attention
 
@@ -138,6 +156,23 @@ class KVPool:
     def set_mla_kv_buffer(self, layer: Any, loc: Any, k: Tensor, k_rope: Tensor) -> None:
         loc = getattr(loc, "loc", loc)
         self.k[layer.layer_id][loc] = torch.cat([k, k_rope], -1).view(-1, 1, layer.head_dim)
+
+
+class LinearStandIn:
+    """Stands for a linear-attention backend of upstream's, which a hybrid model has beside ours."""
+
+    needs_cpu_seq_lens = False
+
+    def __init__(self, _runner: Any) -> None:
+        self.layers: list[int] = []
+
+    def init_forward_metadata(self, _batch: Any) -> None:
+        """Nothing: linear layers have no page table."""
+
+    def forward_decode(self, **arguments: Any) -> None:
+        self.layers.append(arguments["layer"].layer_id)
+
+    forward_extend = forward = forward_decode
 
 
 @dataclass

@@ -10,7 +10,6 @@ import gc
 import inspect
 import sys
 import threading
-import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -20,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from sglang_musa_ext import envs, kernels, plugin
+from sglang_musa_ext import envs, kernels
 from sglang_musa_ext.scheduler_metadata import MLAWorkspace, MLAWorkspaceExhausted
 from tests.backend import (
     AttentionType,
@@ -1159,106 +1158,3 @@ def test_lengths_of_a_pass_are_told_apart_by_their_contents(shared: bool) -> Non
     with counted(backend) as counts:
         backend._run(calls, None, None, None, object(), SimpleNamespace())
     assert (counts.plans, counts.reuses) == (2, 0)
-
-
-# --- every way by which upstream comes to an FA3 backend ----------------------------------------------
-
-
-@pytest.fixture
-def plugin_on(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The plugin, registered in this process; everything it puts into upstream is taken out again."""
-    with warnings.catch_warnings():
-        # From 0.5.22 on its import says that Triton has no driver here.
-        warnings.simplefilter("ignore")
-        from sglang.srt.managers.scheduler import Scheduler
-    from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
-    from sglang.srt.speculative import dflash_utils
-    from sglang.srt.speculative.draft_utils import DraftBackendFactory
-
-    monkeypatch.setenv("SGLANG_PLATFORM", plugin.REFERENCE_PLATFORM)
-    places: list[tuple[Any, str]] = [
-        (upstream.FlashAttentionBackend, "__init__"), (Scheduler, "get_internal_state"),
-        (dflash_utils, "_DFLASH_VERIFY_SKIP_CUSTOM_MASK_BACKENDS"),
-        *((upstream, name) for name in attention.KERNEL_PARAMETERS),
-        *((DraftBackendFactory, name) for name in plugin._DRAFT_METHODS),
-    ]  # fmt: skip
-    before = [(place, name, getattr(place, name)) for place, name in places]
-    registry = dict(ATTENTION_BACKENDS)
-    plugin.register()
-    yield
-    ATTENTION_BACKENDS.clear()
-    ATTENTION_BACKENDS.update(registry)
-    for place, name, value in before:
-        setattr(place, name, value)
-
-
-def ready_runner(**arguments: Any) -> Any:
-    """A stand-in runner with what the factories read beside the backend."""
-    from tests.backend import SpeculativeAlgorithm
-
-    runner = Model(uniform_layers(1), arguments=arguments).runner()
-    runner.spec_algorithm = SpeculativeAlgorithm.from_string("EAGLE" if arguments else None)
-    return runner
-
-
-@pytest.mark.usefixtures("plugin_on")
-def test_the_registry_builds_ours() -> None:
-    """``--attention-backend fa3``; also what PD-multiplexing groups and overlap children are built by."""
-    from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
-
-    backend = ATTENTION_BACKENDS["fa3"](ready_runner())
-    assert type(backend) is attention.MusaFA3Backend
-    assert isinstance(backend, upstream.FlashAttentionBackend)
-
-
-@pytest.mark.usefixtures("plugin_on")
-@pytest.mark.parametrize("musa", [False, True], ids=["no MUSA", "MUSA"])
-@pytest.mark.parametrize("phase", ["decode", "extend"])
-def test_draft_factories_build_ours(musa: bool, phase: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Draft decode and draft-extend, on a machine where upstream would take the in-tree MUSA classes and elsewhere."""
-    from sglang.srt.speculative import draft_utils
-
-    if hasattr(draft_utils, "is_musa"):
-        monkeypatch.setattr(draft_utils, "is_musa", lambda: musa)
-    factory = object.__new__(draft_utils.DraftBackendFactory)
-    factory.draft_model_runner, factory.topk, factory.speculative_num_steps = ready_runner(**SPEC), 1, 4
-    factory.server_args = factory.draft_model_runner.server_args
-    create = factory._create_fa3_decode_backend if phase == "decode" else factory._create_fa3_prefill_backend
-    made = create()
-    backend = made[1] if isinstance(made, tuple) else made
-    if phase == "extend":
-        assert type(backend) is attention.MusaFA3Backend
-    else:
-        assert type(backend) is attention.MusaFA3MultiStepDraftBackend
-        assert {type(child) for child in backend.attn_backends} == {attention.MusaFA3Backend}
-    assert upstream.FlashAttentionBackend is not attention.MusaFA3Backend
-
-
-@pytest.mark.usefixtures("plugin_on")
-def test_a_foreign_fa3_backend_is_refused_once_ours_serves() -> None:
-    """A way to upstream's class that this package does not know is an error, not a silent fallback."""
-    from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
-
-    runner = ready_runner()
-    ATTENTION_BACKENDS["fa3"](runner)
-    with pytest.raises(attention.ForeignBackendError, match="in place of MusaFA3Backend"):
-        upstream.FlashAttentionBackend(runner)
-
-
-@pytest.mark.usefixtures("plugin_on")
-def test_dflash_knows_our_class_by_name() -> None:
-    """DFlash skips the custom mask for backends that are on a list of class names."""
-    from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
-    from sglang.srt.speculative import dflash_utils
-
-    backend = ATTENTION_BACKENDS["fa3"](ready_runner(**SPEC))
-    assert type(backend).__name__ in dflash_utils._DFLASH_VERIFY_SKIP_CUSTOM_MASK_BACKENDS
-
-
-def test_registering_twice_is_registering_once(plugin_on: None) -> None:
-    """SGLang loads plugins more than once in some processes."""
-    from sglang.srt.speculative.draft_utils import DraftBackendFactory
-
-    methods = [getattr(DraftBackendFactory, name)._musa_ext_original for name in plugin._DRAFT_METHODS]
-    plugin.register()
-    assert [getattr(DraftBackendFactory, name)._musa_ext_original for name in plugin._DRAFT_METHODS] == methods
