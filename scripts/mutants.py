@@ -203,6 +203,7 @@ SELECTION = (
     Mutant("draft steps are upstream's", BACKEND, "        with upstream_builds_ours():\n            super().__init__",
            "        if True:\n            super().__init__", "multi_step_draft"),
     Mutant("registry left alone", PLUGIN, 'ATTENTION_BACKENDS["fa3"] = create', "pass", "registry_builds"),
+    Mutant("fa4 left alone", PLUGIN, 'ATTENTION_BACKENDS["fa4"] = _refuse_fa4', "pass", "fa4_is_refused"),
     Mutant("draft factories left alone", PLUGIN,
            '_DRAFT_METHODS = ("_create_fa_decode_backend", "_create_fa_prefill_backend")', "_DRAFT_METHODS = ()",
            "draft_factories"),

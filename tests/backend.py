@@ -76,6 +76,7 @@ with warnings.catch_warnings(), environment(SGLANG_PLATFORM="musa_reference"):
     from sglang.srt.configs.model_config import AttentionArch
     from sglang.srt.layers.attention import flashattention_backend as upstream
     from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
+    from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
     from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
     from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
@@ -142,6 +143,10 @@ class KVPool:
             else:
                 self.v[layer.layer_id] = torch.full((slots, layer.tp_v_head_num, layer.v_head_dim), fill, dtype=dtype)
 
+    def place(self, layer: RadixAttention, loc: Any) -> Any:
+        """Where a layer's keys and values for the tokens at ``loc`` are."""
+        return getattr(loc, "loc", loc)
+
     def get_kv_buffer(self, layer_id: int) -> tuple[Tensor, Tensor]:
         return self.k[layer_id], self.v[layer_id]
 
@@ -149,13 +154,37 @@ class KVPool:
         return self.k[layer_id]
 
     def set_kv_buffer(self, layer: Any, loc: Any, k: Tensor, v: Tensor, *_scales: Any, **_options: Any) -> None:
-        loc = getattr(loc, "loc", loc)
+        loc = self.place(layer, loc)
         self.k[layer.layer_id][loc] = k.view(-1, layer.tp_k_head_num, layer.head_dim)
         self.v[layer.layer_id][loc] = v.view(-1, layer.tp_v_head_num, layer.v_head_dim)
 
     def set_mla_kv_buffer(self, layer: Any, loc: Any, k: Tensor, k_rope: Tensor) -> None:
-        loc = getattr(loc, "loc", loc)
+        loc = self.place(layer, loc)
         self.k[layer.layer_id][loc] = torch.cat([k, k_rope], -1).view(-1, 1, layer.head_dim)
+
+
+class WindowPool(KVPool, SWAKVPool):  # type: ignore[misc]
+    """A pool like upstream's for hybrid windows: layers with a window have pages of their own, in another order."""
+
+    swa_layer_nums = 1
+
+    def __init__(
+        self, layers: Sequence[RadixAttention], slots: int, dtype: torch.dtype, fill: float, page: int
+    ) -> None:
+        KVPool.__init__(self, layers, slots, dtype, False, fill)
+        # Page 0 stays upstream's padding page, and so do the places within a page.
+        pages = torch.arange(slots).view(-1, page)
+        self.full_to_swa_index_mapping = torch.cat([pages[:1], pages[1:].flip(0)]).flatten()
+
+    def translate_loc_from_full_to_swa(self, loc: Tensor) -> Tensor:
+        return self.full_to_swa_index_mapping[loc.long()].to(torch.int32)
+
+    def place(self, layer: RadixAttention, loc: Any) -> Any:
+        if layer.sliding_window_size < 0:
+            return super().place(layer, loc)
+        # Later releases say where; up to some release the pool translates.
+        said = getattr(loc, "swa_loc", None)
+        return self.full_to_swa_index_mapping[super().place(layer, loc)] if said is None else said.long()
 
 
 class LinearStandIn:
@@ -226,6 +255,8 @@ class Model:
     table_rows: int = 6
     mla: bool = False
     window: int | None = None
+    window_pages: bool = False
+    """Whether layers with a window have pages of their own."""
     chunk: int | None = None
     encoder_decoder: bool = False
     draft_worker: bool = False
@@ -242,7 +273,11 @@ class Model:
         tokens = order[..., None] * self.page_size + torch.arange(self.page_size)
         self.table = tokens.view(self.table_rows, -1).to(torch.int32)
         slots = (self.table_rows * pages_a_row + 1) * self.page_size
-        self.pool = KVPool(self.layers, slots, self.dtype, self.mla, self.fill)
+        self.pool = (
+            WindowPool(self.layers, slots, self.dtype, self.fill, self.page_size)
+            if self.window_pages
+            else KVPool(self.layers, slots, self.dtype, self.mla, self.fill)
+        )
         self.truth = KVPool(self.layers, slots, torch.float64, self.mla, math.nan)
         self._free_rows = list(range(self.table_rows))
 
@@ -282,12 +317,22 @@ class Model:
         )
 
     def _translator(self) -> Any:
-        """The stand-in for upstream's ``KVIndexTranslator`` over a pool that needs no translation."""
+        """The stand-in for upstream's ``KVIndexTranslator`` over a pool that is not of its unified kind."""
+
+        def window_ids(loc: Tensor) -> Tensor | None:
+            return self.pool.translate_loc_from_full_to_swa(loc) if isinstance(self.pool, WindowPool) else None
+
+        def write_ids(batch: Any, kind: Any = None) -> Tensor | None:
+            return window_ids(batch.out_cache_loc) if getattr(kind, "name", "") == "SLIDING_WINDOW" else None
+
         return SimpleNamespace(
-            is_translating=False, reads_are_translated=False, write_ids=lambda *_: None,
+            is_translating=False, reads_are_translated=False,
+            # Where window layers write, up to 0.5.21 and after.
+            sliding_window_write_loc_for=window_ids, write_ids=write_ids,
             # Asked by the graphs of 0.5.19 alone.
             build_index_table=lambda req_pool_indices, **_: SimpleNamespace(
-                ids=self.table, row_ids=req_pool_indices, is_translated=False, sliding_window_ids=None
+                ids=self.table, row_ids=req_pool_indices, is_translated=False,
+                sliding_window_ids=window_ids(self.table),
             ),
         )  # fmt: skip
 
@@ -322,8 +367,9 @@ class Model:
         k = self.normal(len(slots), layer.tp_k_head_num, layer.head_dim)
         v = k[..., : layer.v_head_dim] if self.mla else self.normal(len(slots), layer.tp_v_head_num, layer.v_head_dim)
         for pool in (self.truth, self.pool) if store else (self.truth,):
-            pool.k[layer.layer_id][slots] = k.to(pool.dtype)
-            pool.v[layer.layer_id][slots] = v.to(pool.dtype)
+            place = pool.place(layer, slots)
+            pool.k[layer.layer_id][place] = k.to(pool.dtype)
+            pool.v[layer.layer_id][place] = v.to(pool.dtype)
         return k, v
 
     def normal(self, *shape: int) -> Tensor:

@@ -27,10 +27,12 @@ from tests.backend import (
     ForwardMode,
     Model,
     Queries,
+    Request,
     Step,
     attention,
     attention_layer,
     counted,
+    dense_attention,
     mla_layer,
     recorded,
     replace_kernels,
@@ -106,14 +108,19 @@ def test_long_context_decode_is_split() -> None:
     assert plans[0][0] > 1
 
 
+@pytest.mark.parametrize("window_pages", [False, True], ids=["one pool", "window pool"])
 @pytest.mark.parametrize("mode", ["decode", "prefill"])
 @pytest.mark.parametrize("order", ["full first", "window first"])
-def test_window_layers_and_full_layers_have_plans_of_their_own(mode: str, order: str) -> None:
-    """A plan made for one window is not used under another, in whichever order the layers come."""
+def test_window_layers_and_full_layers_have_plans_of_their_own(mode: str, order: str, window_pages: bool) -> None:
+    """A plan made for one window is not used under another, in whichever order the layers come.
+
+    With a pool of their own, upstream translates the page table of window layers.
+    """
     windows = [-1, WINDOW, -1, WINDOW] if order == "full first" else [WINDOW, -1, WINDOW, -1]
     layers = [attention_layer(i, sliding_window_size=window) for i, window in enumerate(windows)]
-    model = Model(layers, window=WINDOW, context_len=1024)
+    model = Model(layers, window=WINDOW, window_pages=window_pages, context_len=1024)
     backend, requests = model.backend(), model.requests(900, 3)
+    assert backend.use_sliding_window_kv_pool is window_pages
     step = model.decode(requests) if mode == "decode" else model.extend(requests, [30, 60])
     with counted(backend) as counts:
         model.run_pass(backend, step)
@@ -207,6 +214,71 @@ def _one_shot_prefill(model: Model, backend: Any, step: Step) -> None:
     truth.truth.k[7][:tokens], truth.truth.v[7][:tokens] = k.double(), v.double()
     alone = Step(step.batch, [Queries(torch.arange(tokens), torch.arange(tokens))])
     truth.require(out, alone, layer, {"q": q})
+
+
+def test_chunked_prefix_of_mla_returns_its_log_sum_exp() -> None:
+    """MLA's prefill in pieces: new keys, then prefix keys, each with a log-sum-exp to merge by; none takes a plan."""
+    model = mla_model(1)
+    backend = model.backend()
+    step = model.extend(model.requests(90, 20), [30, 7])
+    backend.init_forward_metadata(step.batch)
+    layer = attention_layer(7, 4, 4, 192, v_head_dim=128)
+    fields = {
+        "mha_return_lse": True, "mha_one_shot": False, "prefix_chunk_idx": 0,
+        "prefix_chunk_cu_seq_lens": torch.tensor([[0, 90, 110]], dtype=torch.int32), "prefix_chunk_max_seq_lens": [90],
+    }  # fmt: skip
+    vars(step.batch).update(fields)
+    rows, prefixes = [30, 7], [90, 20]
+    q = model.normal(37, 4 * 192)
+    with counted(backend) as counts:
+        for prefix, keys in ((False, rows), (True, prefixes)):
+            step.batch.attn_attend_prefix_cache = prefix
+            k, v = model.normal(sum(keys), 4, 192), model.normal(sum(keys), 4, 128)
+            result = backend.forward_extend(q, k, v, layer, step.batch, save_kv_cache=False)
+            _require_pieces(result, layer, q, k, v, rows, keys, causal=not prefix)
+    assert (counts.calls, counts.planned_calls, counts.plans) == (2, 0, 0)
+
+
+def _require_pieces(
+    result: Any, layer: Any, q: Any, k: Any, v: Any, rows: list[int], keys: list[int], causal: bool
+) -> None:
+    """Output and log-sum-exp of attention over the requests' own raw keys, against float64."""
+    parts = [tensor.double().split(sizes) for tensor, sizes in ((q.view(-1, 4, 192), rows), (k, keys), (v, keys))]
+    wanted = []
+    for queries, piece, values in zip(*parts, strict=True):
+        visible = torch.ones(len(queries), len(piece), dtype=torch.bool)
+        wanted.append(dense_attention(queries, piece, values, visible.tril() if causal else visible, layer.scaling))
+    for got, exact in zip(result, map(torch.cat, zip(*wanted, strict=True)), strict=True):
+        torch.testing.assert_close(got.view(exact.shape).double(), exact, rtol=1e-5, atol=1e-5)
+
+
+# --- data-parallel attention --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mla", [False, True], ids=["mha", "mla"])
+def test_passes_of_a_rank_of_data_parallel_attention(mla: bool) -> None:
+    """Batches padded to another rank's size, passes in which this rank is idle, and batches of other sizes.
+
+    A padded batch has more requests in its metadata than it has real ones, with rows that nobody reads. The plan is
+    computed from the very tensors that the call passes, so it covers them.
+    """
+    model = mla_model(table_rows=8) if mla else Model(uniform_layers(2), table_rows=8)
+    backend, requests = model.backend(), model.requests(300, 5, 64)
+    idle = SimpleNamespace(forward_mode=ForwardMode.IDLE, batch_size=0)
+    with counted(backend) as counts:
+        model.run_pass(backend, model.decode(requests))
+        # An idle rank runs its layers without attention, as RadixAttention's backend does for an idle batch.
+        for layer in model.layers:
+            backend.forward(model.normal(0, 4 * layer.head_dim), None, None, layer, idle)
+        model.run_pass(backend, _padded(model, requests[:1], 4))
+        model.run_pass(backend, model.decode(requests[1:]))
+        model.run_pass(backend, _padded(model, requests, 4))
+    assert (counts.passes, counts.plans, counts.reuses) == (4, 4, 4)
+
+
+def _padded(model: Model, requests: list[Request], size: int) -> Step:
+    """A decode step with requests of length 1 behind the real ones, as upstream pads a batch."""
+    return model.decode([*requests, *model.requests(*[0] * (size - len(requests)))])
 
 
 # --- what a pass is -----------------------------------------------------------------------------------

@@ -333,10 +333,11 @@ def test_replay_at_long_context_is_split(kind: str, graphs: CpuGraphs) -> None:
     assert plan.result[0] > 1
 
 
-def test_window_and_full_layers_have_plans_of_their_own_in_a_graph(graphs: CpuGraphs) -> None:
-    """Two geometries, two plans, in every graph."""
+@pytest.mark.parametrize("window_pages", [False, True], ids=["one pool", "window pool"])
+def test_window_and_full_layers_have_plans_of_their_own_in_a_graph(window_pages: bool, graphs: CpuGraphs) -> None:
+    """Two geometries, two plans, in every graph; also where window layers have pages of their own."""
     layers = [attention_layer(i, sliding_window_size=40 if i % 2 else -1) for i in range(4)]
-    model = Model(layers, window=40, context_len=1024)
+    model = Model(layers, window=40, window_pages=window_pages, context_len=1024)
     runner = captured(model, graphs, sizes=(2, 1))
     for graph in runner.graphs.values():
         assert len(graph.kernels("get_scheduler_metadata")) == 2

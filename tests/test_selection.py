@@ -11,7 +11,6 @@ import sys
 import warnings
 from collections.abc import Iterator
 from importlib import import_module
-from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -153,8 +152,10 @@ def upstream_runner(layers: tuple[int, ...] = (0,), config: Any = None, **argume
     config = PretrainedConfig() if config is None else config
     config.num_attention_heads = model.layers[0].tp_q_head_num
     runner.model_config.hf_config = runner.model_config.hf_text_config = config
-    # Upstream's own look-up, which its configuration of a model makes from 0.5.16 on.
+    # Upstream's own look-up, kept by its runner or, from 0.5.16 on, by its configuration of a model.
     runner.model_config.linear_attn_registry_result = get_linear_attn_config(config)
+    runner.model_config.full_attention_layer_ids = getattr(config, "full_attention_layer_ids", None)
+    runner._linear_attn_registry_cache = runner.model_config.linear_attn_registry_result
     return runner, model
 
 
@@ -181,7 +182,8 @@ def test_a_model_runner_gets_ours() -> None:
 def test_a_split_of_prefill_and_decode_gets_ours(phase: str) -> None:
     """``--prefill-attention-backend`` and ``--decode-attention-backend``: the one that says fa3 is ours."""
     other = "decode" if phase == "prefill" else "prefill"
-    backend, _ = backends_of(upstream_runner(**{f"{other}_attention_backend": "torch_native"})[0])
+    split: dict[str, Any] = {f"{other}_attention_backend": "torch_native"}
+    backend, _ = backends_of(upstream_runner(**split)[0])
     assert type(backend).__name__ == "HybridAttnBackend"
     assert type(getattr(backend, f"{phase}_backend")) is attention.MusaFA3Backend
     assert type(getattr(backend, f"{other}_backend")).__name__ == "TorchNativeAttnBackend"
@@ -277,7 +279,7 @@ def test_minicpm_s_own_backend_is_refused(kernels: str, monkeypatch: pytest.Monk
     """MiniCPM's sparse attention builds upstream's backend for itself."""
     from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 
-    if find_spec("sglang.srt.layers.attention.minicpm.backend") is None:
+    if kernels not in ATTENTION_BACKENDS:
         pytest.skip("this SGLang has no backend for MiniCPM")
     for name in ("infllmv2_attn_stage1", "max_pooling_1d_varlen"):
         monkeypatch.setattr(import_module("sgl_kernel"), name, None, raising=False)
@@ -289,7 +291,9 @@ def test_minicpm_s_own_backend_is_refused(kernels: str, monkeypatch: pytest.Monk
 @pytest.mark.usefixtures("plugin_on")
 def test_fa4_is_refused() -> None:
     """``--attention-backend fa4`` says what to choose, through upstream's own set-up."""
-    runner, _ = upstream_runner(prefill_attention_backend="fa4", decode_attention_backend="fa4")
+    runner, _ = upstream_runner(
+        attention_backend="fa4", prefill_attention_backend="fa4", decode_attention_backend="fa4"
+    )
     with pytest.raises(plugin.PluginError, match="--attention-backend fa3"):
         backends_of(runner)
 
