@@ -78,6 +78,9 @@ class Machine:
 @pytest.fixture
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
     """A machine with nothing of the vendor's on it."""
+    # What other tests have imported would be found where it was imported from, and not on this machine's path.
+    for name in ("sglang", "triton"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.syspath_prepend(str(tmp_path))
     return Machine(tmp_path)
 
