@@ -24,14 +24,17 @@ _SETTINGS = (
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Let the table of plans be kept: docs/plans.md is written this way, from a whole run of the engine tests."""
+    """Let a whole run of the engine tests write the table in docs/plans.md, or run under a check."""
     parser.addoption("--write-plans", metavar="FILE", type=Path, help="put the table of plans per engine into FILE")
+    parser.addoption("--engine-check", metavar="CHECK", help=f"run every engine under {envs.CHECK}=CHECK")
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     """Forget the settings of the shell that started the tests: a test chooses its own."""
     for variable in _SETTINGS:
         os.environ.pop(variable, None)
+    if check := config.getoption("--engine-check"):
+        os.environ[envs.CHECK] = check
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,8 @@ import pytest
 
 from sglang_musa_ext import envs
 
+from .test_engine_modes import NOT_ON_A_CPU
+
 DOCUMENTS = ("README.md", "README.zh-CN.md")
 OURS = {envs.MODE, envs.KERNELS, envs.MLA_WORKSPACE_MB, envs.CHECK, envs.FORCE_UPDATE_METADATA}
 
@@ -32,6 +34,12 @@ def test_both_readmes_have_the_same_table_rows(repository: Path) -> None:
     """The translation has the rows of the original, in the same order, with the same marks and code."""
     rows = [table_marks((repository / document).read_text()) for document in DOCUMENTS]
     assert rows[0] == rows[1]
+
+
+def test_the_readme_says_what_no_engine_runs_on_a_cpu(repository: Path) -> None:
+    """What the engine's tests leave out stands in the README, with what covers it instead."""
+    text = (repository / "README.md").read_text()
+    assert [what for what in NOT_ON_A_CPU if f"| {what} |" not in text] == []
 
 
 def table_marks(text: str) -> list[list[str]]:
