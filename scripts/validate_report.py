@@ -1,0 +1,137 @@
+"""What the validation kit found, and the report of it: Markdown for people, JSON for machines."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+PASS, FAIL, SKIP, ABSENT = "pass", "fail", "skip", "could not run"
+NOTICE = (
+    "Nothing of sglang-musa-ext had been run on a Moore Threads GPU when this kit was written: its expectations come "
+    "from MATE's public source, and from the PyTorch kernels that stand in for it. On such a GPU this report is news, "
+    "whatever it says. Please attach it to an issue."
+)
+DISTRIBUTIONS = (
+    "sglang-musa-ext", "sglang", "torch", "torch_musa", "torchada", "mate", "mate-mubin", "flash_attn_3",
+    "mate-flash-attention", "sglang-kernel", "sgl-kernel", "deep-gemm", "triton", "apache-tvm-ffi", "transformers",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one case."""
+
+    part: str
+    name: str
+    status: str
+    """``pass``, ``fail`` or ``skip``."""
+    reason: str = ""
+    numbers: Mapping[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+@dataclass
+class Report:
+    """Everything one run of the kit found."""
+
+    started: str
+    settings: Mapping[str, Any]
+    outcomes: list[Outcome] = field(default_factory=list)
+    broken: dict[str, str] = field(default_factory=dict)
+    """Parts that could not run at all, and why."""
+    device: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=lambda: versions())
+    doctor: Mapping[str, Any] | None = None
+
+    @property
+    def verdict(self) -> str:
+        """``fail`` if a case failed; ``could not run`` if a part did not, or nothing passed; ``pass`` otherwise."""
+        found = {outcome.status for outcome in self.outcomes}
+        if FAIL in found:
+            return FAIL
+        return PASS if PASS in found and not self.broken else ABSENT
+
+    @property
+    def exit_code(self) -> int:
+        """0 everything that could run passed, 1 a case failed, 2 the kit could not do its work."""
+        return {PASS: 0, FAIL: 1, ABSENT: 2}[self.verdict]
+
+    def of(self, part: str) -> list[Outcome]:
+        """The outcomes of one part."""
+        return [outcome for outcome in self.outcomes if outcome.part == part]
+
+    @property
+    def parts(self) -> list[str]:
+        """The parts that ran or should have, in order."""
+        return list(dict.fromkeys([*(outcome.part for outcome in self.outcomes), *self.broken]))
+
+    def write(self, directory: Path) -> tuple[Path, Path]:
+        """Write ``report.md`` and ``report.json`` into ``directory``; returns their paths."""
+        directory.mkdir(parents=True, exist_ok=True)
+        pages = directory / "report.md", directory / "report.json"
+        pages[0].write_text(self.as_markdown(), encoding="utf-8")
+        pages[1].write_text(self.as_json(), encoding="utf-8")
+        return pages
+
+    def as_json(self) -> str:
+        """The report for machines."""
+        content = asdict(self) | {"verdict": self.verdict, "exit_code": self.exit_code, "notice": NOTICE}
+        return json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n"
+
+    def as_markdown(self) -> str:
+        """The report for people, failures first."""
+        facts = {"started": self.started, "system": platform.platform(), "Python": platform.python_version()}
+        lines = [
+            f"# Validation of sglang-musa-ext: {self.verdict}", "", f"> {NOTICE}", "",
+            *table(("Part", *(PASS, FAIL, SKIP), "Could not run"), map(self._counts, self.parts)), "",
+            *self._failures(),
+            "## Machine and versions", "",
+            *table(("What", "Value"), (facts | dict(self.device)).items()), "",
+            *table(("Distribution", "Version"), self.versions.items()), "",
+            "## Settings", "", *table(("Setting", "Value"), self.settings.items()), "",
+        ]  # fmt: skip
+        for part in self.parts:
+            rows = [(o.name, o.status, numbers(o.numbers), o.reason, f"{o.seconds:.1f} s") for o in self.of(part)]
+            lines += [f"## {part}", "", *table(("Case", "Result", "Numbers", "Reason", "Time"), rows), ""]
+        return "\n".join(lines)
+
+    def _counts(self, part: str) -> list[str]:
+        found = [outcome.status for outcome in self.of(part)]
+        return [part, *(str(found.count(status)) for status in (PASS, FAIL, SKIP)), self.broken.get(part, "")]
+
+    def _failures(self) -> list[str]:
+        failed = [outcome for outcome in self.outcomes if outcome.status == FAIL]
+        rows = [(outcome.part, outcome.name, numbers(outcome.numbers), outcome.reason) for outcome in failed]
+        return ["## Failures", "", *table(("Part", "Case", "Numbers", "Reason"), rows), ""] if rows else []
+
+
+def versions() -> dict[str, str]:
+    """The distributions that matter here, with the version of each or that it is absent."""
+    found = {}
+    for name in DISTRIBUTIONS:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "absent"
+    return found
+
+
+def numbers(values: Mapping[str, Any]) -> str:
+    """Named numbers in one short line."""
+    return ", ".join(
+        f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}" for name, value in values.items()
+    )
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
+    """The lines of a table in Markdown."""
+    return [_row(head), _row(["---"] * len(head)), *map(_row, rows)]
+
+
+def _row(cells: Sequence[object]) -> str:
+    return "| " + " | ".join(" ".join(str(cell).replace("|", "\\|").split()) for cell in cells) + " |"

@@ -1,0 +1,258 @@
+"""The validation kit: it passes on the reference kernels, it fails on broken ones, and it reports whatever happens."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import validate
+import validate_graphs
+import validate_numerics
+from validate_report import ABSENT, FAIL, PASS, SKIP, Outcome, Report
+
+from sglang_musa_ext.kernels import FA3Kernels, reference_kernels
+
+CPU = torch.device("cpu")
+
+
+def outcome_of(name: str, kernels: FA3Kernels, dtype: torch.dtype = torch.float32) -> Outcome:
+    [case] = [case for case in validate_numerics.cases() if case.name == name]
+    return validate_numerics.run_case(name, case, validate_numerics.Setting(kernels, CPU, dtype))
+
+
+def without(*names: str) -> FA3Kernels:
+    """Kernels that ignore these arguments without a word."""
+    kernels = reference_kernels()
+
+    def deaf(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda **arguments: function(**{name: arguments[name] for name in arguments.keys() - set(names)})
+
+    return dataclasses.replace(
+        kernels,
+        flash_attn_with_kvcache=deaf(kernels.flash_attn_with_kvcache),
+        flash_attn_varlen_func=deaf(kernels.flash_attn_varlen_func),
+    )
+
+
+@pytest.mark.parametrize(
+    ("argument", "case"),
+    [
+        ("window_size", "decode, window"),
+        ("window_size", "varlen, window"),
+        ("softcap", "decode, softcap"),
+        ("sinks", "verify of 4, sinks"),
+        ("causal", "chunked prefill with prefix"),
+        ("softmax_scale", "decode"),
+        ("softmax_scale", "MLA decode, planned and reused"),
+    ],
+)
+def test_kernels_that_ignore_an_argument_fail(argument: str, case: str) -> None:
+    """Every argument that kernels could drop has a case that shows it, in the coarsest dtype too."""
+    torch.set_num_threads(1)
+    assert outcome_of(case, reference_kernels(), torch.bfloat16).status == PASS
+    found = outcome_of(case, without(argument), torch.bfloat16)
+    assert found.status == FAIL
+    assert found.numbers["error"] > found.numbers["allowed"]
+
+
+def test_kernels_that_share_one_workspace_fail() -> None:
+    """MLA plans that land in each other's slot show."""
+    kernels = reference_kernels()
+    shared = torch.full((1 << 18,), 255, dtype=torch.uint8)
+
+    def call(**arguments: Any) -> Any:
+        if isinstance(plan := arguments["scheduler_metadata"], tuple):
+            arguments["scheduler_metadata"] = (shared, plan[1])
+        return kernels.flash_attn_with_kvcache(**arguments)
+
+    broken = dataclasses.replace(kernels, flash_attn_with_kvcache=call)
+    assert outcome_of("MLA, two slots", kernels).status == PASS
+    assert outcome_of("MLA, two slots", broken).status == FAIL
+
+
+def test_a_refusal_by_name_is_no_failure() -> None:
+    """What the provider says that it cannot do is skipped, with its words."""
+    found = outcome_of("varlen, softcap", dataclasses.replace(reference_kernels(), flash_attn_varlen_func=_refuse))
+    assert found.status == SKIP
+    assert "no softcap here" in found.reason
+
+
+def _refuse(**_: Any) -> Any:
+    from sglang_musa_ext.kernels import UnsupportedKernelArgument
+
+    raise UnsupportedKernelArgument("no softcap here")
+
+
+def test_an_error_is_a_failure() -> None:
+    """An exception of the kernels is a result like a wrong number."""
+
+    def call(**_: Any) -> Any:
+        raise RuntimeError("MUSA error: an illegal memory access was encountered")
+
+    found = outcome_of("decode", dataclasses.replace(reference_kernels(), flash_attn_with_kvcache=call))
+    assert (found.status, found.reason.split(":")[0]) == (FAIL, "RuntimeError")
+
+
+@pytest.mark.parametrize(
+    ("statuses", "broken", "verdict", "exit_code"),
+    [
+        ([PASS, SKIP], {}, PASS, 0),
+        ([PASS, FAIL], {}, FAIL, 1),
+        ([PASS, FAIL], {"engine": "it died"}, FAIL, 1),
+        ([PASS], {"engine": "it died"}, ABSENT, 2),
+        ([SKIP], {}, ABSENT, 2),
+        ([], {}, ABSENT, 2),
+    ],
+)
+def test_verdict_and_exit_code(statuses: list[str], broken: dict[str, str], verdict: str, exit_code: int) -> None:
+    """A failure outweighs what could not run, and nothing but skipped cases is no success."""
+    outcomes = [Outcome("numerics", str(index), status) for index, status in enumerate(statuses)]
+    report = Report("now", {}, outcomes, broken)
+    assert (report.verdict, report.exit_code) == (verdict, exit_code)
+
+
+def test_the_report_says_what_was_never_seen_and_where_it_failed(tmp_path: Path) -> None:
+    """Markdown and JSON carry the notice, versions, settings, and each case with reason and numbers."""
+    outcome = Outcome("numerics", "decode | window", FAIL, "rows\nare wrong", {"error": 0.5, "in": "output"})
+    report = Report("now", {"kernels": "mate"}, [outcome], {"bench": "no engine"})
+    page, data = report.write(tmp_path / "out")
+    text, content = page.read_text(), json.loads(data.read_text())
+    for expected in ("Moore Threads GPU", "decode \\| window", "rows are wrong", "error 0.5", "no engine", "| torch |"):
+        assert expected in text
+    assert content["outcomes"][0]["numbers"]["error"] == 0.5
+    assert (content["exit_code"], content["settings"], content["verdict"]) == (1, {"kernels": "mate"}, FAIL)
+    assert "Moore Threads GPU" in content["notice"]
+
+
+def run_kit(out: Path, *arguments: str, program: Path | None = None) -> tuple[subprocess.CompletedProcess[str], Any]:
+    """The kit as a user runs it, and its report."""
+    command = [sys.executable, str(program or validate.PROGRAM), "--kernels", "reference", "--out", str(out)]
+    environ = os.environ | {"OMP_NUM_THREADS": "1", "SGLANG_PLATFORM": "musa_reference"}
+    done = subprocess.run([*command, *arguments], check=False, capture_output=True, text=True, env=environ, timeout=600)
+    assert (out / "report.md").is_file(), done.stderr
+    return done, json.loads((out / "report.json").read_text())
+
+
+def test_one_command_passes_on_the_reference_kernels(tmp_path: Path) -> None:
+    """Doctor and kernels pass, and a CPU says that it captures no graphs."""
+    done, report = run_kit(tmp_path, "--quick", "--only", "doctor,numerics,graphs")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {outcome["status"] for outcome in report["outcomes"] if outcome["part"] == "numerics"} == {PASS}
+    graphs = [outcome for outcome in report["outcomes"] if outcome["part"] == "graphs"]
+    assert {(outcome["status"], "captures no graphs" in outcome["reason"]) for outcome in graphs} == {(SKIP, True)}
+    assert report["device"]["kernels"] == "reference"
+
+
+BROKEN = """
+import os, sys
+sys.path[:0] = [{scripts!r}]
+from pathlib import Path
+import validate
+validate.PROGRAM = Path(__file__)
+
+def cripple():
+    import dataclasses, functools, validate_device, validate_numerics
+    cases = [case for case in validate_numerics.cases() if case.name in {cases!r}]
+    validate_numerics.cases = lambda: cases
+    select = validate_device.select_kernels
+    def broken(*arguments):
+        kernels = select(*arguments)
+        def call(**options):
+            {fault}
+            return kernels.flash_attn_with_kvcache(**options)
+        return dataclasses.replace(kernels, flash_attn_with_kvcache=call)
+    validate_device.select_kernels = broken
+
+if "--child" in sys.argv:
+    cripple()
+sys.exit(validate.main())
+"""
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        ("options.pop('window_size', None)", "output is wrong"),
+        ("if 'window_size' in options: os.abort()", "The process died with signal SIGABRT"),
+    ],
+    ids=["ignores windows", "dies of windows"],
+)
+def test_a_broken_provider_is_reported(tmp_path: Path, fault: str, reason: str) -> None:
+    """Wrong numbers and a dead process fail their own case, with exit status 1; the other cases still run."""
+    program = tmp_path / "broken.py"
+    names = ["prefill", "decode, window", "verify of 4"]
+    program.write_text(textwrap.dedent(BROKEN).format(scripts=str(validate.PROGRAM.parent), cases=names, fault=fault))
+    done, report = run_kit(tmp_path / "out", "--quick", "--only", "numerics", program=program)
+    assert done.returncode == 1, done.stdout + done.stderr
+    found = {outcome["name"].split(": ")[1]: outcome for outcome in report["outcomes"]}
+    assert {name: outcome["status"] for name, outcome in found.items()} == {
+        "prefill": PASS, "decode, window": FAIL, "verify of 4": PASS,
+    }  # fmt: skip
+    assert reason in found["decode, window"]["reason"]
+    assert "decode, window" in done.stdout
+
+
+def test_missing_kernels_are_a_report_too(tmp_path: Path) -> None:
+    """Where the kernels cannot be had the kit says why, and its exit status is 2."""
+    done, report = run_kit(tmp_path, "--kernels", "mate", "--only", "numerics")
+    assert done.returncode == 2
+    assert "sees no musa device" in report["broken"]["device"]
+    assert "numerics" in report["broken"]
+
+
+def test_unknown_parts_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    """A misspelled part is refused, with the parts there are."""
+    with pytest.raises(SystemExit, match="2"):
+        validate.main(["--only", "numeric"])
+    assert "numeric: expected some of doctor,numerics" in capsys.readouterr().err
+
+
+class RunAgain:
+    """Stands for a device's graphs: a replay runs the function again, into the tensors of the capture."""
+
+    def capture(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        results = function()
+
+        def replay() -> None:
+            for old, new in zip(results, function(), strict=True):
+                old.copy_(new)
+
+        return replay, results
+
+
+def graph_case(name: str, kernels: FA3Kernels, monkeypatch: pytest.MonkeyPatch) -> Outcome:
+    """A case at lengths that a CPU has time for."""
+    torch.set_num_threads(1)
+    monkeypatch.setattr(validate_graphs, "CAPACITY", 1024)
+    monkeypatch.setattr(validate_graphs, "LENGTHS", ((1, 1, 1, 1), (700, 3, 64, 1024), (10, 1024, 65, 1)))
+    return validate_graphs.run_case(name, validate_numerics.Setting(kernels, CPU, torch.float32), RunAgain())
+
+
+@pytest.mark.parametrize("name", validate_graphs.CASES)
+def test_graph_cases_are_right_where_graphs_are(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is captured and replayed is attention over the new lengths, checked without a device's graphs."""
+    found = graph_case(name, reference_kernels(), monkeypatch)
+    assert found.status == PASS, found
+
+
+def test_a_graph_that_keeps_its_first_lengths_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels that read the lengths when they are captured, and never again, are seen."""
+    kernels = reference_kernels()
+    captured: dict[int, Any] = {}
+
+    def call(**arguments: Any) -> Any:
+        lengths = arguments["cache_seqlens"]
+        arguments["cache_seqlens"] = captured.setdefault(lengths.data_ptr(), lengths.clone())
+        return kernels.flash_attn_with_kvcache(**arguments)
+
+    broken = dataclasses.replace(kernels, flash_attn_with_kvcache=call)
+    assert graph_case("decode", broken, monkeypatch).status == FAIL
