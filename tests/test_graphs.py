@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import pytest
 import torch
@@ -19,7 +19,18 @@ from torch.utils._pytree import tree_leaves
 
 from sglang_musa_ext import envs
 from sglang_musa_ext.scheduler_metadata import StreamState
-from tests.backend import Draft, ForwardMode, Model, Request, Step, attention_layer, counted, mla_layer, replace_kernels
+from tests.backend import (
+    Draft,
+    ForwardMode,
+    Model,
+    Request,
+    Step,
+    attention_layer,
+    counted,
+    mla_layer,
+    replace_kernels,
+    upstream,
+)
 
 Tensor = torch.Tensor
 
@@ -136,6 +147,10 @@ class CpuGraphs:
                 yield self._tape
         finally:
             self._tape = None
+
+    def as_kernel(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """``function``, a kernel of another library, as one operation; it is called by keyword."""
+        return self._wrap(name, function)
 
     def _wrap(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(**arguments: Any) -> Any:
@@ -356,6 +371,52 @@ def test_target_verify_in_graphs(kind: str, graphs: CpuGraphs) -> None:
     requests = model.requests(800, 7)
     runner.replay(model.verify(requests, 4))
     runner.replay(model.verify(requests[:1], 4))
+
+
+@pytest.mark.skipif(
+    not hasattr(upstream.FlashAttentionBackend, "init_forward_metadata_in_graph"),
+    reason="this SGLang prepares every graph's metadata outside of it",
+)
+def test_draft_extend_prepares_its_metadata_inside_the_graph(
+    graphs: CpuGraphs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Draft-extend's lengths and pages are written by a kernel of the graph, and its plan is computed after that."""
+    model = MODELS["mha"]()
+    model.arguments = {"speculative_algorithm": "EAGLE", "speculative_eagle_topk": 1, "speculative_num_draft_tokens": 4}
+    backend = model.backend(skip_prefill=False)
+    graphs.serve(backend)
+    name = "draft_extend_set_metadata"
+    monkeypatch.setattr(upstream, name, graphs.as_kernel(name, getattr(upstream, name)))
+    backend.init_cuda_graph_state(2, 8)
+    step = _draft_extend(model, 5, 5)
+    inputs = [model.inputs(step, layer) for layer in model.layers]
+
+    def run() -> list[Tensor]:
+        backend.init_forward_metadata_in_graph(step.batch)
+        return [model.forward(backend, step, *one) for one in zip(model.layers, inputs, strict=True)]
+
+    backend.init_forward_metadata_out_graph(step.batch, in_capture=True)
+    for _ in range(2):
+        run()
+        backend.on_after_cuda_graph_warmup()
+    graph, outputs = graphs.capture(run)
+    assert [one.name for one in graph.kernels()] == ["get_scheduler_metadata"] + ["flash_attn_with_kvcache"] * 2
+    later = _draft_extend(model, 1500, 64)
+    for what in ("seq_lens", "req_pool_indices", "extend_seq_lens", "out_cache_loc"):
+        getattr(step.batch, what).copy_(getattr(later.batch, what))
+    for layer, buffers in zip(model.layers, inputs, strict=True):
+        for name, value in model.inputs(later, layer).items():
+            cast(Tensor, buffers[name]).copy_(cast(Tensor, value))
+    graph.replay()
+    for layer, buffers, output in zip(model.layers, inputs, outputs, strict=True):
+        model.require(output, later, layer, buffers)
+
+
+def _draft_extend(model: Model, *lengths: int) -> Step:
+    """A draft model's reading of four tokens for each of new requests."""
+    step = model.extend(model.requests(*lengths), [4] * len(lengths), ForwardMode.DRAFT_EXTEND_V2)
+    step.batch.spec_info = Draft(num_tokens_per_req=4, num_accepted_tokens=None, num_accepted_tokens_cpu=None)
+    return step
 
 
 @pytest.mark.parametrize("kind", MODELS)
