@@ -127,6 +127,30 @@ def test_window_layers_and_full_layers_have_plans_of_their_own(mode: str, order:
     assert (counts.passes, counts.plans, counts.reuses) == (1, 2, 2)
 
 
+@pytest.mark.skipif(
+    "prefill_aware_swa" not in inspect.getsource(upstream), reason="this SGLang has no prefill-aware windows"
+)
+def test_prefill_aware_windows() -> None:
+    """Decode sees the whole prompt and a window of what came after: a shorter page table with its own lengths."""
+    model = Model(uniform_layers(2), page_size=1, window=WINDOW, context_len=256)
+    attention.install_kernel_dispatch()
+    runner = model.runner()
+    runner.prefill_aware_swa = True
+    backend = attention.MusaFA3Backend(runner)
+    requests, prompts = model.requests(0, 0), [100, 9]
+    with counted(backend) as counts:
+        model.run_pass(backend, model.extend(requests, prompts))
+        for _ in range(WINDOW + 10):
+            step = model.decode(requests)
+            for queries, prompt in zip(step.queries, prompts, strict=True):
+                keys = torch.arange(len(queries.slots))
+                narrow = (keys < prompt) | (keys >= len(keys) - WINDOW)
+                queries.mask = narrow[None]
+            model.run_pass(backend, step)
+    assert not narrow.all()
+    assert (counts.passes, counts.plans, counts.reuses) == (51, 51, 51)
+
+
 @pytest.mark.parametrize(
     ("shapes", "plans"),
     [

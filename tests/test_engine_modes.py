@@ -464,7 +464,7 @@ NOT_ON_A_CPU = {
     "NGRAM with pages of 64": "SGLang refuses it with every backend but flashinfer",
     "cross attention": "its models take images or sound, whose processors these tests do not set up",
 }
-"""What cannot run here for reasons outside of attention; the backend's own tests cover it."""
+"""What cannot run here for reasons outside of attention; the README says which tests cover it instead."""
 
 
 @pytest.fixture(params=MODES, ids=lambda each: each.name, scope="module")
