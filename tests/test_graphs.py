@@ -374,7 +374,7 @@ def test_target_verify_in_graphs(kind: str, graphs: CpuGraphs) -> None:
 
 
 @pytest.mark.skipif(
-    not hasattr(upstream.FlashAttentionBackend, "init_forward_metadata_in_graph"),
+    not hasattr(upstream, "draft_extend_set_metadata"),
     reason="this SGLang prepares every graph's metadata outside of it",
 )
 def test_draft_extend_prepares_its_metadata_inside_the_graph(
