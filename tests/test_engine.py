@@ -203,7 +203,8 @@ def keep_plans_for_ever() -> None:
 def test_stale_plans_are_noticed(engines: EngineServer) -> None:
     """An engine that keeps its plans from pass to pass gives other tokens: the tests above are not blind."""
     model = engines.model(REVERSED.model)
-    sabotaged = EngineCase(model, REVERSED.phases, STEPWISE, before_boot=keep_plans_for_ever)
+    unchecked = {envs.CHECK: "off"}
+    sabotaged = EngineCase(model, REVERSED.phases, STEPWISE, unchecked, before_boot=keep_plans_for_ever)
     expected = [engines.greedy(model, request)[0] for request in all_requests(REVERSED)]
     assert engines.run(sabotaged).tokens != expected
 
