@@ -539,7 +539,7 @@ class Model:
         key, row = torch.arange(keys), queries.positions[:, None]
         if layer.is_cross_attention:
             return torch.ones(len(row), keys, dtype=torch.bool)
-        both_ways = layer.attn_type == AttentionType.ENCODER_ONLY
+        both_ways = layer.attn_type in (AttentionType.ENCODER_ONLY, AttentionType.DECODER_BIDIRECTIONAL)
         seen = torch.ones(len(row), keys, dtype=torch.bool) if both_ways else key <= row
         if layer.sliding_window_size > -1:
             seen = seen & (key >= row - layer.sliding_window_size)

@@ -643,6 +643,12 @@ def _in_threads(jobs: list[Callable[[], Any]]) -> list[Any]:
 # --- kinds of attention -------------------------------------------------------------------------------
 
 
+BIDIRECTIONAL = {"attn_type": AttentionType.DECODER_BIDIRECTIONAL}
+needs_both_ways = pytest.mark.skipif(
+    "DECODER_BIDIRECTIONAL" not in inspect.getsource(upstream), reason="this SGLang's decoders look back alone"
+)
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -650,12 +656,14 @@ def _in_threads(jobs: list[Callable[[], Any]]) -> list[Any]:
         pytest.param({"logit_cap": 3.0}, id="softcap"),
         pytest.param({"attn_type": AttentionType.ENCODER_ONLY}, id="encoder-only"),
         pytest.param({"sliding_window_size": WINDOW, "logit_cap": 3.0}, id="window and softcap"),
+        pytest.param(BIDIRECTIONAL, id="bidirectional decoder", marks=needs_both_ways),
+        pytest.param(BIDIRECTIONAL | {"sliding_window_size": WINDOW}, id="bidirectional window", marks=needs_both_ways),
     ],
 )
 @pytest.mark.parametrize("mode", ["decode", "prefill without prefix", "prefill with prefix"])
 def test_mask_and_softcap_reach_the_kernels(options: dict[str, Any], mode: str) -> None:
     """Windows, softcap and encoder-only attention act in prefill without a prefix as in every other mode."""
-    if mode == "decode" and "attn_type" in options:
+    if mode == "decode" and options.get("attn_type") == AttentionType.ENCODER_ONLY:
         pytest.skip("encoder-only layers do not decode")
     model = Model(uniform_layers(2, **options), window=options.get("sliding_window_size"))
     backend = model.backend()
@@ -866,6 +874,16 @@ def _context_parallel(
             monkeypatch.setattr(upstream, name, lambda _: True)
     monkeypatch.setattr(upstream, "get_cp_strategy", lambda: strategy)
     return backend
+
+
+# --- other versions of FlashAttention ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("version", [2, 4])
+def test_another_version_of_flash_attention_is_refused(version: int) -> None:
+    """The choice by ``fa_impl_ver`` is kept, also for who constructs the class by itself: there is FA3 alone."""
+    with pytest.raises(attention.UnsupportedAttentionVersion, match=f"fa_impl_ver={version}.*--attention-backend fa3"):
+        Model(uniform_layers(1)).backend(fa_impl_ver=version)
 
 
 # --- what reaches the kernels -------------------------------------------------------------------------
