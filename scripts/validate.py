@@ -58,6 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             run.part(part)
     except KeyboardInterrupt:
         run.report.broken["interrupted"] = "by the keyboard"
+    finally:
+        shutil.rmtree(run.models, ignore_errors=True)
     pages = run.report.write(out)
     _show_summary(run.report)
     print("\nThe report, to attach to an issue: " + ", ".join(map(str, pages)))
@@ -94,6 +96,8 @@ class Run:
 
     def __init__(self, options: argparse.Namespace, out: Path) -> None:
         self.options, self.out = options, out
+        self.models = out / "models"
+        self.models.mkdir(exist_ok=True)
         self.device = options.device
         started = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
         names = ("kernels", "device", "only", "quick")
@@ -163,7 +167,7 @@ class Run:
         finished.write_text(json.dumps(list(done)))
         command = [
             sys.executable, str(PROGRAM), "--child", part, "--fd", str(writing), "--done", str(finished),
-            "--kernels", self.options.kernels, "--device", self.device, "--scratch", str(self.out.resolve()),
+            "--kernels", self.options.kernels, "--device", self.device, "--scratch", str(self.models.resolve()),
             *(["--quick"] if self.options.quick else []),
         ]  # fmt: skip
         with self._log(part).open("a") as log:

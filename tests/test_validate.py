@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import validate
+import validate_engine
 import validate_graphs
 import validate_numerics
 from validate_report import ABSENT, FAIL, PASS, SKIP, Outcome, Report
@@ -157,6 +158,7 @@ import os, sys
 sys.path[:0] = [{scripts!r}]
 from pathlib import Path
 import validate
+import validate_engine
 validate.PROGRAM = Path(__file__)
 
 def cripple():
@@ -256,3 +258,34 @@ def test_a_graph_that_keeps_its_first_lengths_fails(monkeypatch: pytest.MonkeyPa
 
     broken = dataclasses.replace(kernels, flash_attn_with_kvcache=call)
     assert graph_case("decode", broken, monkeypatch).status == FAIL
+
+
+@pytest.mark.engine
+def test_a_served_model_is_compared_with_torch_native(tmp_path: Path) -> None:
+    """The engine part boots both engines, finds equal tokens, and one plan a pass."""
+    done, report = run_kit(tmp_path, "--quick", "--only", "engine")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = {outcome["name"]: outcome for outcome in report["outcomes"]}
+    assert {outcome["status"] for outcome in found.values()} == {PASS}
+    assert "MusaFA3Backend on reference" in found["fa3: served by this package"]["reason"]
+    counts = found["fa3: one plan a pass"]["numbers"]
+    assert counts["plans"] == counts["passes"] == counts["reuses"] > 0
+
+
+@pytest.mark.parametrize(
+    ("tokens", "logprobs", "error", "equal"),
+    [
+        ([[4, 5, 6]], [[-1.0, -1.0, -1.0]], 0.0, 3),
+        ([[4, 5, 6]], [[-1.0, -1.25, -1.0]], 0.25, 3),
+        ([[4, 7, 9]], [[-1.0, -1.5, -9.0]], 0.5, 1),
+        ([[7, 5, 6]], [[-3.0, -1.0, -1.0]], 2.0, 0),
+    ],
+)
+def test_log_probabilities_count_up_to_the_first_other_token(
+    tokens: list[list[int]], logprobs: list[list[float]], error: float, equal: int
+) -> None:
+    """What follows another token has another context, and says nothing."""
+    right = validate_engine.Answer([[4, 5, 6]], [[-1.0, -1.0, -1.0]], [])
+    ours = validate_engine.Answer(tokens, logprobs, [])
+    assert validate_engine.deviation(ours, right) == (error, equal)
+    assert bool(validate_engine.first_divergence(ours, right)) == (equal < 3)
