@@ -184,10 +184,10 @@ class _Captured:
         for index, layer in enumerate(self.layers):
             kind, again = index % kinds, index >= kinds
             if isinstance(layer.batch, Latent):
-                metadata = self.slots.metadata(layer.batch, kind, reuse=again, **self._static(layer))
+                metadata = self.slots.metadata(layer.batch, kind, reuse=again, lengths=self._static(layer))
             else:
                 if not again:
-                    plans[kind] = layer.batch.plan(self.setting.kernels, **layer.options, **self._static(layer))
+                    plans[kind] = layer.batch.plan(self.setting.kernels, self._static(layer), **layer.options)
                 metadata = plans[kind]
             outputs.append(self.setting.kernels.flash_attn_with_kvcache(**layer.arguments, scheduler_metadata=metadata))
         return outputs

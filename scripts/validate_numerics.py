@@ -137,8 +137,12 @@ class Batch:
             softmax_scale=self.scale, ver=3, **options,
         )  # fmt: skip
 
-    def plan(self, kernels: FA3Kernels, **options: Any) -> Tensor:
-        """Scheduler metadata for a call of this shape, asked for as the backend asks."""
+    def plan(self, kernels: FA3Kernels, lengths: dict[str, Tensor] | None = None, **options: Any) -> Tensor:
+        """Scheduler metadata for a call of this shape, asked for as the backend asks.
+
+        ``lengths`` are ``cache_seqlens`` and ``cu_seqlens_q`` that are on the device already: a capture forbids to
+        bring them there.
+        """
         shape, softcap = self.shape, options.get("softcap", 0.0)
         return kernels.get_scheduler_metadata(
             batch_size=len(shape.rows), max_seqlen_q=max(shape.rows), max_seqlen_k=self.capacity,
@@ -146,8 +150,8 @@ class Batch:
             qkv_dtype=self.dtype, page_size=shape.page, causal=options.get("causal", False),
             window_size=options.get("window_size", (-1, -1)), attention_chunk=0,
             has_softcap=kernels.metadata_uses_softcap and softcap > 0.0, num_splits=0, pack_gqa=None, sm_margin=0,
-            cache_seqlens=options.get("cache_seqlens", self.int32(shape.keys)),
-            cu_seqlens_q=options.get("cu_seqlens_q", self.offsets(shape.rows)),
+            cache_seqlens=self.int32(shape.keys) if lengths is None else lengths["cache_seqlens"],
+            cu_seqlens_q=self.offsets(shape.rows) if lengths is None else lengths["cu_seqlens_q"],
         )  # fmt: skip
 
     def int32(self, values: Sequence[int]) -> Tensor:
