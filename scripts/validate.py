@@ -51,6 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out = Path(options.out or f"musa-validation-{datetime.datetime.now().astimezone():%Y%m%d-%H%M%S}")
     out.mkdir(parents=True, exist_ok=True)
     run = Run(options, out)
+    # Being told to end must end the parts' processes too, and leave a report.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     print(NOTICE, end="\n\n")
     try:
         run.probe()

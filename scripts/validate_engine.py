@@ -16,6 +16,7 @@ import os
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -323,6 +324,7 @@ def serve(arguments: dict[str, Any], descriptor: int) -> None:
         try:
             engine = _boot(arguments)
         except Exception as error:  # noqa: BLE001  # Whatever stops an engine is what the other side must hear.
+            traceback.print_exc()
             reply({"error": f"{type(error).__name__}: {error}"})
             return
         reply({"ready": True})
@@ -332,16 +334,22 @@ def serve(arguments: dict[str, Any], descriptor: int) -> None:
 
 
 def _boot(arguments: dict[str, Any]) -> Any:
+    import sglang
+
+    if not arguments["disable_cuda_graph"]:
+        arguments |= _largest_graph(8)
+    return sglang.Engine(**arguments)
+
+
+def _largest_graph(size: int) -> dict[str, int]:
+    """The argument of this release that bounds the batch sizes to capture, if it has one that is known here."""
     import inspect
 
-    import sglang
     from sglang.srt.server_args import ServerArgs
 
     known = {*inspect.signature(ServerArgs).parameters, *getattr(ServerArgs, "__annotations__", ())}
-    largest = next((name for name in GRAPH_SIZES if name in known), None)
-    if largest is not None and not arguments["disable_cuda_graph"]:
-        arguments[largest] = 8
-    return sglang.Engine(**arguments)
+    name = next((name for name in GRAPH_SIZES if name in known), None)
+    return {} if name is None else {name: size}
 
 
 def _answer(engine: Any, question: SimpleNamespace) -> dict[str, Any]:
@@ -367,6 +375,13 @@ def _step_seconds(engine: Any, prompts: Sequence[Sequence[int]], sampling: Mappi
     (first, tokens), (last, more) = seen[0], seen[-1]
     return (last - first) / (more - tokens)
 
+
+if __name__ in ("__main__", "__mp_main__") and os.environ.get("SGLANG_PLATFORM") == "musa_reference":
+    # Up to 0.5.20 SGLang imports what a CPU lacks before it looks for platforms. Processes that the engine spawns run
+    # this as well.
+    from sglang_musa_ext.cpu_stand_ins import prepare_process
+
+    prepare_process()
 
 if __name__ == "__main__":
     serve(json.loads(sys.argv[2]), int(sys.argv[3]))
