@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import importlib
 import multiprocessing
 import os
@@ -335,9 +336,13 @@ def import_engine() -> None:
         "tests.tiny_models",
     ):
         importlib.import_module(name)
+    import torch
     from sglang.srt.models.registry import ModelRegistry
 
     ModelRegistry.get_supported_archs()
+    # PyTorch makes its thread pool anew at the first use after a fork, and not under a lock: an engine whose loader
+    # threads are that first use now and then dies of "Invalid thread pool!". So it is made while there is one thread.
+    os.register_at_fork(after_in_child=functools.partial(torch.set_num_threads, 1))
 
 
 def _do_task(connection: Connection[Any, Any]) -> None:
