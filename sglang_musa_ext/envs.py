@@ -83,6 +83,11 @@ def named_platform(environ: Mapping[str, str] | None = None) -> str:
     return (os.environ if environ is None else environ).get(PLATFORM, "")
 
 
+def is_addressed(environ: Mapping[str, str] | None = None) -> bool:
+    """Whether ``environ`` (``None``: the process's own) sets any variable that is this package's own."""
+    return any(name == MODE or name.startswith(f"{MODE}_") for name in (os.environ if environ is None else environ))
+
+
 def _choice(environ: Mapping[str, str], variable: str, choices: Sequence[str]) -> str:
     """One of ``choices``, in any case; unset or empty means the first."""
     value = environ.get(variable, "").strip()

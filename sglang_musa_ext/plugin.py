@@ -43,7 +43,9 @@ def register() -> None:
         if settings.mode == "off":
             return
         if idle := _reason_to_stay_idle(settings):
-            _announce(f"sglang_musa_ext stays idle in process {os.getpid()}: {idle}")
+            # Who has no MUSA device and asked for nothing must not notice that this is installed.
+            say = _announce if envs.is_addressed() else logger.info
+            say(f"sglang_musa_ext stays idle in process {os.getpid()}: {idle}")
             return
         support = upstream.require_upstream()
         if support.message:

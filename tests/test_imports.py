@@ -56,6 +56,7 @@ LAYERS = {
 MAY_TOUCH_THE_ENVIRONMENT = {
     ("envs", "from_environ"): "the one reader of our variables",
     ("envs", "named_platform"): "the same for the platform, before the settings are judged",
+    ("envs", "is_addressed"): "whether anything of ours is set at all, which no setting can tell from its default",
     ("guard", "arm"): "torch calls it in every process, where a bad value of ours must not be an error",
     ("guard", "_reason"): "names SGLang's own variables in an error",
     ("doctor", "main"): "hands what it is to judge to the probes",

@@ -250,13 +250,14 @@ def test_torch_finds_the_guard() -> None:
         ({"SGLANG_MUSA_EXT": "on", "SGLANG_MUSA_EXT_KERNELS": "reference"}, "sglang_musa_ext is active in process"),
         ({"SGLANG_MUSA_EXT": "auto"}, "sglang_musa_ext stays idle in process"),
         ({"SGLANG_MUSA_EXT": "off"}, None),
+        ({}, None),
     ],
-    ids=["active", "idle", "off"],
+    ids=["active", "idle", "off", "idle and not asked for"],
 )
 def test_a_process_says_once_what_it_does(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], line: str | None
 ) -> None:
-    """SGLang loads plugins before it sets its log up, and the line is seen all the same; off says nothing."""
+    """SGLang loads plugins before it sets its log up, and the line is seen; off, or idle unasked, says nothing."""
     for name in ("_take_over", "_take_over_drafts"):
         monkeypatch.setattr(plugin, name, lambda _: None)
     monkeypatch.setattr(plugin, "_on_musa", lambda: False)
