@@ -143,17 +143,24 @@ class MusaFA3Mixin:
 
     def flash_attn_with_kvcache(self, **arguments: Any) -> Any:
         """FA3's function of this name over a paged KV cache, with the plan of this pass."""
+        return self._call_flash_attn_with_kvcache(arguments)
+
+    def flash_attn_varlen_func(self, **arguments: Any) -> Any:
+        """FA3's function of this name over raw keys and values; it takes no plan, as upstream passes none."""
+        return self._call_flash_attn_varlen_func(arguments)
+
+    def _call_flash_attn_with_kvcache(self, arguments: dict[str, Any]) -> Any:
         self._plans.statistics.calls += 1
         call = self._current_call()
         metadata = self._scheduler_metadata(arguments, call)
         call.role += 1
-        result = self._kernels.flash_attn_with_kvcache(**arguments | {"scheduler_metadata": metadata})
+        arguments["scheduler_metadata"] = metadata
+        result = self._kernels.flash_attn_with_kvcache(**arguments)
         if self._settings.check == "output" and not self._plans.capturing:
             _require_reference_output(result, arguments, self._pool_device, call)
         return result
 
-    def flash_attn_varlen_func(self, **arguments: Any) -> Any:
-        """FA3's function of this name over raw keys and values; it takes no plan, as upstream passes none."""
+    def _call_flash_attn_varlen_func(self, arguments: dict[str, Any]) -> Any:
         self._plans.statistics.calls += 1
         return self._kernels.flash_attn_varlen_func(**arguments)
 
@@ -209,7 +216,7 @@ class MusaFA3Mixin:
             # still to be appended, which a plan then counts twice, so it goes only where new keys go.
             arguments.pop("cu_seqlens_k_new", None)
         geometry = _geometry(arguments, self._kernels)
-        tensors = tuple(arguments.get(name) for name in _PLANNED_TENSORS)
+        tensors = tuple([arguments.get(name) for name in _PLANNED_TENSORS])
         self._plans.begin_call(call.layer, call.role)
         if self._settings.force_update_metadata:
             self._plans.forget_plans()
@@ -300,27 +307,31 @@ _PLANNED_TENSORS = ("cache_seqlens", "cu_seqlens_q", "cache_leftpad", "cu_seqlen
 
 def _geometry(arguments: dict[str, Any], kernels: FA3Kernels) -> CallGeometry:
     """What the plan of a ``flash_attn_with_kvcache`` call depends on besides tensor contents."""
-    q, k_cache, page_table = arguments["q"], arguments["k_cache"], arguments.get("page_table")
-    cu_seqlens_q = arguments.get("cu_seqlens_q")
-    return CallGeometry(
-        batch_size=q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1,
-        max_seqlen_q=q.shape[1] if cu_seqlens_q is None else arguments["max_seqlen_q"],
-        max_seqlen_k=k_cache.shape[1] * (page_table.shape[1] if page_table is not None else 1),
-        num_heads_q=q.shape[-2],
-        num_heads_kv=k_cache.shape[-2],
-        headdim=q.shape[-1],
-        headdim_v=arguments["v_cache"].shape[-1],
-        qkv_dtype=q.dtype,
-        page_size=k_cache.shape[1] if page_table is not None else None,
-        causal=bool(arguments.get("causal", False)),
-        window_size=tuple(arguments.get("window_size") or (-1, -1)),
-        attention_chunk=arguments.get("attention_chunk") or 0,
-        has_softcap=kernels.metadata_uses_softcap and arguments.get("softcap", 0.0) > 0.0,
-        num_splits=arguments.get("num_splits", 0),
-        pack_gqa=arguments.get("pack_gqa"),
-        sm_margin=arguments.get("sm_margin", 0),
-        has_qv=arguments.get("qv") is not None,
-        device=q.device,
+    get = arguments.get
+    q, k_cache, page_table, cu_seqlens_q = arguments["q"], arguments["k_cache"], get("page_table"), get("cu_seqlens_q")
+    q_shape, k_shape = q.shape, k_cache.shape
+    # In the order of the fields: this runs for every attention call, and naming them takes as long as reading them.
+    return CallGeometry._make(
+        (
+            q_shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1,  # batch_size
+            q_shape[1] if cu_seqlens_q is None else arguments["max_seqlen_q"],  # max_seqlen_q
+            k_shape[1] * (page_table.shape[1] if page_table is not None else 1),  # max_seqlen_k
+            q_shape[-2],  # num_heads_q
+            k_shape[-2],  # num_heads_kv
+            q_shape[-1],  # headdim
+            arguments["v_cache"].shape[-1],  # headdim_v
+            q.dtype,  # qkv_dtype
+            k_shape[1] if page_table is not None else None,  # page_size
+            bool(get("causal", False)),  # causal
+            tuple(get("window_size") or (-1, -1)),  # window_size
+            get("attention_chunk") or 0,  # attention_chunk
+            kernels.metadata_uses_softcap and get("softcap", 0.0) > 0.0,  # has_softcap
+            get("num_splits", 0),  # num_splits
+            get("pack_gqa"),  # pack_gqa
+            get("sm_margin", 0),  # sm_margin
+            get("qv") is not None,  # has_qv
+            q.device,  # device
+        )
     )
 
 
@@ -376,13 +387,16 @@ class _KernelDispatcher:
 
     def __init__(self, name: str, original: Callable[..., Any]) -> None:
         functools.update_wrapper(self, original)
-        self._name, self.original = name, original
+        self.original = original
+        self._parameters, self._method = KERNEL_PARAMETERS[name], f"_call_{name}"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not _RUNNING.stack:
             return self.original(*args, **kwargs)
-        kwargs.update(zip(KERNEL_PARAMETERS[self._name], args, strict=False))
-        return getattr(_RUNNING.stack[-1].backend, self._name)(**kwargs)
+        if args:
+            kwargs.update(zip(self._parameters, args, strict=False))
+        # The arguments as one dict, because every "**" on the way copies some twenty of them.
+        return getattr(_RUNNING.stack[-1].backend, self._method)(kwargs)
 
 
 def install_kernel_dispatch() -> Callable[[], None]:

@@ -241,13 +241,22 @@ def _adapt(function: Callable[..., Any]) -> Callable[..., Any]:
     parameters = inspect.signature(function).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     own_names = _own_names(parameters)
+    writes_out = "out" in parameters
+
+    @functools.lru_cache(maxsize=64)
+    def differences(names: tuple[str, ...]) -> tuple[dict[str, str], list[str]]:
+        """The function's own names for some of ``names``, and those that it lacks: worked out once a call site."""
+        renamed = {name: own_names[name] for name in names if name in own_names}
+        return renamed, [name for name in names if name not in parameters and name not in renamed]
 
     @functools.wraps(function)
     def call(**arguments: Any) -> Any:
         _require_version_3(arguments.pop("ver", 3))
-        arguments = {own_names.get(name, name): value for name, value in arguments.items()}
-        out = arguments.pop("out", None) if "out" not in parameters else None
-        for name in arguments.keys() - parameters.keys():
+        out = None if writes_out else arguments.pop("out", None)
+        renamed, lacking = differences(tuple(arguments))
+        for name, own in renamed.items():
+            arguments[own] = arguments.pop(name)
+        for name in lacking:
             if _asks_for_nothing(arguments[name]):
                 del arguments[name]
             elif not takes_any:

@@ -64,7 +64,7 @@ class TensorIdentity(NamedTuple):
         """The identity of ``tensor`` now; whoever stores it must keep ``tensor`` alive."""
         version = -1 if tensor.is_inference() else tensor._version
         # Tensors without storage (meta, empty) all have pointer 0: there the object itself is the identity.
-        return cls(tensor.data_ptr() or id(tensor), tuple(tensor.shape), tensor.stride(), version)
+        return cls(tensor.data_ptr() or id(tensor), tensor.shape, tensor.stride(), version)
 
 
 class PlanKey(NamedTuple):
@@ -222,8 +222,7 @@ class SchedulerMetadataCache:
         self._places.clear()
 
     def _key(self, geometry: CallGeometry, tensors: tuple[torch.Tensor | None, ...]) -> PlanKey:
-        identities = tuple(None if tensor is None else TensorIdentity.of(tensor) for tensor in tensors)
-        return PlanKey(geometry, identities)
+        return PlanKey(geometry, tuple([None if tensor is None else TensorIdentity.of(tensor) for tensor in tensors]))
 
     def _computed_plan(self, key: PlanKey, value: Any, tensors: tuple[torch.Tensor | None, ...]) -> _Plan:
         self.statistics.plans += 1
