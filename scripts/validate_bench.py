@@ -15,7 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from validate_engine import FORCE_UPDATE, VOCABULARY, Engine, Missing, Variant, booted, build_model, guarded
+from engine_process import FORCE_UPDATE, Engine
+from validate_engine import VOCABULARY, Missing, Variant, booted, build_model, guarded
 from validate_report import FAIL, PASS, Outcome
 
 PART = "bench"

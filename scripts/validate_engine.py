@@ -1,28 +1,25 @@
 """A tiny random Llama served by SGLang with this package, beside SGLang's ``torch_native`` attention.
 
-Each engine runs in a process of its own, ``validate_engine.py --serve``, which answers over a pipe. On a CPU both
-compute in float32, and tokens must be equal. On a device they compute in bfloat16, where near ties fall either way:
-there ``torch_native`` in float32 is the truth, and log-probabilities may be off by twice what ``torch_native`` in
-bfloat16 is off by, up to the first token that differs.
+On a CPU both compute in float32, and tokens must be equal. On a device they compute in bfloat16, where near ties fall
+either way: there ``torch_native`` in float32 is the truth, and log-probabilities may be off by twice what
+``torch_native`` in bfloat16 is off by, up to the first token that differs.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
 import json
-import os
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+from engine_process import Engine, EngineDied, engine
 from validate_report import FAIL, PASS, SKIP, Outcome
 
 PART = "engine"
@@ -30,7 +27,6 @@ VOCABULARY = 512
 FLOAT32_TOLERANCE = 1e-3
 FLOOR = 1e-2
 """What log-probabilities in bfloat16 may be off by in any case."""
-FORCE_UPDATE = "SGLANG_MUSA_FA3_FORCE_UPDATE_METADATA"
 ARGUMENTS: Mapping[str, Any] = {
     "skip_tokenizer_init": True,
     "random_seed": 0,
@@ -40,8 +36,6 @@ ARGUMENTS: Mapping[str, Any] = {
     "chunked_prefill_size": 128,
     "log_level": "info",
 }
-GRAPH_SIZES = ("cuda_graph_max_bs", "cuda_graph_max_bs_decode")
-"""What releases of SGLang call the largest batch to capture; the tiny model never has more requests than that."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +52,9 @@ class Variant:
         """Arguments of ``sglang.Engine``."""
         own = {"attention_backend": self.backend, "dtype": self.dtype, "device": device.split(":", maxsplit=1)[0]}
         pages = {"page_size": 64 if self.backend == "fa3" else 1}
-        return {**ARGUMENTS, **own, **pages, "model_path": str(model), "disable_cuda_graph": not self.graphs}
+        # The tiny model never has more requests than that.
+        graphs = {"graphs": [8] if self.graphs else []}
+        return {**ARGUMENTS, **own, **pages, **graphs, "model_path": str(model)}
 
 
 def variants(device: str) -> tuple[Variant, list[Variant], list[Variant]]:
@@ -79,74 +75,11 @@ def prompts(quick: bool) -> list[list[list[int]]]:
     return [first, [[*prompt, 9, 8, 7] for prompt in first]]
 
 
-class EngineDied(RuntimeError):
-    """An engine's process ended, or said that it could not do what it was asked."""
-
-
-class Engine:
-    """An engine in a process of its own."""
-
-    def __init__(self, arguments: Mapping[str, Any], environ: Mapping[str, str]) -> None:
-        reading, writing = os.pipe()
-        command = [sys.executable, str(Path(__file__).resolve()), "--serve", json.dumps(arguments), str(writing)]
-        inherited = {name: value for name, value in os.environ.items() if name != FORCE_UPDATE}
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, pass_fds=[writing], text=True, env=inherited | dict(environ)
-        )
-        os.close(writing)
-        self._answers = os.fdopen(reading)
-        self._read()
-
-    def ask(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> dict[str, Any]:
-        """Tokens and log-probabilities of each prompt's greedy continuation."""
-        return self._call({"prompts": prompts, "new_tokens": new_tokens})
-
-    def step_seconds(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> float:
-        """Seconds from one decode step to the next while these prompts are continued together."""
-        return float(self._call({"prompts": prompts, "new_tokens": new_tokens, "steps": True})["seconds"])
-
-    def reports(self) -> list[dict[str, Any]]:
-        """The state reports of the engine's backends."""
-        found: list[dict[str, Any]] = self._call({"reports": True})["reports"]
-        return found
-
-    def close(self) -> None:
-        """End it, and wait for it."""
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
-        try:
-            self._process.wait(60)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._answers.close()
-
-    def _call(self, question: Mapping[str, Any]) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write(json.dumps(question) + "\n")
-            self._process.stdin.flush()
-        return self._read()
-
-    def _read(self) -> dict[str, Any]:
-        line = self._answers.readline()
-        if not line:
-            raise EngineDied(f"The engine's process ended with status {self._process.wait()}; the log says why.")
-        answer: dict[str, Any] = json.loads(line)
-        if "error" in answer:
-            raise EngineDied(answer["error"])
-        return answer
-
-
-@contextlib.contextmanager
+@contextmanager
 def booted(variant: Variant, model: Path, device: str) -> Iterator[Engine]:
     """The engine of ``variant``, while it is needed."""
-    engine = Engine(variant.arguments(model, device), variant.environ)
-    try:
-        yield engine
-    finally:
-        engine.close()
+    with engine(variant.arguments(model, device), variant.environ) as process:
+        yield process
 
 
 # --- cases --------------------------------------------------------------------------------------------
@@ -190,9 +123,9 @@ class Session:
 
     def _ask(self, variant: Variant) -> Outcome:
         count = 8 if self.options.quick else 24
-        with booted(variant, self.model, self.options.device) as engine:
-            answers = [engine.ask(phase, count) for phase in prompts(self.options.quick)]
-            reports = engine.reports()
+        with booted(variant, self.model, self.options.device) as served:
+            answers = [served.ask(phase, count) for phase in prompts(self.options.quick)]
+            reports = served.reports()
         tokens, logprobs = ([row for answer in answers for row in answer[what]] for what in ("tokens", "logprobs"))
         self.answers[variant.name] = Answer(tokens, logprobs, reports)
         return Outcome(PART, "", PASS, "", {"requests": len(tokens), "tokens": sum(map(len, tokens))})
@@ -307,81 +240,3 @@ def run(options: argparse.Namespace, done: Collection[str], emit: Callable[[Mapp
     from validate_device import run_cases
 
     run_cases(Session(options).cases(), None, done, emit)
-
-
-# --- in an engine's process ---------------------------------------------------------------------------
-
-
-def serve(arguments: dict[str, Any], descriptor: int) -> None:
-    """Boot an engine, and answer questions from the standard input until it ends."""
-    os.set_inheritable(descriptor, False)
-    with os.fdopen(descriptor, "w") as stream:
-
-        def reply(answer: Mapping[str, Any]) -> None:
-            stream.write(json.dumps(answer) + "\n")
-            stream.flush()
-
-        try:
-            engine = _boot(arguments)
-        except Exception as error:  # noqa: BLE001  # Whatever stops an engine is what the other side must hear.
-            traceback.print_exc()
-            reply({"error": f"{type(error).__name__}: {error}"})
-            return
-        reply({"ready": True})
-        for line in sys.stdin:
-            reply(_answer(engine, SimpleNamespace(**json.loads(line))))
-        engine.shutdown()
-
-
-def _boot(arguments: dict[str, Any]) -> Any:
-    import sglang
-
-    if not arguments["disable_cuda_graph"]:
-        arguments |= _largest_graph(8)
-    return sglang.Engine(**arguments)
-
-
-def _largest_graph(size: int) -> dict[str, int]:
-    """The argument of this release that bounds the batch sizes to capture, if it has one that is known here."""
-    import inspect
-
-    from sglang.srt.server_args import ServerArgs
-
-    known = {*inspect.signature(ServerArgs).parameters, *getattr(ServerArgs, "__annotations__", ())}
-    name = next((name for name in GRAPH_SIZES if name in known), None)
-    return {} if name is None else {name: size}
-
-
-def _answer(engine: Any, question: SimpleNamespace) -> dict[str, Any]:
-    if hasattr(question, "reports"):
-        states = engine.get_server_info()["internal_states"]
-        return {"reports": [report for state in states for report in state.get("sglang_musa_ext", [])]}
-    sampling = {"temperature": 0, "max_new_tokens": question.new_tokens, "ignore_eos": True}
-    if hasattr(question, "steps"):
-        return {"seconds": _step_seconds(engine, question.prompts, sampling)}
-    answers = engine.generate(input_ids=question.prompts, sampling_params=sampling, return_logprob=True)
-    chosen = [answer["meta_info"]["output_token_logprobs"] for answer in answers]
-    tokens, logprobs = ([[entry[index] for entry in row] for row in chosen] for index in (1, 0))
-    return {"tokens": tokens, "logprobs": logprobs}
-
-
-def _step_seconds(engine: Any, prompts: Sequence[Sequence[int]], sampling: Mapping[str, Any]) -> float:
-    """Between the first and the last token that the first request streams, so that prefill does not count."""
-    seen: list[tuple[float, int]] = []
-    for chunk in engine.generate(input_ids=prompts, sampling_params=sampling, stream=True):
-        if chunk.get("index", 0) == 0:
-            # Several tokens may come in one chunk where steps are faster than the stream.
-            seen.append((time.perf_counter(), chunk["meta_info"]["completion_tokens"]))
-    (first, tokens), (last, more) = seen[0], seen[-1]
-    return (last - first) / (more - tokens)
-
-
-if __name__ in ("__main__", "__mp_main__") and os.environ.get("SGLANG_PLATFORM") == "musa_reference":
-    # Up to 0.5.20 SGLang imports what a CPU lacks before it looks for platforms. Processes that the engine spawns run
-    # this as well.
-    from sglang_musa_ext.cpu_stand_ins import prepare_process
-
-    prepare_process()
-
-if __name__ == "__main__":
-    serve(json.loads(sys.argv[2]), int(sys.argv[3]))
