@@ -15,7 +15,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -65,7 +65,8 @@ class FA3Kernels:
     plan_contents: Callable[[torch.Tensor, int], torch.Tensor] = lambda plan, batch_size: plan
     """What of a plan's tensor says something, from it and the batch size; for comparing two plans."""
     versions: Mapping[str, str] = field(default_factory=dict)
-    """Distribution names and versions behind the functions, for reports."""
+    """Distribution names and versions behind the functions, for reports; ``library`` is the module that they come
+    from, where there is a choice."""
 
     def require(self, *, page_size: int, kv_cache_dtype: torch.dtype, use_mla: bool) -> None:
         """Refuse a configuration that these kernels cannot serve, before the first request.
@@ -145,16 +146,27 @@ def mate_kernels(device: torch.device) -> FA3Kernels:
 
 
 def hopper_kernels(device: torch.device) -> FA3Kernels:
-    """NVIDIA's FA3 as SGLang ships it (``sgl_kernel.flash_attn``), to validate this package on a Hopper GPU."""
+    """NVIDIA's FA3, to validate this package on a Hopper GPU.
+
+    It is SGLang's build, ``sgl_kernel.flash_attn``; where that cannot be had, FlashAttention's own,
+    ``flash_attn_interface``. ``versions`` says which library serves.
+
+    MLA calls (``qv``) take scheduler metadata like any other call, computed for head dimensions 64 and 512. Read in
+    FlashAttention's ``hopper/flash_api.cpp`` and ``flash_fwd_launch_template.h`` (v2.8.3, and 0251105a of 2026-08-15):
+    the forward settles paging by TMA, the number of splits, GQA packing and the size of the plan before it looks at
+    ``qv``, and tile sizes depend on head dimensions, mask, dtype, paging and softcap. So ``get_scheduler_metadata``,
+    which has no ``qv``, decides as the forward does.
+
+    Raises:
+        KernelsUnavailable: the device is none that FA3 serves, or both libraries were rejected, with each one's reason.
+    """
     if device.type != "cuda":
         raise KernelsUnavailable(
             f"The 'hopper' kernels run on an NVIDIA GPU, and the KV cache is on {device}. Set {envs.KERNELS}=auto, or "
             "start the server on a machine with a Hopper GPU."
         )
-    library = _import_library(
-        "sgl_kernel.flash_attn",
-        "Install SGLang's kernel package for this GPU, built with FlashAttention-3, as this SGLang pins it.",
-    )
+    _require_fa3_device(device)
+    candidate, library = _import_hopper_library()
     return FA3Kernels(
         name="hopper",
         flash_attn_with_kvcache=_adapt(library.flash_attn_with_kvcache),
@@ -163,7 +175,7 @@ def hopper_kernels(device: torch.device) -> FA3Kernels:
         dtypes=_HALF,
         metadata_uses_softcap=True,
         plan_contents=_hopper_plan_contents,
-        versions=_versions("sglang-kernel", "sgl-kernel"),
+        versions={"library": candidate.module, **_versions(*candidate.distributions)},
     )
 
 
@@ -209,13 +221,112 @@ def _import_library(name: str, remedy: str) -> ModuleType:
     return library
 
 
-def _hopper_plan_contents(plan: torch.Tensor, batch_size: int) -> torch.Tensor:
-    """The vectors of a plan without their padding, which is never written, and without the forward's semaphore.
+class _Library(NamedTuple):
+    """A library that has the functions of FA3."""
 
-    NVIDIA's plan is vectors of the batch size rounded up to 4, and a counter at the end that each forward uses up.
+    module: str
+    distributions: tuple[str, ...]
+    """The names that it was released under."""
+    remedy: str
+
+
+_HOPPER_LIBRARIES = (
+    _Library(
+        "sgl_kernel.flash_attn",
+        ("sglang-kernel", "sgl-kernel"),
+        "Install SGLang's kernel package for this GPU, built with FlashAttention-3, as this SGLang pins it.",
+    ),
+    _Library(
+        mate.CURRENT.module,
+        ("flash_attn_3",),
+        "Install FlashAttention-3 from the folder 'hopper' of Dao-AILab/flash-attention, for this torch.",
+    ),
+)
+"""The libraries of the ``hopper`` kernels, in the order in which they are tried."""
+
+_FA3_CAPABILITIES = (8, 9)
+"""Major compute capabilities that FA3 has kernels for; SGLang's ``is_fa3_supported`` has the same ones."""
+
+
+def _require_fa3_device(device: torch.device) -> None:
+    capability = torch.cuda.get_device_capability(device)
+    if torch.version.hip is not None or capability[0] not in _FA3_CAPABILITIES:
+        raise KernelsUnavailable(
+            f"{device} is {torch.cuda.get_device_name(device)!r}, capability {'.'.join(map(str, capability))}, and the "
+            "'hopper' kernels run on NVIDIA GPUs of compute capability 9.0 (Hopper) or 8.x. Set "
+            f"{envs.MODE}=off, and start the server with another --attention-backend."
+        )
+
+
+def _import_hopper_library() -> tuple[_Library, ModuleType]:
+    """The first of :data:`_HOPPER_LIBRARIES` that can be had; a warning says why the ones before it cannot.
+
+    Raises:
+        KernelsUnavailable: none can be had; with the reason and the remedy of each.
+    """
+    rejected: list[KernelsUnavailable] = []
+    for candidate in _HOPPER_LIBRARIES:
+        try:
+            library = _import_hopper_candidate(candidate)
+        except KernelsUnavailable as reason:
+            rejected.append(reason)
+            continue
+        for reason in rejected:
+            logger.warning("The 'hopper' kernels come from %r, since SGLang's own: %s", candidate.module, reason)
+        return candidate, library
+    raise KernelsUnavailable(
+        "No library has the 'hopper' kernels. Each of these was tried, and one is enough:\n"
+        + "\n".join(f"* {reason}" for reason in rejected)
+    ) from rejected[0]
+
+
+def _import_hopper_candidate(candidate: _Library) -> ModuleType:
+    if candidate.module == mate.CURRENT.module and mate.is_wrapper(candidate.module):
+        raise KernelsUnavailable(
+            f"{candidate.module!r} is Moore Threads' wrapper of MATE, whose kernels run on MUSA alone. Uninstall its "
+            f"distribution, {mate.CURRENT.distribution}. {candidate.remedy}"
+        )
+    library = _import_library(candidate.module, candidate.remedy)
+    parameters = inspect.signature(library.flash_attn_varlen_func).parameters
+    if not {"return_softmax_lse", "return_attn_probs"} & set(parameters):
+        # Up to v2.8.2 of FlashAttention it returned two results, in v2.8.3 one, and nothing tells these apart.
+        raise KernelsUnavailable(
+            f"{candidate.module!r} at {library.__file__} is too old: expected a flash_attn_varlen_func that can be "
+            f"asked for softmax_lse, as in FlashAttention-3 from 30 August 2025 on. {candidate.remedy}"
+        )
+    return library
+
+
+def _hopper_plan_contents(plan: torch.Tensor, batch_size: int) -> torch.Tensor:
+    """What two computations of one plan have in common: all but what is never written, and the forward's counter.
+
+    Read in ``hopper/flash_api.cpp`` and ``flash_prepare_scheduler.cu`` of Dao-AILab/flash-attention:
+
+    * from 199401d3 (2025-08-21) to 0251105a (2026-08-15), and in sgl-project/sgl-attn, the origin of SGLang's: three
+      vectors, four under a causal mask, of the batch size rounded up to 4, whose padding is not written. Then, always
+      on compute capability 9.0 and with several splits on 8.x, the counter that each forward uses up and clears.
+    * before, as in v2.8.3: the place of that counter, and one value a request; from 993 requests on, none.
+
+    Args:
+        plan: int32 ``(n,)``. Neither layout has a length of the other: the later one is three times the batch size
+            at least, the earlier one is one more than the batch size at most.
+        batch_size: number of requests.
+
+    Raises:
+        UnsupportedByKernels: for a length that neither layout has. Comparing it as it is could report a difference
+            where there is none, and leaving parts out could hide one.
     """
     padded = max(-(-batch_size // 4) * 4, 4)
-    return plan[: plan.numel() // padded * padded].view(-1, padded)[:, :batch_size]
+    vectors, rest = divmod(plan.numel(), padded)
+    if vectors in (3, 4) and rest <= 1:
+        return plan[: vectors * padded].view(vectors, padded)[:, :batch_size]
+    if plan.numel() <= batch_size + 1:
+        return plan[1:]
+    raise UnsupportedByKernels(
+        f"A plan of FA3 has {plan.numel()} values for a batch of {batch_size}, which {envs.CHECK} cannot compare. "
+        f"Expected 3 or 4 vectors of {padded} and a counter, or at most {batch_size + 1} values. Unset {envs.CHECK}, "
+        "and report this with the version of the kernels."
+    )
 
 
 def _mate_mla_plan_bytes(batch_size: int, max_seqlen_q: int, num_heads_q: int, device: torch.device) -> int:
@@ -228,6 +339,7 @@ _SYNONYMS = (
     ("sinks", "s_aux", "learnable_sink"),
     ("page_table", "block_table"),
     ("cache_seqlens", "seqused_k"),
+    ("cache_leftpad", "leftpad_k"),
     ("num_heads_q", "num_heads"),
     ("num_heads_kv", "num_heads_k"),
     ("sm_margin", "mp_margin"),

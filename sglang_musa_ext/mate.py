@@ -113,6 +113,12 @@ def identify_mate() -> MateIdentity:
     )
 
 
+def is_wrapper(module: str) -> bool:
+    """Whether the top-level module of this name is there and written on top of ``mate``; it is not imported."""
+    spec = _find(module)
+    return spec is not None and _is_over_mate(spec)
+
+
 # --- what is right ------------------------------------------------------------------------------------
 
 

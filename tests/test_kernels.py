@@ -78,18 +78,41 @@ RELEASES = {"0.1.3": "0.1.3", "0.2.0": "0.2.0", "0.2.1": "0.2.1", "0.2.2": "0.2.
 """The states of the sources, and the version that an installation of each has in these tests."""
 
 
-def wrapper_of(state: str) -> str:
-    """A module with the wrapper's functions; each returns what it was called with."""
+def module_of(signatures: dict[str, str]) -> str:
+    """A module with functions of these parameters; each returns what it was called with."""
     functions = (
         f"def {name}({parameters.replace(' ', ', ')}): return SimpleNamespace(**locals())\n"
-        for name, parameters in SIGNATURES[state].items()
+        for name, parameters in signatures.items()
     )
     return "from types import SimpleNamespace\n" + "".join(functions)
 
 
+def wrapper_of(state: str) -> str:
+    """The wrapper of MATE in this state of the sources."""
+    return module_of(SIGNATURES[state])
+
+
 WRAPPER = wrapper_of("0.2.2")
-# NVIDIA's function of this name calls the heads otherwise.
-NVIDIA = WRAPPER.replace("num_heads_q, num_heads_kv", "num_heads, num_heads_k")
+# SGLang's function of this name calls the heads and the left padding otherwise.
+NVIDIA = WRAPPER.replace("num_heads_q, num_heads_kv", "num_heads, num_heads_k").replace(
+    "cu_seqlens_k_new=None, cache_leftpad=None, page_size", "cu_seqlens_k_new=None, leftpad_k=None, page_size"
+)
+# FlashAttention's own functions, as read in its sources of 15 August 2026.
+DAO = {
+    "flash_attn_with_kvcache": (
+        "q k_cache v_cache k=None v=None qv=None rotary_cos=None rotary_sin=None cache_seqlens=None "
+        "cache_batch_idx=None cache_leftpad=None page_table=None cu_seqlens_q=None cu_seqlens_k_new=None "
+        "max_seqlen_q=None rotary_seqlens=None q_descale=None k_descale=None v_descale=None softmax_scale=None "
+        "causal=False window_size=(-1,-1) attention_chunk=0 softcap=0.0 rotary_interleaved=True "
+        "scheduler_metadata=None num_splits=0 pack_gqa=None sm_margin=0 return_softmax_lse=False"
+    ),
+    "flash_attn_varlen_func": (
+        "q k v cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k seqused_q=None seqused_k=None softmax_scale=None "
+        "causal=False qv=None q_descale=None k_descale=None v_descale=None window_size=(-1,-1) attention_chunk=0 "
+        "softcap=0.0 num_splits=1 pack_gqa=None deterministic=False sm_margin=0 return_attn_probs=False"
+    ),
+    "get_scheduler_metadata": METADATA,
+}
 LIBRARIES = ("mate", "flash_attn_interface", "flash_attn", "sgl_kernel")
 # What the attention backend gives a provider for one plan: FA3's own names.
 PLAN = {
@@ -121,7 +144,11 @@ MUSA: Any = MusaDevice()
 
 @pytest.fixture
 def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder that is searched first for modules; the libraries in question are found nowhere else."""
+    """A folder that is searched first for modules; the libraries in question are found nowhere else.
+
+    The GPU, if one is asked, is an H100.
+    """
+    set_gpu(monkeypatch)
     before = {name: module for name, module in sys.modules.items() if name.partition(".")[0] in LIBRARIES}
     for name in before:
         del sys.modules[name]
@@ -130,6 +157,23 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     for name in [name for name in sys.modules if name.partition(".")[0] in LIBRARIES]:
         del sys.modules[name]
     sys.modules.update(before)
+
+
+def set_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (9, 0), hip: str | None = None) -> None:
+    """Let torch see a GPU of this compute capability."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a stand-in of a GPU")
+    monkeypatch.setattr(torch.version, "hip", hip)
+
+
+def write_sgl_kernel(root: Path, text: str = NVIDIA) -> None:
+    """A stand-in of SGLang's kernel package."""
+    write(root, {"sgl_kernel/__init__.py": "", "sgl_kernel/flash_attn.py": text})
+
+
+def write_flash_attention(root: Path, signatures: dict[str, str] = DAO) -> None:
+    """A stand-in of FlashAttention-3's own library."""
+    write(root, {"flash_attn_interface.py": module_of(signatures)})
 
 
 def write(root: Path, files: dict[str, str]) -> None:
@@ -212,21 +256,108 @@ def test_every_refusal_is_an_import_error() -> None:
     assert issubclass(UnsupportedKernelArgument, TypeError)
 
 
-def test_hopper_without_its_library_is_refused(packages: Path) -> None:
-    """A GPU without SGLang's kernel package gets an error that names the package."""
-    write(packages, {"sgl_kernel/__init__.py": ""})
-    message = refusal(Settings(kernels="hopper"), CUDA)
-    assert "sgl_kernel.flash_attn" in message
-    assert "Install" in message
+NO_FA3 = "raise ImportError('built without FA3')"
+"""What SGLang's kernel package does where it was built without FA3."""
 
 
 def test_hopper_with_its_library_is_selected(packages: Path) -> None:
     """SGLang's own FA3 is selected by name on an NVIDIA GPU."""
-    write(packages, {"sgl_kernel/__init__.py": "", "sgl_kernel/flash_attn.py": WRAPPER})
+    write_sgl_kernel(packages)
     chosen = select_kernels(Settings(kernels="hopper"), CUDA)
     assert chosen.name == "hopper"
     assert chosen.metadata_uses_softcap
     assert chosen.mla_plan_bytes is None
+
+
+def test_hopper_takes_sglangs_library_where_it_has_both(packages: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """SGLang's comes first, is named with its version, and there is nothing to warn of."""
+    write_sgl_kernel(packages)
+    write_flash_attention(packages)
+    write_distribution(packages, "sglang_kernel", "0.4.5")
+    write_distribution(packages, "flash_attn_3", "3.0.0")
+    kernels = hopper_kernels(CUDA)
+    assert dict(kernels.versions) == {"library": "sgl_kernel.flash_attn", "sglang-kernel": "0.4.5"}
+    assert vars(kernels.get_scheduler_metadata(**PLAN))["num_heads"] == PLAN["num_heads_q"]
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        (NO_FA3, "built without FA3"),
+        (module_of({name: DAO[name] for name in list(DAO)[:2]}), "lacks get_scheduler_metadata"),
+    ],
+    ids=["no FA3", "no metadata"],
+)
+def test_hopper_takes_flash_attention_where_sglangs_has_no_fa3(
+    packages: Path, caplog: pytest.LogCaptureFixture, text: str, why: str
+) -> None:
+    """FlashAttention-3's own library serves, the record says so, and the log says why."""
+    write_sgl_kernel(packages, text)
+    write_flash_attention(packages)
+    write_distribution(packages, "sglang_kernel", "0.4.5")
+    write_distribution(packages, "flash_attn_3", "3.0.0")
+    kernels = hopper_kernels(CUDA)
+    assert dict(kernels.versions) == {"library": "flash_attn_interface", "flash_attn_3": "3.0.0"}
+    assert vars(kernels.get_scheduler_metadata(**PLAN)).items() >= PLAN.items()
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    for part in ("'flash_attn_interface'", "'sgl_kernel.flash_attn'", why):
+        assert part in record.getMessage()
+
+
+def test_hopper_without_a_library_lists_both_with_their_reasons(packages: Path) -> None:
+    """One error has why each library was rejected, and what to do about it."""
+    write_sgl_kernel(packages, NO_FA3)
+    lines = refusal(Settings(kernels="hopper"), CUDA).splitlines()
+    assert len(lines) == 3
+    for part in ("'sgl_kernel.flash_attn'", "built without FA3", "Install SGLang's kernel package"):
+        assert part in lines[1]
+    for part in ("'flash_attn_interface'", "ModuleNotFoundError", "Install FlashAttention-3"):
+        assert part in lines[2]
+
+
+def test_mates_wrapper_is_no_library_of_nvidias(packages: Path) -> None:
+    """MATE's wrapper has the name of FlashAttention-3's module: on an NVIDIA GPU it is refused, and not imported."""
+    write_mate(packages)
+    message = refusal(Settings(kernels="hopper"), CUDA)
+    for part in ("'flash_attn_interface' is Moore Threads' wrapper of MATE", "Uninstall", "flash_attn_3"):
+        assert part in message
+    assert "flash_attn_interface" not in sys.modules
+
+
+def test_flash_attention_that_cannot_be_asked_for_lse_is_refused(packages: Path) -> None:
+    """Up to v2.8.3 one release returns two results and the next one, and no argument says which is wanted."""
+    varlen = DAO["flash_attn_varlen_func"].removesuffix(" return_attn_probs=False")
+    write_flash_attention(packages, DAO | {"flash_attn_varlen_func": varlen})
+    message = refusal(Settings(kernels="hopper"), CUDA)
+    for part in (str(packages / "flash_attn_interface.py"), "too old", "30 August 2025", "Install FlashAttention-3"):
+        assert part in message
+
+
+@pytest.mark.parametrize("capability", [(9, 0), (8, 0), (8, 6), (8, 9)], ids=str)
+def test_hopper_serves_the_gpus_of_fa3(
+    packages: Path, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]
+) -> None:
+    """FA3 has kernels for Hopper, and for compute capability 8."""
+    write_sgl_kernel(packages)
+    set_gpu(monkeypatch, capability)
+    assert hopper_kernels(CUDA).name == "hopper"
+
+
+@pytest.mark.parametrize(
+    ("capability", "hip"), [((7, 5), None), ((10, 0), None), ((12, 0), None), ((9, 4), "6.4")], ids=str
+)
+def test_hopper_refuses_other_gpus(
+    packages: Path, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], hip: str | None
+) -> None:
+    """Older, newer and other vendors' GPUs are refused with what was seen, what is expected and what to do."""
+    write_sgl_kernel(packages)
+    set_gpu(monkeypatch, capability, hip)
+    message = refusal(Settings(kernels="hopper"), CUDA)
+    seen = f"cuda:0 is 'a stand-in of a GPU', capability {capability[0]}.{capability[1]}"
+    for part in (seen, "NVIDIA GPUs of compute capability 9.0 (Hopper) or 8.x", "SGLANG_MUSA_EXT=off"):
+        assert part in message
 
 
 # MATE, and what is not MATE ----------------------------------------------------------------------
@@ -325,11 +456,47 @@ def test_mate_is_called_with_its_own_names(packages: Path) -> None:
 
 
 def test_hopper_is_called_with_its_own_names(packages: Path) -> None:
-    """The functions that NVIDIA's library names otherwise get its names for the heads, and FA3's for the rest."""
-    write(packages, {"sgl_kernel/__init__.py": "", "sgl_kernel/flash_attn.py": NVIDIA})
-    given = vars(hopper_kernels(CUDA).get_scheduler_metadata(**PLAN))
-    names = {"num_heads_q": "num_heads", "num_heads_kv": "num_heads_k"}
-    assert given.items() >= {names.get(name, name): value for name, value in PLAN.items()}.items()
+    """SGLang's library gets its own names for the heads and the padding on the left, and FA3's for the rest."""
+    write_sgl_kernel(packages)
+    plan = PLAN | {"cache_leftpad": object()}
+    given = vars(hopper_kernels(CUDA).get_scheduler_metadata(**plan))
+    names = {"num_heads_q": "num_heads", "num_heads_kv": "num_heads_k", "cache_leftpad": "leftpad_k"}
+    assert given.items() >= {names.get(name, name): value for name, value in plan.items()}.items()
+
+
+@pytest.fixture
+def flash_attention(packages: Path) -> FA3Kernels:
+    """The provider on FlashAttention-3's own library."""
+    write_flash_attention(packages)
+    return hopper_kernels(CUDA)
+
+
+LENGTHS = {"cu_seqlens_q": 1, "cu_seqlens_k": 2, "max_seqlen_q": 3, "max_seqlen_k": 4}
+"""What FlashAttention's varlen function has no defaults for."""
+
+
+def test_flash_attention_is_asked_for_lse_by_its_name(flash_attention: FA3Kernels) -> None:
+    """Its varlen function calls it otherwise than its function over a cache."""
+    assert vars(flash_attention.flash_attn_varlen_func(**raw(return_softmax_lse=True, **LENGTHS)))["return_attn_probs"]
+    given = vars(flash_attention.flash_attn_with_kvcache(**paged(return_softmax_lse=True)))
+    assert given["return_softmax_lse"] is True
+
+
+def test_flash_attention_refuses_sinks_by_name(flash_attention: FA3Kernels) -> None:
+    """It has no attention sinks, which SGLang's build has; a model without them is served."""
+    assert flash_attention.flash_attn_with_kvcache(**paged(sinks=None, only_qv=False, ver=3))
+    with pytest.raises(UnsupportedKernelArgument, match=r"flash_attn_interface\.flash_attn_with_kvcache .*'sinks'"):
+        flash_attention.flash_attn_with_kvcache(**paged(sinks=half(8)))
+
+
+def test_out_is_written_for_flash_attention(packages: Path) -> None:
+    """It returns its output alone, which lands where upstream wants it."""
+    body = module_of(DAO).replace("return SimpleNamespace(**locals())", "return q * 2")
+    write(packages, {"flash_attn_interface.py": body})
+    call = raw(**LENGTHS)
+    out = torch.empty_like(call["q"])
+    assert hopper_kernels(CUDA).flash_attn_varlen_func(**call, out=out) is out
+    torch.testing.assert_close(out, call["q"] * 2)
 
 
 # The adapter -------------------------------------------------------------------------------------
@@ -824,7 +991,7 @@ def test_softcap_over_a_cache_is_handed_on(release: FA3Kernels) -> None:
 def provider(name: str, packages: Path) -> FA3Kernels:
     """The provider ``name`` on stand-in libraries."""
     write_mate(packages)
-    write(packages, {"sgl_kernel/__init__.py": "", "sgl_kernel/flash_attn.py": WRAPPER})
+    write_sgl_kernel(packages)
     device = {"mate": MUSA, "hopper": CUDA, "reference": CPU}[name]
     return select_kernels(Settings(kernels=name), device)
 
@@ -899,3 +1066,35 @@ def test_a_hopper_plan_is_compared_without_padding_and_semaphore() -> None:
     assert contents(used, 1).flatten().tolist() == [1, 1, 0]
     assert torch.equal(contents(used, 1), contents(fresh, 1))
     assert not torch.equal(contents(used, 1), contents(other, 1))
+
+
+def hopper_plan(batch: int, vectors: int, semaphore: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """A plan, and which of its values the computation of a plan decides: the rest is padding and the semaphore.
+
+    ``vectors`` is 0 for the earlier layout, whose semaphore, or the place where it would be, comes first.
+    """
+    if not vectors:
+        decided = torch.ones(batch + semaphore, dtype=torch.bool)
+        decided[:1] = False
+        return torch.arange(batch + semaphore, dtype=torch.int32), decided
+    rows = torch.zeros(vectors, (batch + 3) // 4 * 4, dtype=torch.bool)
+    rows[:, :batch] = True
+    decided = torch.cat([rows.flatten(), torch.zeros(int(semaphore), dtype=torch.bool)])
+    return torch.arange(len(decided), dtype=torch.int32), decided
+
+
+@pytest.mark.parametrize("semaphore", [False, True], ids=["no semaphore", "semaphore"])
+@pytest.mark.parametrize("vectors", [0, 3, 4])
+@pytest.mark.parametrize("batch", [1, 2, 3, 4, 5, 7, 8, 31, 128, 992, 993])
+def test_each_value_of_a_hopper_plan_that_counts_is_compared(batch: int, vectors: int, semaphore: bool) -> None:
+    """Two plans differ exactly if they differ in something that computing a plan decides, in either layout."""
+    plan, decided = hopper_plan(batch, vectors, semaphore)
+    seen = kernels._hopper_plan_contents(plan, batch).flatten()
+    assert seen.tolist() == plan[decided].tolist()
+
+
+@pytest.mark.parametrize(("size", "batch"), [(11, 1), (17 + 1, 1), (8, 4), (24, 4), (30, 5)])
+def test_a_hopper_plan_of_an_unknown_layout_is_not_compared(size: int, batch: int) -> None:
+    """What cannot be told apart is an error of the check, and neither a difference nor the lack of one."""
+    with pytest.raises(UnsupportedByKernels, match=rf"{size} values for a batch of {batch}, .*SGLANG_MUSA_EXT_CHECK"):
+        kernels._hopper_plan_contents(torch.zeros(size, dtype=torch.int32), batch)
