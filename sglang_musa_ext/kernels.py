@@ -271,8 +271,9 @@ def _import_hopper_library() -> tuple[_Library, ModuleType]:
         except KernelsUnavailable as reason:
             rejected.append(reason)
             continue
-        for reason in rejected:
-            logger.warning("The 'hopper' kernels come from %r, since SGLang's own: %s", candidate.module, reason)
+        if rejected:
+            reasons = "; ".join(map(str, rejected))
+            logger.warning("The 'hopper' kernels come from %r, since SGLang's own: %s", candidate.module, reasons)
         return candidate, library
     raise KernelsUnavailable(
         "No library has the 'hopper' kernels. Each of these was tried, and one is enough:\n"
