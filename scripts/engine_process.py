@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import subprocess
 import sys
 import time
@@ -34,8 +35,21 @@ class EngineDied(RuntimeError):
 class Engine:
     """An engine in a process of its own. It boots while others do, and the first question waits for it."""
 
-    def __init__(self, arguments: Mapping[str, Any], environ: Mapping[str, str], log: Path | None = None) -> None:
-        """Start the process of an ``sglang.Engine(**arguments)``; ``log`` is where its output goes (None: to ours)."""
+    def __init__(
+        self,
+        arguments: Mapping[str, Any],
+        environ: Mapping[str, str],
+        log: Path | None = None,
+        patience: float | None = None,
+    ) -> None:
+        """Start the process of an ``sglang.Engine(**arguments)``.
+
+        Args:
+            arguments: see :func:`graph_arguments` for those that are ours.
+            environ: variables on top of this process's.
+            log: where its output goes; ``None``: where ours goes.
+            patience: seconds that an answer may take; ``None``: any time.
+        """
         reading, writing = os.pipe()
         command = [sys.executable, str(Path(__file__).resolve()), "--serve", json.dumps(arguments), str(writing)]
         inherited = {name: value for name, value in os.environ.items() if name != FORCE_UPDATE}
@@ -47,7 +61,7 @@ class Engine:
             )  # fmt: skip
         os.close(writing)
         self._answers = os.fdopen(reading)
-        self._ready = False
+        self._ready, self._patience = False, patience
 
     def wait(self) -> Engine:
         """Return when the engine is up.
@@ -62,7 +76,11 @@ class Engine:
 
     def ask(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> dict[str, Any]:
         """Tokens and log-probabilities of each prompt's greedy continuation."""
-        return self._call({"prompts": prompts, "new_tokens": new_tokens})
+        return self._call({"prompts": prompts, "new_tokens": new_tokens, "logprobs": True})
+
+    def run(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> None:
+        """Continue these prompts as a server does that was asked for no log-probabilities."""
+        self._call({"prompts": prompts, "new_tokens": new_tokens})
 
     def step_seconds(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> float:
         """Seconds from one decode step to the next while these prompts are continued together."""
@@ -108,6 +126,8 @@ class Engine:
         return self._read()
 
     def _read(self) -> dict[str, Any]:
+        if not select.select([self._answers], [], [], self._patience)[0]:
+            raise EngineDied(f"The engine gave no answer within {self._patience:.0f} s; its log may say why.")
         line = self._answers.readline()
         if not line:
             raise EngineDied(f"The engine's process ended with status {self._process.wait()}; its log says why.")
@@ -197,6 +217,9 @@ def _answer(engine: Any, question: SimpleNamespace) -> dict[str, Any]:
     sampling = {"temperature": 0, "max_new_tokens": question.new_tokens, "ignore_eos": True}
     if hasattr(question, "steps"):
         return {"seconds": _step_seconds(engine, question.prompts, sampling)}
+    if not hasattr(question, "logprobs"):
+        engine.generate(input_ids=question.prompts, sampling_params=sampling)
+        return {}
     answers = engine.generate(input_ids=question.prompts, sampling_params=sampling, return_logprob=True)
     chosen = [answer["meta_info"]["output_token_logprobs"] for answer in answers]
     tokens, logprobs = ([[entry[index] for entry in row] for row in chosen] for index in (1, 0))

@@ -1,0 +1,481 @@
+"""What reusing plans is worth: this package beside SGLang's own FA3 and its in-tree MUSA backend, on one GPU.
+
+scripts/bench [--models NAMES] [--peers NAMES] [--quick] [--out FOLDER]
+
+For each model an engine of every peer is up at the same time, with random weights, and they take turns, so that
+whatever the machine does meets all of them. A peer's answers are compared with those of SGLang's own FA3 first; where
+they differ, or the peer fails, the report says so in place of a time. It measures
+
+  decode    the step from one decode pass to the next, by batch and context, under CUDA graphs
+  verify    the verify pass of speculative decoding (EAGLE, chains of 4), under CUDA graphs
+  prefill   one prompt of 512 to 32768 tokens, without graphs
+  eager     host time per attention call, in prefill and in decode without graphs
+  plans     kernels that compute scheduler metadata per pass, from a profiler's trace
+  memory    what PyTorch's allocator holds, graph pools and workspaces among it
+
+and writes bench.json, from which `scripts/bench --report bench.json` draws tables and plots again. It needs a GPU of
+the Hopper generation, SGLang with its FA3 kernels, and this package. With --device cpu it only exercises itself: the
+reference kernels against torch_native, and times that say nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import itertools
+import json
+import math
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from bench_probe import IN_TREE, PEER, measurements
+from engine_process import Engine, EngineDied
+from model_configs import write_model
+from validate_report import versions
+
+HERE = Path(__file__).resolve().parent
+UPSTREAM, OURS = "upstream", "ours"
+PAGE = 64
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One way to serve FA3."""
+
+    name: str
+    title: str
+    backend: str
+    """The class that must serve."""
+    environ: Mapping[str, str]
+    attention: str = "fa3"
+
+
+HOPPER = (
+    Peer(UPSTREAM, "SGLang's own fa3", "FlashAttentionBackend", {"SGLANG_MUSA_EXT": "off"}),
+    Peer(OURS, "sglang-musa-ext", "MusaFA3Backend",
+         {"SGLANG_MUSA_EXT": "on", "SGLANG_MUSA_EXT_KERNELS": "hopper"}),
+    Peer(IN_TREE, "SGLang's in-tree MUSA backend", "MusaFlashAttentionBackend", {"SGLANG_MUSA_EXT": "off"}),
+)  # fmt: skip
+REFERENCE = (
+    Peer(UPSTREAM, "torch_native", "TorchNativeAttnBackend", {"SGLANG_PLATFORM": "musa_reference"}, "torch_native"),
+    Peer(OURS, "sglang-musa-ext", "MusaFA3Backend", {"SGLANG_PLATFORM": "musa_reference"}),
+)
+"""On a CPU, where the times say nothing."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model without weights, and what is measured on it."""
+
+    title: str
+    family: str
+    shape: Mapping[str, Any]
+    kv_tokens: int
+    """Size of the KV cache of each peer: three of them must fit on the card."""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    draft: str = ""
+    """The family of the draft model, with which verify steps are measured in place of decode, prefill and eager."""
+    batches: tuple[int, ...] = (1, 8, 32, 128)
+    contexts: tuple[int, ...] = (1024, 8192, 32768)
+    prefills: tuple[int, ...] = (512, 2048, 8192, 32768)
+
+
+_DENSE = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 32, "vocab_size": 32000}
+_CHAIN = {"speculative_algorithm": "EAGLE", "speculative_num_steps": 3, "speculative_eagle_topk": 1,
+          "speculative_num_draft_tokens": 4}  # fmt: skip
+MODELS: Mapping[str, Model] = {
+    "dense-64": Model(
+        "dense, 32 layers, head dim 64", "llama",
+        {**_DENSE, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 64}, 280_000,
+    ),
+    "dense-128": Model(
+        "dense, 32 layers, head dim 128", "llama",
+        {**_DENSE, "num_attention_heads": 16, "num_key_value_heads": 2, "head_dim": 128}, 280_000,
+    ),
+    "gemma2": Model(
+        "like Gemma-2-2B: 13 window and 13 full layers, softcap", "gemma2",
+        {"hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26, "vocab_size": 32000,
+         "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "query_pre_attn_scalar": 256,
+         "sliding_window": 4096}, 136_000,
+    ),
+    "mla": Model(
+        "like DeepSeek-V3's attention, 27 dense layers, 16 heads", "deepseek_v3",
+        {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 27, "vocab_size": 32000,
+         "q_lora_rank": None}, 280_000,
+    ),
+    "verify": Model(
+        "dense, 32 layers, head dim 128, EAGLE", "llama",
+        {**_DENSE, "num_attention_heads": 16, "num_key_value_heads": 2, "head_dim": 128}, 140_000, _CHAIN, "eagle",
+        (1, 8, 32), (1024, 8192),
+    ),
+}  # fmt: skip
+TINY = Model("tiny, for a trial of the benchmark", "llama",
+             {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
+              "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 512}, 4096, {}, "", (1, 2), (64, 128),
+             (64, 128))  # fmt: skip
+
+
+@dataclass
+class Point:
+    """What was measured of one peer at one place."""
+
+    kind: str
+    batch: int
+    tokens: int
+    peer: str
+    verdict: str
+    """``equal``, or why there are no times."""
+    difference: float | None = None
+    """The largest difference of a log-probability from upstream's, up to the first other token."""
+    step_ms: list[float] = field(default_factory=list)
+    """From the end of one pass to the end of the next: the median of each round."""
+    forward_ms: list[float] = field(default_factory=list)
+    """From a pass's first work to its last."""
+    call_us: list[float] = field(default_factory=list)
+    """The host's time per attention call; empty under graphs."""
+
+
+# --- one model, all peers ---------------------------------------------------------------------------------
+
+
+class Contest:
+    """The engines of one model, and what is asked of them in turn."""
+
+    def __init__(self, model: Model, engines: Mapping[str, Engine], options: argparse.Namespace) -> None:
+        self.model, self.options = model, options
+        self.engines = dict(engines)
+        self.failed: dict[str, str] = {}
+        self.points: list[Point] = []
+        self.rounds = options.rounds
+        self.steps = options.steps
+
+    def run(self) -> None:
+        """Everything that this model is for."""
+        for context in self.model.contexts:
+            for batch in self.model.batches:
+                self._decode("verify" if self.model.draft else "decode", batch, context)
+        if self.model.draft:
+            return
+        for tokens in self.model.prefills:
+            self._prefill(tokens)
+        # A batch that no graph was captured for runs without one.
+        self._decode("eager", max(self.model.batches) + 2, PAGE)
+
+    def _decode(self, kind: str, batch: int, context: int) -> None:
+        needed = batch * (-(-(context + self.steps + 8) // PAGE) + 1) * PAGE
+        if needed > self.model.kv_tokens:
+            self.points.append(Point(kind, batch, context, UPSTREAM, f"needs a KV cache of {needed} tokens"))
+            return
+        prompts = [prompt(context, row) for row in range(batch)]
+        mode = "TARGET_VERIFY" if kind == "verify" else "DECODE"
+
+        def measure(engine: Engine) -> Mapping[str, float]:
+            engine.run(prompts, self.steps)
+            return passes(rows_of(engine), mode, batch)
+
+        self._compare(kind, batch, context, prompts, measure)
+
+    def _prefill(self, tokens: int) -> None:
+        fresh = iter(range(1000, 10_000))
+
+        def measure(engine: Engine) -> Mapping[str, float]:
+            engine.flush()
+            engine.run([prompt(tokens, next(fresh))], 1)
+            rows = [row for row in rows_of(engine) if row["mode"] == "EXTEND"]
+            calls = sum(row["calls"] for row in rows)
+            host = sum(row["attention_us"] for row in rows) / calls if calls else math.nan
+            return {"forward": sum(row["forward"] for row in rows), "call": host}
+
+        self._compare("prefill", 1, tokens, [prompt(tokens, 0)], measure)
+
+    def _compare(
+        self, kind: str, batch: int, tokens: int, prompts: Sequence[Sequence[int]],
+        measure: Callable[[Engine], Mapping[str, float]],
+    ) -> None:  # fmt: skip
+        """Check that the peers give equal answers, and time those that do, in turns."""
+        points = {name: Point(kind, batch, tokens, name, "") for name in [*self.engines, *self.failed]}
+        self.points += points.values()
+        self._judge(points, prompts)
+        racing = [name for name, point in points.items() if point.verdict == "equal"]
+        for index in range(self.rounds + 1):
+            for name in (racing[index % len(racing) :] + racing[: index % len(racing)]) if racing else ():
+                with self._survives(name, points[name]):
+                    found = measure(self.engines[name])
+                    if index:  # The first round warms up.
+                        record(points[name], found)
+        _say(f"  {kind:<8}batch {batch:>3}, {tokens:>5} tokens: " + "; ".join(map(in_short, points.values())))
+
+    def _judge(self, points: Mapping[str, Point], prompts: Sequence[Sequence[int]]) -> None:
+        """Say of each point whether its peer's answers are those of upstream.
+
+        Each peer answers twice. What upstream's two answers differ by, in batches that were put together otherwise,
+        is what a peer may differ by.
+        """
+        answers: dict[str, list[Mapping[str, Any]]] = {}
+        for name, point in points.items():
+            point.verdict = self.failed.get(name, "")
+            if name in self.engines:
+                with self._survives(name, point):
+                    answers[name] = [self.engines[name].ask(prompts, 8) for _ in range(2)]
+                    rows_of(self.engines[name])
+        if UPSTREAM not in answers:
+            for point in points.values():
+                point.verdict = point.verdict or "upstream gave no answer to compare with"
+            return
+        first, right = answers[UPSTREAM]
+        allowed = 2 * deviation(first, right)
+        for name, (_, answer) in answers.items():
+            off = points[name].difference = deviation(answer, right)
+            points[name].verdict = "equal" if off <= max(allowed, RESOLUTION) else f"wrong output (off by {off:.2g})"
+
+    @contextmanager
+    def _survives(self, name: str, point: Point) -> Iterator[None]:
+        """Take an engine that dies out of the contest, with the reason."""
+        try:
+            yield
+        except EngineDied as error:
+            self.failed[name] = point.verdict = f"failed: {str(error).splitlines()[0][:200]}"
+            self.engines.pop(name).close()
+
+    def traces(self) -> list[dict[str, Any]]:
+        """Kernels by pass, traced at the end: a profiler that was there once slows what comes after."""
+        found = []
+        modes = {"EXTEND": 1} | ({"TARGET_VERIFY": 2} if self.model.draft else {"DECODE": 2})
+        length = 2048 if self.options.device == "cuda" else 128
+        for name, engine in list(self.engines.items()):
+            for mode, count in modes.items():
+                with self._survives(name, Point("trace", 1, length, name, "")):
+                    engine.flush()
+                    engine.scheduler("bench_trace", mode=mode, passes=count)
+                    engine.run([prompt(length, 77)], 12 if mode != "EXTEND" else 1)
+                    traces = measurements(engine.state())["traces"]
+                    found += [{"peer": name, **trace} for trace in traces]
+        return found
+
+
+RESOLUTION = 2.0**-7
+"""A log-probability's last bits in bfloat16: what another order of summing may change it by."""
+
+
+def deviation(ours: Mapping[str, Any], right: Mapping[str, Any]) -> float:
+    """The largest difference of a log-probability, up to each request's first other token; infinite for a NaN."""
+    worst = 0.0
+    for index, tokens in enumerate(right["tokens"]):
+        pairs = zip(ours["logprobs"][index], right["logprobs"][index], strict=True)
+        for (one, other), same in zip(
+            pairs, (a == b for a, b in zip(ours["tokens"][index], tokens, strict=True)), strict=True
+        ):
+            difference = abs(one - other)
+            worst = max(worst, math.inf if math.isnan(difference) else difference)
+            if not same:
+                break
+    return worst
+
+
+def rows_of(engine: Engine) -> list[dict[str, Any]]:
+    """The forwards of the target model since they were last asked for."""
+    rows = measurements(engine.state())["forwards"]
+    return [row for row in rows if not row["draft"]]
+
+
+def passes(rows: Sequence[Mapping[str, Any]], mode: str, batch: int) -> dict[str, float]:
+    """Medians over the passes of this mode and batch whose predecessor was one, too."""
+    chosen = [
+        row for before, row in itertools.pairwise(rows)
+        if all(one["mode"] == mode and one["batch"] == batch for one in (before, row))
+    ]  # fmt: skip
+    # The first ones still fill the pipeline of the scheduler.
+    chosen = chosen[3:]
+    if not chosen:
+        return {}
+    found = {"step": statistics.median(row["since"] for row in chosen)}
+    found["forward"] = statistics.median(row["forward"] for row in chosen)
+    if any(row["calls"] for row in chosen):
+        found["call"] = statistics.median(row["attention_us"] / row["calls"] for row in chosen if row["calls"])
+    return found
+
+
+def record(point: Point, found: Mapping[str, float]) -> None:
+    """Add one round's numbers to a point."""
+    for name, values in (("step", point.step_ms), ("forward", point.forward_ms), ("call", point.call_us)):
+        if name in found:
+            values.append(found[name])
+
+
+def in_short(point: Point) -> str:
+    """A point in a few words, for the progress."""
+    if point.verdict != "equal":
+        return f"{point.peer} {point.verdict}"
+    shown = point.step_ms or point.forward_ms
+    return f"{point.peer} {statistics.median(shown):.3f} ms" if shown else f"{point.peer} without a time"
+
+
+def prompt(length: int, seed: int) -> list[int]:
+    """Tokens that differ from seed to seed from the first one on."""
+    return [(7 * position + 131 * seed + position * position % 101) % 500 + 4 for position in range(length)]
+
+
+# --- the run ------------------------------------------------------------------------------------------------
+
+
+def contend(model: Model, peers: Sequence[Peer], options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Boot the engines of one model, and measure."""
+    began = time.monotonic()
+    with ExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        arguments = engine_arguments(model, scratch, options)
+        engines = {}
+        for peer in peers:
+            log = folder / f"{options.model}.{peer.name}.log"
+            environ = peer_environment(peer, scratch)
+            engines[peer.name] = Engine({**arguments, "attention_backend": peer.attention}, environ, log, 400)
+            stack.callback(engines[peer.name].close)
+        contest = Contest(model, engines, options)
+        states = {peer.name: _first_state(peer, contest) for peer in peers}
+        _say(f"  engines up after {time.monotonic() - began:.0f} s")
+        contest.run()
+        traces = contest.traces()
+    return {
+        "title": model.title, "shape": dict(model.shape), "kv_tokens": model.kv_tokens, "failed": contest.failed,
+        "points": [asdict(point) for point in contest.points], "traces": traces, "memory": states,
+        "seconds": time.monotonic() - began,
+    }  # fmt: skip
+
+
+def _first_state(peer: Peer, contest: Contest) -> dict[str, Any]:
+    """What an engine holds before it has served anything, once it is the peer that it should be."""
+    point = Point("boot", 0, 0, peer.name, "")
+    with contest._survives(peer.name, point):
+        # The class shows once a forward has run.
+        contest.engines[peer.name].run([prompt(8, 5)], 2)
+        state = contest.engines[peer.name].state()
+        found = measurements(state)
+        if found["backend"] != peer.backend:
+            raise EngineDied(f"{found['backend']} serves in place of {peer.backend}: the log says why.")
+        return {"allocator": found["memory"], "sglang": state.get("memory_usage", {})}
+    _say(f"  {peer.name} {point.verdict}")
+    return {}
+
+
+def engine_arguments(model: Model, scratch: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of ``sglang.Engine`` that all peers share."""
+    found: dict[str, Any] = {
+        "model_path": str(write_model(scratch / "target", model.family, **model.shape)), "load_format": "dummy",
+        "skip_tokenizer_init": True, "random_seed": 0, "log_level": "info", "page_size": PAGE,
+        "max_total_tokens": model.kv_tokens, "max_running_requests": max(model.batches) + 8,
+        "context_length": max(model.contexts) + 4096, "chunked_prefill_size": 40960, "max_prefill_tokens": 40960,
+        "sampling_backend": "pytorch", **model.arguments,
+    }  # fmt: skip
+    if model.draft:
+        found["speculative_draft_model_path"] = str(
+            write_model(scratch / "draft", model.draft, **{**model.shape, "num_hidden_layers": 1})
+        )
+    if options.device == "cpu":
+        return {**found, "device": "cpu", "dtype": "float32", "graphs": [], "mem_fraction_static": 0.3}
+    # Each engine sees what the others have taken already, and takes what max_total_tokens says.
+    graphs = {"graphs": list(model.batches), "prefill_graphs": False}
+    return {**found, "dtype": "bfloat16", "mem_fraction_static": 0.5, **graphs}
+
+
+def peer_environment(peer: Peer, scratch: Path) -> dict[str, str]:
+    """The environment of a peer: its settings, and the probe as a plugin of SGLang."""
+    plugin = scratch / "plugin" / "sglang_musa_ext_bench-0.dist-info"
+    plugin.mkdir(parents=True, exist_ok=True)
+    (plugin / "METADATA").write_text("Metadata-Version: 2.1\nName: sglang-musa-ext-bench\nVersion: 0\n")
+    (plugin / "entry_points.txt").write_text("[sglang.srt.plugins]\nmusa_ext_bench = bench_probe:register\n")
+    paths = [str(plugin.parent), str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
+    found = {"PYTHONPATH": os.pathsep.join(paths), PEER: peer.name, "SGLANG_PLUGINS": ""}
+    return found | {"SGLANG_ENABLE_JIT_DEEPGEMM": "0"} | dict(peer.environ)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run what was asked for, and write the report; returns the exit status."""
+    options = _options(arguments)
+    if options.report:
+        return _draw(json.loads(options.report.read_text()), options.out or options.report.parent)
+    out = options.out or Path(f"bench-{datetime.datetime.now().astimezone():%Y%m%d-%H%M%S}")
+    out.mkdir(parents=True, exist_ok=True)
+    peers = [peer for peer in (HOPPER if options.device == "cuda" else REFERENCE) if peer.name in options.peers]
+    models = {"tiny": TINY} if options.device == "cpu" else {name: MODELS[name] for name in options.models}
+    result: dict[str, Any] = {
+        "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"), "versions": versions(),
+        "device": _device(options.device), "rounds": options.rounds, "steps": options.steps,
+        "peers": {peer.name: peer.title for peer in peers}, "models": {},
+    }  # fmt: skip
+    for name, model in models.items():
+        _say(f"{name}: {model.title}")
+        options.model = name
+        chosen = replace(model, batches=model.batches[:2], contexts=model.contexts[:1]) if options.quick else model
+        result["models"][name] = contend(chosen, peers, options, out)
+        # What was measured so far must survive whatever comes next.
+        (out / "bench.json").write_text(json.dumps(result, indent=1) + "\n")
+    return _draw(result, out)
+
+
+def _draw(result: Mapping[str, Any], out: Path) -> int:
+    from bench_report import write_report
+
+    for page in write_report(result, out):
+        print(page)
+    return 0
+
+
+def _device(kind: str) -> dict[str, Any]:
+    import torch
+
+    if kind == "cpu":
+        return {"name": "CPU, where times say nothing", "count": os.cpu_count()}
+    if not torch.cuda.is_available():
+        sys.exit(f"PyTorch {torch.__version__} sees no NVIDIA GPU. --device cpu tries the benchmark without one.")
+    found = torch.cuda.get_device_properties(0)
+    if found.major != 9:
+        sys.exit(
+            f"{found.name} has compute capability {found.major}.{found.minor}: FA3's kernels are for 9.0 (Hopper)."
+        )
+    return {
+        "name": found.name, "multiprocessors": found.multi_processor_count, "memory": found.total_memory,
+        "cuda": torch.version.cuda,
+    }  # fmt: skip
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    head, _, rest = str(__doc__).partition("\n\n")
+    parser = argparse.ArgumentParser(
+        prog="bench", description=head, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", type=_some_of(MODELS), default=tuple(MODELS), help=f"some of {','.join(MODELS)}")
+    names = [peer.name for peer in HOPPER]
+    parser.add_argument("--peers", type=_some_of(names), default=tuple(names), help=f"some of {','.join(names)}")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each peer at each point (default: 5)")
+    parser.add_argument("--steps", type=int, default=48, help="tokens that a request is continued by (default: 48)")
+    parser.add_argument("--quick", action="store_true", help="the two smallest batches and one context")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where results go (default: ./bench-<date>)")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="draw the report of an earlier run again")
+    return parser.parse_args(arguments)
+
+
+def _some_of(choices: Sequence[str] | Mapping[str, Any]) -> Callable[[str], tuple[str, ...]]:
+    def chosen(text: str) -> tuple[str, ...]:
+        names = tuple(text.split(","))
+        if unknown := set(names) - set(choices):
+            raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))}: expected some of {','.join(choices)}")
+        return tuple(name for name in choices if name in names)
+
+    return chosen
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,217 @@
+"""What the benchmark adds to the processes of an engine: who serves FA3, how long forwards take, what kernels they run.
+
+SGLang loads it as a plugin, through an entry point that ``bench.py`` writes into a folder of its own. It measures all
+peers alike, and changes nothing of what they compute: two device events around each forward of a model, and a clock
+around each attention call that Python makes.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+PEER = "SGLANG_MUSA_EXT_BENCH_PEER"
+"""The environment variable that says which peer this engine is."""
+IN_TREE = "in-tree"
+
+
+@dataclass
+class Forward:
+    """One forward of a model, while its events may still lie ahead of the device."""
+
+    mode: str
+    batch: int
+    tokens: int
+    draft: bool
+    start: Any
+    end: Any
+    host: float
+    attention_calls: int
+    attention_host: float
+
+
+class Clock:
+    """Events of the device, or on a CPU the time itself."""
+
+    def __init__(self) -> None:
+        import torch
+
+        self._device = torch.cuda if torch.cuda.is_available() else None
+
+    def now(self) -> Any:
+        """A point in the current stream's work."""
+        if self._device is None:
+            return time.perf_counter()
+        event = self._device.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def milliseconds(self, start: Any, end: Any) -> float:
+        """From one point to another, once :meth:`settle` has returned."""
+        return float(start.elapsed_time(end)) if self._device is not None else 1e3 * (end - start)
+
+    def settle(self) -> None:
+        """Wait until the device has done everything."""
+        if self._device is not None:
+            self._device.synchronize()
+
+    def capturing(self) -> bool:
+        """Whether the current stream's work goes into a graph, where no event can be timed."""
+        return self._device is not None and self._device.is_current_stream_capturing()
+
+
+class Probe:
+    """The measurements of one process."""
+
+    def __init__(self) -> None:
+        self.clock = Clock()
+        self.forwards: list[Forward] = []
+        self.calls, self.attention_host = 0, 0.0
+        self.traces: list[dict[str, Any]] = []
+        self._wanted: tuple[str, int] | None = None
+        self.runner: Any = None
+
+    def forward(self, original: Callable[..., Any], runner: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        """``ModelRunner.forward``, measured."""
+        run = functools.partial(original, runner, batch, *args, **kwargs)
+        if self.clock.capturing():
+            return run()
+        if not runner.is_draft_worker:
+            self.runner = runner
+        mode = batch.forward_mode.name
+        if self._wanted and self._wanted[0] == mode and not runner.is_draft_worker:
+            return self._traced(mode, run)
+        self.calls, self.attention_host = 0, 0.0
+        start, began = self.clock.now(), time.perf_counter()
+        result = run()
+        host, end = time.perf_counter() - began, self.clock.now()
+        tokens = 0 if batch.input_ids is None else batch.input_ids.numel()
+        counts = self.calls, self.attention_host
+        self.forwards.append(Forward(mode, batch.batch_size, tokens, runner.is_draft_worker, start, end, host, *counts))
+        return result
+
+    def attend(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """``AttentionBackend.forward``, with the host's time in it counted."""
+        began = time.perf_counter()
+        result = original(*args, **kwargs)
+        self.calls += 1
+        self.attention_host += time.perf_counter() - began
+        return result
+
+    def want_trace(self, mode: str, passes: int) -> None:
+        """Trace the kernels of the next ``passes`` forwards of ``mode``."""
+        self._wanted = (mode, passes)
+
+    def _traced(self, mode: str, run: Callable[[], Any]) -> Any:
+        import torch
+
+        assert self._wanted is not None
+        left = self._wanted[1] - 1
+        self._wanted = (mode, left) if left else None
+        self.clock.settle()
+        activity = torch.profiler.ProfilerActivity
+        with torch.profiler.profile(
+            activities=[activity.CUDA, activity.CPU][: 1 if self.clock._device else 2]
+        ) as trace:
+            result = run()
+            self.clock.settle()
+        kernels = {
+            entry.key[:160]: [entry.count, float(getattr(entry, "self_device_time_total", 0.0))]
+            for entry in trace.key_averages()
+        }
+        self.traces.append({"mode": mode, "kernels": kernels})
+        return result
+
+    def drain(self) -> dict[str, Any]:
+        """Everything since the last call, as plain data: times in milliseconds, the host's in microseconds."""
+        self.clock.settle()
+        rows: list[dict[str, Any]] = []
+        before: Any = None
+        for one in self.forwards:
+            since = None if before is None else self.clock.milliseconds(before, one.end)
+            rows.append(
+                {
+                    "mode": one.mode, "batch": one.batch, "tokens": one.tokens, "draft": one.draft, "since": since,
+                    "forward": self.clock.milliseconds(one.start, one.end), "host_us": 1e6 * one.host,
+                    "calls": one.attention_calls, "attention_us": 1e6 * one.attention_host,
+                }
+            )  # fmt: skip
+            if not one.draft:
+                before = one.end
+        found = {"forwards": rows, "traces": self.traces, "backend": self._backend(), "memory": self._memory()}
+        self.forwards, self.traces = [], []
+        return found
+
+    def _backend(self) -> str:
+        backend = getattr(self.runner, "attn_backend", None)
+        return "none" if backend is None else type(backend).__name__
+
+    def _memory(self) -> dict[str, int]:
+        """Bytes that PyTorch's allocator has given out and holds in this process, graph pools among them."""
+        import torch
+
+        if not torch.cuda.is_available():
+            return {}
+        return {"allocated": torch.cuda.memory_allocated(), "reserved": torch.cuda.memory_reserved()}
+
+
+def register() -> None:
+    """SGLang's plugin: put the probe into this process, and the in-tree MUSA backend if this peer is that."""
+    if os.environ.get(PEER) == IN_TREE:
+        from bench_in_tree import serve_in_tree
+
+        serve_in_tree()
+    from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+    from sglang.srt.managers.scheduler import Scheduler
+    from sglang.srt.model_executor.model_runner import ModelRunner
+
+    probe = _Lazy()
+    _wrap(ModelRunner, "forward", lambda original, *args, **kwargs: probe().forward(original, *args, **kwargs))
+    _wrap(AttentionBackend, "forward", lambda original, *args, **kwargs: probe().attend(original, *args, **kwargs))
+
+    def with_measurements(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        reply = original(*args, **kwargs)
+        # As text, because a scheduler's state takes plain values alone.
+        reply.internal_state["bench"] = json.dumps(probe().drain())
+        return reply
+
+    _wrap(Scheduler, "get_internal_state", with_measurements)
+    Scheduler.bench_trace = lambda self, mode, passes: probe().want_trace(mode, passes)
+
+
+class _Lazy:
+    """The probe of this process, made when the first forward has chosen the device."""
+
+    def __init__(self) -> None:
+        self._probe: Probe | None = None
+
+    def __call__(self) -> Probe:
+        self._probe = self._probe or Probe()
+        return self._probe
+
+
+def _wrap(owner: type, name: str, around: Callable[..., Any]) -> None:
+    original = getattr(owner, name)
+
+    @functools.wraps(original)
+    def method(*args: Any, **kwargs: Any) -> Any:
+        return around(original, *args, **kwargs)
+
+    setattr(owner, name, method)
+
+
+def measurements(state: Mapping[str, Any]) -> dict[str, Any]:
+    """What a scheduler's state says of the forwards since it was last asked.
+
+    Raises:
+        RuntimeError: the probe is not in that process; SGLang logs what a plugin raises, and goes on.
+    """
+    if "bench" not in state:
+        raise RuntimeError("The engine runs without the benchmark's probe: its log says why SGLang did not load it.")
+    found: dict[str, Any] = json.loads(state["bench"])
+    return found
