@@ -104,6 +104,11 @@ class Engine:
         """Call a method of every scheduler of the engine."""
         self._call({"method": method, "arguments": arguments})
 
+    def kill(self) -> None:
+        """End its process at once; whoever waits for an answer gets an :class:`EngineDied`."""
+        # What it started ends with it: SGLang's processes watch their parent.
+        self._process.kill()
+
     def close(self) -> None:
         """End it, and wait for it."""
         assert self._process.stdin is not None
@@ -112,8 +117,7 @@ class Engine:
         try:
             self._process.wait(60)
         except subprocess.TimeoutExpired:
-            # What it started ends with it: SGLang's processes watch their parent.
-            self._process.kill()
+            self.kill()
             self._process.wait()
         self._answers.close()
 

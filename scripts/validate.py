@@ -1,13 +1,15 @@
 """Validate sglang-musa-ext on the machine that has the GPU, and write one report to attach to an issue.
 
-scripts/validate-musa [--kernels auto|mate|hopper|reference] [--only PARTS] [--quick] [--out FOLDER]
+scripts/validate [--kernels auto|mate|hopper|reference] [--only PARTS] [--modes MODES] [--quick] [--out FOLDER]
 
 It needs the installed stack alone: torch, sglang, sglang-musa-ext, and this checkout. Its parts are
 
   doctor    what is installed, and what stands in the way
   numerics  the kernels, in every way that the backend calls them, against attention in float64
   graphs    plans and kernels captured in the device's graphs, replayed with other lengths, against float64
+  memcheck  NVIDIA's compute-sanitizer over the kernels in each of these ways; on NVIDIA GPUs alone
   engine    a tiny random Llama served by SGLang with this package, against SGLang's torch_native
+  modes     models without weights served in every mode, against SGLang's own fa3; on NVIDIA GPUs alone
   bench     decode step time with plans reused within a pass and without, interleaved, verified before it is timed
 
 Every part runs in a process of its own, and what a case does to it (a crash, a hang) is a result: the case failed, and
@@ -27,16 +29,20 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from validate_report import FAIL, NOTICE, PASS, SKIP, Outcome, Report, numbers
+from validate_report import FAIL, PASS, SKIP, Outcome, Report, numbers
 
 PROGRAM = Path(__file__).resolve()
 """What a part's process runs."""
-PARTS = ("doctor", "numerics", "graphs", "engine", "bench")
-SILENCE = {"numerics": 300.0, "graphs": 300.0, "engine": 900.0, "bench": 1200.0, "probe": 300.0}
+PARTS = ("doctor", "numerics", "graphs", "memcheck", "engine", "modes", "bench")
+SILENCE = {
+    "numerics": 300.0, "graphs": 300.0, "memcheck": 600.0, "engine": 900.0, "modes": 900.0, "bench": 1200.0,
+    "probe": 300.0,
+}  # fmt: skip
 """Seconds that one case of a part may take."""
 DEATHS = 20
 """Processes of one part that may die before the rest of it is given up."""
@@ -53,9 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run = Run(options, out)
     # Being told to end must end the parts' processes too, and leave a report.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    print(NOTICE, end="\n\n")
     try:
         run.probe()
+        print(run.report.notice, end="\n\n")
         for part in options.only:
             run.part(part)
     except KeyboardInterrupt:
@@ -71,11 +77,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     head, _, rest = str(__doc__).partition("\n\n")
     parser = argparse.ArgumentParser(
-        prog="validate-musa", description=head, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="validate", description=head, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--kernels", choices=("auto", "mate", "hopper", "reference"), default="auto")
     parser.add_argument("--device", default="auto", help="musa, cuda or cpu, with an index if there are several")
     parser.add_argument("--only", type=_parts, default=PARTS, metavar="PARTS", help=f"some of {','.join(PARTS)}")
+    parser.add_argument("--modes", type=_modes, default=(), metavar="MODES", help="some of the part modes, by name")
+    parser.add_argument(
+        "--jobs", type=int, default=0, metavar="N",
+        help="engines of modes and cases of memcheck at a time (default: what processor and GPUs have room for)",
+    )  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="one dtype, and a short engine and benchmark")
     parser.add_argument("--out", metavar="FOLDER", help="where the report goes (default: ./musa-validation-<date>)")
     for hidden in ("--child", "--fd", "--done", "--scratch"):
@@ -90,6 +101,15 @@ def _parts(text: str) -> tuple[str, ...]:
     return tuple(part for part in PARTS if part in chosen)
 
 
+def _modes(text: str) -> tuple[str, ...]:
+    from validate_modes import MODES
+
+    chosen = tuple(text.split(","))
+    if unknown := set(chosen) - set(MODES):
+        raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))}: expected some of {','.join(MODES)}")
+    return chosen
+
+
 # --- in the process that the user started: the standard library alone ---------------------------------
 
 
@@ -102,7 +122,7 @@ class Run:
         self.models.mkdir(exist_ok=True)
         self.device = options.device
         started = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-        names = ("kernels", "device", "only", "quick")
+        names = ("kernels", "device", "only", "modes", "quick")
         settings = {name: _plain(getattr(options, name)) for name in names}
         settings |= {name: value for name, value in sorted(os.environ.items()) if name.startswith("SGLANG_")}
         self.report = Report(started, settings)
@@ -150,6 +170,8 @@ class Run:
         elif "start" in message:
             state["case"] = message["start"]
             _show_progress(f"{part}: {len(self.report.of(part)) + 1} of {state.get('total', '?')}: {message['start']}")
+        elif "progress" in message:
+            _show_progress(f"{part}: {message['progress']}")
         elif "outcome" in message:
             state["case"] = None
             self._add(Outcome(**message["outcome"]), state)
@@ -170,6 +192,8 @@ class Run:
         command = [
             sys.executable, str(PROGRAM), "--child", part, "--fd", str(writing), "--done", str(finished),
             "--kernels", self.options.kernels, "--device", self.device, "--scratch", str(self.models.resolve()),
+            "--out", str(self.out.resolve()), "--jobs", str(self.options.jobs),
+            *(["--modes", ",".join(self.options.modes)] if self.options.modes else []),
             *(["--quick"] if self.options.quick else []),
         ]  # fmt: skip
         with self._log(part).open("a") as log:
@@ -290,8 +314,11 @@ def _child(options: argparse.Namespace) -> int:
     os.set_inheritable(descriptor, False)
     done = set(json.loads(Path(options.done).read_text()))
 
+    one_at_a_time = threading.Lock()
+
     def emit(message: Mapping[str, Any]) -> None:
-        os.write(descriptor, json.dumps(message, default=str).encode() + b"\n")
+        with one_at_a_time:
+            os.write(descriptor, json.dumps(message, default=str).encode() + b"\n")
 
     module = importlib.import_module("validate_device" if options.child == "probe" else f"validate_{options.child}")
     try:

@@ -35,6 +35,8 @@ ARGUMENTS: Mapping[str, Any] = {
     "max_total_tokens": 8192,
     "chunked_prefill_size": 128,
     "log_level": "info",
+    # Some releases capture prefill by default, in sizes that take longer than all the rest.
+    "prefill_graphs": False,
 }
 
 

@@ -131,8 +131,8 @@ class Layer:
         return list(zip(self.batch.q, self.batch.k, self.batch.v, strict=True))
 
 
-CAPACITY = 8192
-LENGTHS = ((1, 1, 1, 1), (5000, 3, 64, 700), (10, 8000, 65, 1), (8192, 1, 1, 8192))
+Lengths = tuple[tuple[int, ...], ...]
+LENGTHS: Lengths = ((1, 1, 1, 1), (5000, 3, 64, 700), (10, 8000, 65, 1), (8192, 1, 1, 8192))
 """Captured with the first, as SGLang captures with lengths of 1; then replayed with each."""
 
 
@@ -142,14 +142,15 @@ def _layer(kind: type[Batch], shape: Shape, setting: Setting, options: dict[str,
 
 
 def replayed(
-    setting: Setting, graphs: Graphs, shape: Shape, kinds: list[dict[str, Any]], latent: bool = False
+    setting: Setting, graphs: Graphs, shape: Shape, kinds: list[dict[str, Any]], latent: bool, lengths: Lengths
 ) -> list[Comparison]:
     """Capture layers, two of each kind in ``kinds``, for each batch size from large to small; replay and compare."""
     found: list[Comparison] = []
+    shape = replace(shape, keys=lengths[0], capacity=max(map(max, lengths)))
     captured = {size: _Captured(setting, graphs, shape, kinds, size, latent) for size in (len(shape.rows), 1)}
-    for lengths in LENGTHS:
+    for replay in lengths:
         for size, graph in captured.items():
-            found += graph.replay(lengths[:size])
+            found += graph.replay(replay[:size])
     return found
 
 
@@ -160,8 +161,8 @@ class _Captured:
         self, setting: Setting, graphs: Graphs, shape: Shape, kinds: list[dict[str, Any]], size: int, latent: bool
     ) -> None:
         self.setting, self.kind = setting, Latent if latent else Batch
-        self.shape = replace(shape, rows=shape.rows[:size], capacity=CAPACITY)
-        first = self._lengths(LENGTHS[0][:size])
+        self.shape = replace(shape, rows=shape.rows[:size])
+        first = self._lengths(shape.keys[:size])
         self.layers = [
             _layer(self.kind, first, setting, options, seed) for seed, options in enumerate([*kinds, *kinds])
         ]
@@ -221,12 +222,12 @@ CASES: dict[str, tuple[Shape, list[dict[str, Any]], bool]] = {
 }
 
 
-def run_case(name: str, setting: Setting, graphs: Graphs) -> Outcome:
-    """What becomes of one case; whatever it raises is a result too."""
+def run_case(name: str, setting: Setting, graphs: Graphs, lengths: Lengths = LENGTHS) -> Outcome:
+    """What becomes of one case, replayed with these lengths; whatever it raises is a result too."""
     started = time.perf_counter()
     shape, kinds, latent = CASES[name]
     try:
-        found = replayed(setting, graphs, shape, kinds, latent)
+        found = replayed(setting, graphs, shape, kinds, latent, lengths)
     except (UnsupportedKernelArgument, UnsupportedByKernels) as error:
         return Outcome(PART, name, SKIP, f"refused by name: {error}")
     except Exception as error:  # noqa: BLE001  # A case that raises is a result like any other.

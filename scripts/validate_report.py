@@ -16,6 +16,15 @@ NOTICE = (
     "from MATE's public source, and from the PyTorch kernels that stand in for it. On such a GPU this report is news, "
     "whatever it says. Please attach it to an issue."
 )
+ELSEWHERE = (
+    "This run was not on a Moore Threads GPU, and says nothing of one: nothing of sglang-musa-ext had been run there "
+    "when this kit was written."
+)
+NOTICES = {
+    "cuda": f"On an NVIDIA GPU sglang-musa-ext shows its logic under real streams, graphs and memory. {ELSEWHERE}",
+    "cpu": f"On a CPU sglang-musa-ext shows its logic on PyTorch kernels that stand in for MATE. {ELSEWHERE}",
+}
+"""What a report says of itself on a device that is no Moore Threads GPU."""
 DISTRIBUTIONS = (
     "sglang-musa-ext", "sglang", "torch", "torch_musa", "torchada", "mate", "mate-mubin", "flash_attn_3",
     "mate-flash-attention", "sglang-kernel", "sgl-kernel", "deep-gemm", "triton", "apache-tvm-ffi", "transformers",
@@ -61,6 +70,11 @@ class Report:
         """0 everything that could run passed, 1 a case failed, 2 the kit could not do its work."""
         return {PASS: 0, FAIL: 1, ABSENT: 2}[self.verdict]
 
+    @property
+    def notice(self) -> str:
+        """What a reader must know of the device that this ran on."""
+        return NOTICES.get(str(self.device.get("device", "")).partition(":")[0], NOTICE)
+
     def of(self, part: str) -> list[Outcome]:
         """The outcomes of one part."""
         return [outcome for outcome in self.outcomes if outcome.part == part]
@@ -80,14 +94,14 @@ class Report:
 
     def as_json(self) -> str:
         """The report for machines."""
-        content = asdict(self) | {"verdict": self.verdict, "exit_code": self.exit_code, "notice": NOTICE}
+        content = asdict(self) | {"verdict": self.verdict, "exit_code": self.exit_code, "notice": self.notice}
         return json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n"
 
     def as_markdown(self) -> str:
         """The report for people, failures first."""
         facts = {"started": self.started, "system": platform.platform(), "Python": platform.python_version()}
         lines = [
-            f"# Validation of sglang-musa-ext: {self.verdict}", "", f"> {NOTICE}", "",
+            f"# Validation of sglang-musa-ext: {self.verdict}", "", f"> {self.notice}", "",
             *table(("Part", *(PASS, FAIL, SKIP), "Could not run"), map(self._counts, self.parts)), "",
             *self._failures(),
             "## Machine and versions", "",

@@ -235,22 +235,22 @@ class RunAgain:
         return replay, results
 
 
-def graph_case(name: str, kernels: FA3Kernels, monkeypatch: pytest.MonkeyPatch) -> Outcome:
+def graph_case(name: str, kernels: FA3Kernels) -> Outcome:
     """A case at lengths that a CPU has time for."""
     torch.set_num_threads(1)
-    monkeypatch.setattr(validate_graphs, "CAPACITY", 1024)
-    monkeypatch.setattr(validate_graphs, "LENGTHS", ((1, 1, 1, 1), (700, 3, 64, 1024), (10, 1024, 65, 1)))
-    return validate_graphs.run_case(name, validate_numerics.Setting(kernels, CPU, torch.float32), RunAgain())
+    setting = validate_numerics.Setting(kernels, CPU, torch.float32)
+    lengths = ((1, 1, 1, 1), (700, 3, 64, 1024), (10, 1024, 65, 1))
+    return validate_graphs.run_case(name, setting, RunAgain(), lengths)
 
 
 @pytest.mark.parametrize("name", validate_graphs.CASES)
-def test_graph_cases_are_right_where_graphs_are(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_graph_cases_are_right_where_graphs_are(name: str) -> None:
     """What is captured and replayed is attention over the new lengths, checked without a device's graphs."""
-    found = graph_case(name, reference_kernels(), monkeypatch)
+    found = graph_case(name, reference_kernels())
     assert found.status == PASS, found
 
 
-def test_a_graph_that_keeps_its_first_lengths_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_graph_that_keeps_its_first_lengths_fails() -> None:
     """Kernels that read the lengths when they are captured, and never again, are seen."""
     kernels = reference_kernels()
     captured: dict[int, Any] = {}
@@ -261,7 +261,7 @@ def test_a_graph_that_keeps_its_first_lengths_fails(monkeypatch: pytest.MonkeyPa
         return kernels.flash_attn_with_kvcache(**arguments)
 
     broken = dataclasses.replace(kernels, flash_attn_with_kvcache=call)
-    assert graph_case("decode", broken, monkeypatch).status == FAIL
+    assert graph_case("decode", broken).status == FAIL
 
 
 @pytest.mark.engine
