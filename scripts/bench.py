@@ -206,7 +206,9 @@ class Contest:
         self._judge(points, prompts)
         racing = [name for name, point in points.items() if point.verdict == "equal"]
         for index in range(self.rounds + 1):
-            for name in (racing[index % len(racing) :] + racing[: index % len(racing)]) if racing else ():
+            for name in racing[index % len(racing) :] + racing[: index % len(racing)] if racing else ():
+                if name in self.failed:
+                    continue
                 with self._survives(name, points[name]):
                     found = measure(self.engines[name])
                     if index:  # The first round warms up.
@@ -243,6 +245,7 @@ class Contest:
             yield
         except EngineDied as error:
             self.failed[name] = point.verdict = f"failed: {str(error).splitlines()[0][:200]}"
+            point.step_ms, point.forward_ms, point.call_us = [], [], []
             self.engines.pop(name).close()
 
     def traces(self) -> list[dict[str, Any]]:

@@ -121,9 +121,10 @@ def as_markdown(result: Mapping[str, Any], plots: Sequence[str] = ()) -> str:
 
 INTRODUCTION = [
     (
-        "Written by `scripts/bench`. The kernels are NVIDIA's FA3, as SGLang ships them: the gain on a Moore Threads GPU "
-        "was not measured, and depends on what MATE's metadata kernel costs there. Models have random weights. A place has "
-        "times only for peers whose log-probabilities are those of SGLang's own FA3, as exactly as two runs of that are."
+        "Written by `scripts/bench`. The kernels are NVIDIA's FA3, as SGLang ships them: the gain on a Moore Threads "
+        "GPU was not measured, and depends on what MATE's metadata kernel costs there. Models have random weights. A "
+        "place has times only for peers whose log-probabilities are those of SGLang's own FA3, as exactly as two runs "
+        "of that are."
     )
 ]
 TITLES = {

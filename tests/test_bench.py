@@ -1,0 +1,328 @@
+"""The benchmark: who may be timed, what is taken from the measurements, and that it runs at all."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import bench
+import bench_in_tree
+import bench_report
+import pytest
+import torch
+from bench_probe import measurements
+from engine_process import EngineDied, graph_arguments
+
+from sglang_musa_ext.kernels import FA3Kernels, reference_kernels
+
+MODEL = bench.Model("small", "llama", {}, 1 << 20, {}, "", (1,), (64,), ())
+RIGHT = {"tokens": [[4, 5]], "logprobs": [[-1.0, -2.0]]}
+
+
+class FakeEngine:
+    """An engine that gives the answer it was made with, and whose every pass takes ``milliseconds``."""
+
+    def __init__(self, answer: Any, milliseconds: float = 1.0, dies_after: int = 1 << 30) -> None:
+        self.answer, self.milliseconds, self.left = answer, milliseconds, dies_after
+        self.closed = False
+
+    def _work(self) -> None:
+        self.left -= 1
+        if self.left < 0:
+            raise EngineDied("CUDA error: an illegal memory access was encountered")
+
+    def ask(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Any:
+        self._work()
+        return self.answer
+
+    def run(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> None:
+        self._work()
+
+    def flush(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self.closed = True
+
+    def state(self) -> dict[str, Any]:
+        row = {"mode": "DECODE", "batch": 1, "tokens": 1, "draft": False, "since": self.milliseconds}
+        row |= {"forward": self.milliseconds / 2, "host_us": 1.0, "calls": 0, "attention_us": 0.0}
+        return {"bench": json.dumps({"forwards": [row] * 9, "traces": [], "backend": "", "memory": {}})}
+
+
+def contest(**engines: Any) -> bench.Contest:
+    """A contest of fake engines, after one decode place."""
+    options = argparse.Namespace(rounds=3, steps=8, device="cuda")
+    found = bench.Contest(MODEL, engines, options)
+    found._decode("decode", 1, 64)
+    return found
+
+
+def verdicts(found: bench.Contest) -> dict[str, tuple[str, int]]:
+    """What was said of each peer, and how many times it has."""
+    return {point.peer: (point.verdict, len(point.step_ms)) for point in found.points}
+
+
+def test_peers_with_upstreams_answers_are_timed() -> None:
+    """Equal answers give one time a round, of the whole step and of the pass, without the round that warms up."""
+    found = contest(upstream=FakeEngine(RIGHT, 4.0), ours=FakeEngine(RIGHT, 2.0))
+    assert verdicts(found) == {"upstream": ("equal", 3), "ours": ("equal", 3)}
+    assert found.points[1].step_ms == [2.0] * 3
+    assert found.points[1].forward_ms == [1.0] * 3
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"tokens": [[4, 5]], "logprobs": [[-1.0, -2.5]]},
+        {"tokens": [[4, 5]], "logprobs": [[math.nan, -2.0]]},
+        {"tokens": [[7, 5]], "logprobs": [[-1.5, -2.0]]},
+    ],
+)
+def test_a_peer_with_other_answers_gets_no_time(answer: Any) -> None:
+    """A wrong number is never timed, a NaN neither; the report says how wrong it was."""
+    found = verdicts(contest(upstream=FakeEngine(RIGHT), **{"in-tree": FakeEngine(answer)}))
+    assert found["in-tree"][0].startswith("wrong output (off by ")
+    assert found["in-tree"][1] == 0
+    assert found["upstream"] == ("equal", 3)
+
+
+def test_what_upstream_varies_by_is_allowed() -> None:
+    """Where two runs of upstream differ, a peer may differ by twice as much."""
+
+    class Varying(FakeEngine):
+        def ask(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Any:
+            self.answer = {"tokens": [[4, 5]], "logprobs": [[-1.0, self.answer["logprobs"][0][1] - 0.2]]}
+            return self.answer
+
+    near = {"tokens": [[4, 5]], "logprobs": [[-1.0, -2.1]]}
+    found = verdicts(contest(upstream=Varying(RIGHT), ours=FakeEngine(near)))
+    assert found["ours"] == ("equal", 3)
+    assert verdicts(contest(upstream=FakeEngine(RIGHT), ours=FakeEngine(near)))["ours"][1] == 0
+
+
+@pytest.mark.parametrize("dies_after", [0, 3])
+def test_a_peer_that_dies_leaves_the_others_their_times(dies_after: int) -> None:
+    """An engine may end at its first question or while it is timed: its reason takes the place of a time."""
+    dying = FakeEngine(RIGHT, 1.0, dies_after)
+    found = contest(upstream=FakeEngine(RIGHT), **{"in-tree": dying})
+    found._decode("decode", 1, 128)
+    assert dying.closed
+    assert [point.verdict for point in found.points if point.peer == "in-tree"] == [
+        "failed: CUDA error: an illegal memory access was encountered"
+    ] * 2
+    assert [len(point.step_ms) for point in found.points if point.peer == "upstream"] == [3, 3]
+
+
+def test_nobody_is_timed_without_upstream() -> None:
+    """Without the answers to compare with there is nothing to verify, so there are no times."""
+    found = verdicts(contest(upstream=FakeEngine(RIGHT, 1.0, 0), ours=FakeEngine(RIGHT)))
+    assert found["ours"] == ("upstream gave no answer to compare with", 0)
+
+
+def test_a_place_that_does_not_fit_is_said_so() -> None:
+    """A KV cache that is too small for a place is the place's verdict, and no engine is asked."""
+    options = argparse.Namespace(rounds=3, steps=8, device="cuda")
+    found = bench.Contest(MODEL, {"upstream": FakeEngine(RIGHT, 1.0, 0)}, options)  # type: ignore[dict-item]
+    found._decode("decode", 128, 32768)
+    assert "needs a KV cache of" in found.points[0].verdict
+    assert not found.failed
+
+
+def test_only_passes_after_their_like_count() -> None:
+    """A step's time runs from one decode pass to the next: what follows a prefill or another batch is left out."""
+
+    def row(mode: str, batch: int, since: float) -> dict[str, Any]:
+        return {"mode": mode, "batch": batch, "since": since, "forward": 1.0, "calls": 2, "attention_us": 8.0}
+
+    rows = [row("EXTEND", 2, 0.0), row("DECODE", 2, 50.0), *[row("DECODE", 2, 9.0)] * 3]
+    rows += [*[row("DECODE", 2, 3.0)] * 4, row("DECODE", 1, 70.0), row("DECODE", 1, 70.0)]
+    assert bench.passes(rows, "DECODE", 2) == {"step": 3.0, "forward": 1.0, "call": 4.0}
+
+
+def test_an_engine_without_the_probe_is_an_error() -> None:
+    """SGLang goes on without a plugin that raises, so its absence is looked for."""
+    with pytest.raises(RuntimeError, match="without the benchmark's probe"):
+        measurements({"sglang_musa_ext": []})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({"graphs": []}, {"disable_cuda_graph": True}),
+        ({"graphs": [8]}, {"disable_cuda_graph": False, "cuda_graph_max_bs_decode": 8}),
+        (
+            {"graphs": [1, 8], "prefill_graphs": False},
+            {"disable_cuda_graph": False, "cuda_graph_max_bs_decode": 8, "cuda_graph_bs_decode": [1, 8],
+             "disable_prefill_cuda_graph": True},
+        ),
+    ],
+)  # fmt: skip
+def test_graphs_are_asked_for_in_the_words_of_the_release(arguments: Any, expected: Any) -> None:
+    """The installed release's own names for batch sizes to capture take the values."""
+    assert graph_arguments({"page_size": 64, **arguments}) == {"page_size": 64, **expected}
+
+
+# --- the in-tree peer ---------------------------------------------------------------------------------------
+
+
+def planning(plans: list[Any], calls: list[Any]) -> FA3Kernels:
+    """Kernels that number their plans, and note what calls come with."""
+
+    def plan(**arguments: Any) -> torch.Tensor:
+        plans.append(arguments)
+        return torch.full((6,), len(plans), dtype=torch.int32)
+
+    def call(**arguments: Any) -> str:
+        calls.append(arguments)
+        return "output"
+
+    fields = {**vars(reference_kernels()), "get_scheduler_metadata": plan, "flash_attn_with_kvcache": call}
+    return FA3Kernels(**fields)
+
+
+def test_an_mla_plan_is_kept_in_the_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shim does with ``(workspace, reuse)`` what MATE does: computes into it, or takes what is there."""
+    plans: list[Any] = []
+    calls: list[Any] = []
+    monkeypatch.setattr(bench_in_tree, "hopper_kernels", lambda device: planning(plans, calls))
+    call = bench_in_tree.interface().flash_attn_with_kvcache
+    workspace = torch.zeros(1 << 10, dtype=torch.uint8)
+    arguments = {
+        "q": torch.zeros(2, 16, 64), "qv": torch.zeros(2, 16, 512), "k_cache": torch.zeros(4, 64, 1, 64),
+        "v_cache": torch.zeros(4, 64, 1, 512), "page_table": torch.zeros(2, 3, dtype=torch.int32),
+        "cache_seqlens": torch.ones(2, dtype=torch.int32), "cu_seqlens_q": torch.arange(3, dtype=torch.int32),
+        "max_seqlen_q": 1, "causal": True, "num_splits": 0,
+    }  # fmt: skip
+    with pytest.raises(RuntimeError, match="reuses an MLA plan of a batch size for which it computed none"):
+        call(**arguments, scheduler_metadata=(workspace, True))
+    for reuse in (False, True, False):
+        call(**arguments, scheduler_metadata=(workspace, reuse))
+    assert [one["scheduler_metadata"].tolist() for one in calls] == [[2] * 6] * 3  # All see the workspace's last.
+    assert len(plans) == 2
+    assert (plans[0]["headdim"], plans[0]["headdim_v"], plans[0]["max_seqlen_k"]) == (64, 512, 192)
+
+
+# --- the report ---------------------------------------------------------------------------------------------
+
+
+def result(each: float = 3.0, besides: float = 5.0) -> dict[str, Any]:
+    """Measurements in which a plan costs ``each`` µs, and upstream's pass ``besides`` µs more."""
+    models: dict[str, Any] = {}
+    for name, (theirs, ours) in {"dense": (1, 1), "gemma2": (14, 2), "verify": (32, 1)}.items():
+        kind, mode = ("verify", "TARGET_VERIFY") if name == "verify" else ("decode", "DECODE")
+        traces = [
+            {"peer": peer, "mode": mode, "kernels": {
+                "void flash::prepare_varlen_num_blocks_kernel<1>": [plans, plans * each],
+                "void cutlass::device_kernel<flash::enable_sm90<flash::FlashAttnFwdSm90<...": [26, 260.0],
+                "void flash::FlashAttnFwdCombine<...": [26, 52.0],
+            }}
+            for peer, plans in (("upstream", theirs), ("ours", ours))
+        ]  # fmt: skip
+        points = []
+        for batch in (1, 8):
+            time = 1000.0 + 100 * batch
+            slow = time + each * (theirs - ours) + besides
+            points += [point(kind, batch, "upstream", slow), point(kind, batch, "ours", time)]
+            wrong = point(kind, batch, "in-tree", 0.0) | {"step_ms": [], "forward_ms": []}
+            points.append(wrong | {"verdict": "wrong output (off by 0.5)"})
+        held = {"allocator": {"allocated": 1 << 30, "reserved": 2 << 30},
+                "sglang": {"kvcache": 4.0, "token_capacity": 1 << 16, "graph": {"decode": 0.25}}}  # fmt: skip
+        more = {**held, "allocator": {"allocated": 1 << 30, "reserved": (2 << 30) + (1 << 20)}}
+        models[name] = {"title": name, "points": points, "traces": traces, "memory": {"upstream": held, "ours": more}}
+    peers = {"upstream": "SGLang's own fa3", "ours": "sglang-musa-ext", "in-tree": "in tree"}
+    return {
+        "models": models, "peers": peers, "device": {"name": "a GPU"}, "versions": {"sglang": "0.5.17"}, "rounds": 3,
+        "steps": 48, "started": "today",
+    }  # fmt: skip
+
+
+def point(kind: str, batch: int, peer: str, micros: float) -> dict[str, Any]:
+    """A point whose every round took ``micros``."""
+    times = [micros / 1e3] * 3
+    return {"kind": kind, "batch": batch, "tokens": 1024, "peer": peer, "verdict": "equal", "step_ms": times,
+            "forward_ms": times, "call_us": [], "difference": 0.0}  # fmt: skip
+
+
+def test_the_cost_of_a_plan_is_found_again() -> None:
+    """Measurements that were made of known costs give those costs."""
+    data = result(3.0, 5.0)
+    found = bench_report.savings(data, bench_report.places(data))
+    assert {saving.plans for saving in found} == {0, 12, 31}
+    assert bench_report.fit(found) == pytest.approx((3.0, 5.0))
+    assert "**3.00 µs for each plan" in bench_report.as_markdown(data)
+
+
+def test_plans_are_counted_from_traces() -> None:
+    """A trace tells the kernels that plan from those that attend and those that combine splits."""
+    assert bench_report.planned(result(), "gemma2", "DECODE", "upstream") == {"plans": 14, "each": 3.0, "calls": 26}
+    assert bench_report.planned(result(), "gemma2", "EXTEND", "upstream") is None
+
+
+def test_a_wrong_peer_has_words_in_place_of_times() -> None:
+    """Nowhere does a peer with wrong output have a ratio."""
+    rows = [row for row in bench_report.as_markdown(result()).splitlines() if row.startswith("| gemma2 | batch 1,")]
+    assert rows[0].endswith("| wrong output (off by 0.5) |")
+
+
+@pytest.mark.parametrize(
+    ("ours", "met"), [([0.96] * 3, "yes"), ([0.98, 0.96, 0.99], "within the spread"), ([0.98, 0.98, 0.99], "no")]
+)
+def test_a_bar_is_met_missed_or_within_the_spread(ours: list[float], met: str) -> None:
+    """A bar compares the median; where only some rounds reach it, that is said."""
+    data = result()
+    first = data["models"]["gemma2"]["points"]
+    first[0]["step_ms"], first[1]["step_ms"] = [1.0] * 3, ours
+    rows = bench_report.bars(bench_report.places(data), data)
+    [row] = [row for row in rows if row[0].startswith("decode step at batch 1, Gemma-2-like")]
+    assert row[2] == met
+
+
+def test_what_is_slower_in_every_round_is_listed() -> None:
+    """A place where ours loses every round is named; one that loses some is not."""
+    data = result()
+    points = data["models"]["dense"]["points"]
+    points[0]["step_ms"], points[1]["step_ms"] = [1.0, 1.0, 1.0], [1.1, 1.2, 1.01]
+    points[3]["step_ms"], points[4]["step_ms"] = [1.0, 1.0, 1.0], [1.1, 0.9, 1.01]
+    [row] = [row for row in bench_report.bars(bench_report.places(data), data) if row[0].startswith("nothing slower")]
+    assert row[1] == "1 of 6"
+    assert row[2].startswith("dense decode batch 1, 1024 tokens: 1.100 (1.010 to 1.200)")
+
+
+def test_memory_is_told_in_tokens() -> None:
+    """A MiB more than upstream, at 64 KiB a token, is 16 tokens fewer."""
+    rows = bench_report.memory(result())
+    assert rows[1][-2:] == ["1.0 MiB", "-16"]
+
+
+def test_a_report_has_its_plots(tmp_path: Path) -> None:
+    """Where matplotlib is, the page shows what is beside it."""
+    pytest.importorskip("matplotlib")
+    pages = bench_report.write_report(result(), tmp_path)
+    assert {page.name for page in pages} == {"README.md", "ratios.png", "plans.png", "savings.png"}
+    text = (tmp_path / "README.md").read_text()
+    assert all(f"![{page.name}]({page.name})" in text for page in pages[1:])
+
+
+@pytest.mark.engine
+def test_the_benchmark_runs_without_a_gpu(tmp_path: Path) -> None:
+    """Both engines boot with the probe, agree, and give a report that can be drawn again."""
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("SGLANG_")}
+    command = [sys.executable, str(Path(bench.__file__)), "--device", "cpu", "--rounds", "1", "--steps", "10"]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path)], check=False, capture_output=True, text=True, timeout=400, env=environ
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "bench.json").read_text())["models"]["tiny"]
+    assert not found["failed"]
+    kinds = {(one["kind"], one["peer"]) for one in found["points"] if one["verdict"] == "equal" and one["forward_ms"]}
+    assert kinds == {(kind, peer) for kind in ("decode", "prefill", "eager") for peer in ("upstream", "ours")}
+    assert {(trace["peer"], trace["mode"]) for trace in found["traces"]} >= {("ours", "DECODE"), ("ours", "EXTEND")}
+    assert "# Benchmark on CPU" in (tmp_path / "README.md").read_text()
