@@ -1,7 +1,7 @@
 """Models without weights: configurations that SGLang loads with ``load_format="dummy"``, for the kit and the benchmark.
 
 Their shapes are those of a family's real models; sizes are the caller's. SGLang draws the weights itself, the same
-ones whenever the seed is the same.
+ones every time; for a comparison of answers take those of ``dummy_weights``.
 """
 
 from __future__ import annotations

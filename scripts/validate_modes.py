@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dummy_weights import VARIABLE
 from engine_process import Engine, EngineDied
 from model_configs import write_model
 from validate_engine import Answer, Missing, deviation, first_divergence, guarded
@@ -212,7 +213,7 @@ class Fleet:
         mode = MODES[name]
         cards = [self.cards[(number + index) % len(self.cards)] for index in range(mode.gpus)]
         environ = {key: os.environ.get(key, value) for key, value in ENVIRON.items()}
-        environ |= way.environ | {"CUDA_VISIBLE_DEVICES": ",".join(cards)}
+        environ |= {VARIABLE: "1"} | way.environ | {"CUDA_VISIBLE_DEVICES": ",".join(cards)}
         process = Engine(self._arguments(name, way, number), environ, log)
         # An engine that hangs must not hang the others' cases.
         alarm = threading.Timer(SECONDS, process.kill)
