@@ -10,14 +10,19 @@ import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import dummy_weights
 import pytest
 import torch
 import validate
 import validate_engine
 import validate_graphs
+import validate_memcheck
+import validate_modes
 import validate_numerics
+from engine_process import EngineDied
 from validate_report import ABSENT, FAIL, PASS, SKIP, Outcome, Report
 
 from sglang_musa_ext.kernels import FA3Kernels, reference_kernels
@@ -316,3 +321,214 @@ def test_mla_kernels_that_return_their_plans_are_called_their_way(name: str) -> 
     found = outcome_of(name, returning)
     assert found.status == PASS, found
     assert [(one["headdim"], one["headdim_v"], one["num_heads_kv"]) for one in asked] == [(64, 512, 1)] * 2
+
+
+class StandInEngine:
+    """Answers as an engine does, with the fault of one peer; ``noise`` is what a peer's second answer is off by."""
+
+    fault, noise = "", 0.0
+
+    def __init__(self, arguments: dict[str, Any], environ: dict[str, str], log: Path) -> None:
+        self.ours = environ["SGLANG_MUSA_EXT"] == "on"
+        self.check = environ.get("SGLANG_MUSA_EXT_CHECK", "off")
+        self.flushed = 0
+        log.write_text("RuntimeError: what the log says\n")
+
+    def wait(self) -> StandInEngine:
+        if self.fault == ("ours dies" if self.ours else "upstream dies"):
+            raise EngineDied("the process ended")
+        return self
+
+    def ask(self, prompts: list[list[int]], new_tokens: int) -> dict[str, Any]:
+        blind = self.fault == "blind to attention"
+        starts = [len(prompt) if blind else sum(prompt) for prompt in prompts]
+        tokens = [[(start + at) % 97 for at in range(new_tokens)] for start in starts]
+        logprobs = [[-1.0 - start % 89 / 89] * new_tokens for start in starts]
+        if self.ours and self.fault == "another token":
+            tokens[-1][-1] += 1
+        off = self.noise * self.flushed if not self.ours else float(self.fault) if self.fault[:1] == "0" else 0.0
+        return {"tokens": tokens, "logprobs": [[value + off for value in row] for row in logprobs]}
+
+    def flush(self) -> None:
+        self.flushed += 1
+
+    def reports(self) -> list[dict[str, Any]]:
+        if not self.ours and self.fault != "ours everywhere":
+            return []
+        plans = 2 if self.fault == "two plans" else 1
+        reuses = 0 if self.fault == "no reuse" else 3
+        statistics = {
+            "calls": 40, "planned_calls": 10 * (plans + reuses), "plans": 10 * plans, "reuses": 10 * reuses,
+            "passes_by_plans": {str(plans): 10},
+        }  # fmt: skip
+        kernels = "reference" if self.fault == "other kernels" else "hopper"
+        settings = {"check": "off" if self.fault == "unchecked" else self.check}
+        return [{"backend": "MusaFA3Backend", "kernels": kernels, "settings": settings, "statistics": statistics}]
+
+    def kill(self) -> None:
+        """There is no process."""
+
+    def close(self) -> None:
+        """There is no process."""
+
+
+MODE_CASES = ("graphs", "eager, plans checked", "who served, and plans a pass", "answers depend on attention")
+
+
+def mode_outcomes(
+    fault: str, noise: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str = "dense-page1"
+) -> dict[str, Outcome]:
+    """What the cases of one mode find in engines with this fault."""
+    monkeypatch.setattr(validate_modes, "Engine", StandInEngine)
+    monkeypatch.setattr(StandInEngine, "fault", fault)
+    monkeypatch.setattr(StandInEngine, "noise", noise)
+    options = SimpleNamespace(out=str(tmp_path), scratch=str(tmp_path / "models"), quick=True)
+    emitted: list[Any] = []
+    fleet = validate_modes.Fleet(options, ["0", "1"], 2, emitted.append)  # type: ignore[arg-type]
+    try:
+        outcomes = [case() for _, case in validate_modes.Session(fleet).cases([mode], ())]
+    finally:
+        fleet.close()
+    assert all("engines done" in message["progress"] for message in emitted)
+    return {outcome.name.removeprefix(f"{mode}: "): outcome for outcome in outcomes}
+
+
+@pytest.mark.parametrize(
+    ("fault", "noise", "statuses"),
+    [
+        ("", 0.0, (PASS, PASS, PASS, PASS)),
+        ("another token", 0.0, (FAIL, FAIL, PASS, PASS)),
+        ("0.0001", 0.0, (FAIL, FAIL, PASS, PASS)),
+        ("0.015", 0.01, (PASS, PASS, PASS, PASS)),
+        ("0.04", 0.01, (FAIL, FAIL, PASS, PASS)),
+        ("blind to attention", 0.0, (PASS, PASS, PASS, FAIL)),
+        ("no reuse", 0.0, (PASS, FAIL, PASS, PASS)),
+        ("unchecked", 0.0, (PASS, FAIL, PASS, PASS)),
+        ("two plans", 0.0, (PASS, PASS, FAIL, PASS)),
+        ("other kernels", 0.0, (PASS, PASS, FAIL, PASS)),
+        ("ours everywhere", 0.0, (PASS, PASS, FAIL, PASS)),
+        ("upstream dies", 0.0, (SKIP, SKIP, SKIP, SKIP)),
+        ("ours dies", 0.0, (FAIL, FAIL, FAIL, PASS)),
+    ],
+)
+def test_each_case_of_a_mode_sees_its_fault(
+    fault: str, noise: float, statuses: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unequal answers, an engine that dies, and plans that are not as they should be fail the case that is for them."""
+    found = mode_outcomes(fault, noise, tmp_path, monkeypatch)
+    assert tuple(found[name].status for name in MODE_CASES) == statuses, found
+    if "dies" in fault:
+        assert "RuntimeError: what the log says" in found["graphs"].reason
+
+
+@pytest.mark.parametrize(("fault", "status"), [("", PASS), ("unchecked", FAIL), ("ours dies", FAIL)])
+def test_outputs_are_compared_where_they_were_asked_to_be(
+    fault: str, status: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine with ``SGLANG_MUSA_EXT_CHECK=output`` must say that it compared."""
+    found = mode_outcomes(fault, 0.0, tmp_path, monkeypatch, validate_modes.OUTPUT_CHECKED)
+    assert found["every call's output beside the reference kernels'"].status == status
+
+
+def test_gpus_are_named_as_the_environment_names_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines get GPUs out of those that the user left visible, and one alone if the device has an index."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert validate_modes.visible_cards(2, "cuda") == ["0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-a,5")
+    assert validate_modes.visible_cards(3, "cuda") == ["3", "GPU-a", "5"]
+    assert validate_modes.visible_cards(3, "cuda:1") == ["GPU-a"]
+
+
+def test_dummy_weights_let_attention_show() -> None:
+    """Matrices keep the size of what they multiply, norms are near 1, and a name has the same weights every time."""
+    models = [torch.nn.ModuleDict({"norm": torch.nn.LayerNorm(256), "lin": torch.nn.Linear(256, 64)}) for _ in range(2)]
+    for model in models:
+        dummy_weights.initialize(model)
+    one, other = (model.state_dict() for model in models)
+    product = one["lin.weight"] @ torch.randn(256, generator=torch.Generator().manual_seed(0))
+    assert 0.7 < float(product.std()) < 1.4
+    assert 0.75 <= float(one["norm.weight"].min()) <= float(one["norm.weight"].max()) <= 1.25
+    assert one["lin.weight"].equal(other["lin.weight"])
+
+
+SANITIZER = """#!{python}
+import json, sys, time
+print("========= COMPUTE-SANITIZER")
+if {fault!r} == "slow":
+    time.sleep(30)
+if {fault!r} != "no result":
+    outcome = dict(part="numerics", name="decode", status={status!r}, reason="because")
+    open(sys.argv[-1], "w").write(json.dumps(outcome))
+if {fault!r} == "errors":
+    print("========= Invalid __global__ read of size 16 bytes")
+if {fault!r} != "no summary":
+    print("========= ERROR SUMMARY: " + ("2 errors" if {fault!r} == "errors" else "0 errors"))
+sys.exit(97 if {fault!r} == "errors" else 0)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "fault", "status", "expected"),
+    [
+        ("numerics: decode", "", PASS, PASS),
+        ("numerics: decode", "", SKIP, SKIP),
+        ("numerics: decode", "", FAIL, FAIL),
+        ("numerics: decode", "errors", PASS, FAIL),
+        ("numerics: decode", "no summary", PASS, FAIL),
+        ("numerics: decode", "no result", PASS, FAIL),
+        ("numerics: decode", "slow", PASS, FAIL),
+        (validate_memcheck.CONTROL, "errors", PASS, PASS),
+        (validate_memcheck.CONTROL, "", PASS, FAIL),
+    ],
+)
+def test_what_the_sanitizer_says_decides(
+    name: str, fault: str, status: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A case passes if it does and no error is reported; the one that reads beside the cache, if it is."""
+    monkeypatch.setattr(validate_memcheck, "SECONDS", 1.0 if fault == "slow" else 60.0)
+    sanitizer = tmp_path / "compute-sanitizer"
+    sanitizer.write_text(SANITIZER.format(python=sys.executable, fault=fault, status=status))
+    sanitizer.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert validate_memcheck.find_sanitizer() == str(sanitizer)
+    options = SimpleNamespace(out=str(tmp_path), kernels="hopper", device="cuda")
+    found = validate_memcheck.check(name, str(sanitizer), options)
+    assert found.status == expected, found
+    assert (fault != "errors") or "Invalid __global__ read" in found.reason
+
+
+def test_without_a_sanitizer_memcheck_says_so() -> None:
+    """Where there is none, the reason names it and where it was looked for."""
+    assert "PATH" in validate_memcheck.missing("cuda", None)
+    assert "NVIDIA" in validate_memcheck.missing("musa", "/bin/compute-sanitizer")
+    assert not validate_memcheck.missing("cuda:0", "/bin/compute-sanitizer")
+
+
+def test_the_cases_of_memcheck_are_there() -> None:
+    """What memcheck runs by name exists in the parts that it takes it from, and every graph is taken."""
+    assert set(validate_memcheck.NUMERICS) <= {case.name for case in validate_numerics.cases()}
+    assert set(validate_memcheck.GRAPHS) == set(validate_graphs.CASES)
+
+
+def test_parts_for_nvidia_gpus_are_skipped_elsewhere(tmp_path: Path) -> None:
+    """A CPU has the reason in place of each mode and each case under the sanitizer."""
+    done, report = run_kit(tmp_path, "--only", "memcheck,modes", "--modes", "eagle,mla")
+    assert done.returncode == 2
+    reasons = {(outcome["part"], outcome["status"], "NVIDIA" in outcome["reason"]) for outcome in report["outcomes"]}
+    assert reasons == {("memcheck", SKIP, True), ("modes", SKIP, True)}
+    assert [outcome["name"] for outcome in report["outcomes"] if outcome["part"] == "modes"] == ["mla", "eagle"]
+
+
+@pytest.mark.parametrize(("device", "said"), [("cuda:0", "NVIDIA GPU"), ("cpu", "On a CPU"), ("musa", "is news")])
+def test_the_notice_is_about_the_device(device: str, said: str) -> None:
+    """What a report says of itself fits the device that it is from."""
+    report = Report("now", {}, device={"device": device})
+    assert said in report.notice
+    assert report.notice in report.as_markdown()
+
+
+def test_unknown_modes_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    """A misspelled mode is refused, with the modes there are."""
+    with pytest.raises(SystemExit, match="2"):
+        validate.main(["--modes", "dens"])
+    assert "dens: expected some of dense-page1" in capsys.readouterr().err
