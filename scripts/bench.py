@@ -36,6 +36,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import dummy_weights
 from bench_probe import IN_TREE, PEER, measurements
 from engine_process import Engine, EngineDied
 from model_configs import write_model
@@ -371,7 +372,7 @@ def engine_arguments(model: Model, scratch: Path, options: argparse.Namespace) -
         "model_path": str(write_model(scratch / "target", model.family, **model.shape)), "load_format": "dummy",
         "skip_tokenizer_init": True, "random_seed": 0, "log_level": "info", "page_size": PAGE,
         "max_total_tokens": model.kv_tokens, "max_running_requests": max(model.batches) + 8,
-        "context_length": max(model.contexts) + 4096, "chunked_prefill_size": 40960, "max_prefill_tokens": 40960,
+        "context_length": max(*model.contexts, *model.prefills) + 4096, "chunked_prefill_size": 40960, "max_prefill_tokens": 40960,
         "sampling_backend": "pytorch", **model.arguments,
     }  # fmt: skip
     if model.draft:
@@ -393,7 +394,7 @@ def peer_environment(peer: Peer, scratch: Path) -> dict[str, str]:
     (plugin / "entry_points.txt").write_text("[sglang.srt.plugins]\nmusa_ext_bench = bench_probe:register\n")
     paths = [str(plugin.parent), str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
     found = {"PYTHONPATH": os.pathsep.join(paths), PEER: peer.name, "SGLANG_PLUGINS": ""}
-    return found | {"SGLANG_ENABLE_JIT_DEEPGEMM": "0"} | dict(peer.environ)
+    return found | {"SGLANG_ENABLE_JIT_DEEPGEMM": "0", dummy_weights.VARIABLE: "1"} | dict(peer.environ)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

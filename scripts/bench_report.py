@@ -334,7 +334,9 @@ def draw(result: Mapping[str, Any], out: Path) -> list[Path]:
         return []
     mpl.use("Agg")
     every = places(result)
-    pages = [_draw_ratios(every, result, out / "ratios.png"), _draw_plans(result, out / "plans.png")]
+    timed = any(place.ratio(OURS) for place in every)
+    pages = [_draw_ratios(every, result, out / "ratios.png")] if timed else []
+    pages += [_draw_plans(result, out / "plans.png")] if any(m["traces"] for m in result["models"].values()) else []
     found = savings(result, every)
     if len({saving.plans for saving in found}) > 1:
         pages.append(_draw_savings(found, out / "savings.png"))

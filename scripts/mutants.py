@@ -168,7 +168,7 @@ CALLS = (
            "headdim_v=q.shape[-1],", "read_off_the_call or value_head_dim"),
     Mutant("upstream's own plans stay on", BACKEND, "        self._get_scheduler_metadata = None\n", "",
            "own_precompute"),
-    Mutant("strided page tables stay", KERNELS, "page_table is not None and not page_table.is_contiguous()", "False",
+    Mutant("strided page tables stay", KERNELS, "if dense_page_table and arguments", "if False and arguments",
            "strided_page_table"),
     Mutant("out= is dropped", KERNELS, "return result if out is None else _into(out, result)", "return result",
            "output_buffer"),

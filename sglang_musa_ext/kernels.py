@@ -115,7 +115,7 @@ def reference_kernels(device: torch.device | None = None) -> FA3Kernels:
 
     return FA3Kernels(
         name="reference",
-        flash_attn_with_kvcache=_adapt(reference.flash_attn_with_kvcache),
+        flash_attn_with_kvcache=_adapt(reference.flash_attn_with_kvcache, dense_page_table=True),
         flash_attn_varlen_func=_adapt(reference.flash_attn_varlen_func),
         get_scheduler_metadata=reference.get_scheduler_metadata,
         dtypes=_HALF | {torch.float32},
@@ -349,8 +349,14 @@ _SYNONYMS = (
 """Names that FA3's interfaces have for one and the same argument."""
 
 
-def _adapt(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function``, callable the way upstream's forwards call FA3; see :class:`FA3Kernels`."""
+def _adapt(function: Callable[..., Any], *, dense_page_table: bool = False) -> Callable[..., Any]:
+    """``function``, callable the way upstream's forwards call FA3; see :class:`FA3Kernels`.
+
+    Args:
+        function: of a library with FA3's interface.
+        dense_page_table: whether it reads a page table as if its rows followed one another, as MATE does. The table
+            is copied then where they do not; never the KV cache.
+    """
     parameters = inspect.signature(function).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     own_names = _own_names(parameters)
@@ -377,10 +383,8 @@ def _adapt(function: Callable[..., Any]) -> Callable[..., Any]:
                     f"{function.__module__}.{function.__name__} has no argument {name!r}, and the call needs it: the "
                     "model uses a feature that these kernels do not have. Serve it with another --attention-backend."
                 )
-        page_table = arguments.get("page_table")
-        if page_table is not None and not page_table.is_contiguous():
-            # MATE reads the table as if it were dense. Only the table is copied, never the KV cache.
-            arguments["page_table"] = page_table.contiguous()
+        if dense_page_table and arguments.get("page_table") is not None:
+            arguments["page_table"] = arguments["page_table"].contiguous()
         result = function(**arguments)
         return result if out is None else _into(out, result)
 
@@ -438,7 +442,7 @@ def _mate_function(function: Callable[..., Any], release: tuple[int, ...]) -> Ca
         appends = "k_cache" in inspect.signature(function).parameters
         rules += [functools.partial(_refuse_until, "0.2.0", _APPENDING)] if appends else []
         rules += [_window_of_mate_0_1]
-    adapted = _adapt(function)
+    adapted = _adapt(function, dense_page_table=True)
 
     @functools.wraps(function)
     def call(**arguments: Any) -> Any:

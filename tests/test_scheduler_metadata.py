@@ -539,6 +539,18 @@ def test_a_device_with_streams_is_asked_at_every_call(monkeypatch: pytest.Monkey
     assert asked == [device, device]
 
 
+def test_a_stream_is_told_by_its_handle_where_torch_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's own way to name the current stream of the probe's device is taken where there is one."""
+    handles = {1: 55}
+    module = SimpleNamespace(is_current_stream_capturing=lambda: False)
+    monkeypatch.setattr(torch, "get_device_module", lambda which: module)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", handles.__getitem__, raising=False)
+    probe = stream_probe(torch.device("cuda", 1))
+    assert probe() == StreamState(55, False)
+    handles[1] = 66
+    assert probe() == StreamState(66, False)
+
+
 # MLAWorkspace ------------------------------------------------------------------------------------
 
 
