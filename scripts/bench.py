@@ -372,8 +372,8 @@ def engine_arguments(model: Model, scratch: Path, options: argparse.Namespace) -
         "model_path": str(write_model(scratch / "target", model.family, **model.shape)), "load_format": "dummy",
         "skip_tokenizer_init": True, "random_seed": 0, "log_level": "info", "page_size": PAGE,
         "max_total_tokens": model.kv_tokens, "max_running_requests": max(model.batches) + 8,
-        "context_length": max(*model.contexts, *model.prefills) + 4096, "chunked_prefill_size": 40960, "max_prefill_tokens": 40960,
-        "sampling_backend": "pytorch", **model.arguments,
+        "context_length": max(*model.contexts, *model.prefills) + 4096, "chunked_prefill_size": 40960,
+        "max_prefill_tokens": 40960, "sampling_backend": "pytorch", **model.arguments,
     }  # fmt: skip
     if model.draft:
         found["speculative_draft_model_path"] = str(
@@ -414,7 +414,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, model in models.items():
         _say(f"{name}: {model.title}")
         options.model = name
-        chosen = replace(model, batches=model.batches[:2], contexts=model.contexts[:1]) if options.quick else model
+        short = {"batches": model.batches[:2], "contexts": model.contexts[:1], "prefills": model.prefills[:2]}
+        chosen = replace(model, **short) if options.quick else model
         result["models"][name] = contend(chosen, peers, options, out)
         # What was measured so far must survive whatever comes next.
         (out / "bench.json").write_text(json.dumps(result, indent=1) + "\n")
@@ -458,7 +459,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each peer at each point (default: 5)")
     parser.add_argument("--steps", type=int, default=48, help="tokens that a request is continued by (default: 48)")
-    parser.add_argument("--quick", action="store_true", help="the two smallest batches and one context")
+    parser.add_argument("--quick", action="store_true", help="two batches, one context, two prefills")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where results go (default: ./bench-<date>)")
     parser.add_argument("--report", type=Path, metavar="FILE", help="draw the report of an earlier run again")
     return parser.parse_args(arguments)
