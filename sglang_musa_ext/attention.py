@@ -66,7 +66,7 @@ class ForeignBackendError(TypeError):
     """Something built an FA3 backend that is not ours, while ours serves."""
 
 
-@dataclass
+@dataclass(slots=True)
 class _LayerCall:
     """One layer's forward of one backend, while it runs. ``role`` counts its planned kernel calls."""
 
@@ -150,12 +150,20 @@ class MusaFA3Mixin:
         return self._call_flash_attn_varlen_func(arguments)
 
     def _call_flash_attn_with_kvcache(self, arguments: dict[str, Any]) -> Any:
-        self._plans.statistics.calls += 1
-        call = self._current_call()
-        metadata = self._scheduler_metadata(arguments, call)
+        plans, call = self._plans, self._current_call()
+        plans.statistics.calls += 1
+        if arguments.get("k") is None:
+            # Upstream passes the cumulative lengths of all keys under this name. FA3 reads it as lengths of keys
+            # still to be appended, which a plan then counts twice, so it goes only where new keys go.
+            arguments.pop("cu_seqlens_k_new", None)
+        plans.begin_call(call.layer, call.role)
+        signature = _signature(arguments)
+        metadata = plans.recall(signature)
+        if metadata is None:
+            metadata = self._scheduler_metadata(arguments, call, signature)
         call.role += 1
         arguments["scheduler_metadata"] = metadata
-        result = self._kernels.flash_attn_with_kvcache(**arguments)
+        result = self._kernels.attention(tuple(arguments))(**arguments)
         if self._settings.check == "output" and not self._plans.capturing:
             _require_reference_output(result, arguments, self._pool_device, call)
         return result
@@ -202,22 +210,18 @@ class MusaFA3Mixin:
 
     def _current_call(self) -> _LayerCall:
         """The layer call that is running; a call from anywhere else is a pass of its own."""
-        if _RUNNING.stack and _RUNNING.stack[-1].backend is self:
-            return _RUNNING.stack[-1]
+        stack = _RUNNING.stack
+        if stack and stack[-1].backend is self:
+            return stack[-1]
         # No layer has this batch, so that what comes before and after is another pass.
         self._plans.begin_layer(self._OUTSIDE, None)
         self._plans.end_pass()
         return _LayerCall(self, layer=None)
 
-    def _scheduler_metadata(self, arguments: dict[str, Any], call: _LayerCall) -> Any:
+    def _scheduler_metadata(self, arguments: dict[str, Any], call: _LayerCall, signature: object) -> Any:
         """The ``scheduler_metadata`` argument of a call: a tensor, or for MLA on MATE ``(workspace, reuse)``."""
-        if arguments.get("k") is None:
-            # Upstream passes the cumulative lengths of all keys under this name. FA3 reads it as lengths of keys
-            # still to be appended, which a plan then counts twice, so it goes only where new keys go.
-            arguments.pop("cu_seqlens_k_new", None)
         geometry = _geometry(arguments, self._kernels)
-        tensors = tuple([arguments.get(name) for name in _PLANNED_TENSORS])
-        self._plans.begin_call(call.layer, call.role)
+        tensors = tuple(arguments.get(name) for name in _PLANNED_TENSORS)
         if self._settings.force_update_metadata:
             self._plans.forget_plans()
         if geometry.has_qv and self._workspace is not None:
@@ -227,7 +231,14 @@ class MusaFA3Mixin:
         if reused and self._checking:
             used, fresh = (self._kernels.plan_contents(p, geometry.batch_size) for p in (plan, compute()))
             _require_same_plan(used, fresh, geometry, call)
+        if self._may_recall:
+            self._plans.remember(signature, plan, tensors)
         return plan
+
+    @property
+    def _may_recall(self) -> bool:
+        """Whether calls may get a plan unseen, which checks and a plan for every call forbid."""
+        return self._settings.check == "off" and not self._settings.force_update_metadata
 
     @property
     def _checking(self) -> bool:
@@ -307,32 +318,55 @@ _PLANNED_TENSORS = ("cache_seqlens", "cu_seqlens_q", "cache_leftpad", "cu_seqlen
 
 def _geometry(arguments: dict[str, Any], kernels: FA3Kernels) -> CallGeometry:
     """What the plan of a ``flash_attn_with_kvcache`` call depends on besides tensor contents."""
-    get = arguments.get
-    q, k_cache, page_table, cu_seqlens_q = arguments["q"], arguments["k_cache"], get("page_table"), get("cu_seqlens_q")
-    q_shape, k_shape = q.shape, k_cache.shape
-    # In the order of the fields: this runs for every attention call, and naming them takes as long as reading them.
-    return CallGeometry._make(
-        (
-            q_shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1,  # batch_size
-            q_shape[1] if cu_seqlens_q is None else arguments["max_seqlen_q"],  # max_seqlen_q
-            k_shape[1] * (page_table.shape[1] if page_table is not None else 1),  # max_seqlen_k
-            q_shape[-2],  # num_heads_q
-            k_shape[-2],  # num_heads_kv
-            q_shape[-1],  # headdim
-            arguments["v_cache"].shape[-1],  # headdim_v
-            q.dtype,  # qkv_dtype
-            k_shape[1] if page_table is not None else None,  # page_size
-            bool(get("causal", False)),  # causal
-            tuple(get("window_size") or (-1, -1)),  # window_size
-            get("attention_chunk") or 0,  # attention_chunk
-            kernels.metadata_uses_softcap and get("softcap", 0.0) > 0.0,  # has_softcap
-            get("num_splits", 0),  # num_splits
-            get("pack_gqa"),  # pack_gqa
-            get("sm_margin", 0),  # sm_margin
-            get("qv") is not None,  # has_qv
-            q.device,  # device
-        )
+    q, k_cache, page_table = arguments["q"], arguments["k_cache"], arguments.get("page_table")
+    cu_seqlens_q = arguments.get("cu_seqlens_q")
+    return CallGeometry(
+        batch_size=q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1,
+        max_seqlen_q=q.shape[1] if cu_seqlens_q is None else arguments["max_seqlen_q"],
+        max_seqlen_k=k_cache.shape[1] * (page_table.shape[1] if page_table is not None else 1),
+        num_heads_q=q.shape[-2],
+        num_heads_kv=k_cache.shape[-2],
+        headdim=q.shape[-1],
+        headdim_v=arguments["v_cache"].shape[-1],
+        qkv_dtype=q.dtype,
+        page_size=k_cache.shape[1] if page_table is not None else None,
+        causal=bool(arguments.get("causal", False)),
+        window_size=tuple(arguments.get("window_size") or (-1, -1)),
+        attention_chunk=arguments.get("attention_chunk") or 0,
+        has_softcap=kernels.metadata_uses_softcap and arguments.get("softcap", 0.0) > 0.0,
+        num_splits=arguments.get("num_splits", 0),
+        pack_gqa=arguments.get("pack_gqa"),
+        sm_margin=arguments.get("sm_margin", 0),
+        has_qv=arguments.get("qv") is not None,
+        device=q.device,
     )
+
+
+def _signature(arguments: dict[str, Any]) -> tuple[Any, ...] | None:
+    """What is equal for two calls of a pass only if their plans are; ``None`` for calls that are told apart otherwise.
+
+    The geometry and the tensors' identities say the same, and are worked out where no call before had this signature.
+    Doing so for every layer would take the host longer than the kernel that reuse spares.
+    """
+    get = arguments.get
+    q, page_table, cache_seqlens, cu_seqlens_q = (
+        arguments["q"],
+        get("page_table"),
+        get("cache_seqlens"),
+        get("cu_seqlens_q"),
+    )
+    if page_table is None or cache_seqlens is None or cu_seqlens_q is None:
+        return None
+    if get("cache_leftpad") is not None or get("cu_seqlens_k_new") is not None:
+        return None
+    return (
+        q.shape, q.dtype, q.device, arguments["k_cache"].shape, arguments["v_cache"].shape, page_table.shape,
+        # A call that has these alive can have no others at their addresses.
+        id(cache_seqlens), -1 if cache_seqlens.is_inference() else cache_seqlens._version,
+        id(cu_seqlens_q), -1 if cu_seqlens_q.is_inference() else cu_seqlens_q._version,
+        get("max_seqlen_q"), get("causal"), tuple(get("window_size") or ()), get("softcap"), get("attention_chunk"),
+        get("num_splits"), get("pack_gqa"), get("sm_margin"), get("qv") is None,
+    )  # fmt: skip
 
 
 class StalePlanError(RuntimeError):

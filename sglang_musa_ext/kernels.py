@@ -64,9 +64,25 @@ class FA3Kernels:
     """Whether scheduler metadata depends on ``has_softcap``."""
     plan_contents: Callable[[torch.Tensor, int], torch.Tensor] = lambda plan, batch_size: plan
     """What of a plan's tensor says something, from it and the batch size; for comparing two plans."""
+    unadapted: Callable[..., Any] | None = None
+    """The library's own ``flash_attn_with_kvcache``, where it means the same by each name that it has."""
     versions: Mapping[str, str] = field(default_factory=dict)
     """Distribution names and versions behind the functions, for reports; ``library`` is the module that they come
     from, where there is a choice."""
+
+    _directly: dict[tuple[str, ...], bool] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """Whether calls with these names go to :attr:`unadapted`: worked out once."""
+
+    def attention(self, names: tuple[str, ...]) -> Callable[..., Any]:
+        """What serves ``flash_attn_with_kvcache`` calls with these names: the library itself, if it has them all.
+
+        Adapting a call takes a quarter of the host's time that this package adds to one, and most calls need none.
+        """
+        directly = self._directly.get(names)
+        if directly is None:
+            taken = () if self.unadapted is None else inspect.signature(self.unadapted).parameters
+            directly = self._directly[names] = set(names) <= set(taken)
+        return self.unadapted if directly and self.unadapted is not None else self.flash_attn_with_kvcache
 
     def require(self, *, page_size: int, kv_cache_dtype: torch.dtype, use_mla: bool) -> None:
         """Refuse a configuration that these kernels cannot serve, before the first request.
@@ -175,6 +191,7 @@ def hopper_kernels(device: torch.device) -> FA3Kernels:
         dtypes=_HALF,
         metadata_uses_softcap=True,
         plan_contents=_hopper_plan_contents,
+        unadapted=library.flash_attn_with_kvcache,
         versions={"library": candidate.module, **_versions(*candidate.distributions)},
     )
 

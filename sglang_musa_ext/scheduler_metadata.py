@@ -166,6 +166,7 @@ class SchedulerMetadataCache:
         # What the current pass has; dropped by _begin_pass.
         self._ended = True
         self._plans: dict[PlanKey, _Plan] = {}
+        self._remembered: dict[object, tuple[Any, tuple[torch.Tensor | None, ...]]] = {}
         self._places: dict[int, _Plan] = {}
         self._seen: dict[tuple[int, int], object] = {}
         self._computed = 0
@@ -230,9 +231,29 @@ class SchedulerMetadataCache:
         self.statistics.reuses += 1
         return True
 
+    def recall(self, signature: object) -> Any:
+        """The plan of this pass that was remembered for ``signature``; ``None`` if there is none."""
+        known = self._remembered.get(signature)
+        if known is None:
+            return None
+        self.statistics.reuses += 1
+        return known[0]
+
+    def remember(self, signature: object, value: Any, tensors: tuple[torch.Tensor | None, ...]) -> None:
+        """Have :meth:`recall` give ``value`` for ``signature`` until the pass ends.
+
+        Args:
+            signature: says of a call everything that its plan depends on; ``None``: of a call that has none.
+            value: its plan.
+            tensors: what ``signature`` names by address, which is kept alive as long.
+        """
+        if signature is not None:
+            self._remembered[signature] = (value, tensors)
+
     def forget_plans(self) -> None:
         """Drop the plans of this pass, so that the next call computes its own."""
         self._plans.clear()
+        self._remembered.clear()
         self._places.clear()
 
     def _key(self, geometry: CallGeometry, tensors: tuple[torch.Tensor | None, ...]) -> PlanKey:
