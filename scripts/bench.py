@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 import dummy_weights
-from bench_probe import IN_TREE, PEER, measurements
+from bench_probe import GATE, IN_TREE, PEER, measurements
 from engine_process import Engine, EngineDied
 from model_configs import write_model
 from validate_report import versions
@@ -150,8 +150,9 @@ class Point:
 class Contest:
     """The engines of one model, and what is asked of them in turn."""
 
-    def __init__(self, model: Model, engines: Mapping[str, Engine], options: argparse.Namespace) -> None:
-        self.model, self.options = model, options
+    def __init__(self, model: Model, engines: Mapping[str, Engine], options: argparse.Namespace, gate: Path) -> None:
+        """``gate`` is the file that the engines' schedulers wait for."""
+        self.model, self.options, self.gate = model, options, gate
         self.engines = dict(engines)
         self.failed: dict[str, str] = {}
         self.points: list[Point] = []
@@ -327,27 +328,36 @@ def prompt(length: int, seed: int) -> list[int]:
 # --- the run ------------------------------------------------------------------------------------------------
 
 
-def contend(model: Model, peers: Sequence[Peer], options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Boot the engines of one model, and measure."""
-    began = time.monotonic()
+@contextmanager
+def entered(
+    model: Model, name: str, peers: Sequence[Peer], options: argparse.Namespace, out: Path
+) -> Iterator[Contest]:
+    """The contest of a model, whose engines import what they need, and wait at its gate."""
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         arguments = engine_arguments(model, scratch, options)
         engines = {}
         for peer in peers:
-            log = folder / f"{options.model}.{peer.name}.log"
-            environ = peer_environment(peer, scratch)
-            engines[peer.name] = Engine({**arguments, "attention_backend": peer.attention}, environ, log, 400)
+            settings = {**arguments, "attention_backend": peer.attention}
+            engines[peer.name] = Engine(settings, peer_environment(peer, scratch), out / f"{name}.{peer.name}.log", 400)
             stack.callback(engines[peer.name].close)
-        contest = Contest(model, engines, options)
-        states = {peer.name: _first_state(peer, contest) for peer in peers}
-        _say(f"  engines up after {time.monotonic() - began:.0f} s")
-        contest.run()
-        traces = contest.traces()
+        yield Contest(model, engines, options, scratch / "gate")
+
+
+def contend(contest: Contest, peers: Sequence[Peer]) -> dict[str, Any]:
+    """Boot the engines of a contest, measure, and end them, so that the next ones have the device's memory."""
+    began = time.monotonic()
+    contest.gate.touch()
+    states = {peer.name: _first_state(peer, contest) for peer in peers}
+    _say(f"  engines up after {time.monotonic() - began:.0f} s")
+    contest.run()
+    traces = contest.traces()
+    for engine in contest.engines.values():
+        engine.close()
     return {
-        "title": model.title, "shape": dict(model.shape), "kv_tokens": model.kv_tokens, "failed": contest.failed,
-        "points": [asdict(point) for point in contest.points], "traces": traces, "memory": states,
-        "seconds": time.monotonic() - began,
+        "title": contest.model.title, "shape": dict(contest.model.shape), "kv_tokens": contest.model.kv_tokens,
+        "failed": contest.failed, "points": [asdict(point) for point in contest.points], "traces": traces,
+        "memory": states, "seconds": time.monotonic() - began,
     }  # fmt: skip
 
 
@@ -373,7 +383,7 @@ def engine_arguments(model: Model, scratch: Path, options: argparse.Namespace) -
         "skip_tokenizer_init": True, "random_seed": 0, "log_level": "info", "page_size": PAGE,
         "max_total_tokens": model.kv_tokens, "max_running_requests": max(model.batches) + 8,
         "context_length": max(*model.contexts, *model.prefills) + 4096, "chunked_prefill_size": 40960,
-        "max_prefill_tokens": 40960, "sampling_backend": "pytorch", **model.arguments,
+        "max_prefill_tokens": 40960, "sleep_on_idle": True, "sampling_backend": "pytorch", **model.arguments,
     }  # fmt: skip
     if model.draft:
         found["speculative_draft_model_path"] = str(
@@ -393,7 +403,7 @@ def peer_environment(peer: Peer, scratch: Path) -> dict[str, str]:
     (plugin / "METADATA").write_text("Metadata-Version: 2.1\nName: sglang-musa-ext-bench\nVersion: 0\n")
     (plugin / "entry_points.txt").write_text("[sglang.srt.plugins]\nmusa_ext_bench = bench_probe:register\n")
     paths = [str(plugin.parent), str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
-    found = {"PYTHONPATH": os.pathsep.join(paths), PEER: peer.name, "SGLANG_PLUGINS": ""}
+    found = {"PYTHONPATH": os.pathsep.join(paths), PEER: peer.name, GATE: str(scratch / "gate"), "SGLANG_PLUGINS": ""}
     return found | {"SGLANG_ENABLE_JIT_DEEPGEMM": "0", dummy_weights.VARIABLE: "1"} | dict(peer.environ)
 
 
@@ -411,12 +421,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "device": _device(options.device), "rounds": options.rounds, "steps": options.steps,
         "peers": {peer.name: peer.title for peer in peers}, "models": {},
     }  # fmt: skip
-    for name, model in models.items():
-        _say(f"{name}: {model.title}")
-        options.model = name
-        result["models"][name] = contend(in_brief(model) if options.quick else model, peers, options, out)
-        # What was measured so far must survive whatever comes next.
-        (out / "bench.json").write_text(json.dumps(result, indent=1) + "\n")
+    with ExitStack() as stack:
+        contests = {
+            name: stack.enter_context(entered(in_brief(model) if options.quick else model, name, peers, options, out))
+            for name, model in models.items()
+        }
+        for name, contest in contests.items():
+            _say(f"{name}: {contest.model.title}")
+            result["models"][name] = contend(contest, peers)
+            # What was measured so far must survive whatever comes next.
+            (out / "bench.json").write_text(json.dumps(result, indent=1) + "\n")
     return _draw(result, out)
 
 

@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import functools
 import json
+import multiprocessing
 import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 PEER = "SGLANG_MUSA_EXT_BENCH_PEER"
 """The environment variable that says which peer this engine is."""
+GATE = "SGLANG_MUSA_EXT_BENCH_GATE"
+"""The environment variable that names the file without which a scheduler goes no further than its imports."""
 IN_TREE = "in-tree"
 
 
@@ -162,6 +166,9 @@ class Probe:
 
 def register() -> None:
     """SGLang's plugin: put the probe into this process, and the in-tree MUSA backend if this peer is that."""
+    if multiprocessing.parent_process() is not None:
+        # Imports take longer than all the rest, so engines of all models do them at the same time.
+        _wait_for(Path(os.environ[GATE]))
     if os.environ.get(PEER) == IN_TREE:
         from bench_in_tree import serve_in_tree
 
@@ -182,6 +189,14 @@ def register() -> None:
 
     _wrap(Scheduler, "get_internal_state", with_measurements)
     Scheduler.bench_trace = lambda self, mode, passes: probe().want_trace(mode, passes)
+
+
+def _wait_for(page: Path) -> None:
+    parent = multiprocessing.parent_process()
+    while not page.exists():
+        if parent is None or not parent.is_alive():
+            raise SystemExit("The benchmark ended before this engine's turn.")
+        time.sleep(0.1)
 
 
 class _Lazy:

@@ -112,8 +112,10 @@ class Engine:
         self._process.kill()
 
     def close(self) -> None:
-        """End it, and wait for it."""
+        """End it, and wait for it: as a server ends where it serves, and at once where it still boots."""
         assert self._process.stdin is not None
+        if not self._ready:
+            self.kill()
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import os
@@ -60,7 +61,7 @@ class FakeEngine:
 def contest(**engines: Any) -> bench.Contest:
     """A contest of fake engines, after one decode place."""
     options = argparse.Namespace(rounds=3, steps=8, device="cuda")
-    found = bench.Contest(MODEL, engines, options)
+    found = bench.Contest(MODEL, engines, options, Path())
     found._decode("decode", 1, 64)
     return found
 
@@ -130,7 +131,7 @@ def test_nobody_is_timed_without_upstream() -> None:
 def test_a_place_that_does_not_fit_is_said_so() -> None:
     """A KV cache that is too small for a place is the place's verdict, and no engine is asked."""
     options = argparse.Namespace(rounds=3, steps=8, device="cuda")
-    found = bench.Contest(MODEL, {"upstream": FakeEngine(RIGHT, 1.0, 0)}, options)  # type: ignore[dict-item]
+    found = bench.Contest(MODEL, {"upstream": FakeEngine(RIGHT, 1.0, 0)}, options, Path())  # type: ignore[dict-item]
     found._decode("decode", 128, 32768)
     assert "needs a KV cache of" in found.points[0].verdict
     assert not found.failed
@@ -184,8 +185,7 @@ def planning(plans: list[Any], calls: list[Any]) -> FA3Kernels:
         calls.append(arguments)
         return "output"
 
-    fields = {**vars(reference_kernels()), "get_scheduler_metadata": plan, "flash_attn_with_kvcache": call}
-    return FA3Kernels(**fields)
+    return dataclasses.replace(reference_kernels(), get_scheduler_metadata=plan, flash_attn_with_kvcache=call)
 
 
 def test_an_mla_plan_is_kept_in_the_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
