@@ -36,7 +36,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import dummy_weights
+import engine_changes
 from bench_probe import GATE, IN_TREE, PEER, measurements
 from engine_process import Engine, EngineDied
 from model_configs import write_model
@@ -266,8 +266,8 @@ class Contest:
         return found
 
 
-RESOLUTION = 2.0**-7
-"""A log-probability's last bits in bfloat16: what another order of summing may change it by."""
+RESOLUTION = 2.0**-3
+"""Two units in the last place of a logit between 8 and 16 in bfloat16: what another number of splits may change."""
 
 
 def deviation(ours: Mapping[str, Any], right: Mapping[str, Any]) -> float:
@@ -404,7 +404,7 @@ def peer_environment(peer: Peer, scratch: Path) -> dict[str, str]:
     (plugin / "entry_points.txt").write_text("[sglang.srt.plugins]\nmusa_ext_bench = bench_probe:register\n")
     paths = [str(plugin.parent), str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
     found = {"PYTHONPATH": os.pathsep.join(paths), PEER: peer.name, GATE: str(scratch / "gate"), "SGLANG_PLUGINS": ""}
-    return found | {"SGLANG_ENABLE_JIT_DEEPGEMM": "0", dummy_weights.VARIABLE: "1"} | dict(peer.environ)
+    return found | {"SGLANG_ENABLE_JIT_DEEPGEMM": "0", engine_changes.WEIGHTS: "1"} | dict(peer.environ)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -423,7 +423,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }  # fmt: skip
     with ExitStack() as stack:
         contests = {
-            name: stack.enter_context(entered(in_brief(model) if options.quick else model, name, peers, options, out))
+            name: stack.enter_context(entered(chosen_places(model, options), name, peers, options, out))
             for name, model in models.items()
         }
         for name, contest in contests.items():
@@ -434,9 +434,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return _draw(result, out)
 
 
-def in_brief(model: Model) -> Model:
-    """Fewer places of ``model``."""
-    return replace(model, batches=model.batches[:2], contexts=model.contexts[:1], prefills=model.prefills[:2])
+def chosen_places(model: Model, options: argparse.Namespace) -> Model:
+    """``model`` with the places that were asked for."""
+    if options.quick:
+        return replace(model, batches=model.batches[:2], contexts=model.contexts[:1], prefills=model.prefills[:2])
+    longest = options.longest or max(*model.contexts, *model.prefills)
+    contexts, prefills = (
+        [length for length in lengths if length <= longest] for lengths in (model.contexts, model.prefills)
+    )
+    return replace(model, contexts=tuple(contexts), prefills=tuple(prefills))
 
 
 def _draw(result: Mapping[str, Any], out: Path) -> int:
@@ -476,6 +482,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each peer at each point (default: 5)")
     parser.add_argument("--steps", type=int, default=48, help="tokens that a request is continued by (default: 48)")
+    parser.add_argument("--longest", type=int, metavar="TOKENS", help="leave out longer contexts and prompts")
     parser.add_argument("--quick", action="store_true", help="two batches, one context, two prefills")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where results go (default: ./bench-<date>)")
     parser.add_argument("--report", type=Path, metavar="FILE", help="draw the report of an earlier run again")
@@ -487,7 +494,7 @@ def _some_of(choices: Sequence[str] | Mapping[str, Any]) -> Callable[[str], tupl
         names = tuple(text.split(","))
         if unknown := set(names) - set(choices):
             raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))}: expected some of {','.join(choices)}")
-        return tuple(name for name in choices if name in names)
+        return tuple(dict.fromkeys(names))
 
     return chosen
 

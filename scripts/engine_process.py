@@ -19,7 +19,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import dummy_weights
+import engine_changes
 
 GRAPH_SIZES = ("cuda_graph_bs_decode", "cuda_graph_bs")
 LARGEST_GRAPH = ("cuda_graph_max_bs_decode", "cuda_graph_max_bs")
@@ -261,8 +261,8 @@ if __name__ in ("__main__", "__mp_main__") and os.environ.get("SGLANG_PLATFORM")
 
     prepare_process()
 
-if __name__ in ("__main__", "__mp_main__") and dummy_weights.VARIABLE in os.environ:
-    sys.meta_path.insert(0, dummy_weights.LoaderFinder())
+if __name__ in ("__main__", "__mp_main__"):
+    engine_changes.install()
 
 if __name__ == "__main__":
     serve(json.loads(sys.argv[2]), int(sys.argv[3]))

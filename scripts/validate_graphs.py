@@ -185,7 +185,9 @@ class _Captured:
         for index, layer in enumerate(self.layers):
             kind, again = index % kinds, index >= kinds
             if isinstance(layer.batch, Latent):
-                metadata = self.slots.metadata(layer.batch, kind, reuse=again, lengths=self._static(layer))
+                metadata = self.slots.metadata(
+                    layer.batch, kind, reuse=again, lengths=self._static(layer), **layer.options
+                )
             else:
                 if not again:
                     plans[kind] = layer.batch.plan(self.setting.kernels, self._static(layer), **layer.options)

@@ -103,7 +103,7 @@ def test_what_upstream_varies_by_is_allowed() -> None:
             self.answer = {"tokens": [[4, 5]], "logprobs": [[-1.0, self.answer["logprobs"][0][1] - 0.2]]}
             return self.answer
 
-    near = {"tokens": [[4, 5]], "logprobs": [[-1.0, -2.1]]}
+    near = {"tokens": [[4, 5]], "logprobs": [[-1.0, -2.15]]}
     found = verdicts(contest(upstream=Varying(RIGHT), ours=FakeEngine(near)))
     assert found["ours"] == ("equal", 3)
     assert verdicts(contest(upstream=FakeEngine(RIGHT), ours=FakeEngine(near)))["ours"][1] == 0

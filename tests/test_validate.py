@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import os
 import subprocess
@@ -13,7 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import dummy_weights
+import engine_changes
 import pytest
 import torch
 import validate
@@ -331,6 +332,7 @@ class StandInEngine:
     def __init__(self, arguments: dict[str, Any], environ: dict[str, str], log: Path) -> None:
         self.ours = environ["SGLANG_MUSA_EXT"] == "on"
         self.check = environ.get("SGLANG_MUSA_EXT_CHECK", "off")
+        self.other_splits = not self.ours and engine_changes.NO_PLANS not in environ and self.fault == "other splits"
         self.flushed = 0
         log.write_text("RuntimeError: what the log says\n")
 
@@ -347,6 +349,7 @@ class StandInEngine:
         if self.ours and self.fault == "another token":
             tokens[-1][-1] += 1
         off = self.noise * self.flushed if not self.ours else float(self.fault) if self.fault[:1] == "0" else 0.0
+        off += 0.03 if self.other_splits else 0.0
         return {"tokens": tokens, "logprobs": [[value + off for value in row] for row in logprobs]}
 
     def flush(self) -> None:
@@ -372,7 +375,10 @@ class StandInEngine:
         """There is no process."""
 
 
-MODE_CASES = ("graphs", "eager, plans checked", "who served, and plans a pass", "answers depend on attention")
+MODE_CASES = (
+    "graphs", "eager, plans checked", "graphs, upstream as shipped", "who served, and plans a pass",
+    "answers depend on attention",
+)  # fmt: skip
 
 
 def mode_outcomes(
@@ -396,19 +402,20 @@ def mode_outcomes(
 @pytest.mark.parametrize(
     ("fault", "noise", "statuses"),
     [
-        ("", 0.0, (PASS, PASS, PASS, PASS)),
-        ("another token", 0.0, (FAIL, FAIL, PASS, PASS)),
-        ("0.0001", 0.0, (FAIL, FAIL, PASS, PASS)),
-        ("0.015", 0.01, (PASS, PASS, PASS, PASS)),
-        ("0.04", 0.01, (FAIL, FAIL, PASS, PASS)),
-        ("blind to attention", 0.0, (PASS, PASS, PASS, FAIL)),
-        ("no reuse", 0.0, (PASS, FAIL, PASS, PASS)),
-        ("unchecked", 0.0, (PASS, FAIL, PASS, PASS)),
-        ("two plans", 0.0, (PASS, PASS, FAIL, PASS)),
-        ("other kernels", 0.0, (PASS, PASS, FAIL, PASS)),
-        ("ours everywhere", 0.0, (PASS, PASS, FAIL, PASS)),
-        ("upstream dies", 0.0, (SKIP, SKIP, SKIP, SKIP)),
-        ("ours dies", 0.0, (FAIL, FAIL, FAIL, PASS)),
+        ("", 0.0, (PASS, PASS, PASS, PASS, PASS)),
+        ("another token", 0.0, (FAIL, FAIL, FAIL, PASS, PASS)),
+        ("0.0001", 0.0, (FAIL, FAIL, FAIL, PASS, PASS)),
+        ("0.015", 0.01, (PASS, PASS, PASS, PASS, PASS)),
+        ("0.04", 0.01, (FAIL, FAIL, FAIL, PASS, PASS)),
+        ("other splits", 0.0, (PASS, PASS, PASS, PASS, PASS)),
+        ("blind to attention", 0.0, (PASS, PASS, PASS, PASS, FAIL)),
+        ("no reuse", 0.0, (PASS, FAIL, PASS, PASS, PASS)),
+        ("unchecked", 0.0, (PASS, FAIL, PASS, PASS, PASS)),
+        ("two plans", 0.0, (PASS, PASS, PASS, FAIL, PASS)),
+        ("other kernels", 0.0, (PASS, PASS, PASS, FAIL, PASS)),
+        ("ours everywhere", 0.0, (PASS, PASS, PASS, FAIL, PASS)),
+        ("upstream dies", 0.0, (SKIP, SKIP, SKIP, SKIP, SKIP)),
+        ("ours dies", 0.0, (FAIL, FAIL, FAIL, FAIL, PASS)),
     ],
 )
 def test_each_case_of_a_mode_sees_its_fault(
@@ -439,11 +446,28 @@ def test_gpus_are_named_as_the_environment_names_them(monkeypatch: pytest.Monkey
     assert validate_modes.visible_cards(3, "cuda:1") == ["GPU-a"]
 
 
-def test_dummy_weights_let_attention_show() -> None:
+def test_an_engine_is_changed_where_its_environment_asks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A module of SGLang gets its change when it is imported, keeps its own code, and is not imported before."""
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "upstream_stand_in.py").write_text(
+        "class FlashAttentionBackend:\n    def _compute_scheduler_metadata(self, *args): return 'a plan'\n"
+        "    def other(self): return 'as it was'\n"
+    )
+    for variable, (_, change) in engine_changes.CHANGES.items():
+        monkeypatch.setitem(engine_changes.CHANGES, variable, ("upstream_stand_in", change))
+    monkeypatch.setenv(engine_changes.NO_PLANS, "1")
+    engine_changes.install()
+    assert "upstream_stand_in" not in sys.modules
+    backend = importlib.import_module("upstream_stand_in").FlashAttentionBackend()
+    assert (backend._compute_scheduler_metadata(1), backend.other()) == (None, "as it was")
+
+
+def test_engine_changes_let_attention_show() -> None:
     """Matrices keep the size of what they multiply, norms are near 1, and a name has the same weights every time."""
     models = [torch.nn.ModuleDict({"norm": torch.nn.LayerNorm(256), "lin": torch.nn.Linear(256, 64)}) for _ in range(2)]
     for model in models:
-        dummy_weights.initialize(model)
+        engine_changes.initialize(model)
     one, other = (model.state_dict() for model in models)
     product = one["lin.weight"] @ torch.randn(256, generator=torch.Generator().manual_seed(0))
     assert 0.7 < float(product.std()) < 1.4

@@ -1,0 +1,95 @@
+"""What engines of the kit and the benchmark have different from SGLang's own, where a variable asks for it.
+
+Each change is made to one module of SGLang, right after it was imported, in every process of an engine.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+WEIGHTS = "SGLANG_MUSA_EXT_SCRIPTS_WEIGHTS"
+"""Set for engines whose models, loaded with ``load_format="dummy"``, get weights of :func:`initialize`."""
+NO_PLANS = "SGLANG_MUSA_EXT_SCRIPTS_NO_PLANS"
+"""Set for engines whose upstream backend leaves every plan to its kernels, as it does in all but plain decode."""
+
+
+def initialize(model: Any) -> None:
+    """Fill ``model`` with random weights under which answers depend on every token.
+
+    Each matrix keeps the size of what it multiplies, and norms are near 1. SGLang's own dummy weights are all within
+    0.001, the norms' too: what attention adds to the hidden states is then below their rounding, and engines with
+    different attention give equal answers.
+    """
+    import torch
+
+    for name, weight in model.state_dict().items():
+        if torch.is_floating_point(weight):
+            generator = torch.Generator(device=weight.device).manual_seed(zlib.crc32(name.encode()))
+            if weight.dim() > 1:
+                weight.normal_(0.0, weight.shape[-1] ** -0.5, generator=generator)
+            else:
+                center = 1.0 if "norm" in name else 0.0
+                weight.uniform_(center - 0.25, center + 0.25, generator=generator)
+
+
+def _give_weights(module: Any) -> None:
+    # A release that calls it otherwise must not go on with its own weights unseen.
+    assert hasattr(module, "initialize_dummy_weights"), f"{module.__name__} has no initialize_dummy_weights"
+    module.initialize_dummy_weights = initialize
+
+
+def _take_plans(module: Any) -> None:
+    """Turn off what upstream precomputes for plain decode.
+
+    It does so for the longest request of the batch, and the kernels themselves for the longest that the page table
+    has room for, as this package does: the number of splits may differ, and the last bits with it.
+    """
+    backend = module.FlashAttentionBackend
+    assert hasattr(backend, "_compute_scheduler_metadata"), f"{backend} has no _compute_scheduler_metadata"
+    backend._compute_scheduler_metadata = lambda *_args, **_kwargs: None
+
+
+CHANGES: Mapping[str, tuple[str, Callable[[Any], None]]] = {
+    WEIGHTS: ("sglang.srt.model_loader.loader", _give_weights),
+    NO_PLANS: ("sglang.srt.layers.attention.flashattention_backend", _take_plans),
+}
+"""By variable: the module, and what is done to it."""
+
+
+class AfterImport(MetaPathFinder):
+    """Changes one module when it has been imported, and does not import it before."""
+
+    def __init__(self, name: str, change: Callable[[Any], None]) -> None:
+        self._name, self._change = name, change
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        """The module's own spec, with a loader that goes on to the change."""
+        if name != self._name:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.loader is None:
+            return spec
+        original = spec.loader.exec_module
+
+        def execute(module: ModuleType) -> None:
+            original(module)
+            self._change(module)
+
+        vars(spec.loader)["exec_module"] = execute
+        return spec
+
+
+def install() -> None:
+    """Have the changes that this process's environment asks for made."""
+    for variable, (name, change) in CHANGES.items():
+        if variable in os.environ:
+            sys.meta_path.insert(0, AfterImport(name, change))
