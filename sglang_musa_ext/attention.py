@@ -135,11 +135,19 @@ class MusaFA3Mixin:
 
     def forward_extend(self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
         """Upstream's forward for prefill, verify and draft-extend, on the selected kernels."""
-        return self._run(super().forward_extend, q, k, v, layer, forward_batch, *args, **kwargs)  # type: ignore[misc]
+        running = self._enter(layer, forward_batch)
+        try:
+            return super().forward_extend(q, k, v, layer, forward_batch, *args, **kwargs)  # type: ignore[misc]
+        finally:
+            running.pop()
 
     def forward_decode(self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
         """Upstream's forward for decode, on the selected kernels."""
-        return self._run(super().forward_decode, q, k, v, layer, forward_batch, *args, **kwargs)  # type: ignore[misc]
+        running = self._enter(layer, forward_batch)
+        try:
+            return super().forward_decode(q, k, v, layer, forward_batch, *args, **kwargs)  # type: ignore[misc]
+        finally:
+            running.pop()
 
     def flash_attn_with_kvcache(self, **arguments: Any) -> Any:
         """FA3's function of this name over a paged KV cache, with the plan of this pass."""
@@ -198,15 +206,12 @@ class MusaFA3Mixin:
             f"SGLang {sglang.__version__}"
         )
 
-    def _run(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Run an upstream forward, whose arguments begin with q, k, v, layer, forward_batch, as this backend's."""
-        layer, forward_batch = args[3:5]
+    def _enter(self, layer: object, forward_batch: object) -> list[_LayerCall]:
+        """Have kernel calls of this thread be those of ``layer``, until the last item of what is returned is popped."""
         self._plans.begin_layer(forward_batch, self.forward_metadata)
-        _RUNNING.stack.append(_LayerCall(self, layer))
-        try:
-            return forward(*args, **kwargs)
-        finally:
-            _RUNNING.stack.pop()
+        running = _RUNNING.stack
+        running.append(_LayerCall(self, layer))
+        return running
 
     def _current_call(self) -> _LayerCall:
         """The layer call that is running; a call from anywhere else is a pass of its own."""

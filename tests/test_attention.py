@@ -1239,6 +1239,15 @@ OTHER_ARGUMENTS: dict[str, dict[str, Any]] = {
 }
 
 
+def in_layer(backend: Any, batch: Any, calls: Callable[[], None]) -> None:
+    """Run ``calls`` as one layer's of ``backend``."""
+    running = backend._enter(object(), batch)
+    try:
+        calls()
+    finally:
+        running.pop()
+
+
 @pytest.mark.parametrize("what", OTHER_ARGUMENTS)
 def test_calls_of_a_layer_that_differ_in_one_thing_have_plans_of_their_own(what: str) -> None:
     """Each thing that a plan depends on is enough, alone, to tell two calls of a pass apart; and likeness to share."""
@@ -1246,13 +1255,13 @@ def test_calls_of_a_layer_that_differ_in_one_thing_have_plans_of_their_own(what:
     replace_kernels(backend, lambda *_: lambda **arguments: torch.zeros(1))
     first = {**BASE_CALL, "cache_seqlens": torch.zeros(3, dtype=torch.int32)}
 
-    def calls(*_: Any) -> None:
+    def calls() -> None:
         for change in ({}, {}, OTHER_ARGUMENTS[what], {}):
             upstream.flash_attn_with_kvcache(**first | change)
 
     batch = SimpleNamespace()
     with counted(backend) as counts:
-        backend._run(calls, None, None, None, object(), batch)
+        in_layer(backend, batch, calls)
     assert (counts.passes, counts.plans, counts.reuses) == (1, 2, 2)
 
 
@@ -1263,12 +1272,12 @@ def test_lengths_of_a_pass_are_told_apart_by_their_contents(shared: bool) -> Non
     replace_kernels(backend, lambda *_: lambda **arguments: torch.zeros(1))
     lengths = torch.zeros(6, dtype=torch.int32)
 
-    def calls(*_: Any) -> None:
+    def calls() -> None:
         upstream.flash_attn_with_kvcache(**BASE_CALL, cache_seqlens=lengths[:3])
         if shared:
             lengths.add_(1)
         upstream.flash_attn_with_kvcache(**BASE_CALL, cache_seqlens=lengths[:3] if shared else lengths[::2])
 
     with counted(backend) as counts:
-        backend._run(calls, None, None, None, object(), SimpleNamespace())
+        in_layer(backend, SimpleNamespace(), calls)
     assert (counts.plans, counts.reuses) == (2, 0)
