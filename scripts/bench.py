@@ -13,7 +13,8 @@ they differ, or the peer fails, the report says so in place of a time. It measur
   plans     kernels that compute scheduler metadata per pass, from a profiler's trace
   memory    what PyTorch's allocator holds, graph pools and workspaces among it
 
-and writes bench.json, from which `scripts/bench --report bench.json` draws tables and plots again. It needs a GPU of
+and writes bench.json, from which `scripts/bench --report bench.json --out FOLDER` draws tables and plots again; of
+several such files, one report. It needs a GPU of
 the Hopper generation, SGLang with its FA3 kernels, and this package. With --device cpu it only exercises itself: the
 reference kernels against torch_native, and times that say nothing.
 """
@@ -159,17 +160,20 @@ class Contest:
         self.rounds = options.rounds
         self.steps = options.steps
 
-    def run(self) -> None:
-        """Everything that this model is for."""
+    def run(self) -> Iterator[None]:
+        """Everything that this model is for; goes on after each place."""
         for context in self.model.contexts:
             for batch in self.model.batches:
                 self._decode("verify" if self.model.draft else "decode", batch, context)
+                yield
         if self.model.draft:
             return
         for tokens in self.model.prefills:
             self._prefill(tokens)
+            yield
         # A batch that no graph was captured for runs without one.
         self._decode("eager", max(self.model.batches) + 2, PAGE)
+        yield
 
     def _decode(self, kind: str, batch: int, context: int) -> None:
         needed = batch * (-(-(context + self.steps + 8) // PAGE) + 1) * PAGE
@@ -246,7 +250,7 @@ class Contest:
         try:
             yield
         except EngineDied as error:
-            self.failed[name] = point.verdict = f"failed: {str(error).splitlines()[0][:200]}"
+            self.failed[name] = point.verdict = f"failed: {str(error).splitlines()[0][:300]}"
             point.step_ms, point.forward_ms, point.call_us = [], [], []
             self.engines.pop(name).close()
 
@@ -344,21 +348,25 @@ def entered(
         yield Contest(model, engines, options, scratch / "gate")
 
 
-def contend(contest: Contest, peers: Sequence[Peer]) -> dict[str, Any]:
-    """Boot the engines of a contest, measure, and end them, so that the next ones have the device's memory."""
+def contend(contest: Contest, peers: Sequence[Peer]) -> Iterator[dict[str, Any]]:
+    """Boot the engines of a contest, measure, and end them; gives what was found so far after each place."""
     began = time.monotonic()
     contest.gate.touch()
-    states = {peer.name: _first_state(peer, contest) for peer in peers}
+    found: dict[str, Any] = {
+        "title": contest.model.title, "shape": dict(contest.model.shape), "kv_tokens": contest.model.kv_tokens,
+        "failed": contest.failed, "points": [], "traces": [], "rounds": contest.rounds, "steps": contest.steps,
+        "started": now(),
+        "memory": {peer.name: _first_state(peer, contest) for peer in peers},
+    }  # fmt: skip
     _say(f"  engines up after {time.monotonic() - began:.0f} s")
-    contest.run()
+    for _ in contest.run():
+        yield found | {"points": [asdict(point) for point in contest.points]}
     traces = contest.traces()
+    # The next model's engines need the device's memory.
     for engine in contest.engines.values():
         engine.close()
-    return {
-        "title": contest.model.title, "shape": dict(contest.model.shape), "kv_tokens": contest.model.kv_tokens,
-        "failed": contest.failed, "points": [asdict(point) for point in contest.points], "traces": traces,
-        "memory": states, "seconds": time.monotonic() - began,
-    }  # fmt: skip
+    points = [asdict(point) for point in contest.points]
+    yield found | {"points": points, "traces": traces, "seconds": time.monotonic() - began}
 
 
 def _first_state(peer: Peer, contest: Contest) -> dict[str, Any]:
@@ -411,14 +419,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run what was asked for, and write the report; returns the exit status."""
     options = _options(arguments)
     if options.report:
-        return _draw(json.loads(options.report.read_text()), options.out or options.report.parent)
+        return _draw(merged([json.loads(page.read_text()) for page in options.report]), options.out or Path())
     out = options.out or Path(f"bench-{datetime.datetime.now().astimezone():%Y%m%d-%H%M%S}")
     out.mkdir(parents=True, exist_ok=True)
     peers = [peer for peer in (HOPPER if options.device == "cuda" else REFERENCE) if peer.name in options.peers]
     models = {"tiny": TINY} if options.device == "cpu" else {name: MODELS[name] for name in options.models}
     result: dict[str, Any] = {
-        "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"), "versions": versions(),
-        "device": _device(options.device), "rounds": options.rounds, "steps": options.steps,
+        "versions": versions(), "device": _device(options.device),
         "peers": {peer.name: peer.title for peer in peers}, "models": {},
     }  # fmt: skip
     with ExitStack() as stack:
@@ -428,9 +435,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         }
         for name, contest in contests.items():
             _say(f"{name}: {contest.model.title}")
-            result["models"][name] = contend(contest, peers)
-            # What was measured so far must survive whatever comes next.
-            (out / "bench.json").write_text(json.dumps(result, indent=1) + "\n")
+            for found in contend(contest, peers):
+                result["models"][name] = found
+                # What was measured so far must survive whatever comes next.
+                (out / "bench.json").write_text(json.dumps(result, indent=1) + "\n")
     return _draw(result, out)
 
 
@@ -448,9 +456,28 @@ def chosen_places(model: Model, options: argparse.Namespace) -> Model:
 def _draw(result: Mapping[str, Any], out: Path) -> int:
     from bench_report import write_report
 
-    for page in write_report(result, out):
+    planned = {name: ("verify",) if model.draft else ("decode", "prefill", "eager") for name, model in MODELS.items()}
+    for page in write_report(result, out, planned):
         print(page)
     return 0
+
+
+def merged(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Several runs on one device as one: of a model that is in several, the last.
+
+    Raises:
+        SystemExit: they are of different devices or versions.
+    """
+    for name in ("device", "versions"):
+        if any(one[name] != results[0][name] for one in results):
+            sys.exit(f"These runs differ in their {name}, so that one report of them would compare what cannot be.")
+    models = {name: model for one in results for name, model in one["models"].items()}
+    return {**results[0], "models": models}
+
+
+def now() -> str:
+    """The time, for a report."""
+    return datetime.datetime.now().astimezone().isoformat(timespec="seconds")
 
 
 def _device(kind: str) -> dict[str, Any]:
@@ -485,7 +512,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--longest", type=int, metavar="TOKENS", help="leave out longer contexts and prompts")
     parser.add_argument("--quick", action="store_true", help="two batches, one context, two prefills")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where results go (default: ./bench-<date>)")
-    parser.add_argument("--report", type=Path, metavar="FILE", help="draw the report of an earlier run again")
+    parser.add_argument("--report", type=Path, nargs="+", metavar="FILE", help="draw earlier runs' report again")
     return parser.parse_args(arguments)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import select
 import subprocess
 import sys
@@ -63,7 +64,7 @@ class Engine:
             )  # fmt: skip
         os.close(writing)
         self._answers = os.fdopen(reading)
-        self._ready, self._patience = False, patience
+        self._ready, self._patience, self._log = False, patience, log
 
     def wait(self) -> Engine:
         """Return when the engine is up.
@@ -135,14 +136,17 @@ class Engine:
 
     def _read(self) -> dict[str, Any]:
         if not select.select([self._answers], [], [], self._patience)[0]:
-            raise EngineDied(f"The engine gave no answer within {self._patience:.0f} s; its log may say why.")
+            raise EngineDied(f"The engine gave no answer within {self._patience:.0f} s. {self._last_error()}")
         line = self._answers.readline()
         if not line:
-            raise EngineDied(f"The engine's process ended with status {self._process.wait()}; its log says why.")
+            raise EngineDied(f"The engine's process ended with status {self._process.wait()}. {self._last_error()}")
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
-            raise EngineDied(answer["error"])
+            raise EngineDied(f"{answer['error']} {self._last_error()}")
         return answer
+
+    def _last_error(self) -> str:
+        return "Its output says why." if self._log is None else f"Its log: {last_error(self._log)}"
 
 
 @contextlib.contextmanager
@@ -153,6 +157,14 @@ def engine(arguments: Mapping[str, Any], environ: Mapping[str, str], log: Path |
         yield process.wait()
     finally:
         process.close()
+
+
+def last_error(log: Path) -> str:
+    """The last line of a log that names an error, or its last line; empty if there is no log."""
+    lines = [line.strip() for line in log.read_text(errors="replace").split("\n")] if log.is_file() else []
+    said = [line for line in lines if line]
+    errors = [line for line in said if re.match(r"[\w.]*(Error|Exception|Died|Mismatch|Exhausted|Unavailable)\b", line)]
+    return (errors or said or [""])[-1][:1000]
 
 
 # --- in an engine's process ---------------------------------------------------------------------------

@@ -18,7 +18,6 @@ import contextlib
 import functools
 import itertools
 import os
-import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -208,12 +207,8 @@ class Fleet:
     def _ask(self, name: str, way: Way, number: int) -> Asked:
         log = Path(self.options.out) / PART / f"{name}.{way.name}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
-        with self._shown(f"{name}.{way.name}"):
-            try:
-                with self._engine(name, way, number, log) as served:
-                    return self._conversation(served, way)
-            except EngineDied as error:
-                raise EngineDied(f"{error} {last_error(log)}") from error
+        with self._shown(f"{name}.{way.name}"), self._engine(name, way, number, log) as served:
+            return self._conversation(served, way)
 
     @contextlib.contextmanager
     def _engine(self, name: str, way: Way, number: int, log: Path) -> Iterator[Engine]:
@@ -270,14 +265,6 @@ class Fleet:
             change(name)
             self._down += down
             self._emit({"progress": f"{self._down} of {len(self._found)} engines done; up: {', '.join(self._up)}"})
-
-
-def last_error(log: Path) -> str:
-    """The last line of a log that names an error, or its last line; empty if there is no log."""
-    lines = [line.strip() for line in log.read_text(errors="replace").split("\n")] if log.is_file() else []
-    said = [line for line in lines if line]
-    errors = [line for line in said if re.match(r"[\w.]*(Error|Exception|Died|Mismatch|Exhausted|Unavailable)\b", line)]
-    return (errors or said or [""])[-1][:1000]
 
 
 # --- cases --------------------------------------------------------------------------------------------

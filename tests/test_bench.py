@@ -19,7 +19,7 @@ import bench_report
 import pytest
 import torch
 from bench_probe import measurements
-from engine_process import EngineDied, graph_arguments
+from engine_process import Engine, EngineDied, graph_arguments, last_error
 
 from sglang_musa_ext.kernels import FA3Kernels, reference_kernels
 
@@ -171,6 +171,37 @@ def test_graphs_are_asked_for_in_the_words_of_the_release(arguments: Any, expect
     assert graph_arguments({"page_size": 64, **arguments}) == {"page_size": 64, **expected}
 
 
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        (
+            "loading\nTraceback:\n  x\ntorch.AcceleratorError: CUDA error: illegal\nSearch for it\n",
+            "torch.AcceleratorError",
+        ),
+        ("RuntimeError: first\nValueError: second\nwarning: done\n", "ValueError: second"),
+        ("loading\nKilled\n\n", "Killed"),
+        ("", ""),
+    ],
+)
+def test_an_engine_that_died_says_the_last_error_of_its_log(text: str, error: str, tmp_path: Path) -> None:
+    """The error that ended it is more than the status that it ended with."""
+    log = tmp_path / "engine.log"
+    log.write_text(text)
+    assert last_error(log).startswith(error)
+    assert last_error(tmp_path / "none.log") == ""
+
+
+def test_an_engine_that_cannot_boot_says_why(tmp_path: Path) -> None:
+    """The first question gets the error, with what the log says last."""
+    log = tmp_path / "engine.log"
+    engine = Engine({"model_path": str(tmp_path / "none"), "device": "cpu", "graphs": []}, {}, log)
+    try:
+        with pytest.raises(EngineDied, match=r"Its log: \w+"):
+            engine.ask([[4]], 1)
+    finally:
+        engine.close()
+
+
 # --- the in-tree peer ---------------------------------------------------------------------------------------
 
 
@@ -236,12 +267,10 @@ def result(each: float = 3.0, besides: float = 5.0) -> dict[str, Any]:
         held = {"allocator": {"allocated": 1 << 30, "reserved": 2 << 30},
                 "sglang": {"kvcache": 4.0, "token_capacity": 1 << 16, "graph": {"decode": 0.25}}}  # fmt: skip
         more = {**held, "allocator": {"allocated": 1 << 30, "reserved": (2 << 30) + (1 << 20)}}
-        models[name] = {"title": name, "points": points, "traces": traces, "memory": {"upstream": held, "ours": more}}
+        run = {"title": name, "started": "today", "rounds": 3, "steps": 48, "points": points, "traces": traces}
+        models[name] = run | {"memory": {"upstream": held, "ours": more}}
     peers = {"upstream": "SGLang's own fa3", "ours": "sglang-musa-ext", "in-tree": "in tree"}
-    return {
-        "models": models, "peers": peers, "device": {"name": "a GPU"}, "versions": {"sglang": "0.5.17"}, "rounds": 3,
-        "steps": 48, "started": "today",
-    }  # fmt: skip
+    return {"models": models, "peers": peers, "device": {"name": "a GPU"}, "versions": {"sglang": "0.5.17"}}
 
 
 def point(kind: str, batch: int, peer: str, micros: float) -> dict[str, Any]:
@@ -305,10 +334,28 @@ def test_memory_is_told_in_tokens() -> None:
 def test_a_report_has_its_plots(tmp_path: Path) -> None:
     """Where matplotlib is, the page shows what is beside it."""
     pytest.importorskip("matplotlib")
-    pages = bench_report.write_report(result(), tmp_path)
+    planned = {"dense": ("decode", "prefill"), "mla": ("decode",)}
+    pages = bench_report.write_report(result(), tmp_path, planned)
     assert {page.name for page in pages} == {"README.md", "ratios.png", "plans.png", "savings.png"}
     text = (tmp_path / "README.md").read_text()
     assert all(f"![{page.name}]({page.name})" in text for page in pages[1:])
+    assert "Not measured:\n\n* dense: prefill\n* mla: decode\n" in text
+
+
+def test_runs_are_merged_if_they_are_of_one_device() -> None:
+    """A model is taken from the last run that has it; runs on two devices make no one report."""
+    first, second = result(), {**result(), "models": {"dense": {"title": "again"}}}
+    found = bench.merged([first, second])["models"]
+    assert (found["dense"], set(found)) == ({"title": "again"}, {"dense", "gemma2", "verify"})
+    with pytest.raises(SystemExit, match="differ in their device"):
+        bench.merged([first, {**second, "device": {"name": "another"}}])
+
+
+def test_the_limit_is_a_pass_without_plans() -> None:
+    """The last column takes our own plans off too: 1100 of 1141 µs, less two plans of 3, for the window model."""
+    data = result(3.0, 5.0)
+    text = "\n".join(bench_report.cost_model(data, bench_report.places(data)))
+    assert f"| gemma2 | batch 1, 1024 tokens | 12 | 41.0 | 41.0 | {1100 / 1141:.3f} | {1094 / 1141:.3f} |" in text
 
 
 @pytest.mark.engine
