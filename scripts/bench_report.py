@@ -408,8 +408,11 @@ def _draw_plans(result: Mapping[str, Any], page: Path) -> Path:
     width = 0.8 / max(len(result["peers"]), 1)
     for index, (peer, colour) in enumerate(zip(result["peers"], ("tab:orange", "tab:green", "tab:blue"), strict=False)):
         heights = [position + index * width for position in range(len(rows))]
-        values = [found["plans"] if (found := peers[peer]) else 0 for _, _, peers in rows]
-        axis.bar_label(axis.barh(heights, values, width, label=result["peers"][peer], color=colour), fontsize=8)
+        found = [peers[peer] for _, _, peers in rows]
+        bars_of = axis.barh(
+            heights, [one["plans"] if one else 0 for one in found], width, label=result["peers"][peer], color=colour
+        )
+        axis.bar_label(bars_of, [f"{one['plans']:g}" if one else "not traced" for one in found], fontsize=8)
     axis.set_yticks([position + 0.4 - width / 2 for position in range(len(rows))], [f"{m}, {k}" for m, k, _ in rows])
     axis.invert_yaxis()
     axis.set_xlabel("kernels in a pass that compute scheduler metadata")
