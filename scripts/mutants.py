@@ -90,6 +90,25 @@ def key_mutants() -> Iterator[Mutant]:
                  "return _Plan(key, value, ())", "outlive_their_owner", UNIT)  # fmt: skip
 
 
+SIGNATURE = (
+    "q.shape, ", "q.dtype, ", "q.device, ", 'arguments["k_cache"].shape, ', 'arguments["v_cache"].shape, ',
+    "page_table.shape,", "id(cache_seqlens), ", "-1 if cache_seqlens.is_inference() else cache_seqlens._version,",
+    "id(cu_seqlens_q), ", 'get("max_seqlen_q"), ', 'get("causal"), ', 'tuple(get("window_size") or ()), ',
+    'get("softcap"), ', 'get("attention_chunk"),', 'get("num_splits"), ', 'get("pack_gqa"), ', 'get("sm_margin"), ',
+    'get("qv") is None,',
+)  # fmt: skip
+"""What a signature consists of, but for the version of ``cu_seqlens_q``, which nothing changes in place."""
+
+
+def signature_mutants() -> Iterator[Mutant]:
+    """Each part left out of what tells calls apart before their geometry is worked out."""
+    for part in SIGNATURE:
+        yield Mutant(f"signature without {part}", BACKEND, part, "", "differ_in_one_thing or told_apart")
+    for name in ("cache_leftpad", "cu_seqlens_k_new"):
+        check = f'get("{name}") is not None'
+        yield Mutant(f"signature in spite of {name}", BACKEND, check, "False", "differ_in_one_thing")
+
+
 PASS_RULES = (
     Mutant("end_pass does nothing", CACHE, "        self._ended = True\n\n    def begin_layer",
            "        pass\n\n    def begin_layer", "rewritten_in_place or init_method or outside"),
@@ -118,7 +137,15 @@ PASS_RULES = (
            "reuse_one_metadata_object"),
     Mutant("calls from outside join a pass", BACKEND, "        self._plans.begin_layer(self._OUTSIDE, None)\n", "",
            "outside_of_any_layer"),
-    Mutant("nothing is ever reused", CACHE, "        if known is None:\n", "        if True:\n", "decode_of_uniform"),
+    Mutant("nothing is ever reused", CACHE, "        if known is None:\n", "        if True:\n", "nothing_remembered"),
+    Mutant("nothing is ever recalled", CACHE, "if signature not in self._remembered:", "if True:",
+           "recalled_without_its_geometry"),
+    Mutant("remembered plans survive their pass", CACHE, "        self._remembered.clear()\n", "",
+           "forgets", UNIT),
+    Mutant("what a signature names is not kept alive", CACHE, "self._remembered[signature] = (value, tensors)",
+           "self._remembered[signature] = (value, ())", "keeps_what_it_names", UNIT),
+    Mutant("checks see recalled plans as checked", BACKEND, 'return self._settings.check == "off" and',
+           "return True and", "check"),
 )  # fmt: skip
 
 WORKSPACE = (
@@ -154,8 +181,8 @@ CALLS = (
            'max_seqlen_k=int(arguments["cache_seqlens"].max()),', "capacity_of_the_page_table or long_context"),
     Mutant("max_seqlen_k in pages", BACKEND, "max_seqlen_k=k_cache.shape[1] * (page_table.shape[1]",
            "max_seqlen_k=1 * (page_table.shape[1]", "capacity_of_the_page_table or long_context"),
-    Mutant("no plan reaches the kernel", BACKEND, '{"scheduler_metadata": metadata})', '{"scheduler_metadata": None})',
-           "own_precompute or (decode_of_uniform and mla)"),
+    Mutant("no plan reaches the kernel", BACKEND, 'arguments["scheduler_metadata"] = metadata',
+           'arguments["scheduler_metadata"] = None', "own_precompute or (decode_of_uniform and mla)"),
     Mutant("plans for no window", BACKEND, 'window_size=tuple(arguments.get("window_size") or (-1, -1)),',
            "window_size=(-1, -1),", "window_layers or read_off_the_call"),
     Mutant("plans for no mask", BACKEND, 'causal=bool(arguments.get("causal", False)),', "causal=False,",
@@ -182,8 +209,8 @@ ISOLATION = (
            "decode_of_uniform"),
     Mutant("dispatcher always dispatches", BACKEND, "        if not _RUNNING.stack:\n", "        if False:\n",
            "other_users"),
-    Mutant("a layer stays on the stack", BACKEND, "            _RUNNING.stack.pop()\n", "            pass\n",
-           "no_trace"),
+    Mutant("a layer stays on the stack", BACKEND, "_LayerCall(self, layer))\n        return running",
+           "_LayerCall(self, layer))\n        return [0]", "no_trace"),
     Mutant("dispatch is installed over itself", BACKEND,
            "if not isinstance(function := getattr(upstream, name), _KernelDispatcher)",
            "if (function := getattr(upstream, name))", "installing_twice"),
@@ -216,7 +243,7 @@ SELECTION = (
 
 def all_mutants() -> list[Mutant]:
     """Every mutant, in the order of the run."""
-    return [*key_mutants(), *PASS_RULES, *WORKSPACE, *CALLS, *ISOLATION, *CHECKS, *SELECTION]
+    return [*key_mutants(), *signature_mutants(), *PASS_RULES, *WORKSPACE, *CALLS, *ISOLATION, *CHECKS, *SELECTION]
 
 
 class BrokenRun(RuntimeError):

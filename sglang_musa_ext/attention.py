@@ -354,12 +354,8 @@ def _signature(arguments: dict[str, Any]) -> tuple[Any, ...] | None:
     Doing so for every layer would take the host longer than the kernel that reuse spares.
     """
     get = arguments.get
-    q, page_table, cache_seqlens, cu_seqlens_q = (
-        arguments["q"],
-        get("page_table"),
-        get("cache_seqlens"),
-        get("cu_seqlens_q"),
-    )
+    q, page_table = arguments["q"], get("page_table")
+    cache_seqlens, cu_seqlens_q = get("cache_seqlens"), get("cu_seqlens_q")
     if page_table is None or cache_seqlens is None or cu_seqlens_q is None:
         return None
     if get("cache_leftpad") is not None or get("cu_seqlens_k_new") is not None:

@@ -65,7 +65,7 @@ class TensorIdentity(NamedTuple):
         """The identity of ``tensor`` now; whoever stores it must keep ``tensor`` alive."""
         version = -1 if tensor.is_inference() else tensor._version
         # Tensors without storage (meta, empty) all have pointer 0: there the object itself is the identity.
-        return cls(tensor.data_ptr() or id(tensor), tensor.shape, tensor.stride(), version)
+        return cls(tensor.data_ptr() or id(tensor), tuple(tensor.shape), tensor.stride(), version)
 
 
 class PlanKey(NamedTuple):
@@ -233,11 +233,10 @@ class SchedulerMetadataCache:
 
     def recall(self, signature: object) -> Any:
         """The plan of this pass that was remembered for ``signature``; ``None`` if there is none."""
-        known = self._remembered.get(signature)
-        if known is None:
+        if signature not in self._remembered:
             return None
         self.statistics.reuses += 1
-        return known[0]
+        return self._remembered[signature][0]
 
     def remember(self, signature: object, value: Any, tensors: tuple[torch.Tensor | None, ...]) -> None:
         """Have :meth:`recall` give ``value`` for ``signature`` until the pass ends.
@@ -257,7 +256,8 @@ class SchedulerMetadataCache:
         self._places.clear()
 
     def _key(self, geometry: CallGeometry, tensors: tuple[torch.Tensor | None, ...]) -> PlanKey:
-        return PlanKey(geometry, tuple([None if tensor is None else TensorIdentity.of(tensor) for tensor in tensors]))
+        identities = tuple(None if tensor is None else TensorIdentity.of(tensor) for tensor in tensors)
+        return PlanKey(geometry, identities)
 
     def _computed_plan(self, key: PlanKey, value: Any, tensors: tuple[torch.Tensor | None, ...]) -> _Plan:
         self.statistics.plans += 1

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -1228,6 +1229,7 @@ OTHER_ARGUMENTS: dict[str, dict[str, Any]] = {
     "window": {"window_size": (8, 0)},
     "chunk": {"attention_chunk": 64},
     "splits": {"num_splits": 2},
+    "softcap": {"softcap": 30.0},
     "packing": {"pack_gqa": True},
     "margin": {"sm_margin": 1},
     "qv": {"qv": torch.zeros(1)},
@@ -1253,6 +1255,7 @@ def test_calls_of_a_layer_that_differ_in_one_thing_have_plans_of_their_own(what:
     """Each thing that a plan depends on is enough, alone, to tell two calls of a pass apart; and likeness to share."""
     backend = Model(uniform_layers(1)).backend()
     replace_kernels(backend, lambda *_: lambda **arguments: torch.zeros(1))
+    backend._kernels = dataclasses.replace(backend._kernels, metadata_uses_softcap=True)
     first = {**BASE_CALL, "cache_seqlens": torch.zeros(3, dtype=torch.int32)}
 
     def calls() -> None:
@@ -1281,3 +1284,35 @@ def test_lengths_of_a_pass_are_told_apart_by_their_contents(shared: bool) -> Non
     with counted(backend) as counts:
         in_layer(backend, SimpleNamespace(), calls)
     assert (counts.plans, counts.reuses) == (2, 0)
+
+
+def test_equal_lengths_in_other_tensors_have_nothing_remembered_and_share_a_plan() -> None:
+    """Two views of the same lengths look different, and are the same contents."""
+    backend = Model(uniform_layers(1)).backend()
+    replace_kernels(backend, lambda *_: lambda **arguments: torch.zeros(1))
+    lengths = torch.zeros(6, dtype=torch.int32)
+
+    def calls() -> None:
+        for view in (lengths[:3], lengths[:3]):
+            upstream.flash_attn_with_kvcache(**BASE_CALL, cache_seqlens=view)
+
+    with counted(backend) as counts:
+        in_layer(backend, SimpleNamespace(), calls)
+    assert (counts.plans, counts.reuses) == (1, 1)
+
+
+def test_a_plan_is_recalled_without_its_geometry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a call looks like is enough to find the plan of one before it; its geometry is worked out once."""
+    backend = Model(uniform_layers(1)).backend()
+    replace_kernels(backend, lambda *_: lambda **arguments: torch.zeros(1))
+    geometry = Mock(wraps=attention._geometry)
+    monkeypatch.setattr(attention, "_geometry", geometry)
+    lengths = torch.zeros(3, dtype=torch.int32)
+
+    def calls() -> None:
+        for _ in range(4):
+            upstream.flash_attn_with_kvcache(**BASE_CALL, cache_seqlens=lengths)
+
+    with counted(backend) as counts:
+        in_layer(backend, SimpleNamespace(), calls)
+    assert (counts.plans, counts.reuses, geometry.call_count) == (1, 3, 1)

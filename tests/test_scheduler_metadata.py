@@ -514,6 +514,39 @@ def test_the_report_is_plain_data(statistics: PlanStatistics | None) -> None:
     assert json.loads(json.dumps(report)) == report
 
 
+# What is remembered ----------------------------------------------------------------------------------
+
+
+def test_a_remembered_plan_is_recalled_and_counted() -> None:
+    """A plan comes back for its own signature alone, and counts as a reuse."""
+    cache = Server().cache
+    cache.remember("like this", "the plan", ())
+    cache.remember(None, "of no signature", ())
+    assert [cache.recall(signature) for signature in ("like this", "like that", None)] == ["the plan", None, None]
+    assert cache.statistics.reuses == 1
+
+
+def test_the_next_pass_forgets_what_was_remembered() -> None:
+    """What looks like a call of the pass before is a call of this pass."""
+    server = Server()
+    layer = Thing()
+    server.call(layer)
+    server.cache.remember("like this", "the plan", ())
+    server.call(layer)
+    assert server.cache.recall("like this") is None
+
+
+def test_a_remembered_plan_keeps_what_it_names() -> None:
+    """A signature names tensors by address, so no other tensor may get these addresses while it is known."""
+    cache, tensor = Server().cache, torch.zeros(3)
+    alive = weakref.ref(tensor)
+    cache.remember("like this", "the plan", (tensor,))
+    del tensor
+    assert alive() is not None
+    cache.forget_plans()
+    assert alive() is None
+
+
 # Streams -----------------------------------------------------------------------------------------
 
 
