@@ -145,7 +145,7 @@ PASS_RULES = (
     Mutant("what a signature names is not kept alive", CACHE, "self._remembered[signature] = (value, tensors)",
            "self._remembered[signature] = (value, ())", "keeps_what_it_names", UNIT),
     Mutant("checks see recalled plans as checked", BACKEND, 'return self._settings.check == "off" and',
-           "return True and", "check"),
+           "return True and", "corrupted"),
 )  # fmt: skip
 
 WORKSPACE = (

@@ -1085,14 +1085,18 @@ def test_a_corrupted_plan_is_caught_before_it_is_reused(mla: bool, monkeypatch: 
         assert part in text
 
 
-def test_a_stale_plan_is_not_caught_without_the_check() -> None:
+@pytest.mark.parametrize("mla", [False, True], ids=["mha", "mla"])
+def test_a_stale_plan_is_not_caught_without_the_check(mla: bool) -> None:
     """What the check costs is paid only under it: without, the plan is used as it is."""
-    model = Model(uniform_layers(2))
+    model = mla_model() if mla else Model(uniform_layers(2))
     backend, requests = model.backend(), model.requests(300, 5)
     calls = recorded(backend)
     step = model.decode(requests)
     model.run_pass(backend, step, model.layers[:1])
-    calls[0].result[4:6] = 0  # no query tiles: nothing is computed
+    if mla:
+        calls[-1].arguments["scheduler_metadata"][0].zero_()
+    else:
+        calls[0].result[4:6] = 0  # no query tiles: nothing is computed
     with pytest.raises(AssertionError, match="2 of 2 rows are wrong"):
         model.check(backend, step, model.layers[1])
 
@@ -1268,18 +1272,21 @@ def test_calls_of_a_layer_that_differ_in_one_thing_have_plans_of_their_own(what:
     assert (counts.passes, counts.plans, counts.reuses) == (1, 2, 2)
 
 
-@pytest.mark.parametrize("shared", [False, True])
-def test_lengths_of_a_pass_are_told_apart_by_their_contents(shared: bool) -> None:
+@pytest.mark.parametrize("second", ["another view", "an equal view after a change", "the same tensor after a change"])
+def test_lengths_of_a_pass_are_told_apart_by_their_contents(second: str) -> None:
     """Lengths that are changed in place between two calls, or that only look alike, are other lengths."""
     backend = Model(uniform_layers(1)).backend()
     replace_kernels(backend, lambda *_: lambda **arguments: torch.zeros(1))
     lengths = torch.zeros(6, dtype=torch.int32)
 
+    first = lengths[:3]
+
     def calls() -> None:
-        upstream.flash_attn_with_kvcache(**BASE_CALL, cache_seqlens=lengths[:3])
-        if shared:
+        upstream.flash_attn_with_kvcache(**BASE_CALL, cache_seqlens=first)
+        if "change" in second:
             lengths.add_(1)
-        upstream.flash_attn_with_kvcache(**BASE_CALL, cache_seqlens=lengths[:3] if shared else lengths[::2])
+        views = {"another view": lengths[::2], "an equal view after a change": lengths[:3]}
+        upstream.flash_attn_with_kvcache(**BASE_CALL, cache_seqlens=views.get(second, first))
 
     with counted(backend) as counts:
         in_layer(backend, SimpleNamespace(), calls)
