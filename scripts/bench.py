@@ -215,7 +215,7 @@ class Contest:
             for name in racing[index % len(racing) :] + racing[: index % len(racing)] if racing else ():
                 if name in self.failed:
                     continue
-                with self._survives(name, points[name]):
+                with self.survives(name, points[name]):
                     found = measure(self.engines[name])
                     if index:  # The first round warms up.
                         record(points[name], found)
@@ -231,7 +231,7 @@ class Contest:
         for name, point in points.items():
             point.verdict = self.failed.get(name, "")
             if name in self.engines:
-                with self._survives(name, point):
+                with self.survives(name, point):
                     answers[name] = [self.engines[name].ask(prompts, 8) for _ in range(2)]
                     rows_of(self.engines[name])
         if UPSTREAM not in answers:
@@ -245,7 +245,7 @@ class Contest:
             points[name].verdict = "equal" if off <= max(allowed, RESOLUTION) else f"wrong output (off by {off:.2g})"
 
     @contextmanager
-    def _survives(self, name: str, point: Point) -> Iterator[None]:
+    def survives(self, name: str, point: Point) -> Iterator[None]:
         """Take an engine that dies out of the contest, with the reason."""
         try:
             yield
@@ -261,7 +261,7 @@ class Contest:
         length = 2048 if self.options.device == "cuda" else 128
         for name, engine in list(self.engines.items()):
             for mode, count in modes.items():
-                with self._survives(name, Point("trace", 1, length, name, "")):
+                with self.survives(name, Point("trace", 1, length, name, "")):
                     engine.flush()
                     engine.scheduler("bench_trace", mode=mode, passes=count)
                     engine.run([prompt(length, 77)], 12 if mode != "EXTEND" else 1)
@@ -372,7 +372,7 @@ def contend(contest: Contest, peers: Sequence[Peer]) -> Iterator[dict[str, Any]]
 def _first_state(peer: Peer, contest: Contest) -> dict[str, Any]:
     """What an engine holds before it has served anything, once it is the peer that it should be."""
     point = Point("boot", 0, 0, peer.name, "")
-    with contest._survives(peer.name, point):
+    with contest.survives(peer.name, point):
         # The class shows once a forward has run.
         contest.engines[peer.name].run([prompt(8, 5)], 2)
         state = contest.engines[peer.name].state()

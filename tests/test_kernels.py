@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import inspect
 import sys
@@ -596,6 +597,22 @@ def test_out_is_written_where_it_is_strided() -> None:
     adapted(lambda q: torch.ones(4, 2))(q=1, out=buffer[:, :2])
     assert bool((buffer[:, :2] == 1).all())
     assert bool(buffer[:, 2:].isnan().all())
+
+
+def test_a_call_that_needs_no_adapter_goes_to_the_library() -> None:
+    """A library that has every name of a call gets it directly; with one more name, the adapter comes between."""
+
+    def library(q: Any, window_size: Any = (-1, -1), ver: int = 3, out: Any = None) -> Any:
+        return q
+
+    record = dataclasses.replace(
+        kernels.reference_kernels(), flash_attn_with_kvcache=adapted(library), unadapted=library
+    )
+    for _ in range(2):
+        assert record.attention(("q", "ver", "out")) is library
+        assert record.attention(("q", "ver", "score_mod")) is record.flash_attn_with_kvcache
+    other = dataclasses.replace(record, unadapted=None)
+    assert other.attention(("q", "ver", "out")) is other.flash_attn_with_kvcache
 
 
 def test_no_out_returns_what_the_kernel_returns() -> None:
