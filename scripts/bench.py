@@ -41,6 +41,7 @@ import engine_changes
 from bench_probe import GATE, IN_TREE, PEER, measurements
 from engine_process import Engine, EngineDied
 from model_configs import write_model
+from validate_engine import Answer, deviation
 from validate_report import versions
 
 HERE = Path(__file__).resolve().parent
@@ -136,7 +137,7 @@ class Point:
     verdict: str
     """``equal``, or why there are no times."""
     difference: float | None = None
-    """The largest difference of a log-probability from upstream's, up to the first other token."""
+    """The largest difference of a log-probability from upstream's, up to the first other token; ``None``: no number."""
     step_ms: list[float] = field(default_factory=list)
     """From the end of one pass to the end of the next: the median of each round."""
     forward_ms: list[float] = field(default_factory=list)
@@ -227,21 +228,23 @@ class Contest:
         Each peer answers twice. What upstream's two answers differ by, in batches that were put together otherwise,
         is what a peer may differ by.
         """
-        answers: dict[str, list[Mapping[str, Any]]] = {}
+        answers: dict[str, list[Answer]] = {}
         for name, point in points.items():
             point.verdict = self.failed.get(name, "")
             if name in self.engines:
                 with self.survives(name, point):
-                    answers[name] = [self.engines[name].ask(prompts, 8) for _ in range(2)]
+                    asked = [self.engines[name].ask(prompts, 8) for _ in range(2)]
+                    answers[name] = [Answer(one["tokens"], one["logprobs"], []) for one in asked]
                     rows_of(self.engines[name])
         if UPSTREAM not in answers:
             for point in points.values():
                 point.verdict = point.verdict or "upstream gave no answer to compare with"
             return
         first, right = answers[UPSTREAM]
-        allowed = 2 * deviation(first, right)
+        allowed = 2 * deviation(first, right)[0]
         for name, (_, answer) in answers.items():
-            off = points[name].difference = deviation(answer, right)
+            off = deviation(answer, right)[0]
+            points[name].difference = off if math.isfinite(off) else None
             points[name].verdict = "equal" if off <= max(allowed, RESOLUTION) else f"wrong output (off by {off:.2g})"
 
     @contextmanager
@@ -272,18 +275,6 @@ class Contest:
 
 RESOLUTION = 2.0**-3
 """Two units in the last place of a logit between 8 and 16 in bfloat16: what another number of splits may change."""
-
-
-def deviation(ours: Mapping[str, Any], right: Mapping[str, Any]) -> float:
-    """The largest difference of a log-probability, up to each request's first other token; infinite for a NaN."""
-    worst = 0.0
-    for index, tokens in enumerate(right["tokens"]):
-        for position, token in enumerate(tokens):
-            difference = abs(ours["logprobs"][index][position] - right["logprobs"][index][position])
-            worst = max(worst, math.inf if math.isnan(difference) else difference)
-            if ours["tokens"][index][position] != token:
-                break
-    return worst
 
 
 def rows_of(engine: Engine) -> list[dict[str, Any]]:

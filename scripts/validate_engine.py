@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import math
 import subprocess
 import sys
 import time
@@ -188,14 +189,16 @@ def guarded(part: str, name: str, case: Callable[[], Outcome]) -> Outcome:
 def deviation(ours: Answer, right: Answer) -> tuple[float, int]:
     """The largest error of a log-probability, and how many tokens are equal, up to each request's first other one.
 
-    That other token is compared too: where two tokens tie, they are as likely as each other.
+    That other token is compared too: where two tokens tie, they are as likely as each other. A log-probability that is
+    no number is infinitely wrong.
     """
     error, same = 0.0, 0
     for index, tokens in enumerate(right.tokens):
         equal = _equal_length(ours.tokens[index], tokens)
         same += equal
         pairs = zip(ours.logprobs[index][: equal + 1], right.logprobs[index][: equal + 1], strict=True)
-        error = max([error, *(abs(seen - expected) for seen, expected in pairs)])
+        differences = [abs(seen - expected) for seen, expected in pairs]
+        error = max([error, *(math.inf if math.isnan(one) else one for one in differences)])
     return error, same
 
 

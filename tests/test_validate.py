@@ -289,6 +289,7 @@ def test_a_served_model_is_compared_with_torch_native(tmp_path: Path) -> None:
         ([[4, 5, 6]], [[-1.0, -1.25, -1.0]], 0.25, 3),
         ([[4, 7, 9]], [[-1.0, -1.5, -9.0]], 0.5, 1),
         ([[7, 5, 6]], [[-3.0, -1.0, -1.0]], 2.0, 0),
+        ([[4, 5, 6]], [[-1.0, float("nan"), -1.0]], float("inf"), 3),
     ],
 )
 def test_log_probabilities_count_up_to_the_first_other_token(
