@@ -66,7 +66,16 @@ class Results:
 def run_matrix(
     releases: Sequence[Release], levels: Sequence[str], results: Results, runner: Runner, *, jobs: int
 ) -> Iterator[tuple[Cell, bool]]:
-    """Every cell as it is finished, and whether its result is a former one."""
+    """Every cell as it is finished, and whether its result is a former one.
+
+    A result is stored where it is made: an interrupt loses none that was finished, whether it was shown or not.
+    """
+
+    def run_and_store(release: Release, level: str) -> Run:
+        run = runner(release, level)
+        results.store(release, level, run)
+        return run
+
     with ThreadPoolExecutor(jobs) as pool:
         running: dict[Future[Run], tuple[Release, str]] = {}
         for level in levels:
@@ -75,12 +84,11 @@ def run_matrix(
                 if former is not None:
                     yield Cell(release, level, former, judge(release, level, former)), True
                 else:
-                    running[pool.submit(runner, release, level)] = (release, level)
+                    running[pool.submit(run_and_store, release, level)] = (release, level)
         try:
             for future in as_completed(running):
                 release, level = running[future]
                 run = future.result()
-                results.store(release, level, run)
                 yield Cell(release, level, run, judge(release, level, run)), False
         except BaseException:
             pool.shutdown(cancel_futures=True)

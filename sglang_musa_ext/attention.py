@@ -151,14 +151,14 @@ class MusaFA3Mixin:
 
     def flash_attn_with_kvcache(self, **arguments: Any) -> Any:
         """FA3's function of this name over a paged KV cache, with the plan of this pass."""
-        return self._call_flash_attn_with_kvcache(arguments)
+        return self._call_flash_attn_with_kvcache(arguments, self._current_call())
 
     def flash_attn_varlen_func(self, **arguments: Any) -> Any:
         """FA3's function of this name over raw keys and values; it takes no plan, as upstream passes none."""
-        return self._call_flash_attn_varlen_func(arguments)
+        return self._call_flash_attn_varlen_func(arguments, None)
 
-    def _call_flash_attn_with_kvcache(self, arguments: dict[str, Any]) -> Any:
-        plans, call = self._plans, self._current_call()
+    def _call_flash_attn_with_kvcache(self, arguments: dict[str, Any], call: _LayerCall) -> Any:
+        plans = self._plans
         plans.statistics.calls += 1
         if arguments.get("k") is None:
             # Upstream passes the cumulative lengths of all keys under this name. FA3 reads it as lengths of keys
@@ -176,7 +176,7 @@ class MusaFA3Mixin:
             _require_reference_output(result, arguments, self._pool_device, call)
         return result
 
-    def _call_flash_attn_varlen_func(self, arguments: dict[str, Any]) -> Any:
+    def _call_flash_attn_varlen_func(self, arguments: dict[str, Any], _: _LayerCall | None) -> Any:
         self._plans.statistics.calls += 1
         return self._kernels.flash_attn_varlen_func(**arguments)
 
@@ -426,12 +426,13 @@ class _KernelDispatcher:
         self._parameters, self._method = KERNEL_PARAMETERS[name], f"_call_{name}"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not _RUNNING.stack:
+        running = _RUNNING.stack
+        if not running:
             return self.original(*args, **kwargs)
         if args:
             kwargs.update(zip(self._parameters, args, strict=False))
         # The arguments as one dict, because every "**" on the way copies some twenty of them.
-        return getattr(_RUNNING.stack[-1].backend, self._method)(kwargs)
+        return getattr(running[-1].backend, self._method)(kwargs, running[-1])
 
 
 def install_kernel_dispatch() -> Callable[[], None]:

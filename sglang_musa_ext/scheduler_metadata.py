@@ -233,10 +233,11 @@ class SchedulerMetadataCache:
 
     def recall(self, signature: object) -> Any:
         """The plan of this pass that was remembered for ``signature``; ``None`` if there is none."""
-        if signature not in self._remembered:
+        remembered = self._remembered.get(signature)
+        if remembered is None:
             return None
         self.statistics.reuses += 1
-        return self._remembered[signature][0]
+        return remembered[0]
 
     def remember(self, signature: object, value: Any, tensors: tuple[torch.Tensor | None, ...]) -> None:
         """Have :meth:`recall` give ``value`` for ``signature`` until the pass ends.
