@@ -12,6 +12,7 @@ they differ, or the peer fails, the report says so in place of a time. It measur
   eager     host time per attention call, in prefill and in decode without graphs
   plans     kernels that compute scheduler metadata per pass, from a profiler's trace
   memory    what PyTorch's allocator holds, graph pools and workspaces among it
+  kernels   a call with its plan and without, in a graph and without an engine
 
 and writes bench.json, from which `scripts/bench --report bench.json --out FOLDER` draws tables and plots again; of
 several such files, one report. It needs a GPU of
@@ -28,6 +29,7 @@ import json
 import math
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -419,6 +421,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "versions": versions(), "device": _device(options.device),
         "peers": {peer.name: peer.title for peer in peers}, "models": {},
     }  # fmt: skip
+    result["kernels"] = kernel_times() if options.device == "cuda" else []
     with ExitStack() as stack:
         contests = {
             name: stack.enter_context(entered(chosen_places(model, options), name, peers, options, out))
@@ -431,6 +434,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 # What was measured so far must survive whatever comes next.
                 (out / "bench.json").write_text(json.dumps(result, indent=1) + "\n")
     return _draw(result, out)
+
+
+def kernel_times() -> list[dict[str, Any]]:
+    """What a plan costs in a graph, without any engine.
+
+    Raises:
+        SystemExit: the kernels do not run there, so that nothing else would.
+    """
+    _say("kernels: a call with its plan and without, in a graph")
+    command = [sys.executable, str(HERE / "bench_kernels.py")]
+    done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        sys.exit(f"{command[-1]} ended with status {done.returncode}; its error is above.")
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
 def chosen_places(model: Model, options: argparse.Namespace) -> Model:
@@ -463,7 +480,8 @@ def merged(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         if any(one[name] != results[0][name] for one in results):
             sys.exit(f"These runs differ in their {name}, so that one report of them would compare what cannot be.")
     models = {name: model for one in results for name, model in one["models"].items()}
-    return {**results[0], "models": models}
+    kernels = [rows for one in results if (rows := one.get("kernels"))]
+    return {**results[0], "models": models, "kernels": kernels[-1] if kernels else []}
 
 
 def now() -> str:

@@ -120,7 +120,15 @@ def as_markdown(
         lines += ["## Host time of an attention call, eager", "", *table(HOST, rows), ""]
     if rows := memory(result):
         lines += ["## Memory", "", *table(MEMORY, rows), ""]
-    return "\n".join([*lines, "## What a pass costs", "", *cost_model(result, every), ""])
+    lines += ["## What a pass costs", "", *cost_model(result, every), ""]
+    if rows := [_kernel(one) for one in result.get("kernels", ())]:
+        lines += ["## A call in a graph, without any engine", "", *table(KERNELS, rows), ""]
+    return "\n".join(lines)
+
+
+def _kernel(one: Mapping[str, Any]) -> list[str]:
+    times = one["without"], one["with"], one["without"] - one["with"], one["plan"]
+    return [one["call"], *(f"{time:.2f}" for time in times)]
 
 
 def _runs(result: Mapping[str, Any]) -> list[list[Any]]:
@@ -148,6 +156,7 @@ TITLES = {
     "prefill": "Prefill of one prompt, no graphs",
     "eager": "Decode step, no graphs",
 }
+KERNELS = ("Call", "µs without a plan", "µs with it", "µs spared", "µs of a plan alone")
 HOST = ("Model", "Pass", "upstream µs", "ours µs", "ours / upstream")
 MEMORY = ("Model", "Peer", "KV cache", "Allocated", "Reserved", "more than upstream", "in KV tokens")
 

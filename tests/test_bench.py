@@ -9,17 +9,19 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import bench
 import bench_in_tree
+import bench_kernels
 import bench_report
 import pytest
 import torch
 from bench_probe import measurements
 from engine_process import Engine, EngineDied, graph_arguments, last_error
+from validate_numerics import Shape
 
 from sglang_musa_ext.kernels import FA3Kernels, reference_kernels
 
@@ -241,6 +243,47 @@ def test_an_mla_plan_is_kept_in_the_workspace(monkeypatch: pytest.MonkeyPatch) -
     assert (plans[0]["headdim"], plans[0]["headdim_v"], plans[0]["max_seqlen_k"]) == (64, 512, 192)
 
 
+# --- kernels alone ------------------------------------------------------------------------------------------
+
+
+def test_a_call_is_timed_with_its_plan_and_without() -> None:
+    """Each shape and window has three times, less what the timer itself takes, and calls are what they are called."""
+    plans: list[Any] = []
+
+    def timer(function: Callable[[], Any]) -> float:
+        before = len(plans)
+        result = function()
+        return 1.0 if result is None else 2.0 + 3.0 * (len(plans) - before)
+
+    def plan(**arguments: Any) -> torch.Tensor:
+        plans.append(arguments)
+        return torch.zeros(4, dtype=torch.int32)
+
+    def call(**arguments: Any) -> torch.Tensor:
+        return torch.ones(2)
+
+    kernels = dataclasses.replace(reference_kernels(), get_scheduler_metadata=plan, flash_attn_with_kvcache=call)
+    shapes = {"decode": Shape((1,), (70,)), "verify": Shape((4,), (70,))}
+    found = list(bench_kernels.measure(kernels, torch.device("cpu"), timer, shapes))
+    assert [one["call"] for one in found] == [
+        f"{name}, {window}" for name in shapes for window in bench_kernels.WINDOWS
+    ]
+    assert [(one["without"], one["with"], one["plan"]) for one in found] == [(1.0, 1.0, 4.0)] * 4
+    assert [one["window_size"] for one in plans[::2]] == [(-1, -1), (512, 0)] * 2
+    assert [one["max_seqlen_q"] for one in plans[::4]] == [1, 4]
+
+
+def test_a_plan_that_changes_the_output_is_not_timed() -> None:
+    """A call with its plan must give what it gives without, before either is timed."""
+
+    def call(**arguments: Any) -> torch.Tensor:
+        return torch.ones(2) if arguments["scheduler_metadata"] is None else torch.zeros(2)
+
+    kernels = dataclasses.replace(reference_kernels(), flash_attn_with_kvcache=call)
+    with pytest.raises(AssertionError, match="another output with its plan"):
+        next(bench_kernels.measure(kernels, torch.device("cpu"), lambda _: 1.0, {"decode": Shape((1,), (70,))}))
+
+
 # --- the report ---------------------------------------------------------------------------------------------
 
 
@@ -323,6 +366,12 @@ def test_what_is_slower_in_every_round_is_listed() -> None:
     [row] = [row for row in bench_report.bars(bench_report.places(data), data) if row[0].startswith("nothing slower")]
     assert row[1] == "1 of 6"
     assert row[2].startswith("dense decode batch 1, 1024 tokens: 1.100 (1.010 to 1.200)")
+
+
+def test_calls_in_a_graph_are_told_with_what_a_plan_spares() -> None:
+    """What a call takes with its plan is subtracted from what it takes without."""
+    data = {**result(), "kernels": [{"call": "decode", "without": 10.0, "with": 8.5, "plan": 2.5}]}
+    assert "| decode | 10.00 | 8.50 | 1.50 | 2.50 |" in bench_report.as_markdown(data)
 
 
 def test_memory_is_told_in_tokens() -> None:
