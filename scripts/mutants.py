@@ -144,8 +144,8 @@ PASS_RULES = (
            "forgets", UNIT),
     Mutant("what a signature names is not kept alive", CACHE, "self._remembered[signature] = (value, tensors)",
            "self._remembered[signature] = (value, ())", "keeps_what_it_names", UNIT),
-    Mutant("checks see recalled plans as checked", BACKEND, 'return self._settings.check == "off" and',
-           "return True and", "corrupted"),
+    Mutant("checks see recalled plans as checked", BACKEND, 'self._settings.check == "off" and not',
+           "True and not", "corrupted"),
 )  # fmt: skip
 
 WORKSPACE = (

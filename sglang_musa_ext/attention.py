@@ -130,6 +130,10 @@ class MusaFA3Mixin:
         self._replace_upstream_kernels()
         self._plans = SchedulerMetadataCache(stream_probe(self._pool_device))
         self._workspace = self._mla_workspace()
+        # A check sees every call, a plan for every call reuses none, and a plan in a workspace is its slot's.
+        self._recalls = (
+            self._settings.check == "off" and not self._settings.force_update_metadata and self._workspace is None
+        )
         _BACKENDS.add(self)
         logger.info("sglang_musa_ext serves attention: %s", self._configuration())
 
@@ -165,7 +169,7 @@ class MusaFA3Mixin:
             # still to be appended, which a plan then counts twice, so it goes only where new keys go.
             arguments.pop("cu_seqlens_k_new", None)
         plans.begin_call(call.layer, call.role)
-        signature = _signature(arguments)
+        signature = _signature(arguments) if self._recalls else None
         metadata = plans.recall(signature)
         if metadata is None:
             metadata = self._scheduler_metadata(arguments, call, signature)
@@ -236,14 +240,8 @@ class MusaFA3Mixin:
         if reused and self._checking:
             used, fresh = (self._kernels.plan_contents(p, geometry.batch_size) for p in (plan, compute()))
             _require_same_plan(used, fresh, geometry, call)
-        if self._may_recall:
-            self._plans.remember(signature, plan, tensors)
+        self._plans.remember(signature, plan, tensors)
         return plan
-
-    @property
-    def _may_recall(self) -> bool:
-        """Whether calls may get a plan unseen, which checks and a plan for every call forbid."""
-        return self._settings.check == "off" and not self._settings.force_update_metadata
 
     @property
     def _checking(self) -> bool:
