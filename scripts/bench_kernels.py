@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from validate_graphs import DeviceGraphs
 from validate_numerics import Batch, Shape
 
 from sglang_musa_ext.kernels import FA3Kernels, hopper_kernels
@@ -73,10 +74,11 @@ def graph_timer(device: torch.device) -> Timer:
 
     def timer(function: Callable[[], Any]) -> float:
         def mixed() -> None:
-            torch.mm(filler, filler)
-            function()
+            for _ in range(CALLS):
+                torch.mm(filler, filler)
+                function()
 
-        graph = _captured(mixed)
+        graph, _ = DeviceGraphs(device).captured(mixed)
         times: list[float] = []
         for _ in range(REPLAYS):
             start, end = (cuda.Event(enable_timing=True) for _ in range(2))
@@ -88,21 +90,6 @@ def graph_timer(device: torch.device) -> Timer:
         return statistics.median(times)
 
     return timer
-
-
-def _captured(function: Callable[[], None]) -> Any:
-    cuda: Any = torch.cuda
-    side = cuda.Stream()
-    side.wait_stream(cuda.current_stream())
-    with cuda.stream(side):
-        for _ in range(2):
-            function()
-    cuda.current_stream().wait_stream(side)
-    graph = cuda.CUDAGraph()
-    with cuda.graph(graph):
-        for _ in range(CALLS):
-            function()
-    return graph
 
 
 def main() -> None:

@@ -62,8 +62,11 @@ class DeviceGraphs:
         lacking = [name for name in names if not hasattr(_names(device), name)]
         return f"torch.{device.type} is without {', '.join(lacking)}: not available" if lacking else ""
 
-    def capture(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-        """Run twice to warm up, on a stream of its own, then capture; all graphs share one pool, as in SGLang."""
+    def captured(self, function: Callable[[], Any]) -> tuple[Any, Any]:
+        """Run twice to warm up, on a stream of its own, then capture; all graphs share one pool, as in SGLang.
+
+        Returns the graph, and what ``function`` returned while it was captured.
+        """
         names = _names_of(self.module)
         side = names.Stream()
         side.wait_stream(names.current_stream())
@@ -76,10 +79,15 @@ class DeviceGraphs:
         with names.graph(graph, pool=self.pool):
             result = function()
         self.pool = graph.pool()
+        return graph, result
+
+    def capture(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        """What replays the graph of ``function`` and waits for it, and what it returned while it was captured."""
+        graph, result = self.captured(function)
 
         def replay() -> None:
             graph.replay()
-            names.synchronize()
+            _names_of(self.module).synchronize()
 
         return replay, result
 
