@@ -40,14 +40,13 @@ from pathlib import Path
 from typing import Any
 
 import engine_changes
-from bench_probe import GATE, IN_TREE, PEER, measurements
+from bench_probe import GATE, IN_TREE, OURS, PEER, UPSTREAM, measurements
 from engine_process import Engine, EngineDied
 from model_configs import write_model
 from validate_engine import Answer, deviation
 from validate_report import versions
 
 HERE = Path(__file__).resolve().parent
-UPSTREAM, OURS = "upstream", "ours"
 PAGE = 64
 
 

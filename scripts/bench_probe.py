@@ -21,7 +21,8 @@ PEER = "SGLANG_MUSA_EXT_BENCH_PEER"
 """The environment variable that says which peer this engine is."""
 GATE = "SGLANG_MUSA_EXT_BENCH_GATE"
 """The environment variable that names the file without which a scheduler goes no further than its imports."""
-IN_TREE = "in-tree"
+UPSTREAM, OURS, IN_TREE = "upstream", "ours", "in-tree"
+"""The peers."""
 
 
 @dataclass

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench_probe import IN_TREE, OURS, UPSTREAM
 from validate_report import table
 
-UPSTREAM, OURS, IN_TREE = "upstream", "ours", "in-tree"
 PLANNER = "prepare_varlen_num_blocks"
 """What the kernel that computes scheduler metadata has in its name, in every release of FlashAttention-3."""
 GRAPHED = ("decode", "verify")
