@@ -1,14 +1,16 @@
 """What a plan costs in a graph: the time of an FA3 call with its plan and without, and of a plan alone.
 
 ``bench.py`` runs it in a process of its own. Calls stand between other kernels, as in a model: there the device hides
-a part of what a call launches before its main kernel.
+a part of what a call launches before its main kernel. Without a graph it is the host's time that counts, so that of the
+same calls is measured too.
 """
 
 from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -34,9 +36,9 @@ Timer = Callable[[Callable[[], Any]], float]
 
 
 def measure(
-    kernels: FA3Kernels, device: torch.device, timer: Timer, shapes: dict[str, Shape]
+    kernels: FA3Kernels, device: torch.device, timers: Mapping[str, Timer], shapes: Mapping[str, Shape]
 ) -> Iterator[dict[str, Any]]:
-    """The times of each shape, with a window and without, in microseconds a call.
+    """The times of each shape, with a window and without, in microseconds a call, by each of ``timers``.
 
     Raises:
         AssertionError: the output with a plan is not the output without.
@@ -47,13 +49,13 @@ def measure(
             options: dict[str, Any] = {"causal": True, "window_size": size}
             arguments = batch.arguments(**options)
             lengths = {key: arguments[key] for key in ("cache_seqlens", "cu_seqlens_q")}
-            yield {"call": f"{name}, {window}", **_times(kernels, batch, arguments, lengths, options, timer)}
+            yield {"call": f"{name}, {window}", **_times(kernels, batch, arguments, lengths, options, timers)}
 
 
 def _times(
     kernels: FA3Kernels, batch: Batch, arguments: dict[str, Any], lengths: dict[str, Any], options: dict[str, Any],
-    timer: Timer,
-) -> dict[str, float]:  # fmt: skip
+    timers: Mapping[str, Timer],
+) -> dict[str, dict[str, float]]:  # fmt: skip
     def plan() -> torch.Tensor:
         return batch.plan(kernels, lengths, **options)
 
@@ -62,9 +64,12 @@ def _times(
 
     ready = plan()
     assert torch.equal(call(ready), call(None)), "a call gives another output with its plan than without"
-    nothing = timer(lambda: None)
-    found = {"without": timer(lambda: call(None)), "with": timer(lambda: call(ready)), "plan": timer(plan)}
-    return {what: time - nothing for what, time in found.items()}
+    functions = {"without": lambda: call(None), "with": lambda: call(ready), "plan": plan}
+    found = {}
+    for where, timer in timers.items():
+        nothing = timer(lambda: None)
+        found[where] = {what: timer(function) - nothing for what, function in functions.items()}
+    return found
 
 
 def graph_timer(device: torch.device) -> Timer:
@@ -92,12 +97,30 @@ def graph_timer(device: torch.device) -> Timer:
     return timer
 
 
+def host_timer(device: torch.device) -> Timer:
+    """Microseconds that the host takes to launch a function, while the device has nothing to do: the median."""
+    synchronize = torch.get_device_module(device).synchronize
+
+    def timer(function: Callable[[], Any]) -> float:
+        times: list[float] = []
+        for _ in range(REPLAYS):
+            synchronize()
+            began = time.perf_counter()
+            for _ in range(CALLS):
+                function()
+            times.append(1e6 * (time.perf_counter() - began) / CALLS)
+        return statistics.median(times)
+
+    return timer
+
+
 def main() -> None:
     """Measure on the first GPU, and write the results to the standard output, a line each."""
     device = torch.device("cuda", 0)
     torch.cuda.set_device(device)
     with torch.inference_mode():
-        for found in measure(hopper_kernels(device), device, graph_timer(device), SHAPES):
+        timers = {"graph": graph_timer(device), "host": host_timer(device)}
+        for found in measure(hopper_kernels(device), device, timers, SHAPES):
             print(json.dumps(found), flush=True)
 
 

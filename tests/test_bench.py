@@ -9,6 +9,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -247,7 +248,7 @@ def test_an_mla_plan_is_kept_in_the_workspace(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_call_is_timed_with_its_plan_and_without() -> None:
-    """Each shape and window has three times, less what the timer itself takes, and calls are what they are called."""
+    """Each shape and window has three times of each timer, less what the timer itself takes."""
     plans: list[Any] = []
 
     def timer(function: Callable[[], Any]) -> float:
@@ -264,13 +265,22 @@ def test_a_call_is_timed_with_its_plan_and_without() -> None:
 
     kernels = dataclasses.replace(reference_kernels(), get_scheduler_metadata=plan, flash_attn_with_kvcache=call)
     shapes = {"decode": Shape((1,), (70,)), "verify": Shape((4,), (70,))}
-    found = list(bench_kernels.measure(kernels, torch.device("cpu"), timer, shapes))
+    timers = {"graph": timer, "host": lambda function: 10.0 * timer(function)}
+    found = list(bench_kernels.measure(kernels, torch.device("cpu"), timers, shapes))
     assert [one["call"] for one in found] == [
         f"{name}, {window}" for name in shapes for window in bench_kernels.WINDOWS
     ]
-    assert [(one["without"], one["with"], one["plan"]) for one in found] == [(1.0, 1.0, 4.0)] * 4
-    assert [one["window_size"] for one in plans[::2]] == [(-1, -1), (512, 0)] * 2
-    assert [one["max_seqlen_q"] for one in plans[::4]] == [1, 4]
+    assert [one["graph"] for one in found] == [{"without": 1.0, "with": 1.0, "plan": 4.0}] * 4
+    assert [one["host"] for one in found] == [{"without": 10.0, "with": 10.0, "plan": 40.0}] * 4
+    # One that is reused, and one for each timer.
+    assert [one["window_size"] for one in plans[::3]] == [(-1, -1), (512, 0)] * 2
+    assert [one["max_seqlen_q"] for one in plans[::6]] == [1, 4]
+
+
+def test_the_host_is_timed_for_a_call() -> None:
+    """What keeps the host for half a millisecond takes that long a call at least, and nothing takes less."""
+    timer = bench_kernels.host_timer(torch.device("cpu"))
+    assert timer(lambda: time.sleep(5e-4)) >= 500.0 > timer(lambda: None) > 0.0
 
 
 def test_a_plan_that_changes_the_output_is_not_timed() -> None:
@@ -281,7 +291,7 @@ def test_a_plan_that_changes_the_output_is_not_timed() -> None:
 
     kernels = dataclasses.replace(reference_kernels(), flash_attn_with_kvcache=call)
     with pytest.raises(AssertionError, match="another output with its plan"):
-        next(bench_kernels.measure(kernels, torch.device("cpu"), lambda _: 1.0, {"decode": Shape((1,), (70,))}))
+        next(bench_kernels.measure(kernels, torch.device("cpu"), {"graph": lambda _: 1.0}, {"one": Shape((1,), (70,))}))
 
 
 # --- the report ---------------------------------------------------------------------------------------------
@@ -368,10 +378,24 @@ def test_what_is_slower_in_every_round_is_listed() -> None:
     assert row[2].startswith("dense decode batch 1, 1024 tokens: 1.100 (1.010 to 1.200)")
 
 
-def test_calls_in_a_graph_are_told_with_what_a_plan_spares() -> None:
-    """What a call takes with its plan is subtracted from what it takes without."""
-    data = {**result(), "kernels": [{"call": "decode", "without": 10.0, "with": 8.5, "plan": 2.5}]}
-    assert "| decode | 10.00 | 8.50 | 1.50 | 2.50 |" in bench_report.as_markdown(data)
+def test_calls_are_told_with_what_a_plan_spares() -> None:
+    """What a call takes with its plan is subtracted from what it takes without, in a graph and of the host."""
+    graph, host = {"without": 10.0, "with": 8.5, "plan": 2.5}, {"without": 20.0, "with": 24.0, "plan": 9.0}
+    data = {**result(), "kernels": [{"call": "decode", "graph": graph, "host": host}]}
+    row = "| decode | 10.00 | 8.50 | 1.50 | 2.50 | 20.00 | 24.00 | -4.00 | 9.00 |"
+    assert row in bench_report.as_markdown(data)
+
+
+def test_every_prefill_has_a_bar() -> None:
+    """A prefill may take what upstream's takes: slower in every round is not met, in some is within the spread."""
+    data = result()
+    for tokens, ours in ((512, [1.1, 1.2, 1.3]), (2048, [0.9, 1.1, 1.2]), (8192, [0.9, 0.9, 1.1])):
+        for peer, times in (("upstream", [1.0, 1.0, 1.0]), ("ours", ours)):
+            point = {"kind": "prefill", "batch": 1, "tokens": tokens, "peer": peer, "verdict": "equal"}
+            data["models"]["dense"]["points"].append(point | {"forward_ms": times, "step_ms": [], "call_us": []})
+    rows = [row for row in bench_report.bars(bench_report.places(data), data) if row[0].startswith("prefill")]
+    assert [row[0].rpartition("; ")[2] for row in rows] == [f"dense, {tokens} tokens" for tokens in (512, 2048, 8192)]
+    assert [row[2] for row in rows] == ["no", "within the spread", "yes"]
 
 
 def test_memory_is_told_in_tokens() -> None:
