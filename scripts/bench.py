@@ -48,8 +48,8 @@ from validate_report import versions
 
 HERE = Path(__file__).resolve().parent
 PAGE = 64
-PROMPTS = 5
-"""Prompts that a peer prefills in one turn: where the host is the limit, one of them alone says little."""
+PROMPTS, SHORT = 5, 2048
+"""Prompts that a peer prefills in one turn, up to this length: where the host is the limit, one alone says little."""
 
 
 @dataclass(frozen=True)
@@ -205,7 +205,7 @@ class Contest:
             return sum(row["forward"] for row in rows), host
 
         def measure(engine: Engine) -> Mapping[str, float]:
-            forwards, hosts = zip(*(once(engine) for _ in range(PROMPTS)), strict=True)
+            forwards, hosts = zip(*(once(engine) for _ in range(PROMPTS if tokens <= SHORT else 1)), strict=True)
             return {"forward": statistics.median(forwards), "call": statistics.median(hosts)}
 
         self._compare("prefill", 1, tokens, [prompt(tokens, 0)], measure)
@@ -426,7 +426,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "versions": versions(), "device": _device(options.device),
         "peers": {peer.name: peer.title for peer in peers}, "models": {},
     }  # fmt: skip
-    result["kernels"] = kernel_times() if options.device == "cuda" else []
+    result["kernels"] = kernel_times() if options.device == "cuda" and not options.no_kernels else []
     with ExitStack() as stack:
         contests = {
             name: stack.enter_context(entered(chosen_places(model, options), name, peers, options, out))
@@ -524,6 +524,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5, help="turns of each peer at each point (default: 5)")
     parser.add_argument("--steps", type=int, default=48, help="tokens that a request is continued by (default: 48)")
     parser.add_argument("--longest", type=int, metavar="TOKENS", help="leave out longer contexts and prompts")
+    parser.add_argument("--no-kernels", action="store_true", help="leave out the calls that need no engine")
     parser.add_argument("--quick", action="store_true", help="two batches, one context, two prefills")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where results go (default: ./bench-<date>)")
     parser.add_argument("--report", type=Path, nargs="+", metavar="FILE", help="draw earlier runs' report again")

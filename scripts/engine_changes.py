@@ -5,6 +5,7 @@ Each change is made to one module of SGLang, right after it was imported, in eve
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import sys
@@ -17,8 +18,8 @@ from typing import Any
 
 WEIGHTS = "SGLANG_MUSA_EXT_SCRIPTS_WEIGHTS"
 """Set for engines whose models, loaded with ``load_format="dummy"``, get weights of :func:`initialize`."""
-NO_PLANS = "SGLANG_MUSA_EXT_SCRIPTS_NO_PLANS"
-"""Set for engines whose upstream backend leaves every plan to its kernels, as it does in all but plain decode."""
+PLANS = "SGLANG_MUSA_EXT_SCRIPTS_PLANS"
+"""Set for engines whose upstream backend asks FA3 for a plan before every call, and uses none twice."""
 
 
 def initialize(model: Any) -> None:
@@ -46,20 +47,45 @@ def _give_weights(module: Any) -> None:
     module.initialize_dummy_weights = initialize
 
 
-def _take_plans(module: Any) -> None:
-    """Turn off what upstream precomputes for plain decode.
+def _plan_calls(module: Any) -> None:
+    """Give every FA3 call of upstream's backend a plan of its own, in place of those that it precomputes.
 
-    It does so for the longest request of the batch, and the kernels themselves for the longest that the page table
-    has room for, as this package does: the number of splits may differ, and the last bits with it.
+    As shipped, it precomputes plans for plain decode alone, for the longest request of the batch, and leaves others to
+    the kernels. FA3's own ``get_scheduler_metadata`` may choose another number of splits than its kernels do, and the
+    last bits of the outputs differ with it. Nothing of this is the package's: no plan is kept, and the arguments are
+    worked out anew from FA3's documentation.
     """
     backend = module.FlashAttentionBackend
     assert hasattr(backend, "_compute_scheduler_metadata"), f"{backend} has no _compute_scheduler_metadata"
     backend._compute_scheduler_metadata = lambda *_args, **_kwargs: None
+    original = module.flash_attn_with_kvcache
+
+    @functools.wraps(original)
+    def planned(**arguments: Any) -> Any:
+        return original(**arguments | {"scheduler_metadata": plan_of(arguments)})
+
+    module.flash_attn_with_kvcache = planned
+
+
+def plan_of(arguments: Mapping[str, Any]) -> Any:
+    """What FA3 plans for the ``flash_attn_with_kvcache`` call with these arguments, over a paged cache."""
+    from sgl_kernel.flash_attn import get_scheduler_metadata
+
+    q, k_cache = arguments["q"], arguments["k_cache"]
+    page_size, capacity = k_cache.shape[1], k_cache.shape[1] * arguments["page_table"].shape[1]
+    return get_scheduler_metadata(
+        batch_size=arguments["cu_seqlens_q"].numel() - 1, max_seqlen_q=arguments["max_seqlen_q"],
+        max_seqlen_k=capacity, num_heads=q.shape[-2], num_heads_k=k_cache.shape[-2], headdim=q.shape[-1],
+        cache_seqlens=arguments["cache_seqlens"], qkv_dtype=q.dtype, headdim_v=arguments["v_cache"].shape[-1],
+        cu_seqlens_q=arguments["cu_seqlens_q"], page_size=page_size, causal=arguments.get("causal", False),
+        window_size=arguments.get("window_size", (-1, -1)), has_softcap=arguments.get("softcap", 0.0) > 0.0,
+        num_splits=arguments.get("num_splits", 0),
+    )  # fmt: skip
 
 
 CHANGES: Mapping[str, tuple[str, Callable[[Any], None]]] = {
     WEIGHTS: ("sglang.srt.model_loader.loader", _give_weights),
-    NO_PLANS: ("sglang.srt.layers.attention.flashattention_backend", _take_plans),
+    PLANS: ("sglang.srt.layers.attention.flashattention_backend", _plan_calls),
 }
 """By variable: the module, and what is done to it."""
 

@@ -213,7 +213,17 @@ def first_divergence(ours: Answer, right: Answer) -> str:
     return "; ".join(found)
 
 
-def _equal_length(ours: Sequence[int], right: Sequence[int]) -> int:
+def first_difference(ours: Answer, right: Answer) -> str:
+    """From which token on the log-probabilities of each request differ, however little."""
+    found = []
+    for index, sides in enumerate(zip(ours.logprobs, right.logprobs, strict=True)):
+        at = _equal_length(*sides)
+        if at < len(sides[1]):
+            found.append(f"request {index} at token {at}: {sides[0][at]:.6f} for {sides[1][at]:.6f}")
+    return "; ".join(found)
+
+
+def _equal_length(ours: Sequence[float], right: Sequence[float]) -> int:
     unequal = (index for index, (a, b) in enumerate(zip(ours, right, strict=True)) if a != b)
     return next(unequal, len(right))
 

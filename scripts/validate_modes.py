@@ -2,10 +2,11 @@
 
 Both peers call the same kernels of the same GPU, so that their answers must be the same: where SGLang's own are the
 same twice, ours must be equal to the last bit. Random weights do, because answers depend on every token before them,
-which is checked too. One thing must be equal for that: in plain decode SGLang's backend makes plans of its own, for
-the longest request of the batch in place of the longest that the page table has room for. Kernels may then split the
-keys into another number of parts. So it is compared without these plans, and as shipped with what they change allowed.
-SGLang's own ``fa3`` runs on NVIDIA GPUs alone, and so does this part.
+which is checked too. One thing must be equal for that: the plans. As shipped, SGLang's backend makes some for plain
+decode and leaves the others to the kernels, which may split the keys into another number of parts than FA3's
+``get_scheduler_metadata`` does. So it is compared with a plan of that function for every call, none of which is kept,
+and as shipped with what those plans change in it allowed. SGLang's own ``fa3`` runs on NVIDIA GPUs alone, and so does
+this part.
 
 A mode takes five engines: both peers under CUDA graphs, both eager, ours with every reused plan checked, and SGLang's
 own as shipped. They share the GPUs, several at a time.
@@ -17,19 +18,20 @@ import argparse
 import contextlib
 import functools
 import itertools
+import json
 import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from engine_changes import NO_PLANS, WEIGHTS
+from engine_changes import PLANS, WEIGHTS
 from engine_process import Engine, EngineDied
 from model_configs import write_model
-from validate_engine import Answer, Missing, deviation, first_divergence, guarded
+from validate_engine import Answer, Missing, deviation, first_difference, first_divergence, guarded
 from validate_report import FAIL, PASS, SKIP, Outcome
 
 Emit = Callable[[Mapping[str, Any]], None]
@@ -110,31 +112,31 @@ class Way(NamedTuple):
     ours: bool
     graphs: bool
     check: str = "off"
-    own_plans: bool = False
-    """Of upstream's backend: whether it precomputes plans for plain decode, as it does unless told otherwise."""
+    shipped: bool = False
+    """Of upstream's backend: whether it plans as it does unless told otherwise, and not before every call."""
 
     @property
     def name(self) -> str:
         """For a log's name and for progress."""
         words = ["ours" if self.ours else "upstream", "graphs" if self.graphs else "eager"]
         words += ["output"] if self.check == "output" else []
-        return ".".join([*words, *(["plans"] if self.own_plans else [])])
+        return ".".join([*words, *(["shipped"] if self.shipped else [])])
 
     @property
     def environ(self) -> dict[str, str]:
         """What makes it so."""
         if self.ours:
             return {"SGLANG_MUSA_EXT": "on", "SGLANG_MUSA_EXT_KERNELS": "hopper", "SGLANG_MUSA_EXT_CHECK": self.check}
-        return {"SGLANG_MUSA_EXT": "off"} | ({} if self.own_plans else {NO_PLANS: "1"})
+        return {"SGLANG_MUSA_EXT": "off"} | ({} if self.shipped else {PLANS: "1"})
 
 
 PEERS = {
     "graphs": (Way(False, True), Way(True, True)),
     "eager, plans checked": (Way(False, False), Way(True, False, "metadata")),
 }
-"""Upstream's and ours, which must be the same to the last bit: both leave the number of splits to the kernels."""
-AS_SHIPPED = Way(False, True, own_plans=True)
-"""Upstream's as it is. Its plans for plain decode may have other numbers of splits, and its answers other last bits."""
+"""Upstream's and ours, which must be the same to the last bit: every call of both has the plan of FA3 for it."""
+AS_SHIPPED = Way(False, True, shipped=True)
+"""Upstream's as it is. Its calls may have other numbers of splits, and its answers other last bits."""
 OUTPUT = Way(True, False, "output")
 
 
@@ -208,7 +210,9 @@ class Fleet:
         log = Path(self.options.out) / PART / f"{name}.{way.name}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         with self._shown(f"{name}.{way.name}"), self._engine(name, way, number, log) as served:
-            return self._conversation(served, way)
+            asked = self._conversation(served, way)
+            log.with_suffix(".json").write_text(json.dumps([asdict(answer) for answer in asked.answers]) + "\n")
+            return asked
 
     @contextlib.contextmanager
     def _engine(self, name: str, way: Way, number: int, log: Path) -> Iterator[Engine]:
@@ -277,13 +281,13 @@ class Session:
         self.fleet = fleet
 
     def cases(self, names: Sequence[str], done: Collection[str]) -> list[tuple[str, Callable[[], Outcome]]]:
-        """The cases of modes, by name. Engines of one GPU are all asked for at once, the others mode by mode."""
+        """The cases of modes, by name. Their engines are all asked for at once."""
         found = {name: self._of_mode(name) for name in names}
         for name, cases in found.items():
-            if MODES[name].gpus == 1 and set(cases) - set(done):
+            if set(cases) - set(done):
                 self.fleet.begin(name, self._ways(name))
         return [
-            (case, functools.partial(guarded, PART, case, functools.partial(self._run, name, judge)))
+            (case, functools.partial(guarded, PART, case, functools.partial(judge, name)))
             for name, cases in found.items()
             for case, judge in cases.items()
         ]
@@ -291,10 +295,6 @@ class Session:
     @staticmethod
     def _ways(name: str) -> list[Way]:
         return [*itertools.chain(*PEERS.values()), AS_SHIPPED, *([OUTPUT] if name == OUTPUT_CHECKED else [])]
-
-    def _run(self, name: str, judge: Callable[[str], Outcome]) -> Outcome:
-        self.fleet.begin(name, self._ways(name))
-        return judge(name)
 
     def _of_mode(self, name: str) -> dict[str, Callable[[str], Outcome]]:
         found: dict[str, Callable[[str], Outcome]] = {
@@ -319,8 +319,8 @@ class Session:
         return Outcome(PART, "", outcome.status, outcome.reason, values)
 
     def _as_shipped(self, name: str) -> Outcome:
-        bare, ours = (self.fleet.asked(name, way) for way in PEERS["graphs"])
-        return judged_equal(ours, self.fleet.asked(name, AS_SHIPPED), bare)
+        planned, ours = (self.fleet.asked(name, way) for way in PEERS["graphs"])
+        return judged_equal(ours, self.fleet.asked(name, AS_SHIPPED), planned)
 
     def _plans(self, name: str) -> Outcome:
         upstream, reports = [], []
@@ -359,8 +359,12 @@ def judged_equal(ours: Asked, right: Asked, other: Asked | None = None) -> Outco
     total = sum(map(len, first.tokens))
     values = {"equal tokens": f"{same} of {total}", "log-probability error": error, "allowed": allowed}
     good = same >= repeated and error <= allowed
-    where = "; ".join(filter(None, itertools.starmap(first_divergence, zip(ours.both, right.both, strict=True))))
-    reason = "" if good else where or "tokens are equal, and log-probabilities differ by more than upstream's own do"
+    pairs = list(zip(ours.both, right.both, strict=True))
+    tokens, logprobs = (
+        "; ".join(filter(None, itertools.starmap(first, pairs))) for first in (first_divergence, first_difference)
+    )
+    beyond = f"tokens are equal, and log-probabilities differ by more than upstream's own do: {logprobs}"
+    reason = "" if good else tokens or beyond
     if allowed:
         reason = f"upstream's own answers differ from one time or way to another; {reason}"
     return Outcome(PART, "", PASS if good else FAIL, reason, values)

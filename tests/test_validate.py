@@ -11,7 +11,7 @@ import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import engine_changes
@@ -333,7 +333,7 @@ class StandInEngine:
     def __init__(self, arguments: dict[str, Any], environ: dict[str, str], log: Path) -> None:
         self.ours = environ["SGLANG_MUSA_EXT"] == "on"
         self.check = environ.get("SGLANG_MUSA_EXT_CHECK", "off")
-        self.other_splits = not self.ours and engine_changes.NO_PLANS not in environ and self.fault == "other splits"
+        self.other_splits = not self.ours and engine_changes.PLANS not in environ and self.fault == "other splits"
         self.flushed = 0
 
     def wait(self) -> StandInEngine:
@@ -451,16 +451,40 @@ def test_an_engine_is_changed_where_its_environment_asks(monkeypatch: pytest.Mon
     monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "upstream_stand_in.py").write_text(
+        "def flash_attn_with_kvcache(**arguments): return arguments\n"
         "class FlashAttentionBackend:\n    def _compute_scheduler_metadata(self, *args): return 'a plan'\n"
         "    def other(self): return 'as it was'\n"
     )
+    monkeypatch.setattr(engine_changes, "plan_of", lambda arguments: sorted(arguments))
     for variable, (_, change) in engine_changes.CHANGES.items():
         monkeypatch.setitem(engine_changes.CHANGES, variable, ("upstream_stand_in", change))
-    monkeypatch.setenv(engine_changes.NO_PLANS, "1")
+    monkeypatch.setenv(engine_changes.PLANS, "1")
     engine_changes.install()
     assert "upstream_stand_in" not in sys.modules
-    backend = importlib.import_module("upstream_stand_in").FlashAttentionBackend()
+    upstream = importlib.import_module("upstream_stand_in")
+    backend = upstream.FlashAttentionBackend()
     assert (backend._compute_scheduler_metadata(1), backend.other()) == (None, "as it was")
+    expected = {"q": 1, "scheduler_metadata": ["q", "scheduler_metadata"]}
+    assert upstream.flash_attn_with_kvcache(q=1, scheduler_metadata=None) == expected
+
+
+def test_upstreams_calls_are_planned_as_fa3_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plan is asked for with what the call has: heads, dims, lengths, mask, and the room in its page table."""
+    library: Any = ModuleType("sgl_kernel.flash_attn")
+    library.get_scheduler_metadata = lambda **arguments: arguments
+    monkeypatch.setitem(sys.modules, "sgl_kernel", ModuleType("sgl_kernel"))
+    monkeypatch.setitem(sys.modules, "sgl_kernel.flash_attn", library)
+    lengths, offsets = torch.tensor([70, 3], dtype=torch.int32), torch.tensor([0, 4, 5], dtype=torch.int32)
+    call = {
+        "q": torch.zeros(5, 8, 64), "k_cache": torch.zeros(9, 16, 2, 64), "v_cache": torch.zeros(9, 16, 2, 128),
+        "page_table": torch.zeros(2, 5, dtype=torch.int32), "cache_seqlens": lengths, "cu_seqlens_q": offsets,
+        "max_seqlen_q": 4, "causal": True, "window_size": (7, 0), "softcap": 30.0, "num_splits": 1, "ver": 3,
+    }  # fmt: skip
+    assert engine_changes.plan_of(call) == {
+        "batch_size": 2, "max_seqlen_q": 4, "max_seqlen_k": 80, "num_heads": 8, "num_heads_k": 2, "headdim": 64,
+        "headdim_v": 128, "qkv_dtype": torch.float32, "cache_seqlens": lengths, "cu_seqlens_q": offsets,
+        "page_size": 16, "causal": True, "window_size": (7, 0), "has_softcap": True, "num_splits": 1,
+    }  # fmt: skip
 
 
 def test_engine_changes_let_attention_show() -> None:
