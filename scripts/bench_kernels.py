@@ -56,7 +56,7 @@ def _times(
     kernels: FA3Kernels, batch: Batch, arguments: dict[str, Any], lengths: dict[str, Any], options: dict[str, Any],
     timers: Mapping[str, Timer],
 ) -> dict[str, dict[str, float]]:  # fmt: skip
-    def plan() -> torch.Tensor:
+    def plan() -> torch.Tensor | None:
         return batch.plan(kernels, lengths, **options)
 
     def call(metadata: torch.Tensor | None) -> Any:

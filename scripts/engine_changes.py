@@ -51,9 +51,8 @@ def _plan_calls(module: Any) -> None:
     """Give every FA3 call of upstream's backend a plan of its own, in place of those that it precomputes.
 
     As shipped, it precomputes plans for plain decode alone, for the longest request of the batch, and leaves others to
-    the kernels. FA3's own ``get_scheduler_metadata`` may choose another number of splits than its kernels do, and the
-    last bits of the outputs differ with it. Nothing of this is the package's: no plan is kept, and the arguments are
-    worked out anew from FA3's documentation.
+    the kernels. So numbers of splits may differ, and the last bits of the outputs with them. Nothing of this is the
+    package's: no plan is kept, and the arguments are worked out anew from FA3's documentation.
     """
     backend = module.FlashAttentionBackend
     assert hasattr(backend, "_compute_scheduler_metadata"), f"{backend} has no _compute_scheduler_metadata"
@@ -68,10 +67,16 @@ def _plan_calls(module: Any) -> None:
 
 
 def plan_of(arguments: Mapping[str, Any]) -> Any:
-    """What FA3 plans for the ``flash_attn_with_kvcache`` call with these arguments, over a paged cache."""
+    """What FA3 plans for the ``flash_attn_with_kvcache`` call with these arguments, over a paged cache.
+
+    ``None`` for requests with different numbers of queries: SGLang's build bounds splits by the longest query where it
+    plans, and by the average one where it attends, so that a plan may have more splits than there are accumulators.
+    """
     from sgl_kernel.flash_attn import get_scheduler_metadata
 
     q, k_cache = arguments["q"], arguments["k_cache"]
+    if q.shape[0] != (arguments["cu_seqlens_q"].numel() - 1) * arguments["max_seqlen_q"]:
+        return None
     page_size, capacity = k_cache.shape[1], k_cache.shape[1] * arguments["page_table"].shape[1]
     return get_scheduler_metadata(
         batch_size=arguments["cu_seqlens_q"].numel() - 1, max_seqlen_q=arguments["max_seqlen_q"],

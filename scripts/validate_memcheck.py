@@ -31,6 +31,7 @@ NUMERICS = (
     "prefill", "prefill, window and softcap", "chunked prefill with prefix", "chunked prefill with prefix, page size 1",
     "decode", "decode, page size 1", "decode, window", "decode, softcap", "decode, window and sinks", "verify of 4",
     "decode, one plan for two layers", "decode of an empty request", "long and short decode", "varlen, causal",
+    "prefill of equal requests", "chunked prefill of equal requests", "prefix hits of unequal lengths",
     "cascade: prefix and suffix merged", "MLA decode, planned and reused", "MLA verify of 4", "MLA, two slots",
     "MLA cascade",
 )  # fmt: skip

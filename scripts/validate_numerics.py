@@ -137,13 +137,15 @@ class Batch:
             softmax_scale=self.scale, ver=3, **options,
         )  # fmt: skip
 
-    def plan(self, kernels: FA3Kernels, lengths: dict[str, Tensor] | None = None, **options: Any) -> Tensor:
-        """Scheduler metadata for a call of this shape, asked for as the backend asks.
+    def plan(self, kernels: FA3Kernels, lengths: dict[str, Tensor] | None = None, **options: Any) -> Tensor | None:
+        """Scheduler metadata for a call of this shape, asked for as the backend asks; ``None`` where it does not.
 
         ``lengths`` are ``cache_seqlens`` and ``cu_seqlens_q`` that are on the device already: a capture forbids to
         bring them there.
         """
         shape, softcap = self.shape, options.get("softcap", 0.0)
+        if len(set(shape.rows)) > 1 and not kernels.plans_unequal_queries:
+            return None
         return kernels.get_scheduler_metadata(
             batch_size=len(shape.rows), max_seqlen_q=max(shape.rows), max_seqlen_k=self.capacity,
             num_heads_q=shape.heads, num_heads_kv=shape.heads_kv, headdim=shape.dim, headdim_v=shape.dim_v,
@@ -421,6 +423,9 @@ PREFIXED = Shape((64, 33, 5), (300, 33, 200))
 DECODE = Shape((1, 1, 1, 1), (700, 5, 64, 129))
 LONG = Shape((1,), (6000,), capacity=8192)
 VERIFY = Shape((4, 4, 4), (300, 64, 7))
+HITS = Shape((17, 15, 15, 15), (17, 73, 703, 3003), heads=16, heads_kv=4, dim=64, dim_v=64)
+"""What is left of prompts that were found in the prefix cache. Kernels that bound the number of splits by the average
+query in one place and by the longest in another have accumulators for 7 parts of the longest keys, and plan 14."""
 MODES = {"prefill": PREFILL, "chunked prefill with prefix": PREFIXED, "decode": DECODE, "verify of 4": VERIFY}
 CAUSAL: dict[str, Any] = {"causal": True}
 WINDOW: dict[str, Any] = {"causal": True, "window_size": (40, 0)}
@@ -465,6 +470,9 @@ def _special() -> Iterator[Case]:
         yield Case(f"{mode}, strided page table", strided_table, MODES[mode], CAUSAL)
         yield Case(f"{mode}, one plan for two layers", second_layer, MODES[mode], CAUSAL)
         yield Case(f"{mode}, into a given output", into_given_output, MODES[mode], CAUSAL)
+    yield Case("prefill of equal requests", paged, Shape((200, 200), (200, 200)), CAUSAL)
+    yield Case("chunked prefill of equal requests", paged, replace(PREFIXED, rows=(33, 33, 33)), CAUSAL)
+    yield Case("prefix hits of unequal lengths", paged, HITS, CAUSAL)
     yield Case("decode of an empty request", paged, Shape((1, 1, 1), (100, 0, 64)), CAUSAL)
     branches = {"topk": 3, "suffix": 2}
     yield Case("cascade: prefix and suffix merged", cascade, Shape((1,), (300, 70)), branches)

@@ -168,16 +168,18 @@ class MusaFA3Mixin:
             # Upstream passes the cumulative lengths of all keys under this name. FA3 reads it as lengths of keys
             # still to be appended, which a plan then counts twice, so it goes only where new keys go.
             arguments.pop("cu_seqlens_k_new", None)
-        plans.begin_call(call.layer, call.role)
-        signature = _signature(arguments) if self._recalls else None
-        metadata = plans.recall(signature)
-        if metadata is None:
-            metadata = self._scheduler_metadata(arguments, call, signature)
-        call.role += 1
+        metadata, role = None, call.role
+        if self._kernels.plans_unequal_queries or _has_equal_queries(arguments):
+            plans.begin_call(call.layer, role)
+            signature = _signature(arguments) if self._recalls else None
+            metadata = plans.recall(signature)
+            if metadata is None:
+                metadata = self._scheduler_metadata(arguments, call, signature)
+            call.role += 1
         arguments["scheduler_metadata"] = metadata
         result = self._kernels.attention(tuple(arguments))(**arguments)
         if self._settings.check == "output" and not self._plans.capturing:
-            _require_reference_output(result, arguments, self._pool_device, call)
+            _require_reference_output(result, arguments, self._pool_device, call.layer, role)
         return result
 
     def _call_flash_attn_varlen_func(self, arguments: dict[str, Any], _: _LayerCall | None) -> Any:
@@ -368,6 +370,14 @@ def _signature(arguments: dict[str, Any]) -> tuple[Any, ...] | None:
     )  # fmt: skip
 
 
+def _has_equal_queries(arguments: dict[str, Any]) -> bool:
+    """Whether every request of a call has as many queries as the one with the most: known without the device."""
+    cu_seqlens_q = arguments.get("cu_seqlens_q")
+    if cu_seqlens_q is None:
+        return True
+    return bool(arguments["q"].shape[0] == (cu_seqlens_q.shape[0] - 1) * arguments["max_seqlen_q"])
+
+
 class StalePlanError(RuntimeError):
     """``SGLANG_MUSA_EXT_CHECK`` found a reused plan that differs from the one the call should have."""
 
@@ -389,8 +399,10 @@ _OUTPUT_TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3
 """Relative and absolute; a few units in the last place of each dtype."""
 
 
-def _require_reference_output(result: Any, arguments: dict[str, Any], device: torch.device, call: _LayerCall) -> None:
-    """Compare a call's output with the PyTorch kernels', which plan for themselves."""
+def _require_reference_output(
+    result: Any, arguments: dict[str, Any], device: torch.device, layer: object, role: int
+) -> None:
+    """Compare the output of a layer's call with the PyTorch kernels', which plan for themselves."""
     kernels = reference_kernels()
     plan: Any = None
     if arguments.get("qv") is not None:
@@ -405,9 +417,9 @@ def _require_reference_output(result: Any, arguments: dict[str, Any], device: to
     wrong = ~torch.isclose(output, expected, rtol=tolerance, atol=tolerance) & ~expected.isnan()
     if wrong.any():
         raise WrongOutputError(
-            f"The output of layer {getattr(call.layer, 'layer_id', call.layer)}, call {call.role - 1}, differs from "
-            f"the reference in {int(wrong.sum())} of {wrong.numel()} values (tolerance {tolerance}): "
-            f"{_geometry(arguments, kernels)}. Please report this with the model and the versions of the kernels."
+            f"The output of layer {getattr(layer, 'layer_id', layer)}, call {role}, differs from the reference in "
+            f"{int(wrong.sum())} of {wrong.numel()} values (tolerance {tolerance}): {_geometry(arguments, kernels)}. "
+            "Please report this with the model and the versions of the kernels."
         )
 
 

@@ -62,6 +62,8 @@ class FA3Kernels:
     """Page sizes that MLA calls take; ``None``: any. Other calls take any page size."""
     metadata_uses_softcap: bool = False
     """Whether scheduler metadata depends on ``has_softcap``."""
+    plans_unequal_queries: bool = True
+    """Whether a plan is right for a call whose requests have different numbers of queries."""
     plan_contents: Callable[[torch.Tensor, int], torch.Tensor] = lambda plan, batch_size: plan
     """What of a plan's tensor says something, from it and the batch size; for comparing two plans."""
     unadapted: Callable[..., Any] | None = None
@@ -173,6 +175,10 @@ def hopper_kernels(device: torch.device) -> FA3Kernels:
     ``qv``, and tile sizes depend on head dimensions, mask, dtype, paging and softcap. So ``get_scheduler_metadata``,
     which has no ``qv``, decides as the forward does.
 
+    SGLang's build plans no calls whose requests have different numbers of queries. Seen on an H100 with sglang-kernel
+    0.4.5: ``get_scheduler_metadata`` bounds the number of splits by the longest query, the forward by the average one.
+    A plan can then have more splits than the forward has accumulators for, and another last bit where it has fewer.
+
     Raises:
         KernelsUnavailable: the device is none that FA3 serves, or both libraries were rejected, with each one's reason.
     """
@@ -190,6 +196,7 @@ def hopper_kernels(device: torch.device) -> FA3Kernels:
         get_scheduler_metadata=_adapt(library.get_scheduler_metadata),
         dtypes=_HALF,
         metadata_uses_softcap=True,
+        plans_unequal_queries=candidate.plans_unequal_queries,
         plan_contents=_hopper_plan_contents,
         unadapted=library.flash_attn_with_kvcache,
         versions={"library": candidate.module, **_versions(*candidate.distributions)},
@@ -244,6 +251,8 @@ class _Library(NamedTuple):
     module: str
     distributions: tuple[str, ...]
     """The names that it was released under."""
+    plans_unequal_queries: bool
+    """See :class:`FA3Kernels`."""
     remedy: str
 
 
@@ -251,11 +260,13 @@ _HOPPER_LIBRARIES = (
     _Library(
         "sgl_kernel.flash_attn",
         ("sglang-kernel", "sgl-kernel"),
+        False,
         "Install SGLang's kernel package for this GPU, built with FlashAttention-3, as this SGLang pins it.",
     ),
     _Library(
         mate.CURRENT.module,
         ("flash_attn_3",),
+        True,
         "Install FlashAttention-3 from the folder 'hopper' of Dao-AILab/flash-attention, for this torch.",
     ),
 )

@@ -113,7 +113,7 @@ class PlanStatistics:
     calls: int = 0
     """Attention kernel calls of any kind."""
     planned_calls: int = 0
-    """Calls that take a plan; the others (attention over raw keys and values) need none."""
+    """Calls that take a plan; attention over raw keys and values needs none, and some calls no kernels can plan."""
     plans: int = 0
     """Plans computed."""
     reuses: int = 0

@@ -1112,6 +1112,44 @@ def test_a_wrong_output_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
         model.run_pass(backend, model.decode(requests))
 
 
+# --- kernels that plan some calls alone ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("new", "planned"), [((5, 5), True), ((5, 3), False), ((1, 2), False), ((3,), True)])
+def test_unequal_queries_get_no_plan_where_kernels_plan_none(new: tuple[int, ...], planned: bool) -> None:
+    """Such kernels plan an extend for themselves if its requests differ in length, and outputs are right either way."""
+    model = Model(uniform_layers(2))
+    backend = model.backend()
+    backend._kernels = dataclasses.replace(backend._kernels, plans_unequal_queries=False)
+    calls, requests = recorded(backend), model.requests(300, 70)[: len(new)]
+    with counted(backend) as counts:
+        model.run_pass(backend, model.extend(requests, new))
+    attended = [call.arguments["scheduler_metadata"] for call in calls if call.name == "flash_attn_with_kvcache"]
+    assert [plan is not None for plan in attended] == [planned, planned]
+    assert (counts.calls, counts.planned_calls, counts.plans, counts.reuses) == (2, 2 * planned, planned, planned)
+
+
+def test_every_call_has_a_plan_where_kernels_plan_all() -> None:
+    """With MATE's semantics an extend of unequal requests is planned as any other."""
+    model = Model(uniform_layers(2))
+    backend, requests = model.backend(), model.requests(300, 70)
+    with counted(backend) as counts:
+        model.run_pass(backend, model.extend(requests, (5, 3)))
+    assert (counts.planned_calls, counts.plans, counts.reuses) == (2, 1, 1)
+
+
+def test_a_pass_without_plans_leaves_none_to_the_next() -> None:
+    """An unplanned extend between two decodes: the second decode has other lengths, and a plan of its own."""
+    model = Model(uniform_layers(2))
+    backend, requests = model.backend(), model.requests(300, 70)
+    backend._kernels = dataclasses.replace(backend._kernels, plans_unequal_queries=False)
+    model.run_pass(backend, model.decode(requests))
+    model.run_pass(backend, model.extend(requests, (5, 3)))
+    with counted(backend) as counts:
+        model.run_pass(backend, model.decode(requests))
+    assert (counts.passes, counts.plans, counts.reuses) == (1, 1, 1)
+
+
 # --- lifetime and memory ------------------------------------------------------------------------------
 
 

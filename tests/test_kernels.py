@@ -465,6 +465,17 @@ def test_hopper_is_called_with_its_own_names(packages: Path) -> None:
     assert given.items() >= {names.get(name, name): value for name, value in plan.items()}.items()
 
 
+def test_sglangs_build_plans_no_unequal_queries(packages: Path) -> None:
+    """Its forward bounds splits by the average query where its plan goes by the longest; the others go by one rule."""
+    write_flash_attention(packages)
+    assert hopper_kernels(CUDA).plans_unequal_queries
+    write_sgl_kernel(packages)
+    assert not hopper_kernels(CUDA).plans_unequal_queries
+    write_mate(packages)
+    assert mate_kernels(MUSA).plans_unequal_queries
+    assert reference_kernels().plans_unequal_queries
+
+
 @pytest.fixture
 def flash_attention(packages: Path) -> FA3Kernels:
     """The provider on FlashAttention-3's own library."""

@@ -474,9 +474,9 @@ def test_upstreams_calls_are_planned_as_fa3_asks(monkeypatch: pytest.MonkeyPatch
     library.get_scheduler_metadata = lambda **arguments: arguments
     monkeypatch.setitem(sys.modules, "sgl_kernel", ModuleType("sgl_kernel"))
     monkeypatch.setitem(sys.modules, "sgl_kernel.flash_attn", library)
-    lengths, offsets = torch.tensor([70, 3], dtype=torch.int32), torch.tensor([0, 4, 5], dtype=torch.int32)
+    lengths, offsets = torch.tensor([70, 3], dtype=torch.int32), torch.tensor([0, 4, 8], dtype=torch.int32)
     call = {
-        "q": torch.zeros(5, 8, 64), "k_cache": torch.zeros(9, 16, 2, 64), "v_cache": torch.zeros(9, 16, 2, 128),
+        "q": torch.zeros(8, 8, 64), "k_cache": torch.zeros(9, 16, 2, 64), "v_cache": torch.zeros(9, 16, 2, 128),
         "page_table": torch.zeros(2, 5, dtype=torch.int32), "cache_seqlens": lengths, "cu_seqlens_q": offsets,
         "max_seqlen_q": 4, "causal": True, "window_size": (7, 0), "softcap": 30.0, "num_splits": 1, "ver": 3,
     }  # fmt: skip
@@ -485,6 +485,15 @@ def test_upstreams_calls_are_planned_as_fa3_asks(monkeypatch: pytest.MonkeyPatch
         "headdim_v": 128, "qkv_dtype": torch.float32, "cache_seqlens": lengths, "cu_seqlens_q": offsets,
         "page_size": 16, "causal": True, "window_size": (7, 0), "has_softcap": True, "num_splits": 1,
     }  # fmt: skip
+    assert engine_changes.plan_of(call | {"q": torch.zeros(5, 8, 64)}) is None
+
+
+def test_the_kit_plans_where_the_backend_does() -> None:
+    """Requests with different numbers of queries are called without a plan where the kernels can plan none for them."""
+    kernels = dataclasses.replace(reference_kernels(), plans_unequal_queries=False)
+    for rows, planned in (((4, 4), True), ((4, 3), False)):
+        batch = validate_numerics.Batch(validate_numerics.Shape(rows, (70, 9)), torch.float32, torch.device("cpu"))
+        assert (batch.plan(kernels) is not None, batch.plan(reference_kernels()) is not None) == (planned, True)
 
 
 def test_engine_changes_let_attention_show() -> None:
