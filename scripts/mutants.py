@@ -109,6 +109,7 @@ def signature_mutants() -> Iterator[Mutant]:
         yield Mutant(f"signature in spite of {name}", BACKEND, check, "False", "differ_in_one_thing")
 
 
+PLANNED = "if self._kernels.plans_unequal_queries or _has_equal_queries(arguments):"
 PASS_RULES = (
     Mutant("end_pass does nothing", CACHE, "        self._ended = True\n\n    def begin_layer",
            "        pass\n\n    def begin_layer", "rewritten_in_place or init_method or outside"),
@@ -126,7 +127,11 @@ PASS_RULES = (
            "reuse_one_metadata_object or the_same_layer_object"),
     Mutant("role ignored", CACHE, "(id(layer), role) in self._seen", "(id(layer), 0) in self._seen",
            "cascade or context_parallel"),
-    Mutant("role never counted", BACKEND, "        call.role += 1\n", "", "cascade or context_parallel"),
+    Mutant("role never counted", BACKEND, "            call.role += 1\n", "", "cascade or context_parallel"),
+    Mutant("unequal queries are planned", BACKEND, PLANNED, "if True:", "unequal_queries"),
+    Mutant("unequal queries are never planned", BACKEND, PLANNED, "if _has_equal_queries(arguments):", "plan_all"),
+    Mutant("queries of one request make all equal", BACKEND, '(cu_seqlens_q.shape[0] - 1) * arguments["max_seqlen_q"]',
+           'arguments["max_seqlen_q"]', "unequal_queries"),
     Mutant("layers known by their id", CACHE, "(id(layer), role) in self._seen:",
            "getattr(layer, 'layer_id', 0) in [getattr(one, 'layer_id', 0) for one in self._seen.values()]:",
            "share_keys"),
