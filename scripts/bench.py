@@ -48,6 +48,8 @@ from validate_report import versions
 
 HERE = Path(__file__).resolve().parent
 PAGE = 64
+OCCUPIED = 4 << 30
+"""Bytes of the GPU that may be in use before the benchmark starts: a context, and what a desktop needs."""
 PROMPTS, SHORT = 5, 2048
 """Prompts that a peer prefills in one turn, up to this length: where the host is the limit, one alone says little."""
 
@@ -93,7 +95,13 @@ class Model:
     contexts: tuple[int, ...] = (1024, 8192, 32768)
     prefills: tuple[int, ...] = (512, 2048, 8192, 32768)
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of places that it is for."""
+        return ("verify",) if self.draft else ("decode", "prefill", "eager")
 
+
+KINDS = ("decode", "verify", "prefill", "eager")
 _DENSE = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 32, "vocab_size": 32000}
 _CHAIN = {"speculative_algorithm": "EAGLE", "speculative_num_steps": 3, "speculative_eagle_topk": 1,
           "speculative_num_draft_tokens": 4}  # fmt: skip
@@ -141,6 +149,8 @@ class Point:
     """``equal``, or why there are no times."""
     difference: float | None = None
     """The largest difference of a log-probability from upstream's, up to the first other token; ``None``: no number."""
+    allowed: float | None = None
+    """What it may be: twice what upstream's own two answers differ by, and at least :data:`RESOLUTION`."""
     step_ms: list[float] = field(default_factory=list)
     """From the end of one pass to the end of the next: the median of each round."""
     forward_ms: list[float] = field(default_factory=list)
@@ -165,19 +175,20 @@ class Contest:
         self.steps = options.steps
 
     def run(self) -> Iterator[None]:
-        """Everything that this model is for; goes on after each place."""
-        for context in self.model.contexts:
-            for batch in self.model.batches:
-                self._decode("verify" if self.model.draft else "decode", batch, context)
-                yield
-        if self.model.draft:
-            return
-        for tokens in self.model.prefills:
+        """Everything that this model is for and that was asked for; goes on after each place."""
+        kinds = set(self.model.kinds) & set(self.options.kinds)
+        for kind in kinds & {"decode", "verify"}:
+            for context in self.model.contexts:
+                for batch in self.model.batches:
+                    self._decode(kind, batch, context)
+                    yield
+        for tokens in self.model.prefills if "prefill" in kinds else ():
             self._prefill(tokens)
             yield
-        # A batch that no graph was captured for runs without one.
-        self._decode("eager", max(self.model.batches) + 2, PAGE)
-        yield
+        if "eager" in kinds:
+            # A batch that no graph was captured for runs without one.
+            self._decode("eager", max(self.model.batches) + 2, PAGE)
+            yield
 
     def _decode(self, kind: str, batch: int, context: int) -> None:
         needed = batch * (-(-(context + self.steps + 8) // PAGE) + 1) * PAGE
@@ -248,11 +259,12 @@ class Contest:
                 point.verdict = point.verdict or "upstream gave no answer to compare with"
             return
         first, right = answers[UPSTREAM]
-        allowed = 2 * deviation(first, right)[0]
+        allowed = max(2 * deviation(first, right)[0], RESOLUTION)
         for name, (_, answer) in answers.items():
             off = deviation(answer, right)[0]
             points[name].difference = off if math.isfinite(off) else None
-            points[name].verdict = "equal" if off <= max(allowed, RESOLUTION) else f"wrong output (off by {off:.2g})"
+            points[name].allowed = allowed
+            points[name].verdict = "equal" if off <= allowed else f"wrong output (off by {off:.2g}, not {allowed:.2g})"
 
     @contextmanager
     def survives(self, name: str, point: Point) -> Iterator[None]:
@@ -358,13 +370,15 @@ def contend(contest: Contest, peers: Sequence[Peer]) -> Iterator[dict[str, Any]]
     }  # fmt: skip
     _say(f"  engines up after {time.monotonic() - began:.0f} s")
     for _ in contest.run():
-        yield found | {"points": [asdict(point) for point in contest.points]}
-    traces = contest.traces()
+        # The load tells a reader whether something else kept the processor busy.
+        found["points"], found["load"] = [asdict(point) for point in contest.points], os.getloadavg()[0]
+        yield found
+    found["traces"] = contest.traces()
     # The next model's engines need the device's memory.
     for engine in contest.engines.values():
         engine.close()
-    points = [asdict(point) for point in contest.points]
-    yield found | {"points": points, "traces": traces, "seconds": time.monotonic() - began}
+    found["seconds"] = time.monotonic() - began
+    yield found
 
 
 def _first_state(peer: Peer, contest: Contest) -> dict[str, Any]:
@@ -377,7 +391,15 @@ def _first_state(peer: Peer, contest: Contest) -> dict[str, Any]:
         found = measurements(state)
         if found["backend"] != peer.backend:
             raise EngineDied(f"{found['backend']} serves in place of {peer.backend}: the log says why.")
-        return {"allocator": found["memory"], "sglang": state.get("memory_usage", {})}
+        usage = state["memory_usage"]
+        wanted = contest.model.kv_tokens // PAGE * PAGE
+        if usage["token_capacity"] < wanted:
+            # With a smaller cache it would serve the same requests in other batches, and more slowly.
+            raise EngineDied(
+                f"Its KV cache holds {usage['token_capacity']} tokens and not {wanted}: the GPU has too little free "
+                "memory for all peers. End what else uses it, or measure fewer --peers at a time."
+            )
+        return {"allocator": found["memory"], "sglang": usage}
     _say(f"  {peer.name} {point.verdict}")
     return {}
 
@@ -417,7 +439,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run what was asked for, and write the report; returns the exit status."""
     options = _options(arguments)
     if options.report:
-        return _draw(merged([json.loads(page.read_text()) for page in options.report]), options.out or Path())
+        earlier = merged([json.loads(page.read_text()) for page in options.report])
+        return _draw(of_kinds(earlier, options.kinds), options.out or Path())
     out = options.out or Path(f"bench-{datetime.datetime.now().astimezone():%Y%m%d-%H%M%S}")
     out.mkdir(parents=True, exist_ok=True)
     peers = [peer for peer in (HOPPER if options.device == "cuda" else REFERENCE) if peer.name in options.peers]
@@ -469,8 +492,7 @@ def chosen_places(model: Model, options: argparse.Namespace) -> Model:
 def _draw(result: Mapping[str, Any], out: Path) -> int:
     from bench_report import write_report
 
-    planned = {name: ("verify",) if model.draft else ("decode", "prefill", "eager") for name, model in MODELS.items()}
-    for page in write_report(result, out, planned):
+    for page in write_report(result, out, {name: model.kinds for name, model in MODELS.items()}):
         print(page)
     return 0
 
@@ -489,6 +511,15 @@ def merged(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {**results[0], "models": models, "kernels": kernels[-1] if kernels else []}
 
 
+def of_kinds(result: Mapping[str, Any], kinds: Sequence[str]) -> dict[str, Any]:
+    """``result`` with the places of these kinds alone."""
+    models = {
+        name: model | {"points": [point for point in model["points"] if point["kind"] in kinds]}
+        for name, model in result["models"].items()
+    }
+    return {**result, "models": models}
+
+
 def now() -> str:
     """The time, for a report."""
     return datetime.datetime.now().astimezone().isoformat(timespec="seconds")
@@ -502,6 +533,12 @@ def _device(kind: str) -> dict[str, Any]:
     if not torch.cuda.is_available():
         sys.exit(f"PyTorch {torch.__version__} sees no NVIDIA GPU. --device cpu tries the benchmark without one.")
     found = torch.cuda.get_device_properties(0)
+    free, _ = torch.cuda.mem_get_info(0)
+    if found.total_memory - free > OCCUPIED:
+        sys.exit(
+            f"{(found.total_memory - free) / 2**30:.0f} GiB of {found.name} are in use: something else runs there, and "
+            "times would say little. End it first."
+        )
     if found.major != 9:
         sys.exit(
             f"{found.name} has compute capability {found.major}.{found.minor}: FA3's kernels are for 9.0 (Hopper)."
@@ -520,6 +557,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--models", type=_some_of(MODELS), default=tuple(MODELS), help=f"some of {','.join(MODELS)}")
     names = [peer.name for peer in HOPPER]
     parser.add_argument("--peers", type=_some_of(names), default=tuple(names), help=f"some of {','.join(names)}")
+    parser.add_argument("--kinds", type=_some_of(KINDS), default=KINDS, help=f"some of {','.join(KINDS)}")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each peer at each point (default: 5)")
     parser.add_argument("--steps", type=int, default=48, help="tokens that a request is continued by (default: 48)")

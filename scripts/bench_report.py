@@ -101,9 +101,11 @@ def as_markdown(
     device = ", ".join(f"{name} {value}" for name, value in result["device"].items() if name != "name")
     stack = ", ".join(f"{name} {version}" for name, version in result["versions"].items() if version != "absent")
     missing = [f"* {what}" for what in _missing(every, planned or {})]
+    notes = [f"* {name}: {one['note']}" for name, one in result["models"].items() if "note" in one]
     lines = [
         f"# Benchmark on {result['device']['name']}", "", f"{device}; {stack}.", "", *INTRODUCTION, "",
-        *table(("Model", "What it is", "Measured", "Rounds", "Tokens a request"), _runs(result)), "",
+        *table(("Model", "What it is", "Measured", "Rounds", "Tokens a request", "Load"), _runs(result)), "",
+        *([*notes, ""] if notes else []),
         *(["Not measured:", "", *missing, ""] if missing else []),
         "## Bars", "", *table(("Bar", "Measured", "Met"), bars(every, result)), "",
         *(f"![{name}]({name})" for name in plots), "",
@@ -116,8 +118,8 @@ def as_markdown(
         if rows:
             head = ("Model", "Place", "upstream ms", "ours ms", "ours / upstream", "in-tree / upstream")
             lines += [f"## {title}", "", *table(head, rows), ""]
-    if rows := hosts(every):
-        lines += ["## Host time of an attention call, eager", "", *table(HOST, rows), ""]
+    if rows := hosts(result, every):
+        lines += ["## Host time of an attention call, no graphs", "", HOSTS_SAY, "", *table(HOST, rows), ""]
     if rows := memory(result):
         lines += ["## Memory", "", *table(MEMORY, rows), ""]
     lines += ["## What a pass costs", "", *cost_model(result, every), ""]
@@ -127,15 +129,19 @@ def as_markdown(
 
 
 def _kernel(one: Mapping[str, Any]) -> list[str]:
-    times = [
-        time for where in ("graph", "host") for times in [one[where]]
-        for time in (times["without"], times["with"], times["without"] - times["with"], times["plan"])
-    ]  # fmt: skip
-    return [one["call"], *(f"{time:.2f}" for time in times)]
+    cells = [one["call"]]
+    for times in (one["graph"], one.get("host")):
+        found = times and (times["without"], times["with"], times["without"] - times["with"], times["plan"])
+        cells += [f"{time:.2f}" for time in found] if found else ["–"] * 4
+    return cells
 
 
 def _runs(result: Mapping[str, Any]) -> list[list[Any]]:
-    return [[name, one["title"], one["started"], one["rounds"], one["steps"]] for name, one in result["models"].items()]
+    found = []
+    for name, one in result["models"].items():
+        load = f"{one['load']:.1f}" if "load" in one else "–"
+        found.append([name, one["title"], one["started"], one["rounds"], one["steps"], load])
+    return found
 
 
 def _missing(every: Sequence[Place], planned: Mapping[str, Sequence[str]]) -> list[str]:
@@ -150,7 +156,8 @@ INTRODUCTION = [
         "place has times only for peers whose log-probabilities are those of SGLang's own FA3, but for what another "
         "number of splits changes in the last bits. Ratios are times over those of SGLang's own FA3, and below 1 is "
         "faster: the median of the rounds, and in parentheses the least and the greatest. In each round the peers took "
-        "turns."
+        "turns. The load is that of the whole machine in the last minute of a model's turn: one engine works at a "
+        "time, so above some 4 something else did too, and times in which the host is the limit say little."
     )
 ]
 TITLES = {
@@ -168,7 +175,14 @@ KERNELS_SAY = (
     "kernel that it launches first. With one, a call that is not split launches a kernel that clears a counter of the "
     "plan instead, so that the host spares little or nothing."
 )
-HOST = ("Model", "Pass", "upstream µs", "ours µs", "ours / upstream")
+HOST = (
+    "Model", "Pass", "upstream µs", "ours µs", "ours / upstream", "Calls a pass", "Calls x difference, µs",
+    "Pass longer by, µs",
+)  # fmt: skip
+HOSTS_SAY = (
+    "Where the host is the limit, a pass is longer by what its calls take longer, so the last two columns agree; where "
+    "the device is, it is not. The limit, a call without any time of this package, is upstream's."
+)
 MEMORY = ("Model", "Peer", "KV cache", "Allocated", "Reserved", "more than upstream", "in KV tokens")
 
 
@@ -223,14 +237,18 @@ def planners(result: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
-def hosts(every: Iterable[Place]) -> list[list[str]]:
-    """The table of host times."""
+def hosts(result: Mapping[str, Any], every: Iterable[Place]) -> list[list[str]]:
+    """The table of host times, and what they make of a pass."""
     rows = []
     for place in every:
         ratio = place.ratio(OURS, "call_us")
         if ratio and place.kind in ("prefill", "eager"):
-            sides = [f"{statistics.median(place.times(peer, 'call_us')):.1f}" for peer in (UPSTREAM, OURS)]
-            rows.append([place.model, f"{place.kind}, {place.label}", *sides, str(ratio)])
+            theirs, ours = (statistics.median(place.times(peer, "call_us")) for peer in (UPSTREAM, OURS))
+            longer = 1e3 * (statistics.median(place.times(OURS)) - statistics.median(place.times(UPSTREAM)))
+            traced = planned(result, place.model, "EXTEND" if place.kind == "prefill" else "DECODE", OURS)
+            said = [f"{traced['calls']:g}", f"{traced['calls'] * (ours - theirs):+.0f}"] if traced else ["–", "–"]
+            where = f"{place.kind}, {place.label}"
+            rows.append([place.model, where, f"{theirs:.1f}", f"{ours:.1f}", str(ratio), *said, f"{longer:+.0f}"])
     return rows
 
 
@@ -286,13 +304,19 @@ def bars(every: Sequence[Place], result: Mapping[str, Any]) -> list[list[str]]:
             sides = [planned(result, model, mode, peer) for peer in (OURS, UPSTREAM)]
             if all(sides):
                 ours, theirs = (side["plans"] for side in sides if side)
-                met = "yes" if ours <= GEOMETRIES.get(model, 1) else "no"
+                met = "yes" if ours <= GEOMETRIES.get(model, 1) else UNPLANNED.get((model, mode), "no")
                 rows.append([f"a plan a geometry: {model}, {mode}", f"{ours:g}, upstream {theirs:g}", met])
     return rows
 
 
 GEOMETRIES = {"gemma2": 2}
 """Models whose layers have more than one geometry, and how many: window layers are others than full ones."""
+
+
+UNPLANNED = {
+    ("mla", "EXTEND"): "none can be passed: prefill of MLA attends to raw keys, and FA3 takes no plan for those"
+}
+"""Passes whose calls plan for themselves, and why."""
 
 
 def _met(ratio: Ratio, limit: float) -> str:
@@ -452,7 +476,7 @@ def _draw_savings(found: Sequence[Saving], page: Path) -> Path:
         axis.plot([s.plans for s in points], [s.microseconds for s in points], "o", label=model, alpha=0.7)
     ends = [0.0, max(saving.plans for saving in found) + 1]
     line = [besides + each * end for end in ends]
-    axis.plot(ends, line, color="black", linewidth=1, label=f"{each:.2f} µs a plan + {besides:.1f} µs")
+    axis.plot(ends, line, color="black", linewidth=1, label=f"{each:.2f} µs a plan, {besides:+.1f} µs")
     axis.set_xlabel("plans that a pass does not compute")
     axis.set_ylabel("µs that a pass under graphs is shorter")
     axis.grid(alpha=0.3)

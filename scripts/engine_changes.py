@@ -25,19 +25,22 @@ PLANS = "SGLANG_MUSA_EXT_SCRIPTS_PLANS"
 def initialize(model: Any) -> None:
     """Fill ``model`` with random weights under which answers depend on every token.
 
-    Each matrix keeps the size of what it multiplies, and norms are near 1. SGLang's own dummy weights are all within
-    0.001, the norms' too: what attention adds to the hidden states is then below their rounding, and engines with
-    different attention give equal answers.
+    Each matrix keeps the size of what it multiplies, and norms multiply by about 1. SGLang's own dummy weights are all
+    within 0.001, the norms' too: what attention adds to the hidden states is then below their rounding, and engines
+    with different attention give equal answers. With norms far above 1 each layer would make a difference in the last
+    bit larger, and after some twenty of them answers would differ by as much as those of another attention.
     """
     import torch
 
+    # Gemma's norms multiply by their weight and 1.
+    added = {f"{name}.weight" for name, module in model.named_modules() if type(module).__name__.startswith("Gemma")}
     for name, weight in model.state_dict().items():
         if torch.is_floating_point(weight):
             generator = torch.Generator(device=weight.device).manual_seed(zlib.crc32(name.encode()))
             if weight.dim() > 1:
                 weight.normal_(0.0, weight.shape[-1] ** -0.5, generator=generator)
             else:
-                center = 1.0 if "norm" in name else 0.0
+                center = 1.0 if "norm" in name and name not in added else 0.0
                 weight.uniform_(center - 0.25, center + 0.25, generator=generator)
 
 

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import bench
@@ -20,6 +21,7 @@ import bench_kernels
 import bench_report
 import pytest
 import torch
+from bench import PAGE
 from bench_probe import measurements
 from engine_process import Engine, EngineDied, graph_arguments, last_error
 from validate_numerics import Shape
@@ -63,7 +65,7 @@ class FakeEngine:
 
 def contest(**engines: Any) -> bench.Contest:
     """A contest of fake engines, after one decode place."""
-    options = argparse.Namespace(rounds=3, steps=8, device="cuda")
+    options = argparse.Namespace(rounds=3, steps=8, device="cuda", kinds=bench.KINDS)
     found = bench.Contest(MODEL, engines, options, Path())
     found._decode("decode", 1, 64)
     return found
@@ -107,8 +109,9 @@ def test_what_upstream_varies_by_is_allowed() -> None:
             return self.answer
 
     near = {"tokens": [[4, 5]], "logprobs": [[-1.0, -2.15]]}
-    found = verdicts(contest(upstream=Varying(RIGHT), ours=FakeEngine(near)))
-    assert found["ours"] == ("equal", 3)
+    varied = contest(upstream=Varying(RIGHT), ours=FakeEngine(near))
+    assert verdicts(varied)["ours"] == ("equal", 3)
+    assert [point.allowed for point in varied.points] == [pytest.approx(0.4)] * 2
     assert verdicts(contest(upstream=FakeEngine(RIGHT), ours=FakeEngine(near)))["ours"][1] == 0
 
 
@@ -133,11 +136,54 @@ def test_nobody_is_timed_without_upstream() -> None:
 
 def test_a_place_that_does_not_fit_is_said_so() -> None:
     """A KV cache that is too small for a place is the place's verdict, and no engine is asked."""
-    options = argparse.Namespace(rounds=3, steps=8, device="cuda")
+    options = argparse.Namespace(rounds=3, steps=8, device="cuda", kinds=bench.KINDS)
     found = bench.Contest(MODEL, {"upstream": FakeEngine(RIGHT, 1.0, 0)}, options, Path())  # type: ignore[dict-item]
     found._decode("decode", 128, 32768)
     assert "needs a KV cache of" in found.points[0].verdict
     assert not found.failed
+
+
+@pytest.mark.parametrize(("capacity", "up"), [((1 << 20) - PAGE, False), (1 << 20, True), (1 << 21, True)])
+def test_a_peer_with_a_smaller_cache_is_not_timed(capacity: int, up: bool) -> None:
+    """It would serve the same requests in other batches: it is out, with what its cache holds and what to do."""
+
+    class Small(FakeEngine):
+        def state(self) -> dict[str, Any]:
+            return super().state() | {"memory_usage": {"token_capacity": capacity}}
+
+    options = argparse.Namespace(rounds=3, steps=8, device="cuda", kinds=bench.KINDS)
+    found = bench.Contest(MODEL, {"ours": Small(RIGHT)}, options, Path())  # type: ignore[dict-item]
+    memory = bench._first_state(bench.Peer("ours", "", "", {}), found)
+    assert (bool(memory), "ours" in found.engines) == (up, up)
+    assert up or f"holds {capacity} tokens and not {1 << 20}" in found.failed["ours"]
+
+
+def test_only_what_was_asked_for_is_measured_and_reported() -> None:
+    """With --kinds other places are left out of a run, and of a report of an earlier one."""
+    model = dataclasses.replace(MODEL, prefills=(64,))
+    for kinds, expected in ((("decode",), {"decode"}), (("prefill", "verify"), {"prefill"}), (bench.KINDS, None)):
+        options = argparse.Namespace(rounds=1, steps=8, device="cuda", kinds=kinds)
+        engine: Any = FakeEngine(RIGHT)
+        engine.state = lambda: {"bench": json.dumps({"forwards": [], "traces": [], "backend": "", "memory": {}})}
+        found = bench.Contest(model, {"upstream": engine}, options, Path())
+        assert len(list(found.run())) == len(expected or model.kinds)
+        assert {point.kind for point in found.points} == (expected or set(model.kinds))
+    models = bench.of_kinds(result(), ["verify"])["models"]
+    assert [len(model["points"]) for model in models.values()] == [0, 0, 6]
+
+
+def test_a_gpu_in_use_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Times beside another program's would say little, so there are none."""
+    properties = SimpleNamespace(name="a GPU", major=9, minor=0, total_memory=80 << 30, multi_processor_count=132)
+    for free, refused in ((60 << 30, True), (79 << 30, False)):
+        answers = {"is_available": True, "get_device_properties": properties, "mem_get_info": (free, 80 << 30)}
+        for name, answer in answers.items():
+            monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
+        if refused:
+            with pytest.raises(SystemExit, match="20 GiB of a GPU are in use"):
+                bench._device("cuda")
+        else:
+            assert bench._device("cuda")["name"] == "a GPU"
 
 
 def test_only_passes_after_their_like_count() -> None:
@@ -384,6 +430,8 @@ def test_calls_are_told_with_what_a_plan_spares() -> None:
     data = {**result(), "kernels": [{"call": "decode", "graph": graph, "host": host}]}
     row = "| decode | 10.00 | 8.50 | 1.50 | 2.50 | 20.00 | 24.00 | -4.00 | 9.00 |"
     assert row in bench_report.as_markdown(data)
+    del data["kernels"][0]["host"]
+    assert "| decode | 10.00 | 8.50 | 1.50 | 2.50 | – | – | – | – |" in bench_report.as_markdown(data)
 
 
 def test_every_prefill_has_a_bar() -> None:
@@ -398,10 +446,42 @@ def test_every_prefill_has_a_bar() -> None:
     assert [row[2] for row in rows] == ["no", "within the spread", "yes"]
 
 
+def test_what_the_host_takes_is_laid_beside_the_pass() -> None:
+    """Calls of 2 µs more, 26 times a pass, make 52 µs, beside the 60 by which the pass is longer."""
+    data = result()
+    for peer, times, calls in (("upstream", [4.0] * 3, [20.0] * 3), ("ours", [4.06] * 3, [22.0] * 3)):
+        found = {"kind": "eager", "batch": 10, "tokens": 64, "peer": peer, "verdict": "equal"}
+        data["models"]["dense"]["points"].append(found | {"forward_ms": [], "step_ms": times, "call_us": calls})
+    [row] = bench_report.hosts(data, bench_report.places(data))
+    assert row[2:4] == ["20.0", "22.0"]
+    assert row[5:] == ["26", "+52", "+60"]
+    assert " | ".join(row) in bench_report.as_markdown(data)
+
+
+def test_passes_whose_calls_take_no_plan_say_why() -> None:
+    """A plan a layer is a bar not met, unless no plan can be passed there."""
+    traces = [{"peer": peer, "mode": "EXTEND", "kernels": {"prepare_varlen_num_blocks": [27, 80.0]}}
+              for peer in ("ours", "upstream")]  # fmt: skip
+    data = result()
+    data["models"] = {name: {**data["models"]["dense"], "traces": traces} for name in ("mla", "dense")}
+    rows = {row[0]: row for row in bench_report.bars(bench_report.places(data), data)}
+    assert rows["a plan a geometry: dense, EXTEND"][1:] == ["27, upstream 27", "no"]
+    assert rows["a plan a geometry: mla, EXTEND"][2].startswith("none can be passed")
+
+
 def test_memory_is_told_in_tokens() -> None:
     """A MiB more than upstream, at 64 KiB a token, is 16 tokens fewer."""
     rows = bench_report.memory(result())
     assert rows[1][-2:] == ["1.0 MiB", "-16"]
+
+
+def test_what_a_reader_must_know_of_a_run_is_said() -> None:
+    """A note and the machine's load stand beside the model that they are of."""
+    data = result()
+    data["models"]["dense"] |= {"note": "on a Sunday", "load": 17.25}
+    text = bench_report.as_markdown(data)
+    assert "| dense | dense | today | 3 | 48 | 17.2 |" in text
+    assert "\n* dense: on a Sunday\n" in text
 
 
 def test_a_report_has_its_plots(tmp_path: Path) -> None:

@@ -508,6 +508,18 @@ def test_engine_changes_let_attention_show() -> None:
     assert one["lin.weight"].equal(other["lin.weight"])
 
 
+def test_gemmas_norms_multiply_by_about_one_too() -> None:
+    """They add 1 to their weight, which is therefore near 0."""
+
+    class GemmaNorm(torch.nn.LayerNorm):
+        pass
+
+    model = torch.nn.ModuleDict({"norm": GemmaNorm(256, bias=False)})
+    engine_changes.initialize(model)
+    weight = model.state_dict()["norm.weight"]
+    assert -0.25 <= float(weight.min()) < 0.0 < float(weight.max()) <= 0.25
+
+
 SANITIZER = """#!{python}
 import json, sys, time
 print("========= COMPUTE-SANITIZER")
