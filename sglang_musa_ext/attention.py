@@ -177,7 +177,7 @@ class MusaFA3Mixin:
                 metadata = self._scheduler_metadata(arguments, call, signature)
             call.role += 1
         arguments["scheduler_metadata"] = metadata
-        result = self._kernels.attention(tuple(arguments))(**arguments)
+        result = self._kernels.attention(arguments)(**arguments)
         if self._settings.check == "output" and not self._plans.capturing:
             _require_reference_output(result, arguments, self._pool_device, call.layer, role)
         return result

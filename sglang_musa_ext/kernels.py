@@ -12,7 +12,7 @@ import importlib
 import importlib.metadata
 import inspect
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -75,16 +75,18 @@ class FA3Kernels:
     _directly: dict[tuple[str, ...], bool] = field(default_factory=dict, init=False, repr=False, compare=False)
     """Whether calls with these names go to :attr:`unadapted`: worked out once."""
 
-    def attention(self, names: tuple[str, ...]) -> Callable[..., Any]:
+    def attention(self, arguments: Iterable[str]) -> Callable[..., Any]:
         """What serves ``flash_attn_with_kvcache`` calls with these names: the library itself, if it has them all.
 
         Adapting a call takes a quarter of the host's time that this package adds to one, and most calls need none.
         """
+        if self.unadapted is None:
+            return self.flash_attn_with_kvcache
+        names = tuple(arguments)
         directly = self._directly.get(names)
         if directly is None:
-            taken = () if self.unadapted is None else inspect.signature(self.unadapted).parameters
-            directly = self._directly[names] = set(names) <= set(taken)
-        return self.unadapted if directly and self.unadapted is not None else self.flash_attn_with_kvcache
+            directly = self._directly[names] = set(names) <= set(inspect.signature(self.unadapted).parameters)
+        return self.unadapted if directly else self.flash_attn_with_kvcache
 
     def require(self, *, page_size: int, kv_cache_dtype: torch.dtype, use_mla: bool) -> None:
         """Refuse a configuration that these kernels cannot serve, before the first request.
@@ -485,21 +487,33 @@ def _mate_function(function: Callable[..., Any], release: tuple[int, ...]) -> Ca
 
 def _require_half(arguments: _Arguments) -> _Arguments:
     """Refuse fp8, and drop its scales, which mean nothing to other dtypes."""
-    found = {name: arguments[name].dtype for name in _INPUTS if arguments.get(name) is not None}
-    if set(found.values()) - _HALF or len(set(found.values())) > 1:
-        seen = ", ".join(f"{name} {_short(dtype)}" for name, dtype in found.items())
-        raise UnsupportedKernelArgument(
-            f"MATE's attention kernels take queries, keys and values of one dtype out of {_names(_HALF)}, and fp8 not "
-            f"at all; the call has {seen}. Start the server with --kv-cache-dtype auto and --dtype bfloat16."
-        )
-    return {name: value for name, value in arguments.items() if not name.endswith("_descale")}
+    dtype = arguments["q"].dtype
+    for name in _INPUTS:
+        tensor = arguments.get(name)
+        if tensor is not None and (tensor.dtype is not dtype or dtype not in _HALF):
+            raise _not_half(arguments)
+    for name in _SCALES:
+        arguments.pop(name, None)
+    return arguments
 
 
 _INPUTS = ("q", "qv", "k", "v", "k_cache", "v_cache")
+_SCALES = ("q_descale", "k_descale", "v_descale")
+
+
+def _not_half(arguments: _Arguments) -> UnsupportedKernelArgument:
+    found = {name: arguments[name].dtype for name in _INPUTS if arguments.get(name) is not None}
+    seen = ", ".join(f"{name} {_short(dtype)}" for name, dtype in found.items())
+    return UnsupportedKernelArgument(
+        f"MATE's attention kernels take queries, keys and values of one dtype out of {_names(_HALF)}, and fp8 not "
+        f"at all; the call has {seen}. Start the server with --kv-cache-dtype auto and --dtype bfloat16."
+    )
 
 
 def _require_bfloat16_sinks(arguments: _Arguments) -> _Arguments:
-    sinks = next((arguments[name] for name in ("sinks", "s_aux") if arguments.get(name) is not None), None)
+    sinks = arguments.get("sinks")
+    if sinks is None:
+        sinks = arguments.get("s_aux")
     if sinks is not None and sinks.dtype != torch.bfloat16:
         # Rounding them here would be a choice about the model's weights, made anew in every call.
         raise UnsupportedKernelArgument(
@@ -549,8 +563,10 @@ def _require_mla_decode(arguments: _Arguments) -> _Arguments:
 
 def _drop_unset(arguments: _Arguments) -> _Arguments:
     """Leave out what is ``None`` where FA3 has another word for "none": not every release of MATE takes both."""
-    plain = {"window_size", "attention_chunk", "softcap", "num_splits"}
-    return {name: value for name, value in arguments.items() if value is not None or name not in plain}
+    for name in ("window_size", "attention_chunk", "softcap", "num_splits"):
+        if name in arguments and arguments[name] is None:
+            del arguments[name]
+    return arguments
 
 
 def _is_given(value: Any) -> bool:
