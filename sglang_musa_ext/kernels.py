@@ -487,11 +487,13 @@ def _mate_function(function: Callable[..., Any], release: tuple[int, ...]) -> Ca
 
 def _require_half(arguments: _Arguments) -> _Arguments:
     """Refuse fp8, and drop its scales, which mean nothing to other dtypes."""
-    dtype = arguments["q"].dtype
+    dtype = None
     for name in _INPUTS:
         tensor = arguments.get(name)
-        if tensor is not None and (tensor.dtype is not dtype or dtype not in _HALF):
-            raise _not_half(arguments)
+        if tensor is not None:
+            dtype = dtype or tensor.dtype
+            if tensor.dtype is not dtype or dtype not in _HALF:
+                raise _not_half(arguments)
     for name in _SCALES:
         arguments.pop(name, None)
     return arguments
