@@ -412,11 +412,11 @@ def visible_cards(count: int, device: str) -> list[str]:
     return [cards[int(index)]] if index else cards
 
 
-def default_jobs(cards: int) -> int:
-    """How many engines the processor and the GPUs' free memory have room for."""
+def default_jobs(cards: int, each: int = 1) -> int:
+    """How many engines of ``each`` GPUs the processor and the GPUs' free memory have room for."""
     import torch
 
-    memory = sum(torch.cuda.mem_get_info(index)[0] // BYTES for index in range(cards))
+    memory = sum(torch.cuda.mem_get_info(index)[0] // BYTES for index in range(cards)) // each
     return max(1, min(len(os.sched_getaffinity(0)) // 2, memory))
 
 
@@ -433,7 +433,8 @@ def run(options: argparse.Namespace, done: Collection[str], emit: Emit) -> None:
         cards = visible_cards(torch.cuda.device_count(), device)
     reasons = {name: why or _too_few(name, len(cards)) for name in names}
     skipped = [name for name, reason in reasons.items() if reason]
-    fleet = Fleet(options, cards, 1 if why else options.jobs or default_jobs(len(cards)), emit)
+    most = max((MODES[name].gpus for name in names if name not in skipped), default=1)
+    fleet = Fleet(options, cards, 1 if why else options.jobs or default_jobs(len(cards), most), emit)
     try:
         cases = Session(fleet).cases([name for name in names if name not in skipped], done)
         cases += [(name, functools.partial(Outcome, PART, name, SKIP, reasons[name])) for name in skipped]
