@@ -498,7 +498,7 @@ def _draw(result: Mapping[str, Any], out: Path) -> int:
 
 
 def merged(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Several runs on one device as one: of a model that is in several, the last.
+    """Several runs on one device as one: of the kinds of places of a model that are in several, the last.
 
     Raises:
         SystemExit: they are of different devices or versions.
@@ -506,9 +506,19 @@ def merged(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     for name in ("device", "versions"):
         if any(one[name] != results[0][name] for one in results):
             sys.exit(f"These runs differ in their {name}, so that one report of them would compare what cannot be.")
-    models = {name: model for one in results for name, model in one["models"].items()}
+    models: dict[str, Any] = {}
+    for one in results:
+        for name, model in one["models"].items():
+            models[name] = _measured_again(models[name], model) if name in models else model
     kernels = [rows for one in results if (rows := one.get("kernels"))]
     return {**results[0], "models": models, "kernels": kernels[-1] if kernels else []}
+
+
+def _measured_again(earlier: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:
+    """A model's two runs as one: what the later one did not measure is the earlier one's."""
+    kinds = {point["kind"] for point in later["points"]}
+    points = [point for point in earlier["points"] if point["kind"] not in kinds]
+    return {**later, "points": points + later["points"], "traces": later["traces"] or earlier["traces"]}
 
 
 def of_kinds(result: Mapping[str, Any], kinds: Sequence[str]) -> dict[str, Any]:

@@ -495,10 +495,15 @@ def test_a_report_has_its_plots(tmp_path: Path) -> None:
 
 
 def test_runs_are_merged_if_they_are_of_one_device() -> None:
-    """A model is taken from the last run that has it; runs on two devices make no one report."""
-    first, second = result(), {**result(), "models": {"dense": {"title": "again"}}}
+    """A kind of places of a model is taken from the last run that has it; runs on two devices make no one report."""
+    first, second = result(), result()
+    old, new = point("decode", 1, "upstream", 1.0), point("prefill", 1, "upstream", 2.0)
+    first["models"] = {"dense": {**first["models"]["dense"], "points": [old, new]}, "verify": {"title": "alone"}}
+    again = new | {"forward_ms": [9.0]}
+    second["models"] = {"dense": {"title": "again", "points": [again], "traces": []}}
     found = bench.merged([first, second])["models"]
-    assert (found["dense"], set(found)) == ({"title": "again"}, {"dense", "gemma2", "verify"})
+    assert found["verify"] == {"title": "alone"}
+    assert found["dense"] == {"title": "again", "points": [old, again], "traces": first["models"]["dense"]["traces"]}
     with pytest.raises(SystemExit, match="differ in their device"):
         bench.merged([first, {**second, "device": {"name": "another"}}])
 
