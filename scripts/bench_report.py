@@ -18,6 +18,8 @@ PLANNER = "prepare_varlen_num_blocks"
 """What the kernel that computes scheduler metadata has in its name, in every release of FlashAttention-3."""
 GRAPHED = ("decode", "verify")
 """Kinds of points whose passes are graphs, where the host's time per call does not count."""
+MODES = {"decode": "DECODE", "verify": "TARGET_VERIFY", "prefill": "EXTEND", "eager": "DECODE"}
+"""What SGLang calls the passes of each kind."""
 
 
 @dataclass(frozen=True)
@@ -242,10 +244,10 @@ def hosts(result: Mapping[str, Any], every: Iterable[Place]) -> list[list[str]]:
     rows = []
     for place in every:
         ratio = place.ratio(OURS, "call_us")
-        if ratio and place.kind in ("prefill", "eager"):
+        if ratio and place.kind not in GRAPHED:
             theirs, ours = (statistics.median(place.times(peer, "call_us")) for peer in (UPSTREAM, OURS))
             longer = 1e3 * (statistics.median(place.times(OURS)) - statistics.median(place.times(UPSTREAM)))
-            traced = planned(result, place.model, "EXTEND" if place.kind == "prefill" else "DECODE", OURS)
+            traced = planned(result, place.model, MODES[place.kind], OURS)
             said = [f"{traced['calls']:g}", f"{traced['calls'] * (ours - theirs):+.0f}"] if traced else ["–", "–"]
             where = f"{place.kind}, {place.label}"
             rows.append([place.model, where, f"{theirs:.1f}", f"{ours:.1f}", str(ratio), *said, f"{longer:+.0f}"])
@@ -343,10 +345,9 @@ def savings(result: Mapping[str, Any], every: Iterable[Place]) -> list[Saving]:
     """Every graphed place that has both peers' times and traces."""
     found = []
     for place in every:
-        mode = {"decode": "DECODE", "verify": "TARGET_VERIFY"}.get(place.kind)
-        if mode is None or not (place.times(UPSTREAM, "forward_ms") and place.times(OURS, "forward_ms")):
+        if place.kind not in GRAPHED or not (place.times(UPSTREAM, "forward_ms") and place.times(OURS, "forward_ms")):
             continue
-        sides = [planned(result, place.model, mode, peer) for peer in (UPSTREAM, OURS)]
+        sides = [planned(result, place.model, MODES[place.kind], peer) for peer in (UPSTREAM, OURS)]
         if all(sides):
             theirs, ours = (side["plans"] for side in sides if side)
             times = [1e3 * statistics.median(place.times(peer, "forward_ms")) for peer in (UPSTREAM, OURS)]

@@ -487,13 +487,9 @@ def _mate_function(function: Callable[..., Any], release: tuple[int, ...]) -> Ca
 
 def _require_half(arguments: _Arguments) -> _Arguments:
     """Refuse fp8, and drop its scales, which mean nothing to other dtypes."""
-    dtype = None
-    for name in _INPUTS:
-        tensor = arguments.get(name)
-        if tensor is not None:
-            dtype = dtype or tensor.dtype
-            if tensor.dtype is not dtype or dtype not in _HALF:
-                raise _not_half(arguments)
+    dtypes = {tensor.dtype for name in _INPUTS if (tensor := arguments.get(name)) is not None}
+    if len(dtypes) > 1 or not dtypes <= _HALF:
+        raise _not_half(arguments)
     for name in _SCALES:
         arguments.pop(name, None)
     return arguments

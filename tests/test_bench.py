@@ -21,7 +21,6 @@ import bench_kernels
 import bench_report
 import pytest
 import torch
-from bench import PAGE
 from bench_probe import measurements
 from engine_process import Engine, EngineDied, graph_arguments, last_error
 from validate_numerics import Shape
@@ -63,10 +62,15 @@ class FakeEngine:
         return {"bench": json.dumps({"forwards": [row] * 9, "traces": [], "backend": "", "memory": {}})}
 
 
+def entered(engines: Any, model: bench.Model = MODEL, kinds: Sequence[str] = bench.KINDS) -> bench.Contest:
+    """A contest of fake engines that has not begun."""
+    options = argparse.Namespace(rounds=3, steps=8, device="cuda", kinds=kinds)
+    return bench.Contest(model, engines, options, Path())
+
+
 def contest(**engines: Any) -> bench.Contest:
     """A contest of fake engines, after one decode place."""
-    options = argparse.Namespace(rounds=3, steps=8, device="cuda", kinds=bench.KINDS)
-    found = bench.Contest(MODEL, engines, options, Path())
+    found = entered(engines)
     found._decode("decode", 1, 64)
     return found
 
@@ -136,14 +140,13 @@ def test_nobody_is_timed_without_upstream() -> None:
 
 def test_a_place_that_does_not_fit_is_said_so() -> None:
     """A KV cache that is too small for a place is the place's verdict, and no engine is asked."""
-    options = argparse.Namespace(rounds=3, steps=8, device="cuda", kinds=bench.KINDS)
-    found = bench.Contest(MODEL, {"upstream": FakeEngine(RIGHT, 1.0, 0)}, options, Path())  # type: ignore[dict-item]
+    found = entered({"upstream": FakeEngine(RIGHT, 1.0, 0)})
     found._decode("decode", 128, 32768)
     assert "needs a KV cache of" in found.points[0].verdict
     assert not found.failed
 
 
-@pytest.mark.parametrize(("capacity", "up"), [((1 << 20) - PAGE, False), (1 << 20, True), (1 << 21, True)])
+@pytest.mark.parametrize(("capacity", "up"), [((1 << 20) - bench.PAGE, False), (1 << 20, True), (1 << 21, True)])
 def test_a_peer_with_a_smaller_cache_is_not_timed(capacity: int, up: bool) -> None:
     """It would serve the same requests in other batches: it is out, with what its cache holds and what to do."""
 
@@ -151,8 +154,7 @@ def test_a_peer_with_a_smaller_cache_is_not_timed(capacity: int, up: bool) -> No
         def state(self) -> dict[str, Any]:
             return super().state() | {"memory_usage": {"token_capacity": capacity}}
 
-    options = argparse.Namespace(rounds=3, steps=8, device="cuda", kinds=bench.KINDS)
-    found = bench.Contest(MODEL, {"ours": Small(RIGHT)}, options, Path())  # type: ignore[dict-item]
+    found = entered({"ours": Small(RIGHT)})
     memory = bench._first_state(bench.Peer("ours", "", "", {}), found)
     assert (bool(memory), "ours" in found.engines) == (up, up)
     assert up or f"holds {capacity} tokens and not {1 << 20}" in found.failed["ours"]
@@ -162,10 +164,9 @@ def test_only_what_was_asked_for_is_measured_and_reported() -> None:
     """With --kinds other places are left out of a run, and of a report of an earlier one."""
     model = dataclasses.replace(MODEL, prefills=(64,))
     for kinds, expected in ((("decode",), {"decode"}), (("prefill", "verify"), {"prefill"}), (bench.KINDS, None)):
-        options = argparse.Namespace(rounds=1, steps=8, device="cuda", kinds=kinds)
         engine: Any = FakeEngine(RIGHT)
         engine.state = lambda: {"bench": json.dumps({"forwards": [], "traces": [], "backend": "", "memory": {}})}
-        found = bench.Contest(model, {"upstream": engine}, options, Path())
+        found = entered({"upstream": engine}, model, kinds)
         assert len(list(found.run())) == len(expected or model.kinds)
         assert {point.kind for point in found.points} == (expected or set(model.kinds))
     models = bench.of_kinds(result(), ["verify"])["models"]
