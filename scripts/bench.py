@@ -3,8 +3,9 @@
 scripts/bench [--models NAMES] [--peers NAMES] [--quick] [--out FOLDER]
 
 For each model an engine of every peer is up at the same time, with random weights, and they take turns, so that
-whatever the machine does meets all of them. A peer's answers are compared with those of SGLang's own FA3 first; where
-they differ, or the peer fails, the report says so in place of a time. It measures
+whatever the machine does meets all of them. Passes without graphs take turns in one engine, because there two processes
+of the same code differ by more than the peers do. A peer's answers are compared with those of SGLang's own FA3 first;
+where they differ, or the peer fails, the report says so in place of a time. It measures
 
   decode    the step from one decode pass to the next, by batch and context, under CUDA graphs
   verify    the verify pass of speculative decoding (EAGLE, chains of 4), under CUDA graphs
@@ -67,7 +68,9 @@ class Peer:
 
 
 HOPPER = (
-    Peer(UPSTREAM, "SGLang's own fa3", "FlashAttentionBackend", {"SGLANG_MUSA_EXT": "off"}),
+    # With the kernels for our backend, which takes turns with its own in its engine.
+    Peer(UPSTREAM, "SGLang's own fa3", "FlashAttentionBackend",
+         {"SGLANG_MUSA_EXT": "off", "SGLANG_MUSA_EXT_KERNELS": "hopper"}),
     Peer(OURS, "sglang-musa-ext", "MusaFA3Backend",
          {"SGLANG_MUSA_EXT": "on", "SGLANG_MUSA_EXT_KERNELS": "hopper"}),
     Peer(IN_TREE, "SGLang's in-tree MUSA backend", "MusaFlashAttentionBackend", {"SGLANG_MUSA_EXT": "off"}),
@@ -102,6 +105,8 @@ class Model:
 
 
 KINDS = ("decode", "verify", "prefill", "eager")
+IN_ONE_ENGINE = ("prefill", "eager")
+"""Kinds of places whose passes the peers' backends serve in turn in upstream's engine."""
 _DENSE = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 32, "vocab_size": 32000}
 _CHAIN = {"speculative_algorithm": "EAGLE", "speculative_num_steps": 3, "speculative_eagle_topk": 1,
           "speculative_num_draft_tokens": 4}  # fmt: skip
@@ -158,6 +163,15 @@ class Point:
     call_us: list[float] = field(default_factory=list)
     """The host's time per attention call; empty under graphs."""
 
+    def leave(self, verdict: str) -> None:
+        """Go without times, for this reason."""
+        self.verdict = verdict
+        self.step_ms, self.forward_ms, self.call_us = [], [], []
+
+
+Measure = Callable[[Engine, Sequence[str]], Mapping[str, Mapping[str, float]]]
+"""What takes an engine's times at a place, by peer of those that serve in it."""
+
 
 # --- one model, all peers ---------------------------------------------------------------------------------
 
@@ -198,47 +212,78 @@ class Contest:
         prompts = [prompt(context, row) for row in range(batch)]
         mode = "TARGET_VERIFY" if kind == "verify" else "DECODE"
 
-        def measure(engine: Engine) -> Mapping[str, float]:
+        def measure(engine: Engine, peers: Sequence[str]) -> dict[str, dict[str, float]]:
             engine.run(prompts, self.steps)
-            return passes(rows_of(engine), mode, batch)
+            rows = rows_of(engine)
+            return {peer: passes(rows, mode, batch, peer) for peer in peers}
 
         self._compare(kind, batch, context, prompts, measure)
 
     def _prefill(self, tokens: int) -> None:
         fresh = iter(range(1000, 10_000))
 
-        def once(engine: Engine) -> tuple[float, float]:
-            engine.flush()
-            engine.run([prompt(tokens, next(fresh))], 1)
-            rows = [row for row in rows_of(engine) if row["mode"] == "EXTEND"]
-            calls = sum(row["calls"] for row in rows)
-            host = sum(row["attention_us"] for row in rows) / calls if calls else math.nan
-            return sum(row["forward"] for row in rows), host
-
-        def measure(engine: Engine) -> Mapping[str, float]:
-            forwards, hosts = zip(*(once(engine) for _ in range(PROMPTS if tokens <= SHORT else 1)), strict=True)
-            return {"forward": statistics.median(forwards), "call": statistics.median(hosts)}
+        def measure(engine: Engine, peers: Sequence[str]) -> dict[str, dict[str, float]]:
+            rows = []
+            for _ in range(len(peers) * (PROMPTS if tokens <= SHORT else 1)):
+                engine.flush()
+                engine.run([prompt(tokens, next(fresh))], 1)
+                rows += rows_of(engine)
+            return {peer: prefills(rows, peer) for peer in peers}
 
         self._compare("prefill", 1, tokens, [prompt(tokens, 0)], measure)
 
-    def _compare(
-        self, kind: str, batch: int, tokens: int, prompts: Sequence[Sequence[int]],
-        measure: Callable[[Engine], Mapping[str, float]],
-    ) -> None:  # fmt: skip
+    def _compare(self, kind: str, batch: int, tokens: int, prompts: Sequence[Sequence[int]], measure: Measure) -> None:
         """Check that the peers give equal answers, and time those that do, in turns."""
         points = {name: Point(kind, batch, tokens, name, "") for name in [*self.engines, *self.failed]}
         self.points += points.values()
         self._judge(points, prompts)
-        racing = [name for name, point in points.items() if point.verdict == "equal"]
+        if kind in IN_ONE_ENGINE:
+            self._race_in_one_engine(points, prompts, measure)
+        else:
+            self._race(points, measure)
+        _say(f"  {kind:<8}batch {batch:>3}, {tokens:>5} tokens: " + "; ".join(map(in_short, points.values())))
+
+    def _race(self, points: Mapping[str, Point], measure: Measure) -> None:
+        """Time each peer in its own engine."""
+        racing = racers(points)
         for index in range(self.rounds + 1):
             for name in racing[index % len(racing) :] + racing[: index % len(racing)] if racing else ():
                 if name in self.failed:
                     continue
                 with self.survives(name, points[name]):
-                    found = measure(self.engines[name])
+                    found = measure(self.engines[name], [name])[name]
                     if index:  # The first round warms up.
                         record(points[name], found)
-        _say(f"  {kind:<8}batch {batch:>3}, {tokens:>5} tokens: " + "; ".join(map(in_short, points.values())))
+
+    def _race_in_one_engine(
+        self, points: Mapping[str, Point], prompts: Sequence[Sequence[int]], measure: Measure
+    ) -> None:
+        """Time the peers as backends of upstream's engine, once they have given its answers there too."""
+        if UPSTREAM not in racers(points):
+            return
+        engine = self.engines[UPSTREAM]
+        with self.survives(UPSTREAM, points[UPSTREAM]):
+            answers = {name: self._answer_in_one_engine(name, prompts) for name in racers(points)}
+            for name, answer in answers.items():
+                judge(points[name], deviation(answer, answers[UPSTREAM])[0])
+            racing = racers(points)
+            engine.scheduler("bench_turns", peers=racing)
+            for index in range(self.rounds + 1):
+                found = measure(engine, racing)
+                for name in racing if index else ():
+                    record(points[name], found[name])
+            engine.scheduler("bench_turns", peers=[])
+        if UPSTREAM in self.failed:
+            for point in points.values():
+                point.leave(point.verdict if point.verdict != "equal" else self.failed[UPSTREAM])
+
+    def _answer_in_one_engine(self, name: str, prompts: Sequence[Sequence[int]]) -> Answer:
+        engine = self.engines[UPSTREAM]
+        engine.scheduler("bench_turns", peers=[name])
+        engine.flush()
+        found = engine.ask(prompts, 8)
+        rows_of(engine)
+        return Answer(found["tokens"], found["logprobs"], [])
 
     def _judge(self, points: Mapping[str, Point], prompts: Sequence[Sequence[int]]) -> None:
         """Say of each point whether its peer's answers are those of upstream.
@@ -261,10 +306,8 @@ class Contest:
         first, right = answers[UPSTREAM]
         allowed = max(2 * deviation(first, right)[0], RESOLUTION)
         for name, (_, answer) in answers.items():
-            off = deviation(answer, right)[0]
-            points[name].difference = off if math.isfinite(off) else None
             points[name].allowed = allowed
-            points[name].verdict = "equal" if off <= allowed else f"wrong output (off by {off:.2g}, not {allowed:.2g})"
+            judge(points[name], deviation(answer, right)[0])
 
     @contextmanager
     def survives(self, name: str, point: Point) -> Iterator[None]:
@@ -272,8 +315,8 @@ class Contest:
         try:
             yield
         except EngineDied as error:
-            self.failed[name] = point.verdict = f"failed: {str(error).splitlines()[0][:300]}"
-            point.step_ms, point.forward_ms, point.call_us = [], [], []
+            self.failed[name] = f"failed: {str(error).splitlines()[0][:300]}"
+            point.leave(self.failed[name])
             self.engines.pop(name).close()
 
     def traces(self) -> list[dict[str, Any]]:
@@ -302,21 +345,43 @@ def rows_of(engine: Engine) -> list[dict[str, Any]]:
     return [row for row in rows if not row["draft"]]
 
 
-def passes(rows: Sequence[Mapping[str, Any]], mode: str, batch: int) -> dict[str, float]:
-    """Medians over the passes of this mode and batch whose predecessor was one, too."""
+def racers(points: Mapping[str, Point]) -> list[str]:
+    """The peers whose answers are upstream's."""
+    return [name for name, point in points.items() if point.verdict == "equal"]
+
+
+def judge(point: Point, off: float) -> None:
+    """Say whether a peer may differ from upstream by ``off``, which is no number where its answer has none."""
+    assert point.allowed is not None
+    point.difference = off if math.isfinite(off) else None
+    point.verdict = "equal" if off <= point.allowed else f"wrong output (off by {off:.2g}, not {point.allowed:.2g})"
+
+
+def passes(rows: Sequence[Mapping[str, Any]], mode: str, batch: int, peer: str) -> dict[str, float]:
+    """Medians over the passes of this mode, batch and peer whose predecessor was one of this mode and batch, too."""
     chosen = [
         row for before, row in itertools.pairwise(rows)
         if all(one["mode"] == mode and one["batch"] == batch for one in (before, row))
     ]  # fmt: skip
     # The first ones still fill the pipeline of the scheduler.
-    chosen = chosen[3:]
+    chosen = [row for row in chosen[3:] if row["peer"] == peer]
     if not chosen:
         return {}
     found = {"step": statistics.median(row["since"] for row in chosen)}
-    found["forward"] = statistics.median(row["forward"] for row in chosen)
-    if any(row["calls"] for row in chosen):
-        found["call"] = statistics.median(row["attention_us"] / row["calls"] for row in chosen if row["calls"])
-    return found
+    return found | _each(chosen)
+
+
+def prefills(rows: Sequence[Mapping[str, Any]], peer: str) -> dict[str, float]:
+    """Medians over a peer's passes that each prefill a prompt."""
+    chosen = [row for row in rows if (row["mode"], row["peer"]) == ("EXTEND", peer)]
+    return _each(chosen) if chosen else {}
+
+
+def _each(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Medians of a pass, and of the host's time in an attention call where Python makes any."""
+    found = {"forward": statistics.median(row["forward"] for row in rows)}
+    calls = [row["attention_us"] / row["calls"] for row in rows if row["calls"]]
+    return found | ({"call": statistics.median(calls)} if calls else {})
 
 
 def record(point: Point, found: Mapping[str, float]) -> None:

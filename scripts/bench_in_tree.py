@@ -20,13 +20,15 @@ def serve_in_tree() -> None:
     from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
     from sglang.srt.speculative import draft_utils
 
-    sys.modules["flash_attn_interface"] = interface()
     # This is how SGLang itself chooses the in-tree classes for draft models.
     draft_utils.is_musa = lambda: True
-    ATTENTION_BACKENDS["fa3"] = _create
+    ATTENTION_BACKENDS["fa3"] = create_in_tree
+    sys.modules["flash_attn_interface"] = interface()
 
 
-def _create(runner: Any) -> Any:
+def create_in_tree(runner: Any) -> Any:
+    """The in-tree MUSA backend of a ``ModelRunner``."""
+    sys.modules.setdefault("flash_attn_interface", interface())
     from sglang.srt.hardware_backend.musa.attention.flashattention_backend import MusaFlashAttentionBackend
 
     return MusaFlashAttentionBackend(runner)

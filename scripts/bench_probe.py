@@ -2,7 +2,8 @@
 
 SGLang loads it as a plugin, through an entry point that ``bench.py`` writes into a folder of its own. It measures all
 peers alike, and changes nothing of what they compute: two device events around each forward of a model, and a clock
-around each attention call that Python makes.
+around each attention call that Python makes. Where it is told to, it has the backends of several peers serve one
+engine's passes in turn.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ import functools
 import json
 import multiprocessing
 import os
+import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ UPSTREAM, OURS, IN_TREE = "upstream", "ours", "in-tree"
 class Forward:
     """One forward of a model, while its events may still lie ahead of the device."""
 
+    peer: str
     mode: str
     batch: int
     tokens: int
@@ -70,6 +73,72 @@ class Clock:
         return self._device is not None and self._device.is_current_stream_capturing()
 
 
+class Turns:
+    """Attention backends of several peers in one engine, which serve its passes in turn.
+
+    Where the host limits a pass, or the place of its tensors in memory counts, two processes of the same code differ by
+    more than the peers do. In one process they have the same processor, the same tensors and the same moment. Each
+    round of turns has another order, so that none always comes after the same one. Passes under graphs stay those of
+    the backend that they were captured with.
+    """
+
+    def __init__(self, runner: Any, own: str) -> None:
+        """``own`` is the peer whose backend ``runner``, a ``ModelRunner``, has."""
+        self._runner, self._own = runner, own
+        self._backends = {own: runner.attn_backend}
+        self._peers: list[str] = []
+        self._left: list[str] = []
+        self._order = random.Random(0)
+        self._leave: Callable[[], None] = lambda: None
+
+    def among(self, peers: Sequence[str]) -> None:
+        """Have these peers take turns from the next pass on; without any, the engine's own serves as before."""
+        for name in peers:
+            if name not in self._backends:
+                self._backends[name] = BACKENDS[name](self._runner)
+        self._peers, self._left = list(peers), []
+        self._serve(self._own)
+
+    def next(self, batch: Any) -> str:
+        """Give the pass of ``batch``, a ``ForwardBatch``, to the peer whose turn it is, and say who that is."""
+        if not self._peers:
+            return self._own
+        self._left = self._left or self._order.sample(self._peers, len(self._peers))
+        name = self._left.pop()
+        self._serve(name)
+        if hasattr(batch, "attn_backend"):  # As in 0.5.11, where layers ask the batch for it.
+            batch.attn_backend = self._runner.attn_backend
+        return name
+
+    def _serve(self, name: str) -> None:
+        self._leave()
+        self._leave = _dispatched() if name == OURS else lambda: None
+        self._runner.attn_backend = self._backends[name]
+
+
+def _dispatched() -> Callable[[], None]:
+    """Lead the kernels that upstream's forwards call to our backend; returns what undoes it, so that only ours pays."""
+    from sglang_musa_ext import attention
+
+    return attention.install_kernel_dispatch()
+
+
+def _ours(runner: Any) -> Any:
+    from sglang_musa_ext import attention
+
+    return attention.MusaFA3Backend(runner)
+
+
+def _in_tree(runner: Any) -> Any:
+    from bench_in_tree import create_in_tree
+
+    return create_in_tree(runner)
+
+
+BACKENDS: Mapping[str, Callable[[Any], Any]] = {OURS: _ours, IN_TREE: _in_tree}
+"""What builds a peer's backend in an engine of upstream's."""
+
+
 class Probe:
     """The measurements of one process."""
 
@@ -80,6 +149,9 @@ class Probe:
         self.traces: list[dict[str, Any]] = []
         self._wanted: tuple[str, int] | None = None
         self.runner: Any = None
+        self._peer = os.environ.get(PEER, "")
+        self._turns: Turns | None = None
+        self._server: Any = None
 
     def forward(self, original: Callable[..., Any], runner: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
         """``ModelRunner.forward``, measured."""
@@ -91,22 +163,32 @@ class Probe:
         mode = batch.forward_mode.name
         if self._wanted and self._wanted[0] == mode and not runner.is_draft_worker:
             return self._traced(mode, run)
-        self.calls, self.attention_host = 0, 0.0
+        peer = self._peer if self._turns is None else self._turns.next(batch)
+        self.calls, self.attention_host, self._server = 0, 0.0, None
         start, began = self.clock.now(), time.perf_counter()
         result = run()
         host, end = time.perf_counter() - began, self.clock.now()
         tokens = 0 if batch.input_ids is None else batch.input_ids.numel()
+        if self._turns and self._server not in (None, runner.attn_backend):
+            raise RuntimeError(f"{type(self._server).__name__} served where it was the turn of {peer}.")
         counts = self.calls, self.attention_host
-        self.forwards.append(Forward(mode, batch.batch_size, tokens, runner.is_draft_worker, start, end, host, *counts))
+        draft = runner.is_draft_worker
+        self.forwards.append(Forward(peer, mode, batch.batch_size, tokens, draft, start, end, host, *counts))
         return result
 
-    def attend(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def attend(self, original: Callable[..., Any], backend: Any, *args: Any, **kwargs: Any) -> Any:
         """``AttentionBackend.forward``, with the host's time in it counted."""
         began = time.perf_counter()
-        result = original(*args, **kwargs)
+        result = original(backend, *args, **kwargs)
         self.calls += 1
         self.attention_host += time.perf_counter() - began
+        self._server = backend
         return result
+
+    def take_turns(self, peers: Sequence[str]) -> None:
+        """Have the backends of these peers serve the target model's passes in turn; see :class:`Turns`."""
+        self._turns = self._turns or Turns(self.runner, self._peer)
+        self._turns.among(peers)
 
     def want_trace(self, mode: str, passes: int) -> None:
         """Trace the kernels of the next ``passes`` forwards of ``mode``."""
@@ -143,7 +225,8 @@ class Probe:
             since = None if before is None else self.clock.milliseconds(before, one.end)
             rows.append(
                 {
-                    "mode": one.mode, "batch": one.batch, "tokens": one.tokens, "draft": one.draft, "since": since,
+                    "peer": one.peer, "mode": one.mode, "batch": one.batch, "tokens": one.tokens,
+                    "draft": one.draft, "since": since,
                     "forward": self.clock.milliseconds(one.start, one.end), "host_us": 1e6 * one.host,
                     "calls": one.attention_calls, "attention_us": 1e6 * one.attention_host,
                 }
@@ -192,6 +275,7 @@ def register() -> None:
 
     _wrap(Scheduler, "get_internal_state", with_measurements)
     Scheduler.bench_trace = lambda self, mode, passes: probe().want_trace(mode, passes)
+    Scheduler.bench_turns = lambda self, peers: probe().take_turns(peers)
 
 
 def _wait_for(page: Path) -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import math
+import operator
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +20,7 @@ from typing import Any
 import bench
 import bench_in_tree
 import bench_kernels
+import bench_probe
 import bench_report
 import pytest
 import torch
@@ -29,13 +32,22 @@ from sglang_musa_ext.kernels import FA3Kernels, reference_kernels
 
 MODEL = bench.Model("small", "llama", {}, 1 << 20, {}, "", (1,), (64,), ())
 RIGHT = {"tokens": [[4, 5]], "logprobs": [[-1.0, -2.0]]}
+WRONG = {"tokens": [[4, 5]], "logprobs": [[-1.0, -2.5]]}
 
 
 class FakeEngine:
-    """An engine that gives the answer it was made with, and whose every pass takes ``milliseconds``."""
+    """An engine that gives the answer it was made with, and whose every pass takes ``milliseconds``.
 
-    def __init__(self, answer: Any, milliseconds: float = 1.0, dies_after: int = 1 << 30) -> None:
-        self.answer, self.milliseconds, self.left = answer, milliseconds, dies_after
+    ``others`` are answers and times of peers whose backends take turns in it.
+    """
+
+    def __init__(
+        self, answer: Any, milliseconds: float = 1.0, dies_after: int = 1 << 30,
+        others: Mapping[str, tuple[Any, float]] | None = None,
+    ) -> None:  # fmt: skip
+        self.own, self.left = "upstream", dies_after
+        self.served = {**(others or {}), "": (answer, milliseconds)}
+        self.peers: list[str] = []
         self.closed = False
 
     def _work(self) -> None:
@@ -43,12 +55,19 @@ class FakeEngine:
         if self.left < 0:
             raise EngineDied("CUDA error: an illegal memory access was encountered")
 
+    def _of(self, peer: str) -> tuple[Any, float]:
+        return self.served[peer if peer in self.served else ""]
+
     def ask(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Any:
         self._work()
-        return self.answer
+        return self._of(self.peers[0] if self.peers else "")[0]
 
     def run(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> None:
         self._work()
+
+    def scheduler(self, method: str, peers: list[str]) -> None:
+        assert method == "bench_turns"
+        self.peers = peers
 
     def flush(self) -> None:
         pass
@@ -57,14 +76,19 @@ class FakeEngine:
         self.closed = True
 
     def state(self) -> dict[str, Any]:
-        row = {"mode": "DECODE", "batch": 1, "tokens": 1, "draft": False, "since": self.milliseconds}
-        row |= {"forward": self.milliseconds / 2, "host_us": 1.0, "calls": 0, "attention_us": 0.0}
-        return {"bench": json.dumps({"forwards": [row] * 9, "traces": [], "backend": "", "memory": {}})}
+        rows = []
+        for mode, peer in itertools.product(("DECODE", "EXTEND"), self.peers or [self.own]):
+            row = {"peer": peer, "mode": mode, "batch": 1, "tokens": 1, "draft": False, "since": self._of(peer)[1]}
+            row |= {"forward": self._of(peer)[1] / 2, "host_us": 1.0, "calls": 2, "attention_us": 8.0}
+            rows += [row] * 9
+        return {"bench": json.dumps({"forwards": rows, "traces": [], "backend": "", "memory": {}})}
 
 
 def entered(engines: Any, model: bench.Model = MODEL, kinds: Sequence[str] = bench.KINDS) -> bench.Contest:
     """A contest of fake engines that has not begun."""
     options = argparse.Namespace(rounds=3, steps=8, device="cuda", kinds=kinds)
+    for name, engine in engines.items():
+        engine.own = name
     return bench.Contest(model, engines, options, Path())
 
 
@@ -91,7 +115,7 @@ def test_peers_with_upstreams_answers_are_timed() -> None:
 @pytest.mark.parametrize(
     "answer",
     [
-        {"tokens": [[4, 5]], "logprobs": [[-1.0, -2.5]]},
+        WRONG,
         {"tokens": [[4, 5]], "logprobs": [[math.nan, -2.0]]},
         {"tokens": [[7, 5]], "logprobs": [[-1.5, -2.0]]},
     ],
@@ -104,13 +128,110 @@ def test_a_peer_with_other_answers_gets_no_time(answer: Any) -> None:
     assert found["upstream"] == ("equal", 3)
 
 
+def in_one_engine(shared: FakeEngine, **engines: Any) -> dict[str, tuple[str, list[float]]]:
+    """The verdicts and times of a prefill place, where peers take turns in upstream's engine."""
+    found = entered({"upstream": shared, **engines})
+    found._prefill(64)
+    assert not shared.peers, "upstream's engine was not given back to its own backend"
+    return {point.peer: (point.verdict, point.forward_ms) for point in found.points}
+
+
+def test_passes_without_graphs_are_timed_in_one_engine() -> None:
+    """Times are those of the peers' backends in upstream's engine, and none are of their own engines."""
+    shared = FakeEngine(RIGHT, 4.0, others={"ours": (RIGHT, 2.0), "in-tree": (RIGHT, 3.0)})
+    found = in_one_engine(shared, ours=FakeEngine(RIGHT, 99.0), **{"in-tree": FakeEngine(WRONG, 99.0)})
+    assert found["upstream"] == ("equal", [2.0] * 3)
+    assert found["ours"] == ("equal", [1.0] * 3)
+    assert found["in-tree"] == ("wrong output (off by 0.5, not 0.12)", [])
+
+
+def test_answers_are_compared_in_that_engine_too() -> None:
+    """A backend that is right in its own engine and wrong in upstream's gets no time."""
+    found = in_one_engine(FakeEngine(RIGHT, 4.0, others={"ours": (WRONG, 2.0)}), ours=FakeEngine(RIGHT))
+    assert found["ours"] == ("wrong output (off by 0.5, not 0.12)", [])
+    assert found["upstream"] == ("equal", [2.0] * 3)
+
+
+def test_nobody_keeps_times_of_an_engine_that_died() -> None:
+    """What upstream's engine had measured before it ended is of no use, and every peer in it says why."""
+    found = entered({"upstream": FakeEngine(RIGHT, 4.0, 8), "ours": FakeEngine(RIGHT)})
+    found._prefill(64)
+    failed = "failed: CUDA error: an illegal memory access was encountered"
+    assert [(point.verdict, point.forward_ms) for point in found.points] == [(failed, [])] * 2
+
+
+class Runner:
+    """What the probe sees of a ``ModelRunner``."""
+
+    is_draft_worker = False
+
+    def __init__(self) -> None:
+        self.attn_backend = object()
+
+
+def forward(runner: Runner, batch: Any) -> Any:
+    """A ``ModelRunner.forward`` of one attention call, by the backend that the runner has."""
+    batch.probe.attend(lambda backend: None, batch.by or runner.attn_backend)
+    return runner.attn_backend
+
+
+def served(probe: bench_probe.Probe, runner: Runner, by: Any = None) -> Any:
+    """Which backend a pass got."""
+    mode = SimpleNamespace(name="EXTEND")
+    return probe.forward(
+        forward, runner, SimpleNamespace(forward_mode=mode, input_ids=None, batch_size=1, probe=probe, by=by)
+    )
+
+
+def test_backends_take_turns_in_one_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each round of turns has every peer once, in changing orders; rows say whose they are, and the own one returns."""
+    ours, dispatched = object(), [False]
+    monkeypatch.setenv(bench_probe.PEER, "upstream")
+    monkeypatch.setattr(bench_probe, "BACKENDS", {"ours": lambda runner: ours})
+
+    def dispatch() -> Callable[[], None]:
+        dispatched[0] = True
+        return lambda: operator.setitem(dispatched, 0, False)
+
+    monkeypatch.setattr(bench_probe, "_dispatched", dispatch)
+    probe, runner = bench_probe.Probe(), Runner()
+    own = runner.attn_backend
+    assert served(probe, runner) is own
+    probe.take_turns(["upstream", "ours"])
+    names = {id(own): "upstream", id(ours): "ours"}
+    taken = []
+    for _ in range(16):
+        backend = served(probe, runner)
+        taken.append(names[id(backend)])
+        assert dispatched == [backend is ours], "only our backend may find its kernels under upstream's names"
+    rounds = {tuple(taken[index : index + 2]) for index in range(0, 16, 2)}
+    assert rounds == {("upstream", "ours"), ("ours", "upstream")}
+    assert [row["peer"] for row in probe.drain()["forwards"]] == ["upstream", *taken]
+    probe.take_turns([])
+    assert [served(probe, runner) for _ in range(3)] == [own] * 3
+    assert dispatched == [False]
+
+
+def test_a_pass_that_another_backend_served_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a release of SGLang does not ask the runner for its backend, a time of the wrong peer would be recorded."""
+    monkeypatch.setattr(bench_probe, "BACKENDS", {"in-tree": lambda runner: object()})
+    probe, runner = bench_probe.Probe(), Runner()
+    served(probe, runner)
+    probe.take_turns(["in-tree"])
+    served(probe, runner)
+    with pytest.raises(RuntimeError, match="dict served where it was the turn of in-tree"):
+        served(probe, runner, by={1: 2})
+
+
 def test_what_upstream_varies_by_is_allowed() -> None:
     """Where two runs of upstream differ, a peer may differ by twice as much."""
 
     class Varying(FakeEngine):
         def ask(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Any:
-            self.answer = {"tokens": [[4, 5]], "logprobs": [[-1.0, self.answer["logprobs"][0][1] - 0.2]]}
-            return self.answer
+            answer, milliseconds = self.served[""]
+            answer = {"tokens": [[4, 5]], "logprobs": [[-1.0, answer["logprobs"][0][1] - 0.2]]}
+            self.served[""] = answer, milliseconds
+            return answer
 
     near = {"tokens": [[4, 5]], "logprobs": [[-1.0, -2.15]]}
     varied = contest(upstream=Varying(RIGHT), ours=FakeEngine(near))
@@ -191,11 +312,17 @@ def test_only_passes_after_their_like_count() -> None:
     """A step's time runs from one decode pass to the next: what follows a prefill or another batch is left out."""
 
     def row(mode: str, batch: int, since: float) -> dict[str, Any]:
-        return {"mode": mode, "batch": batch, "since": since, "forward": 1.0, "calls": 2, "attention_us": 8.0}
+        found = {"peer": "ours", "mode": mode, "batch": batch, "since": since}
+        return found | {"forward": 1.0, "calls": 2, "attention_us": 8.0}
 
     rows = [row("EXTEND", 2, 0.0), row("DECODE", 2, 50.0), *[row("DECODE", 2, 9.0)] * 3]
     rows += [*[row("DECODE", 2, 3.0)] * 4, row("DECODE", 1, 70.0), row("DECODE", 1, 70.0)]
-    assert bench.passes(rows, "DECODE", 2) == {"step": 3.0, "forward": 1.0, "call": 4.0}
+    assert bench.passes(rows, "DECODE", 2, "ours") == {"step": 3.0, "forward": 1.0, "call": 4.0}
+    theirs = {**row("DECODE", 2, 8.0), "peer": "upstream", "calls": 0}
+    turns = [one for row in rows for one in (row, theirs)][4:14]
+    assert bench.passes(turns, "DECODE", 2, "upstream") == {"step": 8.0, "forward": 1.0}
+    assert bench.passes(turns, "DECODE", 2, "ours") == {"step": 3.0, "forward": 1.0, "call": 4.0}
+    assert bench.passes(rows, "DECODE", 2, "upstream") == {}
 
 
 def test_an_engine_without_the_probe_is_an_error() -> None:
@@ -529,5 +656,9 @@ def test_the_benchmark_runs_without_a_gpu(tmp_path: Path) -> None:
     assert not found["failed"]
     kinds = {(one["kind"], one["peer"]) for one in found["points"] if one["verdict"] == "equal" and one["forward_ms"]}
     assert kinds == {(kind, peer) for kind in ("decode", "prefill", "eager") for peer in ("upstream", "ours")}
+    # Only where it attended has a peer a time of its calls.
+    assert {(one["kind"], one["peer"]) for one in found["points"] if one["call_us"]} >= {
+        (kind, peer) for kind in ("prefill", "eager") for peer in ("upstream", "ours")
+    }
     assert {(trace["peer"], trace["mode"]) for trace in found["traces"]} >= {("ours", "DECODE"), ("ours", "EXTEND")}
     assert "# Benchmark on CPU" in (tmp_path / "README.md").read_text()
