@@ -384,8 +384,8 @@ def cost_model(result: Mapping[str, Any], every: Sequence[Place]) -> list[str]:
     head = ("Model", "Place", "Plans fewer", "µs saved", "The model says", "ours / upstream", "With no plan at all")
     return [
         (f"A pass under graphs is shorter by **{each:.2f} µs for each plan that it does not compute**, and by "
-        f"{besides:.1f} µs besides, which SGLang's own pass spends outside of its graph where it has a plan there: "
-        "least squares over the places below. So a model of L layers that makes P plans a pass gains about "
+        f"{besides:.1f} µs besides (SGLang's own pass plans outside of its graph where it plans once): least squares "
+        "over the places below. So a model of L layers that makes P plans a pass gains about "
         f"{each:.2f} µs x (L - P) in verify, and in decode for its window or MLA layers alone. The last "
         "column is the limit: what would be left without any plan. Without graphs, the host's time per call comes on "
         "top for each layer."), "",
