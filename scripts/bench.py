@@ -51,8 +51,8 @@ HERE = Path(__file__).resolve().parent
 PAGE = 64
 OCCUPIED = 4 << 30
 """Bytes of the GPU that may be in use before the benchmark starts: a context, and what a desktop needs."""
-PROMPTS, SHORT = 5, 2048
-"""Prompts that a peer prefills in one turn, up to this length: where the host is the limit, one alone says little."""
+PROMPTS, SHORT = 5, 8192
+"""Prompts that a peer prefills in one round, up to this length: where the host is the limit, one alone says little."""
 
 
 @dataclass(frozen=True)

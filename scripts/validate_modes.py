@@ -58,8 +58,8 @@ class Mode:
 CHAIN = {"speculative_num_steps": 3, "speculative_eagle_topk": 1, "speculative_num_draft_tokens": 4}
 TREE = {"speculative_num_steps": 3, "speculative_eagle_topk": 4, "speculative_num_draft_tokens": 8}
 EXPERTS = {"first_k_dense_replace": 1}
-# SGLang turns this fusion on for DeepSeek's models over several GPUs, and it has nothing to do with attention. The first
-# engine compiles it for minutes, while the others wait.
+# SGLang turns this fusion on for DeepSeek's models over several GPUs, and it has nothing to do with attention. The
+# first engine compiles it for minutes, while the others wait.
 UNFUSED = {"enforce_disable_flashinfer_allreduce_fusion": True}
 OVERLAP = {"tp_size": 2, "dp_size": 2, "enable_dp_attention": True, "enable_two_batch_overlap": True, **UNFUSED}
 MODES: Mapping[str, Mode] = {

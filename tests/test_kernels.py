@@ -552,7 +552,11 @@ def test_an_unknown_argument_that_asks_for_nothing_is_dropped(name: str, value: 
     assert "q" in adapted(echo)(q=1, **{name: value})
 
 
-@pytest.mark.parametrize("value", [object(), True, 0, 1, torch.zeros(2), torch.tensor(False), [], ""], ids=repr)
+@pytest.mark.parametrize(
+    "value",
+    [pytest.param(object(), id="object"), True, 0, 1, torch.zeros(2), torch.tensor(False), [], ""],
+    ids=repr,
+)
 @pytest.mark.parametrize(
     "name",
     [
