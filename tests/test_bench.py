@@ -518,7 +518,10 @@ def test_the_cost_of_a_plan_is_found_again() -> None:
 
 def test_plans_are_counted_from_traces() -> None:
     """A trace tells the kernels that plan from those that attend and those that combine splits."""
-    assert bench_report.planned(result(), "gemma2", "DECODE", "upstream") == {"plans": 14, "each": 3.0, "calls": 26}
+    upstream = {"plans": 14, "each": 3.0, "calls": 26, "device": 14 * 3 + 260 + 52}
+    assert bench_report.planned(result(), "gemma2", "DECODE", "upstream") == upstream
+    row = f"| gemma2 | DECODE | ours | 2 | 3.00 | 26 | {2 * 3 + 260 + 52} | {318 / 354:.3f} |"
+    assert row in bench_report.as_markdown(result())
     assert bench_report.planned(result(), "gemma2", "EXTEND", "upstream") is None
 
 
