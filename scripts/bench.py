@@ -274,16 +274,14 @@ class Contest:
                     record(points[name], found[name])
             engine.scheduler("bench_turns", peers=[])
         if UPSTREAM in self.failed:
-            for point in points.values():
-                point.leave(point.verdict if point.verdict != "equal" else self.failed[UPSTREAM])
+            for name in racers(points):
+                points[name].leave(self.failed[UPSTREAM])
 
     def _answer_in_one_engine(self, name: str, prompts: Sequence[Sequence[int]]) -> Answer:
         engine = self.engines[UPSTREAM]
         engine.scheduler("bench_turns", peers=[name])
         engine.flush()
-        found = engine.ask(prompts, 8)
-        rows_of(engine)
-        return Answer(found["tokens"], found["logprobs"], [])
+        return answer_of(engine, prompts)
 
     def _judge(self, points: Mapping[str, Point], prompts: Sequence[Sequence[int]]) -> None:
         """Say of each point whether its peer's answers are those of upstream.
@@ -296,9 +294,7 @@ class Contest:
             point.verdict = self.failed.get(name, "")
             if name in self.engines:
                 with self.survives(name, point):
-                    asked = [self.engines[name].ask(prompts, 8) for _ in range(2)]
-                    answers[name] = [Answer(one["tokens"], one["logprobs"], []) for one in asked]
-                    rows_of(self.engines[name])
+                    answers[name] = [answer_of(self.engines[name], prompts) for _ in range(2)]
         if UPSTREAM not in answers:
             for point in points.values():
                 point.verdict = point.verdict or "upstream gave no answer to compare with"
@@ -345,6 +341,13 @@ def rows_of(engine: Engine) -> list[dict[str, Any]]:
     return [row for row in rows if not row["draft"]]
 
 
+def answer_of(engine: Engine, prompts: Sequence[Sequence[int]]) -> Answer:
+    """The first tokens that an engine continues prompts by; the forwards that they took are no measurement."""
+    found = engine.ask(prompts, 8)
+    rows_of(engine)
+    return Answer(found["tokens"], found["logprobs"], [])
+
+
 def racers(points: Mapping[str, Point]) -> list[str]:
     """The peers whose answers are upstream's."""
     return [name for name, point in points.items() if point.verdict == "equal"]
@@ -367,8 +370,7 @@ def passes(rows: Sequence[Mapping[str, Any]], mode: str, batch: int, peer: str) 
     chosen = [row for row in chosen[3:] if row["peer"] == peer]
     if not chosen:
         return {}
-    found = {"step": statistics.median(row["since"] for row in chosen)}
-    return found | _each(chosen)
+    return {"step": statistics.median(row["since"] for row in chosen), **_each(chosen)}
 
 
 def prefills(rows: Sequence[Mapping[str, Any]], peer: str) -> dict[str, float]:
