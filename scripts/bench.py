@@ -41,7 +41,7 @@ from pathlib import Path
 from typing import Any
 
 import engine_changes
-from bench_probe import GATE, IN_TREE, OURS, PEER, UPSTREAM, measurements
+from bench_probe import GATE, IN_TREE, MODES, OURS, PEER, UPSTREAM, measurements
 from engine_process import Engine, EngineDied
 from model_configs import write_model
 from validate_engine import Answer, deviation
@@ -210,12 +210,11 @@ class Contest:
             self.points.append(Point(kind, batch, context, UPSTREAM, f"needs a KV cache of {needed} tokens"))
             return
         prompts = [prompt(context, row) for row in range(batch)]
-        mode = "TARGET_VERIFY" if kind == "verify" else "DECODE"
 
         def measure(engine: Engine, peers: Sequence[str]) -> dict[str, dict[str, float]]:
             engine.run(prompts, self.steps)
             rows = rows_of(engine)
-            return {peer: passes(rows, mode, batch, peer) for peer in peers}
+            return {peer: passes(rows, MODES[kind], batch, peer) for peer in peers}
 
         self._compare(kind, batch, context, prompts, measure)
 
@@ -238,7 +237,7 @@ class Contest:
         self.points += points.values()
         self._judge(points, prompts)
         if kind in IN_ONE_ENGINE:
-            self._race_in_one_engine(points, prompts, measure)
+            self._race_in_one_engine(points, MODES[kind], prompts, measure)
         else:
             self._race(points, measure)
         _say(f"  {kind:<8}batch {batch:>3}, {tokens:>5} tokens: " + "; ".join(map(in_short, points.values())))
@@ -256,7 +255,7 @@ class Contest:
                         record(points[name], found)
 
     def _race_in_one_engine(
-        self, points: Mapping[str, Point], prompts: Sequence[Sequence[int]], measure: Measure
+        self, points: Mapping[str, Point], mode: str, prompts: Sequence[Sequence[int]], measure: Measure
     ) -> None:
         """Time the peers as backends of upstream's engine, once they have given its answers there too."""
         if UPSTREAM not in racers(points):
@@ -267,19 +266,19 @@ class Contest:
             for name, answer in answers.items():
                 judge(points[name], deviation(answer, answers[UPSTREAM])[0])
             racing = racers(points)
-            engine.scheduler("bench_turns", peers=racing)
+            engine.scheduler("bench_turns", peers=racing, mode=mode)
             for index in range(self.rounds + 1):
                 found = measure(engine, racing)
                 for name in racing if index else ():
                     record(points[name], found[name])
-            engine.scheduler("bench_turns", peers=[])
+            engine.scheduler("bench_turns", peers=[], mode=None)
         if UPSTREAM in self.failed:
             for name in racers(points):
                 points[name].leave(self.failed[UPSTREAM])
 
     def _answer_in_one_engine(self, name: str, prompts: Sequence[Sequence[int]]) -> Answer:
         engine = self.engines[UPSTREAM]
-        engine.scheduler("bench_turns", peers=[name])
+        engine.scheduler("bench_turns", peers=[name], mode=None)
         engine.flush()
         return answer_of(engine, prompts)
 

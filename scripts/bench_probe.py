@@ -25,6 +25,8 @@ GATE = "SGLANG_MUSA_EXT_BENCH_GATE"
 """The environment variable that names the file without which a scheduler goes no further than its imports."""
 UPSTREAM, OURS, IN_TREE = "upstream", "ours", "in-tree"
 """The peers."""
+MODES = {"decode": "DECODE", "verify": "TARGET_VERIFY", "prefill": "EXTEND", "eager": "DECODE"}
+"""What SGLang calls the passes of each kind of place."""
 
 
 @dataclass
@@ -87,24 +89,28 @@ class Turns:
         self._runner, self._own = runner, own
         self._backends = {own: runner.attn_backend}
         self._peers: list[str] = []
+        self._mode: str | None = None
         self._left: list[str] = []
         self._order = random.Random(0)
         self._leave: Callable[[], None] = lambda: None
 
-    def among(self, peers: Sequence[str]) -> None:
-        """Have these peers take turns from the next pass on; without any, the engine's own serves as before."""
+    def among(self, peers: Sequence[str], mode: str | None) -> None:
+        """Have these peers take turns from the next pass of ``mode`` on, or with ``None`` of any.
+
+        The engine's own backend serves the other passes; without any peers, all, as before.
+        """
         for name in peers:
             if name not in self._backends:
                 self._backends[name] = BACKENDS[name](self._runner)
-        self._peers, self._left = list(peers), []
+        self._peers, self._mode, self._left = list(peers), mode, []
         self._serve(self._own)
 
     def next(self, batch: Any) -> str:
         """Give the pass of ``batch``, a ``ForwardBatch``, to the peer whose turn it is, and say who that is."""
-        if not self._peers:
-            return self._own
-        self._left = self._left or self._order.sample(self._peers, len(self._peers))
-        name = self._left.pop()
+        name = self._own
+        if self._peers and self._mode in (None, batch.forward_mode.name):
+            self._left = self._left or self._order.sample(self._peers, len(self._peers))
+            name = self._left.pop()
         self._serve(name)
         if hasattr(batch, "attn_backend"):  # As in 0.5.11, where layers ask the batch for it.
             batch.attn_backend = self._runner.attn_backend
@@ -124,9 +130,16 @@ def _dispatched() -> Callable[[], None]:
 
 
 def _ours(runner: Any) -> Any:
-    from sglang_musa_ext import attention
+    from sglang_musa_ext import attention, envs
 
-    return attention.MusaFA3Backend(runner)
+    # Where this package is off, as in upstream's engine, it reads none of its other settings.
+    mode = os.environ.get(envs.MODE)
+    os.environ[envs.MODE] = "on"
+    try:
+        return attention.MusaFA3Backend(runner)
+    finally:
+        os.environ.pop(envs.MODE)
+        os.environ.update({} if mode is None else {envs.MODE: mode})
 
 
 def _in_tree(runner: Any) -> Any:
@@ -185,10 +198,10 @@ class Probe:
         self._server = backend
         return result
 
-    def take_turns(self, peers: Sequence[str]) -> None:
-        """Have the backends of these peers serve the target model's passes in turn; see :class:`Turns`."""
+    def take_turns(self, peers: Sequence[str], mode: str | None = None) -> None:
+        """Have the backends of these peers serve passes of the target model in turn; see :class:`Turns`."""
         self._turns = self._turns or Turns(self.runner, self._peer)
-        self._turns.among(peers)
+        self._turns.among(peers, mode)
 
     def want_trace(self, mode: str, passes: int) -> None:
         """Trace the kernels of the next ``passes`` forwards of ``mode``."""
@@ -275,7 +288,7 @@ def register() -> None:
 
     _wrap(Scheduler, "get_internal_state", with_measurements)
     Scheduler.bench_trace = lambda self, mode, passes: probe().want_trace(mode, passes)
-    Scheduler.bench_turns = lambda self, peers: probe().take_turns(peers)
+    Scheduler.bench_turns = lambda self, peers, mode: probe().take_turns(peers, mode)
 
 
 def _wait_for(page: Path) -> None:

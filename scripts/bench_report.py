@@ -11,15 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench_probe import IN_TREE, OURS, UPSTREAM
+from bench_probe import IN_TREE, MODES, OURS, UPSTREAM
 from validate_report import table
 
 PLANNER = "prepare_varlen_num_blocks"
 """What the kernel that computes scheduler metadata has in its name, in every release of FlashAttention-3."""
 GRAPHED = ("decode", "verify")
 """Kinds of points whose passes are graphs, where the host's time per call does not count."""
-MODES = {"decode": "DECODE", "verify": "TARGET_VERIFY", "prefill": "EXTEND", "eager": "DECODE"}
-"""What SGLang calls the passes of each kind."""
 
 
 @dataclass(frozen=True)

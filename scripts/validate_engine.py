@@ -160,7 +160,7 @@ class Session:
         counts = [report["statistics"] for report in self._answer(variant).reports]
         names = ("passes", "planned_calls", "plans", "reuses")
         sums = {name: sum(count[name] for count in counts) for name in names}
-        good = sums["plans"] == sums["passes"] > 0 and sums["plans"] + sums["reuses"] == sums["planned_calls"]
+        good = sums["plans"] == sums["passes"] > 0
         reason = "" if good else "layers of one geometry need one plan a pass"
         return Outcome(PART, "", PASS if good else FAIL, reason, sums)
 

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import functools
 import logging
+import operator
 import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import sglang
 import torch
@@ -26,6 +27,7 @@ from sglang.srt.layers.attention.flashattention_backend import FlashAttentionBac
 from sglang_musa_ext.envs import Settings
 from sglang_musa_ext.kernels import FA3Kernels, UnsupportedByKernels, reference_kernels, select_kernels
 from sglang_musa_ext.scheduler_metadata import (
+    NOT_REMEMBERED,
     CallGeometry,
     MLAWorkspace,
     SchedulerMetadataCache,
@@ -66,24 +68,15 @@ class ForeignBackendError(TypeError):
     """Something built an FA3 backend that is not ours, while ours serves."""
 
 
-@dataclass(slots=True)
-class _LayerCall:
-    """One layer's forward of one backend, while it runs. ``role`` counts its planned kernel calls."""
-
-    backend: MusaFA3Mixin
-    layer: object
-    role: int = 0
-
-
 class _RunningLayers(threading.local):
-    """The layer calls that run on this thread, innermost last.
+    """The backends whose layers run on this thread, innermost last.
 
     Per thread, so that two engines in two threads do not meet. A ``ContextVar`` would do the same, but Dynamo
     cannot trace one (checked on torch 2.13), and upstream traces its models under ``--enable-torch-compile``.
     """
 
     def __init__(self) -> None:
-        self.stack: list[_LayerCall] = []
+        self.stack: list[MusaFA3Mixin] = []
 
 
 _RUNNING = _RunningLayers()
@@ -130,6 +123,7 @@ class MusaFA3Mixin:
         self._replace_upstream_kernels()
         self._plans = SchedulerMetadataCache(stream_probe(self._pool_device))
         self._workspace = self._mla_workspace()
+        self._sites: dict[tuple[str, ...], _CallSite] = {}
         # A check sees every call, a plan for every call reuses none, and a plan in a workspace is its slot's.
         self._recalls = (
             self._settings.check == "off" and not self._settings.force_update_metadata and self._workspace is None
@@ -139,7 +133,9 @@ class MusaFA3Mixin:
 
     def forward_extend(self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
         """Upstream's forward for prefill, verify and draft-extend, on the selected kernels."""
-        running = self._enter(layer, forward_batch)
+        self._plans.begin_layer(layer, forward_batch, self.forward_metadata)
+        running = _RUNNING.stack
+        running.append(self)
         try:
             return super().forward_extend(q, k, v, layer, forward_batch, *args, **kwargs)  # type: ignore[misc]
         finally:
@@ -147,7 +143,9 @@ class MusaFA3Mixin:
 
     def forward_decode(self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
         """Upstream's forward for decode, on the selected kernels."""
-        running = self._enter(layer, forward_batch)
+        self._plans.begin_layer(layer, forward_batch, self.forward_metadata)
+        running = _RUNNING.stack
+        running.append(self)
         try:
             return super().forward_decode(q, k, v, layer, forward_batch, *args, **kwargs)  # type: ignore[misc]
         finally:
@@ -155,34 +153,34 @@ class MusaFA3Mixin:
 
     def flash_attn_with_kvcache(self, **arguments: Any) -> Any:
         """FA3's function of this name over a paged KV cache, with the plan of this pass."""
-        return self._call_flash_attn_with_kvcache(arguments, self._current_call())
+        if not (_RUNNING.stack and _RUNNING.stack[-1] is self):
+            self._begin_outside()
+        return self._call_flash_attn_with_kvcache(arguments)
 
     def flash_attn_varlen_func(self, **arguments: Any) -> Any:
         """FA3's function of this name over raw keys and values; it takes no plan, as upstream passes none."""
-        return self._call_flash_attn_varlen_func(arguments, None)
+        return self._call_flash_attn_varlen_func(arguments)
 
-    def _call_flash_attn_with_kvcache(self, arguments: dict[str, Any], call: _LayerCall) -> Any:
+    def _call_flash_attn_with_kvcache(self, arguments: dict[str, Any]) -> Any:
         plans = self._plans
         plans.statistics.calls += 1
         if arguments.get("k") is None:
             # Upstream passes the cumulative lengths of all keys under this name. FA3 reads it as lengths of keys
             # still to be appended, which a plan then counts twice, so it goes only where new keys go.
             arguments.pop("cu_seqlens_k_new", None)
-        metadata, role = None, call.role
-        if self._kernels.plans_unequal_queries or _has_equal_queries(arguments):
-            plans.begin_call(call.layer, role)
-            signature = _signature(arguments) if self._recalls else None
-            metadata = plans.recall(signature)
-            if metadata is None:
-                metadata = self._scheduler_metadata(arguments, call, signature)
-            call.role += 1
+        names = tuple(arguments)
+        site = self._sites.get(names) or self._new_site(names)
+        signature = _signature(arguments, site) if self._recalls else None
+        metadata = plans.begin_call(signature)
+        if metadata is NOT_REMEMBERED:
+            metadata = self._scheduler_metadata(arguments, signature)
         arguments["scheduler_metadata"] = metadata
-        result = self._kernels.attention(arguments)(**arguments)
-        if self._settings.check == "output" and not self._plans.capturing:
-            _require_reference_output(result, arguments, self._pool_device, call.layer, role)
+        result = site.attention(**arguments)
+        if self._settings.check == "output" and not plans.capturing:
+            _require_reference_output(result, arguments, self._pool_device, plans)
         return result
 
-    def _call_flash_attn_varlen_func(self, arguments: dict[str, Any], _: _LayerCall | None) -> Any:
+    def _call_flash_attn_varlen_func(self, arguments: dict[str, Any]) -> Any:
         self._plans.statistics.calls += 1
         return self._kernels.flash_attn_varlen_func(**arguments)
 
@@ -212,36 +210,34 @@ class MusaFA3Mixin:
             f"SGLang {sglang.__version__}"
         )
 
-    def _enter(self, layer: object, forward_batch: object) -> list[_LayerCall]:
-        """Have kernel calls of this thread be those of ``layer``, until the last item of what is returned is popped."""
-        self._plans.begin_layer(forward_batch, self.forward_metadata)
-        running = _RUNNING.stack
-        running.append(_LayerCall(self, layer))
-        return running
-
-    def _current_call(self) -> _LayerCall:
-        """The layer call that is running; a call from anywhere else is a pass of its own."""
-        stack = _RUNNING.stack
-        if stack and stack[-1].backend is self:
-            return stack[-1]
+    def _begin_outside(self) -> None:
+        """Have the next kernel call be a pass of its own, which no layer makes."""
         # No layer has this batch, so that what comes before and after is another pass.
-        self._plans.begin_layer(self._OUTSIDE, None)
+        self._plans.begin_layer(None, self._OUTSIDE, None)
         self._plans.end_pass()
-        return _LayerCall(self, layer=None)
 
-    def _scheduler_metadata(self, arguments: dict[str, Any], call: _LayerCall, signature: object) -> Any:
-        """The ``scheduler_metadata`` argument of a call: a tensor, or for MLA on MATE ``(workspace, reuse)``."""
-        geometry = _geometry(arguments, self._kernels)
+    def _new_site(self, names: tuple[str, ...]) -> _CallSite:
+        """The site of the first call with these names."""
+        attention = self._kernels.attention((*names, "scheduler_metadata"))
+        site = self._sites[names] = _CallSite(names, attention, _values_getter(names))
+        return site
+
+    def _scheduler_metadata(self, arguments: dict[str, Any], signature: object) -> Any:
+        """The ``scheduler_metadata`` of a call: a tensor, for MLA on MATE ``(workspace, reuse)``, or ``None``."""
         tensors = tuple(arguments.get(name) for name in _PLANNED_TENSORS)
+        if not (self._kernels.plans_unequal_queries or _has_equal_queries(arguments)):
+            self._plans.remember(signature, None, tensors)
+            return None
+        geometry = _geometry(arguments, self._kernels)
         if self._settings.force_update_metadata:
             self._plans.forget_plans()
         if geometry.has_qv and self._workspace is not None:
-            return self._mla_plan(geometry, tensors, arguments, call)
+            return self._mla_plan(geometry, tensors, arguments)
         compute = functools.partial(self._compute_plan, geometry, arguments)
         plan, reused = self._plans.plan(geometry, tensors, compute)
         if reused and self._checking:
             used, fresh = (self._kernels.plan_contents(p, geometry.batch_size) for p in (plan, compute()))
-            _require_same_plan(used, fresh, geometry, call)
+            _require_same_plan(used, fresh, geometry, self._plans)
         self._plans.remember(signature, plan, tensors)
         return plan
 
@@ -261,19 +257,19 @@ class MusaFA3Mixin:
         geometry: CallGeometry,
         tensors: tuple[torch.Tensor | None, ...],
         arguments: dict[str, Any],
-        call: _LayerCall,
     ) -> tuple[torch.Tensor, bool]:
         assert self._workspace is not None and self._kernels.mla_plan_bytes is not None
+        role = self._plans.role
         size = self._kernels.mla_plan_bytes(
             geometry.batch_size, geometry.max_seqlen_q, geometry.num_heads_q, geometry.device
         )
-        slot = self._workspace.slot(self, call.role, size)
-        reuse = self._plans.plan_in_place(call.role, geometry, tensors)
+        slot = self._workspace.slot(self, role, size)
+        reuse = self._plans.plan_in_place(role, geometry, tensors)
         if reuse and self._checking:
             # The kernel writes its plan itself, so a fresh one takes a call. Bytes it leaves alone stay equal.
             fresh = slot.clone()
             self._kernels.flash_attn_with_kvcache(**arguments | {"scheduler_metadata": (fresh, False), "out": None})
-            _require_same_plan(slot.view(torch.int32), fresh.view(torch.int32), geometry, call)
+            _require_same_plan(slot.view(torch.int32), fresh.view(torch.int32), geometry, self._plans)
         return slot, reuse
 
     def _mla_workspace(self) -> MLAWorkspace | None:
@@ -319,6 +315,25 @@ _BACKENDS: weakref.WeakSet[MusaFA3Mixin] = weakref.WeakSet()
 
 _PLANNED_TENSORS = ("cache_seqlens", "cu_seqlens_q", "cache_leftpad", "cu_seqlens_k_new")
 """The tensors whose contents a plan depends on."""
+_PLANNED_VALUES = (
+    "max_seqlen_q", "causal", "window_size", "softcap", "attention_chunk", "num_splits", "pack_gqa", "sm_margin",
+)  # fmt: skip
+"""What a plan depends on that is no tensor."""
+
+
+class _CallSite(NamedTuple):
+    """What ``flash_attn_with_kvcache`` calls with the same argument names share, worked out once a backend."""
+
+    names: tuple[str, ...]
+    attention: Callable[..., Any]
+    """What serves them."""
+    values: Callable[[dict[str, Any]], Any]
+    """Gets those of :data:`_PLANNED_VALUES` that they have."""
+
+
+def _values_getter(names: tuple[str, ...]) -> Callable[[dict[str, Any]], Any]:
+    present = [name for name in _PLANNED_VALUES if name in names]
+    return operator.itemgetter(*present) if present else lambda arguments: ()
 
 
 def _geometry(arguments: dict[str, Any], kernels: FA3Kernels) -> CallGeometry:
@@ -347,26 +362,25 @@ def _geometry(arguments: dict[str, Any], kernels: FA3Kernels) -> CallGeometry:
     )
 
 
-def _signature(arguments: dict[str, Any]) -> tuple[Any, ...] | None:
+def _signature(arguments: dict[str, Any], site: _CallSite) -> tuple[Any, ...] | None:
     """What is equal for two calls of a pass only if their plans are; ``None`` for calls that are told apart otherwise.
 
     The geometry and the tensors' identities say the same, and are worked out where no call before had this signature.
     Doing so for every layer would take the host longer than the kernel that reuse spares.
     """
     get = arguments.get
-    q, page_table = arguments["q"], get("page_table")
-    cache_seqlens, cu_seqlens_q = get("cache_seqlens"), get("cu_seqlens_q")
-    if page_table is None or cache_seqlens is None or cu_seqlens_q is None:
+    cache_seqlens, cu_seqlens_q, page_table = get("cache_seqlens"), get("cu_seqlens_q"), get("page_table")
+    if cache_seqlens is None or cu_seqlens_q is None or page_table is None:
         return None
     if get("cache_leftpad") is not None or get("cu_seqlens_k_new") is not None:
         return None
+    q = arguments["q"]
     return (
-        q.shape, q.dtype, q.device, arguments["k_cache"].shape, arguments["v_cache"].shape, page_table.shape,
         # A call that has these alive can have no others at their addresses.
         id(cache_seqlens), -1 if cache_seqlens.is_inference() else cache_seqlens._version,
         id(cu_seqlens_q), -1 if cu_seqlens_q.is_inference() else cu_seqlens_q._version,
-        get("max_seqlen_q"), get("causal"), tuple(get("window_size") or ()), get("softcap"), get("attention_chunk"),
-        get("num_splits"), get("pack_gqa"), get("sm_margin"), get("qv") is None,
+        q.shape, q.dtype, q.device, arguments["k_cache"].shape, arguments["v_cache"].shape, page_table.shape,
+        get("qv") is None, site.names, site.values(arguments),
     )  # fmt: skip
 
 
@@ -375,19 +389,26 @@ def _has_equal_queries(arguments: dict[str, Any]) -> bool:
     cu_seqlens_q = arguments.get("cu_seqlens_q")
     if cu_seqlens_q is None:
         return True
-    return bool(arguments["q"].shape[0] == (cu_seqlens_q.shape[0] - 1) * arguments["max_seqlen_q"])
+    return bool(arguments["q"].size(0) == (cu_seqlens_q.size(0) - 1) * arguments["max_seqlen_q"])
+
+
+def _place(plans: SchedulerMetadataCache) -> str:
+    """Which call of which layer is running, for an error."""
+    return f"layer {getattr(plans.layer, 'layer_id', plans.layer)}, call {plans.role}"
 
 
 class StalePlanError(RuntimeError):
     """``SGLANG_MUSA_EXT_CHECK`` found a reused plan that differs from the one the call should have."""
 
 
-def _require_same_plan(used: torch.Tensor, fresh: torch.Tensor, geometry: CallGeometry, call: _LayerCall) -> None:
+def _require_same_plan(
+    used: torch.Tensor, fresh: torch.Tensor, geometry: CallGeometry, plans: SchedulerMetadataCache
+) -> None:
     if not torch.equal(used, fresh):
         raise StalePlanError(
-            f"A reused plan is not the plan of its call: layer {getattr(call.layer, 'layer_id', call.layer)}, role "
-            f"{call.role}, {geometry}.\nreused: {used.tolist()}\nfresh:  {fresh.tolist()}\nThis is a fault of "
-            "sglang-musa-ext. Please report it; SGLANG_MUSA_FA3_FORCE_UPDATE_METADATA=1 serves without reuse."
+            f"A reused plan is not the plan of its call: {_place(plans)}, {geometry}.\nreused: {used.tolist()}\n"
+            f"fresh:  {fresh.tolist()}\nThis is a fault of sglang-musa-ext. Please report it; "
+            "SGLANG_MUSA_FA3_FORCE_UPDATE_METADATA=1 serves without reuse."
         )
 
 
@@ -400,7 +421,7 @@ _OUTPUT_TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3
 
 
 def _require_reference_output(
-    result: Any, arguments: dict[str, Any], device: torch.device, layer: object, role: int
+    result: Any, arguments: dict[str, Any], device: torch.device, plans: SchedulerMetadataCache
 ) -> None:
     """Compare the output of a layer's call with the PyTorch kernels', which plan for themselves."""
     kernels = reference_kernels()
@@ -417,7 +438,7 @@ def _require_reference_output(
     wrong = ~torch.isclose(output, expected, rtol=tolerance, atol=tolerance) & ~expected.isnan()
     if wrong.any():
         raise WrongOutputError(
-            f"The output of layer {getattr(layer, 'layer_id', layer)}, call {role}, differs from the reference in "
+            f"The output of {_place(plans)} differs from the reference in "
             f"{int(wrong.sum())} of {wrong.numel()} values (tolerance {tolerance}): {_geometry(arguments, kernels)}. "
             "Please report this with the model and the versions of the kernels."
         )
@@ -442,7 +463,7 @@ class _KernelDispatcher:
         if args:
             kwargs.update(zip(self._parameters, args, strict=False))
         # The arguments as one dict, because every "**" on the way copies some twenty of them.
-        return getattr(running[-1].backend, self._method)(kwargs, running[-1])
+        return getattr(running[-1], self._method)(kwargs)
 
 
 def install_kernel_dispatch() -> Callable[[], None]:

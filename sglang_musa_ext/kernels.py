@@ -72,21 +72,14 @@ class FA3Kernels:
     """Distribution names and versions behind the functions, for reports; ``library`` is the module that they come
     from, where there is a choice."""
 
-    _directly: dict[tuple[str, ...], bool] = field(default_factory=dict, init=False, repr=False, compare=False)
-    """Whether calls with these names go to :attr:`unadapted`: worked out once."""
-
-    def attention(self, arguments: Iterable[str]) -> Callable[..., Any]:
+    def attention(self, names: Iterable[str]) -> Callable[..., Any]:
         """What serves ``flash_attn_with_kvcache`` calls with these names: the library itself, if it has them all.
 
         Adapting a call takes a quarter of the host's time that this package adds to one, and most calls need none.
         """
-        if self.unadapted is None:
+        if self.unadapted is None or not set(names) <= set(inspect.signature(self.unadapted).parameters):
             return self.flash_attn_with_kvcache
-        names = tuple(arguments)
-        directly = self._directly.get(names)
-        if directly is None:
-            directly = self._directly[names] = set(names) <= set(inspect.signature(self.unadapted).parameters)
-        return self.unadapted if directly else self.flash_attn_with_kvcache
+        return self.unadapted
 
     def require(self, *, page_size: int, kv_cache_dtype: torch.dtype, use_mla: bool) -> None:
         """Refuse a configuration that these kernels cannot serve, before the first request.

@@ -82,16 +82,17 @@ class StreamState(NamedTuple):
     capturing: bool
 
 
-def stream_probe(device: torch.device) -> Callable[[], StreamState]:
-    """A call that returns the stream state of ``device`` for the calling thread.
+def stream_probe(device: torch.device) -> Callable[[], tuple[int, bool]]:
+    """A call that returns the :class:`StreamState` of ``device`` for the calling thread.
 
     A CPU has one stream and captures nothing.
     """
     if device.type in ("cpu", "meta"):
-        return lambda: StreamState(0, False)
+        return functools.partial(StreamState, 0, False)
     module = torch.get_device_module(device)
     stream, capturing = _stream_id(device, module), module.is_current_stream_capturing
-    return lambda: StreamState(stream(), capturing())
+    # Every layer asks, and a plain tuple takes half as long to make.
+    return lambda: (stream(), capturing())
 
 
 def _stream_id(device: torch.device, module: Any) -> Callable[[], int]:
@@ -112,14 +113,17 @@ class PlanStatistics:
 
     calls: int = 0
     """Attention kernel calls of any kind."""
-    planned_calls: int = 0
-    """Calls that take a plan; attention over raw keys and values needs none, and some calls no kernels can plan."""
     plans: int = 0
     """Plans computed."""
     reuses: int = 0
     """Planned calls served by a plan computed earlier in the same pass."""
     passes_by_plans: Counter[int] = field(default_factory=Counter)
-    """Number of passes by how many plans each computed. A pass is counted from its first planned call on."""
+    """Number of passes by how many plans each computed; a pass is counted from its first plan on."""
+
+    @property
+    def planned_calls(self) -> int:
+        """Calls that take a plan; attention over raw keys and values needs none, and some calls no kernels can plan."""
+        return self.plans + self.reuses
 
     @property
     def passes(self) -> int:
@@ -141,11 +145,15 @@ class _Plan:
     keeps_alive: tuple[torch.Tensor | None, ...]
 
 
+NOT_REMEMBERED = object()
+"""What a pass gives for a signature that it does not know; ``None`` says that a call takes no plan."""
+
+
 class SchedulerMetadataCache:
     """The plans of one backend instance, for its current forward pass only.
 
     Lifetime: everything here is dropped when the next pass begins, and with the backend that owns the cache.
-    A pass begins at the first planned call after any of these:
+    A pass begins at the first call over a paged cache after any of these:
 
     * :meth:`end_pass` was called (upstream prepared new metadata);
     * upstream's metadata object, the forward batch, the stream or the capture state is another one;
@@ -155,18 +163,22 @@ class SchedulerMetadataCache:
     Not thread-safe, as upstream's backend is not: a backend belongs to the thread that runs its model.
     """
 
-    def __init__(self, stream_state: Callable[[], StreamState]) -> None:
+    def __init__(self, stream_state: Callable[[], tuple[int, bool]]) -> None:
         """``stream_state`` tells where work is being issued; see :func:`stream_probe`."""
         self.statistics = PlanStatistics()
+        self.layer: object = None
+        """The layer that is running, or ran last; ``None`` where no layer makes the call."""
+        self.role = -1
+        """The ordinal of the running call among the layer's (0 prefix, 1 suffix of a cascade)."""
         self._stream_state = stream_state
         # Where the current pass stands; compared at every layer.
         self._forward_batch: Callable[[], object] = lambda: None
         self._forward_metadata: object = None
-        self._state = StreamState(0, False)
+        self._state: tuple[int, bool] = StreamState(0, False)
         # What the current pass has; dropped by _begin_pass.
         self._ended = True
         self._plans: dict[PlanKey, _Plan] = {}
-        self._remembered: dict[object, tuple[Any, tuple[torch.Tensor | None, ...]]] = {}
+        self._remembered: list[tuple[object, Any, tuple[torch.Tensor | None, ...]]] = []
         self._places: dict[int, _Plan] = {}
         self._seen: dict[tuple[int, int], object] = {}
         self._computed = 0
@@ -174,14 +186,15 @@ class SchedulerMetadataCache:
     @property
     def capturing(self) -> bool:
         """Whether the calls of the current layer are being captured into a graph."""
-        return self._state.capturing
+        return self._state[1]
 
     def end_pass(self) -> None:
         """Say that whatever comes next belongs to another pass."""
         self._ended = True
 
-    def begin_layer(self, forward_batch: object, forward_metadata: object) -> None:
-        """Note which forward batch and upstream metadata the next calls belong to."""
+    def begin_layer(self, layer: object, forward_batch: object, forward_metadata: object) -> None:
+        """Note which layer, forward batch and upstream metadata the next calls belong to."""
+        self.layer, self.role = layer, -1
         state = self._stream_state()
         if (
             self._forward_batch() is not forward_batch
@@ -192,12 +205,24 @@ class SchedulerMetadataCache:
             self._state = state
             self._ended = True
 
-    def begin_call(self, layer: object, role: int) -> None:
-        """Note a planned call: ``role`` is its ordinal among the layer's calls (0 prefix, 1 suffix of a cascade)."""
-        self.statistics.planned_calls += 1
-        if self._ended or (id(layer), role) in self._seen:
+    def begin_call(self, signature: object = None) -> Any:
+        """Note the layer's next call over a paged cache, and give what this pass remembers for ``signature``.
+
+        Returns:
+            What was given to :meth:`remember`, or :data:`NOT_REMEMBERED`.
+        """
+        self.role += 1
+        call = (id(self.layer), self.role)
+        if self._ended or call in self._seen:
             self._begin_pass()
-        self._seen[id(layer), role] = layer
+        self._seen[call] = self.layer
+        # A pass has few of them, and comparing takes less time than hashing.
+        for known, plan, _ in self._remembered:
+            if known == signature:
+                if plan is not None:
+                    self.statistics.reuses += 1
+                return plan
+        return NOT_REMEMBERED
 
     def plan(
         self, geometry: CallGeometry, tensors: tuple[torch.Tensor | None, ...], compute: Callable[[], torch.Tensor]
@@ -231,24 +256,16 @@ class SchedulerMetadataCache:
         self.statistics.reuses += 1
         return True
 
-    def recall(self, signature: object) -> Any:
-        """The plan of this pass that was remembered for ``signature``; ``None`` if there is none."""
-        remembered = self._remembered.get(signature)
-        if remembered is None:
-            return None
-        self.statistics.reuses += 1
-        return remembered[0]
-
-    def remember(self, signature: object, value: Any, tensors: tuple[torch.Tensor | None, ...]) -> None:
-        """Have :meth:`recall` give ``value`` for ``signature`` until the pass ends.
+    def remember(self, signature: object, plan: Any, tensors: tuple[torch.Tensor | None, ...]) -> None:
+        """Have :meth:`begin_call` give ``plan`` for ``signature`` until the pass ends.
 
         Args:
             signature: says of a call everything that its plan depends on; ``None``: of a call that has none.
-            value: its plan.
+            plan: its plan; ``None``: it takes none.
             tensors: what ``signature`` names by address, which is kept alive as long.
         """
         if signature is not None:
-            self._remembered[signature] = (value, tensors)
+            self._remembered.append((signature, plan, tensors))
 
     def forget_plans(self) -> None:
         """Drop the plans of this pass, so that the next call computes its own."""
@@ -262,9 +279,11 @@ class SchedulerMetadataCache:
 
     def _computed_plan(self, key: PlanKey, value: Any, tensors: tuple[torch.Tensor | None, ...]) -> _Plan:
         self.statistics.plans += 1
-        self.statistics.passes_by_plans[self._computed] -= 1
+        passes = self.statistics.passes_by_plans
+        if self._computed:
+            passes[self._computed] -= 1
         self._computed += 1
-        self.statistics.passes_by_plans[self._computed] += 1
+        passes[self._computed] += 1
         return _Plan(key, value, tensors)
 
     def _begin_pass(self) -> None:
@@ -272,7 +291,6 @@ class SchedulerMetadataCache:
         self._seen.clear()
         self._ended = False
         self._computed = 0
-        self.statistics.passes_by_plans[0] += 1
 
 
 def _holder(batch: object) -> Callable[[], object]:

@@ -1030,7 +1030,7 @@ def test_installing_twice_is_installing_once(originals: dict[str, list[Any]]) ->
 def test_another_thread_reaches_upstream_while_a_layer_runs(originals: dict[str, list[Any]]) -> None:
     """Which backend runs is known per thread."""
     undo = attention.install_kernel_dispatch()
-    attention._RUNNING.stack.append(attention._LayerCall(Model(uniform_layers(1)).backend(), None))
+    attention._RUNNING.stack.append(Model(uniform_layers(1)).backend())
     try:
         _in_threads([lambda: upstream.flash_attn_varlen_func(1)])
     finally:
@@ -1068,7 +1068,7 @@ def test_the_checks_pass_what_is_right(check: str, mla: bool, monkeypatch: pytes
 
 @pytest.mark.parametrize("mla", [False, True], ids=["mha", "mla"])
 def test_a_corrupted_plan_is_caught_before_it_is_reused(mla: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The error names layer, role, key and both plans."""
+    """The error names layer, call, key and both plans."""
     monkeypatch.setenv(envs.CHECK, "metadata")
     model = mla_model() if mla else Model([attention_layer(3), attention_layer(17)])
     backend, requests = model.backend(), model.requests(300, 5)
@@ -1081,7 +1081,7 @@ def test_a_corrupted_plan_is_caught_before_it_is_reused(mla: bool, monkeypatch: 
     with pytest.raises(attention.StalePlanError) as caught:
         model.check(backend, step, layer)
     text = str(caught.value)
-    for part in (f"layer {layer.layer_id}", "role 0", "CallGeometry(batch_size=2", "reused: [", "fresh:  ["):
+    for part in (f"layer {layer.layer_id}", "call 0", "CallGeometry(batch_size=2", "reused: [", "fresh:  ["):
         assert part in text
 
 
@@ -1127,6 +1127,19 @@ def test_unequal_queries_get_no_plan_where_kernels_plan_none(new: tuple[int, ...
     attended = [call.arguments["scheduler_metadata"] for call in calls if call.name == "flash_attn_with_kvcache"]
     assert [plan is not None for plan in attended] == [planned, planned]
     assert (counts.calls, counts.planned_calls, counts.plans, counts.reuses) == (2, 2 * planned, planned, planned)
+
+
+def test_queries_are_counted_once_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That calls take no plan is remembered as a plan is: for the layers of one pass, whose lengths are the same."""
+    model = Model(uniform_layers(3))
+    backend, requests = model.backend(), model.requests(300, 70)
+    backend._kernels = dataclasses.replace(backend._kernels, plans_unequal_queries=False)
+    equal = Mock(wraps=attention._has_equal_queries)
+    monkeypatch.setattr(attention, "_has_equal_queries", equal)
+    for new, judged, plans in (((5, 3), 1, 0), ((4, 4), 2, 1), ((2, 3), 3, 0)):
+        with counted(backend) as counts:
+            model.run_pass(backend, model.extend(requests, new))
+        assert (equal.call_count, counts.plans, counts.reuses) == (judged, plans, 2 * plans)
 
 
 def test_every_call_has_a_plan_where_kernels_plan_all() -> None:
@@ -1285,11 +1298,12 @@ OTHER_ARGUMENTS: dict[str, dict[str, Any]] = {
 
 def in_layer(backend: Any, batch: Any, calls: Callable[[], None]) -> None:
     """Run ``calls`` as one layer's of ``backend``."""
-    running = backend._enter(object(), batch)
+    backend._plans.begin_layer(object(), batch, backend.forward_metadata)
+    attention._RUNNING.stack.append(backend)
     try:
         calls()
     finally:
-        running.pop()
+        attention._RUNNING.stack.pop()
 
 
 @pytest.mark.parametrize("what", OTHER_ARGUMENTS)

@@ -16,6 +16,7 @@ import torch
 
 from sglang_musa_ext import scheduler_metadata
 from sglang_musa_ext.scheduler_metadata import (
+    NOT_REMEMBERED,
     SLOT_ALIGNMENT,
     CallGeometry,
     MLAWorkspace,
@@ -89,9 +90,14 @@ class Server:
 
     def call(self, layer: object, role: int = 0, geometry: CallGeometry = DECODE) -> tuple[torch.Tensor, bool]:
         """One planned call of ``layer`` in the current surroundings."""
-        self.cache.begin_layer(self.batch, self.metadata)
-        self.cache.begin_call(layer, role)
+        self.begin(layer, role)
         return self.cache.plan(geometry, (self.lengths,), lambda: torch.zeros(1))
+
+    def begin(self, layer: object, role: int = 0, signature: object = None) -> Any:
+        """What is before a plan: a call of ``layer`` as its ``role``-th begins."""
+        self.cache.begin_layer(layer, self.batch, self.metadata)
+        self.cache.role += role
+        return self.cache.begin_call(signature)
 
     @property
     def passes(self) -> int:
@@ -315,7 +321,7 @@ def test_a_layer_without_planned_calls_begins_no_pass() -> None:
     server = Server()
     layer = Thing()
     server.call(layer)
-    server.cache.begin_layer(server.batch, server.metadata)
+    server.cache.begin_layer(layer, server.batch, server.metadata)
     assert server.call(Thing())[1]
 
 
@@ -379,8 +385,7 @@ def test_the_next_pass_releases_what_the_last_one_held(in_place: bool) -> None:
         held.append(weakref.ref(server.lengths))
         server.cache.end_pass()
         if in_place:
-            server.cache.begin_layer(server.batch, server.metadata)
-            server.cache.begin_call(Thing(), 0)
+            server.begin(Thing())
             server.cache.plan_in_place(0, DECODE, (server.lengths,))
         else:
             plan, _ = server.call(Thing())
@@ -393,8 +398,7 @@ def test_the_next_pass_releases_what_the_last_one_held(in_place: bool) -> None:
 def test_a_plan_that_fails_to_compute_is_not_kept() -> None:
     """After a failed computation the next call computes, and the failure counts as no plan."""
     server = Server()
-    server.cache.begin_layer(server.batch, server.metadata)
-    server.cache.begin_call(Thing(), 0)
+    server.begin(Thing())
 
     def fail() -> torch.Tensor:
         raise RuntimeError("out of memory")
@@ -419,7 +423,7 @@ def test_forget_plans_makes_the_next_call_compute() -> None:
 def test_a_place_reports_reuse_of_what_it_holds() -> None:
     """A place holds one plan, and says so to calls with the same geometry and lengths."""
     server = Server()
-    server.cache.begin_call(Thing(), 0)
+    server.begin(Thing())
     answers = [server.cache.plan_in_place(0, DECODE, (server.lengths,)) for _ in range(3)]
     assert answers == [False, True, True]
 
@@ -427,7 +431,7 @@ def test_a_place_reports_reuse_of_what_it_holds() -> None:
 def test_alternating_geometries_in_one_place_never_report_reuse() -> None:
     """A place holds the last plan written into it, whatever it held before."""
     server = Server()
-    server.cache.begin_call(Thing(), 0)
+    server.begin(Thing())
     other = DECODE._replace(batch_size=3)
     geometries = (DECODE, other, DECODE, other)
     assert not any(server.cache.plan_in_place(0, geometry, (server.lengths,)) for geometry in geometries)
@@ -436,7 +440,7 @@ def test_alternating_geometries_in_one_place_never_report_reuse() -> None:
 def test_places_hold_plans_of_their_own() -> None:
     """Prefix and suffix of a cascade alternate without disturbing each other."""
     server = Server()
-    server.cache.begin_call(Thing(), 0)
+    server.begin(Thing())
     suffix = DECODE._replace(causal=False)
     calls = [(0, DECODE), (1, suffix)] * 3
     answers = [server.cache.plan_in_place(place, geometry, (server.lengths,)) for place, geometry in calls]
@@ -446,7 +450,7 @@ def test_places_hold_plans_of_their_own() -> None:
 def test_places_forget_when_the_lengths_change() -> None:
     """The plan in a place is not that of lengths which were written since."""
     server = Server()
-    server.cache.begin_call(Thing(), 0)
+    server.begin(Thing())
     server.cache.plan_in_place(0, DECODE, (server.lengths,))
     server.lengths += 1
     assert not server.cache.plan_in_place(0, DECODE, (server.lengths,))
@@ -457,7 +461,7 @@ def test_places_forget_when_a_pass_begins() -> None:
     server = Server()
     layer = Thing()
     for _ in range(2):
-        server.cache.begin_call(layer, 0)
+        server.begin(layer)
         assert not server.cache.plan_in_place(0, DECODE, (server.lengths,))
 
 
@@ -493,16 +497,23 @@ def test_statistics_count_plans_in_place_alike() -> None:
     """A plan that the kernel writes is a plan, and its reuse a reuse."""
     server = Server()
     for _ in range(3):
-        server.cache.begin_call(Thing(), 0)
+        server.begin(Thing())
         server.cache.plan_in_place(0, DECODE, (server.lengths,))
     assert (server.cache.statistics.plans, server.cache.statistics.reuses) == (1, 2)
 
 
-def test_a_pass_without_a_plan_is_still_counted() -> None:
-    """A planned call whose plan failed leaves a pass of no plans behind."""
+def test_a_pass_without_a_plan_is_none() -> None:
+    """Calls that take no plan make no pass of the statistics, and do not end one of calls that do."""
     server = Server()
-    server.cache.begin_call(Thing(), 0)
-    assert server.cache.statistics.report()["passes_by_plans"] == {"0": 1}
+    server.begin(Thing())
+    server.cache.remember("like this", None, ())
+    assert server.begin(Thing(), signature="like this") is None
+    assert server.cache.statistics.report() == {
+        "passes": 0, "calls": 0, "planned_calls": 0, "plans": 0, "reuses": 0, "passes_by_plans": {},
+    }  # fmt: skip
+    server.call(Thing())
+    assert server.begin(Thing(), signature="like this") is None, "a plan ended the pass"
+    assert server.cache.statistics.report()["passes_by_plans"] == {"1": 1}
 
 
 @pytest.mark.parametrize("statistics", [PlanStatistics(), None], ids=["fresh", "used"])
@@ -519,11 +530,13 @@ def test_the_report_is_plain_data(statistics: PlanStatistics | None) -> None:
 
 def test_a_remembered_plan_is_recalled_and_counted() -> None:
     """A plan comes back for its own signature alone, and counts as a reuse."""
-    cache = Server().cache
-    cache.remember("like this", "the plan", ())
-    cache.remember(None, "of no signature", ())
-    assert [cache.recall(signature) for signature in ("like this", "like that", None)] == ["the plan", None, None]
-    assert cache.statistics.reuses == 1
+    server = Server()
+    server.begin(Thing())
+    server.cache.remember("like this", "the plan", ())
+    server.cache.remember(None, "of no signature", ())
+    found = [server.begin(Thing(), signature=signature) for signature in ("like this", "like that", None)]
+    assert found == ["the plan", NOT_REMEMBERED, NOT_REMEMBERED]
+    assert server.cache.statistics.reuses == 1
 
 
 def test_the_next_pass_forgets_what_was_remembered() -> None:
@@ -533,7 +546,7 @@ def test_the_next_pass_forgets_what_was_remembered() -> None:
     server.call(layer)
     server.cache.remember("like this", "the plan", ())
     server.call(layer)
-    assert server.cache.recall("like this") is None
+    assert server.begin(Thing(), signature="like this") is NOT_REMEMBERED
 
 
 def test_a_remembered_plan_keeps_what_it_names() -> None:
