@@ -41,7 +41,7 @@ from pathlib import Path
 from typing import Any
 
 import engine_changes
-from bench_probe import GATE, IN_TREE, MODES, OURS, PEER, UPSTREAM, measurements
+from bench_probe import AGAIN, GATE, IN_TREE, MODES, OURS, PEER, UNPLANNED, UPSTREAM, measurements
 from engine_process import Engine, EngineDied
 from model_configs import write_model
 from validate_engine import Answer, deviation
@@ -51,8 +51,8 @@ HERE = Path(__file__).resolve().parent
 PAGE = 64
 OCCUPIED = 4 << 30
 """Bytes of the GPU that may be in use before the benchmark starts: a context, and what a desktop needs."""
-PROMPTS, SHORT = 5, 8192
-"""Prompts that a peer prefills in one round, up to this length: where the host is the limit, one alone says little."""
+PROMPTS, TOKENS = 9, 24576
+"""Prompts that a peer prefills in one round: as many as have this many tokens together, and at most so many."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,8 @@ class Model:
 KINDS = ("decode", "verify", "prefill", "eager")
 IN_ONE_ENGINE = ("prefill", "eager")
 """Kinds of places whose passes the peers' backends serve in turn in upstream's engine."""
+BESIDE = {UPSTREAM: AGAIN, OURS: UNPLANNED}
+"""Who else takes turns there if a peer does."""
 _DENSE = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 32, "vocab_size": 32000}
 _CHAIN = {"speculative_algorithm": "EAGLE", "speculative_num_steps": 3, "speculative_eagle_topk": 1,
           "speculative_num_draft_tokens": 4}  # fmt: skip
@@ -162,15 +164,24 @@ class Point:
     """From a pass's first work to its last."""
     call_us: list[float] = field(default_factory=list)
     """The host's time per attention call; empty under graphs."""
+    over_upstream: list[float] = field(default_factory=list)
+    """Of passes that took turns in one engine, each over upstream's of the same turn: the median of each round."""
+
+    @property
+    def what(self) -> str:
+        """Which of a pass's times stands for it; without graphs, prompts come one at a time."""
+        return "forward" if self.kind == "prefill" else "since"
 
     def leave(self, verdict: str) -> None:
         """Go without times, for this reason."""
         self.verdict = verdict
-        self.step_ms, self.forward_ms, self.call_us = [], [], []
+        self.step_ms, self.forward_ms, self.call_us, self.over_upstream = [], [], [], []
 
 
-Measure = Callable[[Engine, Sequence[str]], Mapping[str, Mapping[str, float]]]
-"""What takes an engine's times at a place, by peer of those that serve in it."""
+Rows = Sequence[Mapping[str, Any]]
+"""Passes of an engine, as the probe measured them."""
+Measure = Callable[[Engine, Sequence[str]], Mapping[str, Rows]]
+"""What has an engine work at a place, and gives the passes that count, by peer of those that serve in it."""
 
 
 # --- one model, all peers ---------------------------------------------------------------------------------
@@ -211,7 +222,7 @@ class Contest:
             return
         prompts = [prompt(context, row) for row in range(batch)]
 
-        def measure(engine: Engine, peers: Sequence[str]) -> dict[str, dict[str, float]]:
+        def measure(engine: Engine, peers: Sequence[str]) -> dict[str, Rows]:
             engine.run(prompts, self.steps)
             rows = rows_of(engine)
             return {peer: passes(rows, MODES[kind], batch, peer) for peer in peers}
@@ -221,9 +232,9 @@ class Contest:
     def _prefill(self, tokens: int) -> None:
         fresh = iter(range(1000, 10_000))
 
-        def measure(engine: Engine, peers: Sequence[str]) -> dict[str, dict[str, float]]:
+        def measure(engine: Engine, peers: Sequence[str]) -> dict[str, Rows]:
             rows = []
-            for _ in range(len(peers) * (PROMPTS if tokens <= SHORT else 1)):
+            for _ in range(len(peers) * max(1, min(PROMPTS, TOKENS // tokens))):
                 engine.flush()
                 engine.run([prompt(tokens, next(fresh))], 1)
                 rows += rows_of(engine)
@@ -262,6 +273,7 @@ class Contest:
             return
         engine = self.engines[UPSTREAM]
         with self.survives(UPSTREAM, points[UPSTREAM]):
+            points = {**points, **self._points_beside(points)}
             answers = {name: self._answer_in_one_engine(name, prompts) for name in racers(points)}
             for name, answer in answers.items():
                 judge(points[name], deviation(answer, answers[UPSTREAM])[0])
@@ -271,10 +283,21 @@ class Contest:
                 found = measure(engine, racing)
                 for name in racing if index else ():
                     record(points[name], found[name])
+                    points[name].over_upstream.append(paired(found[name], found[UPSTREAM], points[name].what))
             engine.scheduler("bench_turns", peers=[], mode=None)
         if UPSTREAM in self.failed:
             for name in racers(points):
                 points[name].leave(self.failed[UPSTREAM])
+
+    def _points_beside(self, points: Mapping[str, Point]) -> dict[str, Point]:
+        """Points of those who take turns beside the peers, whose answers are still to be judged."""
+        beside = {BESIDE[name]: points[name] for name in racers(points) if name in BESIDE}
+        found = {
+            name: Point(one.kind, one.batch, one.tokens, name, one.verdict, allowed=one.allowed)
+            for name, one in beside.items()
+        }
+        self.points += found.values()
+        return found
 
     def _answer_in_one_engine(self, name: str, prompts: Sequence[Sequence[int]]) -> Answer:
         engine = self.engines[UPSTREAM]
@@ -359,37 +382,40 @@ def judge(point: Point, off: float) -> None:
     point.verdict = "equal" if off <= point.allowed else f"wrong output (off by {off:.2g}, not {point.allowed:.2g})"
 
 
-def passes(rows: Sequence[Mapping[str, Any]], mode: str, batch: int, peer: str) -> dict[str, float]:
-    """Medians over the passes of this mode, batch and peer whose predecessor was one of this mode and batch, too."""
+def passes(rows: Rows, mode: str, batch: int, peer: str) -> Rows:
+    """The passes of this mode, batch and peer whose predecessor was one of this mode and batch, too."""
     chosen = [
         row for before, row in itertools.pairwise(rows)
         if all(one["mode"] == mode and one["batch"] == batch for one in (before, row))
     ]  # fmt: skip
     # The first ones still fill the pipeline of the scheduler.
-    chosen = [row for row in chosen[3:] if row["peer"] == peer]
-    if not chosen:
-        return {}
-    return {"step": statistics.median(row["since"] for row in chosen), **_each(chosen)}
+    return [row for row in chosen[3:] if row["peer"] == peer]
 
 
-def prefills(rows: Sequence[Mapping[str, Any]], peer: str) -> dict[str, float]:
-    """Medians over a peer's passes that each prefill a prompt."""
-    chosen = [row for row in rows if (row["mode"], row["peer"]) == ("EXTEND", peer)]
-    return _each(chosen) if chosen else {}
+def prefills(rows: Rows, peer: str) -> Rows:
+    """A peer's passes that each prefill a prompt."""
+    return [row for row in rows if (row["mode"], row["peer"]) == ("EXTEND", peer)]
 
 
-def _each(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Medians of a pass, and of the host's time in an attention call where Python makes any."""
-    found = {"forward": statistics.median(row["forward"] for row in rows)}
+def record(point: Point, rows: Rows) -> None:
+    """Add the medians of one round's passes to a point, and of the host's time in a call where Python makes any.
+
+    Raises:
+        RuntimeError: there is none, so that later rounds would stand beside other peers' earlier ones.
+    """
+    if not rows:
+        raise RuntimeError(f"No {point.kind} pass of {point.peer} in a round, batch {point.batch}.")
+    if point.what == "since":
+        point.step_ms.append(statistics.median(row["since"] for row in rows))
+    point.forward_ms.append(statistics.median(row["forward"] for row in rows))
     calls = [row["attention_us"] / row["calls"] for row in rows if row["calls"]]
-    return found | ({"call": statistics.median(calls)} if calls else {})
+    point.call_us += [statistics.median(calls)] if calls else []
 
 
-def record(point: Point, found: Mapping[str, float]) -> None:
-    """Add one round's numbers to a point."""
-    for name, values in (("step", point.step_ms), ("forward", point.forward_ms), ("call", point.call_us)):
-        if name in found:
-            values.append(found[name])
+def paired(rows: Rows, upstreams: Rows, what: str) -> float:
+    """The median of a peer's passes over upstream's, each pair of one turn, so that both meet the same machine."""
+    theirs = {row["turn"]: row[what] for row in upstreams}
+    return float(statistics.median(row[what] / theirs[row["turn"]] for row in rows if row["turn"] in theirs))
 
 
 def in_short(point: Point) -> str:

@@ -25,6 +25,8 @@ GATE = "SGLANG_MUSA_EXT_BENCH_GATE"
 """The environment variable that names the file without which a scheduler goes no further than its imports."""
 UPSTREAM, OURS, IN_TREE = "upstream", "ours", "in-tree"
 """The peers."""
+AGAIN, UNPLANNED = "upstream again", "ours without plans"
+"""Who serve beside the peers where they take turns in one engine: what two of the same differ by, and what plans do."""
 MODES = {"decode": "DECODE", "verify": "TARGET_VERIFY", "prefill": "EXTEND", "eager": "DECODE"}
 """What SGLang calls the passes of each kind of place."""
 
@@ -34,6 +36,7 @@ class Forward:
     """One forward of a model, while its events may still lie ahead of the device."""
 
     peer: str
+    turn: int
     mode: str
     batch: int
     tokens: int
@@ -91,6 +94,8 @@ class Turns:
         self._peers: list[str] = []
         self._mode: str | None = None
         self._left: list[str] = []
+        self.rounds = 0
+        """Rounds of turns that have begun."""
         self._order = random.Random(0)
         self._leave: Callable[[], None] = lambda: None
 
@@ -99,17 +104,19 @@ class Turns:
 
         The engine's own backend serves the other passes; without any peers, all, as before.
         """
+        self._serve(self._own)
         for name in peers:
             if name not in self._backends:
                 self._backends[name] = BACKENDS[name](self._runner)
         self._peers, self._mode, self._left = list(peers), mode, []
-        self._serve(self._own)
 
     def next(self, batch: Any) -> str:
         """Give the pass of ``batch``, a ``ForwardBatch``, to the peer whose turn it is, and say who that is."""
         name = self._own
         if self._peers and self._mode in (None, batch.forward_mode.name):
-            self._left = self._left or self._order.sample(self._peers, len(self._peers))
+            if not self._left:
+                self._left = self._order.sample(self._peers, len(self._peers))
+                self.rounds += 1
             name = self._left.pop()
         self._serve(name)
         if hasattr(batch, "attn_backend"):  # As in 0.5.11, where layers ask the batch for it.
@@ -118,7 +125,7 @@ class Turns:
 
     def _serve(self, name: str) -> None:
         self._leave()
-        self._leave = _dispatched() if name == OURS else lambda: None
+        self._leave = _dispatched() if name in (OURS, UNPLANNED) else lambda: None
         self._runner.attn_backend = self._backends[name]
 
 
@@ -142,14 +149,27 @@ def _ours(runner: Any) -> Any:
         os.environ.update({} if mode is None else {envs.MODE: mode})
 
 
+def _unplanned(runner: Any) -> Any:
+    """Our backend with all that it does but plan: each kernel call plans for itself, as upstream's do."""
+    backend = _ours(runner)
+    backend._scheduler_metadata = lambda arguments, signature: None
+    return backend
+
+
+def _again(runner: Any) -> Any:
+    return type(runner.attn_backend)(runner)
+
+
 def _in_tree(runner: Any) -> Any:
     from bench_in_tree import create_in_tree
 
     return create_in_tree(runner)
 
 
-BACKENDS: Mapping[str, Callable[[Any], Any]] = {OURS: _ours, IN_TREE: _in_tree}
-"""What builds a peer's backend in an engine of upstream's."""
+BACKENDS: Mapping[str, Callable[[Any], Any]] = {
+    OURS: _ours, IN_TREE: _in_tree, AGAIN: _again, UNPLANNED: _unplanned,
+}  # fmt: skip
+"""What builds a backend in an engine of upstream's, whose own one serves meanwhile."""
 
 
 class Probe:
@@ -186,7 +206,8 @@ class Probe:
             raise RuntimeError(f"{type(self._server).__name__} served where it was the turn of {peer}.")
         counts = self.calls, self.attention_host
         draft = runner.is_draft_worker
-        self.forwards.append(Forward(peer, mode, batch.batch_size, tokens, draft, start, end, host, *counts))
+        turn = self._turns.rounds if self._turns else 0
+        self.forwards.append(Forward(peer, turn, mode, batch.batch_size, tokens, draft, start, end, host, *counts))
         return result
 
     def attend(self, original: Callable[..., Any], backend: Any, *args: Any, **kwargs: Any) -> Any:
@@ -238,7 +259,7 @@ class Probe:
             since = None if before is None else self.clock.milliseconds(before, one.end)
             rows.append(
                 {
-                    "peer": one.peer, "mode": one.mode, "batch": one.batch, "tokens": one.tokens,
+                    "peer": one.peer, "turn": one.turn, "mode": one.mode, "batch": one.batch, "tokens": one.tokens,
                     "draft": one.draft, "since": since,
                     "forward": self.clock.milliseconds(one.start, one.end), "host_us": 1e6 * one.host,
                     "calls": one.attention_calls, "attention_us": 1e6 * one.attention_host,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench_probe import IN_TREE, MODES, OURS, UPSTREAM
+from bench_probe import AGAIN, IN_TREE, MODES, OURS, UNPLANNED, UPSTREAM
 from validate_report import table
 
 PLANNER = "prepare_varlen_num_blocks"
@@ -29,10 +29,14 @@ class Ratio:
     high: float
 
     @classmethod
+    def over(cls, found: Sequence[float]) -> Ratio | None:
+        """Of the rounds' ratios; ``None`` where there are none."""
+        return cls(statistics.median(found), min(found), max(found)) if found else None
+
+    @classmethod
     def of(cls, ours: Sequence[float], theirs: Sequence[float]) -> Ratio | None:
         """``None`` where one of them has no times."""
-        found = [one / other for one, other in zip(ours, theirs, strict=False)]
-        return cls(statistics.median(found), min(found), max(found)) if found else None
+        return cls.over([one / other for one, other in zip(ours, theirs, strict=False)])
 
     def __str__(self) -> str:
         return f"{self.median:.3f} ({self.low:.3f} to {self.high:.3f})"
@@ -59,7 +63,10 @@ class Place:
         return found
 
     def ratio(self, peer: str, what: str = "") -> Ratio | None:
-        """A peer's times over upstream's."""
+        """A peer's times over upstream's; pass by pass where they took turns in one engine."""
+        paired = self.points.get(peer, {}).get("over_upstream")
+        if paired and not what:
+            return Ratio.over(paired)
         return Ratio.of(self.times(peer, what), self.times(UPSTREAM, what))
 
     @property
@@ -112,10 +119,13 @@ def as_markdown(
         "## Plans in a pass", "", PLANS_SAY, "", *table(PLANS, planners(result)), "",
     ]  # fmt: skip
     for kind, title in TITLES.items():
-        rows = [row(place) for place in every if place.kind == kind]
+        beside = () if kind in GRAPHED else (AGAIN, UNPLANNED)
+        rows = [row(place, beside) for place in every if place.kind == kind]
         if rows:
-            head = ("Model", "Place", "upstream ms", "ours ms", "ours / upstream", "in-tree / upstream")
-            lines += [f"## {title}", "", *table(head, rows), ""]
+            ratios = [f"{peer} / upstream" for peer in (OURS, IN_TREE, *beside)]
+            head = ("Model", "Place", "upstream ms", "ours ms", *ratios)
+            said = [BESIDE_SAY, ""] if beside else []
+            lines += [f"## {title}", "", *said, *table(head, rows), ""]
     if rows := hosts(result, every):
         lines += ["## Host time of an attention call, no graphs", "", HOSTS_SAY, "", *table(HOST, rows), ""]
     if rows := memory(result):
@@ -184,24 +194,29 @@ KERNELS_SAY = (
     "kernel that it launches first. With one, a call that is not split launches a kernel that clears a counter of the "
     "plan instead, so that the host spares little or nothing."
 )
+BESIDE_SAY = (
+    "The peers' backends took turns in one engine, pass by pass, and a ratio is of two passes of one turn. *Upstream "
+    "again* is a second backend of SGLang's own: by as much two of the same differ. *Ours without plans* does all that "
+    "this package does but plan: between it and ours lies what a planned call costs and spares in FA3 itself."
+)
 HOST = (
-    "Model", "Pass", "upstream µs", "ours µs", "ours / upstream", "Calls a pass", "Calls x difference, µs",
-    "Pass longer by, µs",
+    "Model", "Pass", "upstream µs", "ours µs", "ours without plans µs", "ours / upstream", "Calls a pass",
+    "Calls x difference, µs", "Pass longer by, µs",
 )  # fmt: skip
 HOSTS_SAY = (
     "Where the host is the limit, a pass is longer by what its calls take longer, so the last two columns agree; where "
-    "the device is, it is not. The limit, a call without any time of this package, is upstream's."
+    "the device is, it is not."
 )
 MEMORY = ("Model", "Peer", "KV cache", "Allocated", "Reserved", "more than upstream", "in KV tokens")
 
 
-def row(place: Place) -> list[str]:
-    """One place, all peers."""
+def row(place: Place, beside: Sequence[str] = ()) -> list[str]:
+    """One place, all peers, and who took turns ``beside`` them."""
     cells = [place.model, place.label]
     for peer in (UPSTREAM, OURS):
         times = place.times(peer)
         cells.append(f"{statistics.median(times):.3f}" if times else _why(place, peer))
-    for peer in (OURS, IN_TREE):
+    for peer in (OURS, IN_TREE, *beside):
         ratio = place.ratio(peer)
         cells.append(str(ratio) if ratio else _why(place, peer))
     return cells
@@ -259,7 +274,9 @@ def hosts(result: Mapping[str, Any], every: Iterable[Place]) -> list[list[str]]:
             traced = planned(result, place.model, MODES[place.kind], OURS)
             said = [f"{traced['calls']:g}", f"{traced['calls'] * (ours - theirs):+.0f}"] if traced else ["–", "–"]
             where = f"{place.kind}, {place.label}"
-            rows.append([place.model, where, f"{theirs:.1f}", f"{ours:.1f}", str(ratio), *said, f"{longer:+.0f}"])
+            bare = place.times(UNPLANNED, "call_us")
+            cells = [f"{theirs:.1f}", f"{ours:.1f}", f"{statistics.median(bare):.1f}" if bare else "–"]
+            rows.append([place.model, where, *cells, str(ratio), *said, f"{longer:+.0f}"])
     return rows
 
 
@@ -315,7 +332,7 @@ def bars(every: Sequence[Place], result: Mapping[str, Any]) -> list[list[str]]:
             sides = [planned(result, model, mode, peer) for peer in (OURS, UPSTREAM)]
             if all(sides):
                 ours, theirs = (side["plans"] for side in sides if side)
-                met = "yes" if ours <= GEOMETRIES.get(model, 1) else UNPLANNED.get((model, mode), "no")
+                met = "yes" if ours <= GEOMETRIES.get(model, 1) else NO_PLANS.get((model, mode), "no")
                 rows.append([f"a plan a geometry: {model}, {mode}", f"{ours:g}, upstream {theirs:g}", met])
     return rows
 
@@ -324,7 +341,7 @@ GEOMETRIES = {"gemma2": 2}
 """Models whose layers have more than one geometry, and how many: window layers are others than full ones."""
 
 
-UNPLANNED = {
+NO_PLANS = {
     ("mla", "EXTEND"): "none can be passed: prefill of MLA attends to raw keys, and FA3 takes no plan for those"
 }
 """Passes whose calls plan for themselves, and why."""

@@ -93,16 +93,23 @@ def key_mutants() -> Iterator[Mutant]:
 SIGNATURE = (
     "q.shape, ", "q.dtype, ", "q.device, ", 'arguments["k_cache"].shape, ', 'arguments["v_cache"].shape, ',
     "page_table.shape,", "id(cache_seqlens), ", "-1 if cache_seqlens.is_inference() else cache_seqlens._version,",
-    "id(cu_seqlens_q), ", '"max_seqlen_q", ', '"causal", ', '"window_size", ', '"softcap", ', '"attention_chunk", ',
-    '"num_splits", ', '"pack_gqa", ', '"sm_margin",', 'get("qv") is None, ',
+    "id(cu_seqlens_q), ", 'get("qv") is None, ',
 )  # fmt: skip
 """What a signature consists of, but for the version of ``cu_seqlens_q``, which nothing changes in place."""
+VALUES = "present = [name for name in _PLANNED_VALUES if name in names]"
+VALUE_NAMES = (
+    "max_seqlen_q", "causal", "window_size", "softcap", "attention_chunk", "num_splits", "pack_gqa", "sm_margin",
+)  # fmt: skip
 
 
 def signature_mutants() -> Iterator[Mutant]:
     """Each part left out of what tells calls apart before their geometry is worked out."""
     for part in SIGNATURE:
         yield Mutant(f"signature without {part}", BACKEND, part, "", "differ_in_one_thing or told_apart")
+    yield Mutant("signature without names", BACKEND, "site.names, ", "", "under_other_names")
+    for name in VALUE_NAMES:
+        less = VALUES.replace("in names]", f'in names and name != "{name}"]')
+        yield Mutant(f"signature without {name}", BACKEND, VALUES, less, "differ_in_one_thing")
     for name in ("cache_leftpad", "cu_seqlens_k_new"):
         check = f'get("{name}") is not None'
         yield Mutant(f"signature in spite of {name}", BACKEND, check, "False", "differ_in_one_thing")

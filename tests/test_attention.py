@@ -1294,6 +1294,8 @@ OTHER_ARGUMENTS: dict[str, dict[str, Any]] = {
     "padding": {"cache_leftpad": torch.zeros(3, dtype=torch.int32)},
     "new keys": {"k": torch.zeros(1), "cu_seqlens_k_new": torch.zeros(4)},
 }
+NEUTRAL: dict[str, Any] = {"softcap": 0.0, "sm_margin": 0, "k": torch.zeros(1), "cu_seqlens_k_new": torch.ones(4)}
+"""What a call without these changes has under their names, where that is not ``None``: calls with other names differ."""
 
 
 def in_layer(backend: Any, batch: Any, calls: Callable[[], None]) -> None:
@@ -1312,7 +1314,8 @@ def test_calls_of_a_layer_that_differ_in_one_thing_have_plans_of_their_own(what:
     backend = Model(uniform_layers(1)).backend()
     replace_kernels(backend, lambda *_: lambda **arguments: torch.zeros(1))
     backend._kernels = dataclasses.replace(backend._kernels, metadata_uses_softcap=True)
-    first = {**BASE_CALL, "cache_seqlens": torch.zeros(3, dtype=torch.int32)}
+    neutral = {name: NEUTRAL.get(name) for name in OTHER_ARGUMENTS[what]}
+    first = {**neutral, **BASE_CALL, "cache_seqlens": torch.zeros(3, dtype=torch.int32)}
 
     def calls() -> None:
         for change in ({}, {}, OTHER_ARGUMENTS[what], {}):
@@ -1321,6 +1324,22 @@ def test_calls_of_a_layer_that_differ_in_one_thing_have_plans_of_their_own(what:
     batch = SimpleNamespace()
     with counted(backend) as counts:
         in_layer(backend, batch, calls)
+    assert (counts.passes, counts.plans, counts.reuses) == (1, 2, 2)
+
+
+def test_calls_with_equal_values_under_other_names_are_told_apart() -> None:
+    """One call asks for a single split, another that has no such argument for packed heads: 1 and ``True`` are equal."""
+    backend = Model(uniform_layers(1)).backend()
+    replace_kernels(backend, lambda *_: lambda **arguments: torch.zeros(1))
+    first = {**BASE_CALL, "cache_seqlens": torch.zeros(3, dtype=torch.int32)}
+    second = {name: value for name, value in first.items() if name != "num_splits"} | {"pack_gqa": True}
+
+    def calls() -> None:
+        for arguments in (first, second, first, second):
+            upstream.flash_attn_with_kvcache(**arguments)
+
+    with counted(backend) as counts:
+        in_layer(backend, SimpleNamespace(), calls)
     assert (counts.passes, counts.plans, counts.reuses) == (1, 2, 2)
 
 

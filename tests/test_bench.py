@@ -28,6 +28,8 @@ from bench_probe import measurements
 from engine_process import Engine, EngineDied, graph_arguments, last_error
 from validate_numerics import Shape
 
+import sglang_musa_ext
+from sglang_musa_ext import envs
 from sglang_musa_ext.kernels import FA3Kernels, reference_kernels
 
 MODEL = bench.Model("small", "llama", {}, 1 << 20, {}, "", (1,), (64,), ())
@@ -48,6 +50,7 @@ class FakeEngine:
         self.own, self.left = "upstream", dies_after
         self.served = {**(others or {}), "": (answer, milliseconds)}
         self.peers: list[str] = []
+        self.batch = 1
         self.closed = False
 
     def _work(self) -> None:
@@ -63,10 +66,12 @@ class FakeEngine:
         return self._of(self.peers[0] if self.peers else "")[0]
 
     def run(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> None:
+        self.batch = len(prompts)
         self._work()
 
-    def scheduler(self, method: str, peers: list[str]) -> None:
+    def scheduler(self, method: str, peers: list[str], mode: str | None) -> None:
         assert method == "bench_turns"
+        assert (mode is None) == (len(peers) < 2), "answers are of all passes, times of those of the place"
         self.peers = peers
 
     def flush(self) -> None:
@@ -77,10 +82,10 @@ class FakeEngine:
 
     def state(self) -> dict[str, Any]:
         rows = []
-        for mode, peer in itertools.product(("DECODE", "EXTEND"), self.peers or [self.own]):
-            row = {"peer": peer, "mode": mode, "batch": 1, "tokens": 1, "draft": False, "since": self._of(peer)[1]}
-            row |= {"forward": self._of(peer)[1] / 2, "host_us": 1.0, "calls": 2, "attention_us": 8.0}
-            rows += [row] * 9
+        for mode, turn, peer in itertools.product(("DECODE", "EXTEND"), range(9), self.peers or [self.own]):
+            took = self._of(peer)[1]
+            row = {"peer": peer, "turn": turn, "mode": mode, "batch": self.batch, "tokens": 1, "draft": False}
+            rows.append(row | {"since": took, "forward": took / 2, "host_us": 1.0, "calls": 2, "attention_us": 8.0})
         return {"bench": json.dumps({"forwards": rows, "traces": [], "backend": "", "memory": {}})}
 
 
@@ -133,6 +138,7 @@ def in_one_engine(shared: FakeEngine, **engines: Any) -> dict[str, tuple[str, li
     found = entered({"upstream": shared, **engines})
     found._prefill(64)
     assert not shared.peers, "upstream's engine was not given back to its own backend"
+    assert [len(point.over_upstream) for point in found.points] == [len(point.forward_ms) for point in found.points]
     return {point.peer: (point.verdict, point.forward_ms) for point in found.points}
 
 
@@ -143,6 +149,32 @@ def test_passes_without_graphs_are_timed_in_one_engine() -> None:
     assert found["upstream"] == ("equal", [2.0] * 3)
     assert found["ours"] == ("equal", [1.0] * 3)
     assert found["in-tree"] == ("wrong output (off by 0.5, not 0.12)", [])
+
+
+def test_who_takes_turns_beside_the_peers_is_judged_and_timed() -> None:
+    """A second backend of upstream's, and ours without plans, are there where the peers are that they stand beside."""
+    others = {"ours": (RIGHT, 2.0), "upstream again": (RIGHT, 5.0), "ours without plans": (WRONG, 1.0)}
+    found = in_one_engine(FakeEngine(RIGHT, 4.0, others=others), ours=FakeEngine(RIGHT))
+    assert found["upstream again"] == ("equal", [2.5] * 3)
+    assert found["ours without plans"] == ("wrong output (off by 0.5, not 0.12)", [])
+    assert "ours without plans" not in in_one_engine(FakeEngine(RIGHT), ours=FakeEngine(WRONG))
+
+
+def test_a_pass_is_compared_with_that_of_its_turn() -> None:
+    """What the machine does to all passes of a turn is in no ratio: here each turn takes twice as long as the last."""
+    rows = [
+        {"peer": peer, "turn": turn, "forward": factor * 2.0**turn}
+        for turn in range(4) for peer, factor in (("ours", 1.5), ("upstream", 1.0))
+    ]  # fmt: skip
+    ours, theirs = rows[::2], rows[1::2]
+    assert bench.paired(ours, theirs, "forward") == 1.5
+    assert bench.paired(ours[1:], theirs[:-1], "forward") == 1.5
+
+
+def test_a_round_without_a_pass_is_an_error() -> None:
+    """Times stand beside those of the same round, so that none may be missing."""
+    with pytest.raises(RuntimeError, match="No prefill pass of ours in a round"):
+        bench.record(bench.Point("prefill", 1, 64, "ours", "equal"), [])
 
 
 def test_answers_are_compared_in_that_engine_too() -> None:
@@ -157,7 +189,7 @@ def test_nobody_keeps_times_of_an_engine_that_died() -> None:
     found = entered({"upstream": FakeEngine(RIGHT, 4.0, 8), "ours": FakeEngine(RIGHT)})
     found._prefill(64)
     failed = "failed: CUDA error: an illegal memory access was encountered"
-    assert [(point.verdict, point.forward_ms) for point in found.points] == [(failed, [])] * 2
+    assert [(point.verdict, point.forward_ms) for point in found.points] == [(failed, [])] * 4
 
 
 class Runner:
@@ -175,11 +207,11 @@ def forward(runner: Runner, batch: Any) -> Any:
     return runner.attn_backend
 
 
-def served(probe: bench_probe.Probe, runner: Runner, by: Any = None) -> Any:
+def served(probe: bench_probe.Probe, runner: Runner, by: Any = None, mode: str = "EXTEND") -> Any:
     """Which backend a pass got."""
-    mode = SimpleNamespace(name="EXTEND")
+    named = SimpleNamespace(name=mode)
     return probe.forward(
-        forward, runner, SimpleNamespace(forward_mode=mode, input_ids=None, batch_size=1, probe=probe, by=by)
+        forward, runner, SimpleNamespace(forward_mode=named, input_ids=None, batch_size=1, probe=probe, by=by)
     )
 
 
@@ -206,10 +238,42 @@ def test_backends_take_turns_in_one_engine(monkeypatch: pytest.MonkeyPatch) -> N
         assert dispatched == [backend is ours], "only our backend may find its kernels under upstream's names"
     rounds = {tuple(taken[index : index + 2]) for index in range(0, 16, 2)}
     assert rounds == {("upstream", "ours"), ("ours", "upstream")}
-    assert [row["peer"] for row in probe.drain()["forwards"]] == ["upstream", *taken]
+    rows = probe.drain()["forwards"]
+    assert [row["peer"] for row in rows] == ["upstream", *taken]
+    assert [row["turn"] for row in rows] == [0, *[turn for turn in range(1, 9) for _ in range(2)]]
     probe.take_turns([])
     assert [served(probe, runner) for _ in range(3)] == [own] * 3
     assert dispatched == [False]
+
+
+def test_turns_are_of_the_passes_that_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scheduler may run a decode pass between two prompts: it is nobody's turn, and the own backend's to serve."""
+    ours = object()
+    monkeypatch.setenv(bench_probe.PEER, "upstream")
+    monkeypatch.setattr(bench_probe, "BACKENDS", {"ours": lambda runner: ours})
+    monkeypatch.setattr(bench_probe, "_dispatched", lambda: lambda: None)
+    probe, runner = bench_probe.Probe(), Runner()
+    own = runner.attn_backend
+    served(probe, runner)
+    probe.take_turns(["upstream", "ours"], "EXTEND")
+    taken = []
+    for _ in range(4):
+        taken.append(served(probe, runner))
+        assert served(probe, runner, mode="DECODE") is own
+    assert [taken.count(own), taken.count(ours)] == [2, 2]
+
+
+@pytest.mark.parametrize("before", ["off", None])
+def test_our_backend_reads_its_settings_in_upstreams_engine(
+    before: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There the package is off, and would read no other setting, such as which kernels to take."""
+    stub = SimpleNamespace(MusaFA3Backend=lambda runner: envs.Settings.from_environ())
+    monkeypatch.setattr(sglang_musa_ext, "attention", stub, raising=False)
+    monkeypatch.setenv(envs.KERNELS, "hopper")
+    monkeypatch.setenv(envs.MODE, before) if before else monkeypatch.delenv(envs.MODE, raising=False)
+    assert bench_probe._ours(Runner()).kernels == "hopper"
+    assert os.environ.get(envs.MODE) == before
 
 
 def test_a_pass_that_another_backend_served_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -285,9 +349,7 @@ def test_only_what_was_asked_for_is_measured_and_reported() -> None:
     """With --kinds other places are left out of a run, and of a report of an earlier one."""
     model = dataclasses.replace(MODEL, prefills=(64,))
     for kinds, expected in ((("decode",), {"decode"}), (("prefill", "verify"), {"prefill"}), (bench.KINDS, None)):
-        engine: Any = FakeEngine(RIGHT)
-        engine.state = lambda: {"bench": json.dumps({"forwards": [], "traces": [], "backend": "", "memory": {}})}
-        found = entered({"upstream": engine}, model, kinds)
+        found = entered({"upstream": FakeEngine(RIGHT)}, model, kinds)
         assert len(list(found.run())) == len(expected or model.kinds)
         assert {point.kind for point in found.points} == (expected or set(model.kinds))
     models = bench.of_kinds(result(), ["verify"])["models"]
@@ -308,6 +370,13 @@ def test_a_gpu_in_use_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
             assert bench._device("cuda")["name"] == "a GPU"
 
 
+def numbers(rows: bench.Rows) -> tuple[list[float], list[float], list[float]]:
+    """What a round of these passes adds to a point: of a step, a pass and a call."""
+    point = bench.Point("eager", 2, 64, "ours", "equal")
+    bench.record(point, rows)
+    return point.step_ms, point.forward_ms, point.call_us
+
+
 def test_only_passes_after_their_like_count() -> None:
     """A step's time runs from one decode pass to the next: what follows a prefill or another batch is left out."""
 
@@ -317,12 +386,12 @@ def test_only_passes_after_their_like_count() -> None:
 
     rows = [row("EXTEND", 2, 0.0), row("DECODE", 2, 50.0), *[row("DECODE", 2, 9.0)] * 3]
     rows += [*[row("DECODE", 2, 3.0)] * 4, row("DECODE", 1, 70.0), row("DECODE", 1, 70.0)]
-    assert bench.passes(rows, "DECODE", 2, "ours") == {"step": 3.0, "forward": 1.0, "call": 4.0}
+    assert numbers(bench.passes(rows, "DECODE", 2, "ours")) == ([3.0], [1.0], [4.0])
     theirs = {**row("DECODE", 2, 8.0), "peer": "upstream", "calls": 0}
     turns = [one for row in rows for one in (row, theirs)][4:14]
-    assert bench.passes(turns, "DECODE", 2, "upstream") == {"step": 8.0, "forward": 1.0}
-    assert bench.passes(turns, "DECODE", 2, "ours") == {"step": 3.0, "forward": 1.0, "call": 4.0}
-    assert bench.passes(rows, "DECODE", 2, "upstream") == {}
+    assert numbers(bench.passes(turns, "DECODE", 2, "upstream")) == ([8.0], [1.0], [])
+    assert numbers(bench.passes(turns, "DECODE", 2, "ours")) == ([3.0], [1.0], [4.0])
+    assert bench.passes(rows, "DECODE", 2, "upstream") == []
 
 
 def test_an_engine_without_the_probe_is_an_error() -> None:
@@ -584,9 +653,23 @@ def test_what_the_host_takes_is_laid_beside_the_pass() -> None:
         found = {"kind": "eager", "batch": 10, "tokens": 64, "peer": peer, "verdict": "equal"}
         data["models"]["dense"]["points"].append(found | {"forward_ms": [], "step_ms": times, "call_us": calls})
     [row] = bench_report.hosts(data, bench_report.places(data))
-    assert row[2:4] == ["20.0", "22.0"]
-    assert row[5:] == ["26", "+52", "+60"]
+    assert row[2:5] == ["20.0", "22.0", "–"]
+    assert row[6:] == ["26", "+52", "+60"]
     assert " | ".join(row) in bench_report.as_markdown(data)
+
+
+def test_ratios_of_turns_are_told_with_who_stood_beside() -> None:
+    """Where passes were compared one by one, that is the ratio; and what the same differs by is told with it."""
+    data = result()
+    paired = {"upstream": 1.0, "ours": 1.05, "in-tree": 0.9, "upstream again": 1.01, "ours without plans": 0.97}
+    for peer, ratio in paired.items():
+        found = {"kind": "eager", "batch": 10, "tokens": 64, "peer": peer, "verdict": "equal", "forward_ms": []}
+        found |= {"step_ms": [2.0, 4.0], "call_us": [20.0, 20.0], "over_upstream": [ratio, ratio + 0.02]}
+        data["models"]["dense"]["points"].append(found)
+    text = bench_report.as_markdown(data)
+    cells = [f"{ratio + 0.01:.3f} ({ratio:.3f} to {ratio + 0.02:.3f})" for ratio in list(paired.values())[1:]]
+    assert f"| dense | batch 10, 64 tokens | 3.000 | 3.000 | {' | '.join(cells)} |" in text
+    assert "| dense | eager, batch 10, 64 tokens | 20.0 | 20.0 | 20.0 | 1.000 (1.000 to 1.000) |" in text
 
 
 def test_passes_whose_calls_take_no_plan_say_why() -> None:
@@ -658,7 +741,10 @@ def test_the_benchmark_runs_without_a_gpu(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "bench.json").read_text())["models"]["tiny"]
     assert not found["failed"]
     kinds = {(one["kind"], one["peer"]) for one in found["points"] if one["verdict"] == "equal" and one["forward_ms"]}
-    assert kinds == {(kind, peer) for kind in ("decode", "prefill", "eager") for peer in ("upstream", "ours")}
+    peers, beside = ("upstream", "ours"), ("upstream again", "ours without plans")
+    assert kinds == {("decode", peer) for peer in peers} | {
+        (kind, peer) for kind in ("prefill", "eager") for peer in (*peers, *beside)
+    }
     # Only where it attended has a peer a time of its calls.
     assert {(one["kind"], one["peer"]) for one in found["points"] if one["call_us"]} >= {
         (kind, peer) for kind in ("prefill", "eager") for peer in ("upstream", "ours")
