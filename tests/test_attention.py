@@ -1295,7 +1295,7 @@ OTHER_ARGUMENTS: dict[str, dict[str, Any]] = {
     "new keys": {"k": torch.zeros(1), "cu_seqlens_k_new": torch.zeros(4)},
 }
 NEUTRAL: dict[str, Any] = {"softcap": 0.0, "sm_margin": 0, "k": torch.zeros(1), "cu_seqlens_k_new": torch.ones(4)}
-"""What a call without these changes has under their names, where that is not ``None``: calls with other names differ."""
+"""What a call without these changes has under their names, where that is not ``None``; names tell calls apart, too."""
 
 
 def in_layer(backend: Any, batch: Any, calls: Callable[[], None]) -> None:
@@ -1328,7 +1328,7 @@ def test_calls_of_a_layer_that_differ_in_one_thing_have_plans_of_their_own(what:
 
 
 def test_calls_with_equal_values_under_other_names_are_told_apart() -> None:
-    """One call asks for a single split, another that has no such argument for packed heads: 1 and ``True`` are equal."""
+    """One asks for a single split, another, without such an argument, for packed heads: 1 and ``True`` are equal."""
     backend = Model(uniform_layers(1)).backend()
     replace_kernels(backend, lambda *_: lambda **arguments: torch.zeros(1))
     first = {**BASE_CALL, "cache_seqlens": torch.zeros(3, dtype=torch.int32)}
