@@ -115,7 +115,8 @@ def signature_mutants() -> Iterator[Mutant]:
         yield Mutant(f"signature in spite of {name}", BACKEND, check, "False", "differ_in_one_thing")
 
 
-PLANNED = "if not (self._kernels.plans_unequal_queries or _has_equal_queries(arguments)):"
+PLANNED = "return self._kernels.plans_unequal_queries or _has_equal_queries(arguments)"
+ALONE = "if self._kernels.plans_for_itself and self._plans.most_calls == 1:"
 PASS_RULES = (
     Mutant("end_pass does nothing", CACHE, "        self._ended = True\n\n    def begin_layer",
            "        pass\n\n    def begin_layer", "rewritten_in_place or init_method or outside"),
@@ -134,9 +135,14 @@ PASS_RULES = (
     Mutant("role ignored", CACHE, "call in self._seen", "(call[0], 0) in self._seen",
            "cascade or context_parallel"),
     Mutant("role never counted", CACHE, "        self.role += 1\n", "", "cascade or context_parallel"),
-    Mutant("unequal queries are planned", BACKEND, PLANNED, "if False:", "unequal_queries"),
-    Mutant("unequal queries are never planned", BACKEND, PLANNED, "if not _has_equal_queries(arguments):",
-           "plan_all"),
+    Mutant("unequal queries are planned", BACKEND, PLANNED, "return True", "unequal_queries"),
+    Mutant("unequal queries are never planned", BACKEND, PLANNED,
+           "return _has_equal_queries(arguments)", "plan_all"),
+    Mutant("plans that nothing reuses are computed", BACKEND, ALONE, "if False:", "nothing_reuses"),
+    Mutant("kernels that plan nothing are left alone", BACKEND, ALONE, "if self._plans.most_calls == 1:",
+           "nothing_reuses"),
+    Mutant("one pass of one call is for ever", CACHE, "max(self.most_calls, len(self._seen))",
+           "self.most_calls or len(self._seen)", "nothing_reuses"),
     Mutant("queries of one request make all equal", BACKEND, '(cu_seqlens_q.size(0) - 1) * arguments["max_seqlen_q"]',
            'arguments["max_seqlen_q"]', "unequal_queries"),
     Mutant("layers known by their id", CACHE, "call in self._seen:",

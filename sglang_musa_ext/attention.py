@@ -225,7 +225,7 @@ class MusaFA3Mixin:
     def _scheduler_metadata(self, arguments: dict[str, Any], signature: object) -> Any:
         """The ``scheduler_metadata`` of a call: a tensor, for MLA on MATE ``(workspace, reuse)``, or ``None``."""
         tensors = tuple(arguments.get(name) for name in _PLANNED_TENSORS)
-        if not (self._kernels.plans_unequal_queries or _has_equal_queries(arguments)):
+        if not self._takes_plan(arguments):
             self._plans.remember(signature, None, tensors)
             return None
         geometry = _geometry(arguments, self._kernels)
@@ -240,6 +240,13 @@ class MusaFA3Mixin:
             _require_same_plan(used, fresh, geometry, self._plans)
         self._plans.remember(signature, plan, tensors)
         return plan
+
+    def _takes_plan(self, arguments: dict[str, Any]) -> bool:
+        """Whether a call gets a plan: where the kernels have one for it, and where theirs would not do as well."""
+        if self._kernels.plans_for_itself and self._plans.most_calls == 1:
+            # A draft model of one layer, say: nothing would reuse a plan, and the host takes long to compute one.
+            return False
+        return self._kernels.plans_unequal_queries or _has_equal_queries(arguments)
 
     @property
     def _checking(self) -> bool:

@@ -64,6 +64,8 @@ class FA3Kernels:
     """Whether scheduler metadata depends on ``has_softcap``."""
     plans_unequal_queries: bool = True
     """Whether a plan is right for a call whose requests have different numbers of queries."""
+    plans_for_itself: bool = False
+    """Whether a call without a plan makes the same one, so that a plan is worth its time from the second call on."""
     plan_contents: Callable[[torch.Tensor, int], torch.Tensor] = lambda plan, batch_size: plan
     """What of a plan's tensor says something, from it and the batch size; for comparing two plans."""
     unadapted: Callable[..., Any] | None = None
@@ -192,6 +194,7 @@ def hopper_kernels(device: torch.device) -> FA3Kernels:
         dtypes=_HALF,
         metadata_uses_softcap=True,
         plans_unequal_queries=candidate.plans_unequal_queries,
+        plans_for_itself=True,
         plan_contents=_hopper_plan_contents,
         unadapted=library.flash_attn_with_kvcache,
         versions={"library": candidate.module, **_versions(*candidate.distributions)},

@@ -170,6 +170,8 @@ class SchedulerMetadataCache:
         """The layer that is running, or ran last; ``None`` where no layer makes the call."""
         self.role = -1
         """The ordinal of the running call among the layer's (0 prefix, 1 suffix of a cascade)."""
+        self.most_calls = 0
+        """The most calls over a paged cache that a pass has made, of those that are over."""
         self._stream_state = stream_state
         # Where the current pass stands; compared at every layer.
         self._forward_batch: Callable[[], object] = lambda: None
@@ -287,6 +289,7 @@ class SchedulerMetadataCache:
         return _Plan(key, value, tensors)
 
     def _begin_pass(self) -> None:
+        self.most_calls = max(self.most_calls, len(self._seen))
         self.forget_plans()
         self._seen.clear()
         self._ended = False

@@ -1129,6 +1129,21 @@ def test_unequal_queries_get_no_plan_where_kernels_plan_none(new: tuple[int, ...
     assert (counts.calls, counts.planned_calls, counts.plans, counts.reuses) == (2, 2 * planned, planned, planned)
 
 
+@pytest.mark.parametrize("by_itself", [True, False])
+def test_a_plan_that_nothing_reuses_is_left_to_kernels_that_make_it(by_itself: bool) -> None:
+    """Where passes make one call, kernels that plan for themselves do so from the second pass on; others never do."""
+    model = Model(uniform_layers(3))
+    backend = model.backend()
+    backend._kernels = dataclasses.replace(backend._kernels, plans_for_itself=by_itself)
+    plans = []
+    for layers in (model.layers[:1], model.layers[:1], model.layers, model.layers[:1]):
+        with counted(backend) as counts:
+            model.run_pass(backend, model.decode(model.requests(70)), layers)
+        plans.append(counts.plans)
+    # The third pass shows that there are more layers, and from then on every pass has its plan.
+    assert plans == ([1, 0, 0, 1] if by_itself else [1, 1, 1, 1])
+
+
 def test_queries_are_counted_once_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     """That calls take no plan is remembered as a plan is: for the layers of one pass, whose lengths are the same."""
     model = Model(uniform_layers(3))
