@@ -114,7 +114,7 @@ def as_markdown(
         *table(("Model", "What it is", "Measured", "Rounds", "Tokens a request", "Load"), _runs(result)), "",
         *([*notes, ""] if notes else []),
         *(["Not measured:", "", *missing, ""] if missing else []),
-        "## Bars", "", *table(("Bar", "Measured", "Met"), bars(every, result)), "",
+        "## Bars", "", BARS_SAY, "", *table(("Bar", "Measured", "Met"), bars(every, result)), "",
         *(f"![{name}]({name})" for name in plots), "",
         "## Plans in a pass", "", PLANS_SAY, "", *table(PLANS, planners(result)), "",
     ]  # fmt: skip
@@ -126,6 +126,9 @@ def as_markdown(
             head = ("Model", "Place", "upstream ms", "ours ms", *ratios)
             said = [BESIDE_SAY, ""] if beside else []
             lines += [f"## {title}", "", *said, *table(head, rows), ""]
+    if rows := [row(place, what="step_ms") for place in every if place.kind == "verify"]:
+        head = ("Model", "Place", "upstream ms", "ours ms", "ours / upstream", "in-tree / upstream")
+        lines += ["## Whole step of speculative decoding", "", STEP_SAYS, "", *table(head, rows), ""]
     if rows := hosts(result, every):
         lines += ["## Host time of an attention call, no graphs", "", HOSTS_SAY, "", *table(HOST, rows), ""]
     if rows := memory(result):
@@ -168,6 +171,10 @@ INTRODUCTION = [
         "time, so above some 4 something else did too, and times in which the host is the limit say little."
     )
 ]
+BARS_SAY = (
+    "What could be had at most is told with each measurement: under graphs by the last column of *What a pass costs*, "
+    "a pass with no plan at all; without graphs, where the host limits a short pass, by *ours without plans*."
+)
 TITLES = {
     "decode": "Decode step, CUDA graphs",
     "verify": "Verify pass of speculative decoding, CUDA graphs",
@@ -194,6 +201,11 @@ KERNELS_SAY = (
     "kernel that it launches first. With one, a call that is not split launches a kernel that clears a counter of the "
     "plan instead, so that the host spares little or nothing."
 )
+STEP_SAYS = (
+    "From the end of one verify pass to the end of the next, with the draft's passes between, of which SGLang extends "
+    "the draft without a graph. The host is the limit here, and each peer has an engine of its own: see how much the "
+    "rounds of one peer differ by."
+)
 BESIDE_SAY = (
     "The peers' backends took turns in one engine, pass by pass, and a ratio is of two passes of one turn. *Upstream "
     "again* is a second backend of SGLang's own: by as much two of the same differ. *Ours without plans* does all that "
@@ -210,14 +222,14 @@ HOSTS_SAY = (
 MEMORY = ("Model", "Peer", "KV cache", "Allocated", "Reserved", "more than upstream", "in KV tokens")
 
 
-def row(place: Place, beside: Sequence[str] = ()) -> list[str]:
-    """One place, all peers, and who took turns ``beside`` them."""
+def row(place: Place, beside: Sequence[str] = (), what: str = "") -> list[str]:
+    """One place, all peers, and who took turns ``beside`` them; ``what`` are the times, by default the place's own."""
     cells = [place.model, place.label]
     for peer in (UPSTREAM, OURS):
-        times = place.times(peer)
+        times = place.times(peer, what)
         cells.append(f"{statistics.median(times):.3f}" if times else _why(place, peer))
     for peer in (OURS, IN_TREE, *beside):
-        ratio = place.ratio(peer)
+        ratio = place.ratio(peer, what)
         cells.append(str(ratio) if ratio else _why(place, peer))
     return cells
 
@@ -463,7 +475,8 @@ def _draw_ratios(every: Sequence[Place], result: Mapping[str, Any], page: Path) 
         axis.set_title(TITLES[kind], fontsize=10, loc="left")
         axis.grid(axis="x", alpha=0.3)
     axes[-1, 0].set_xlabel("time of sglang-musa-ext over SGLang's own fa3: median and range of the rounds")
-    figure.suptitle(f"{result['device']['name']}, SGLang {result['versions'].get('sglang')}", fontsize=11)
+    where = f"{result['device']['name']}, SGLang {result['versions'].get('sglang')}"
+    axes[0, 0].set_title(where, fontsize=10, loc="right")
     return _saved(figure, page)
 
 

@@ -613,6 +613,17 @@ def test_a_bar_is_met_missed_or_within_the_spread(ours: list[float], met: str) -
     assert row[2] == met
 
 
+def test_the_step_around_a_verify_pass_is_told_too() -> None:
+    """A verify pass that is faster in a step that is not: both are there, each under its own head."""
+    data = result()
+    theirs, ours, _ = data["models"]["verify"]["points"][:3]
+    theirs |= {"step_ms": [4.0] * 3, "forward_ms": [2.0] * 3}
+    ours |= {"step_ms": [4.1, 4.2, 4.0], "forward_ms": [1.9] * 3}
+    passes, _, rest = bench_report.as_markdown(data).partition("## Whole step of speculative decoding")
+    assert "| verify | batch 1, 1024 tokens | 2.000 | 1.900 | 0.950 (0.950 to 0.950) |" in passes
+    assert "| verify | batch 1, 1024 tokens | 4.000 | 4.100 | 1.025 (1.000 to 1.050) |" in rest
+
+
 def test_what_is_slower_in_every_round_is_listed() -> None:
     """A place where ours loses every round is named; one that loses some is not."""
     data = result()
