@@ -121,14 +121,9 @@ def as_markdown(
     for kind, title in TITLES.items():
         beside = () if kind in GRAPHED else (AGAIN, UNPLANNED)
         rows = [row(place, beside) for place in every if place.kind == kind]
-        if rows:
-            ratios = [f"{peer} / upstream" for peer in (OURS, IN_TREE, *beside)]
-            head = ("Model", "Place", "upstream ms", "ours ms", *ratios)
-            said = [BESIDE_SAY, ""] if beside else []
-            lines += [f"## {title}", "", *said, *table(head, rows), ""]
-    if rows := [row(place, what="step_ms") for place in every if place.kind == "verify"]:
-        head = ("Model", "Place", "upstream ms", "ours ms", "ours / upstream", "in-tree / upstream")
-        lines += ["## Whole step of speculative decoding", "", STEP_SAYS, "", *table(head, rows), ""]
+        lines += timed(title, BESIDE_SAY if beside else "", rows, beside)
+    steps = [row(place, what="step_ms") for place in every if place.kind == "verify"]
+    lines += timed("Whole step of speculative decoding", STEP_SAYS, steps)
     if rows := hosts(result, every):
         lines += ["## Host time of an attention call, no graphs", "", HOSTS_SAY, "", *table(HOST, rows), ""]
     if rows := memory(result):
@@ -220,6 +215,15 @@ HOSTS_SAY = (
     "the device is, it is not."
 )
 MEMORY = ("Model", "Peer", "KV cache", "Allocated", "Reserved", "more than upstream", "in KV tokens")
+
+
+def timed(title: str, said: str, rows: Sequence[Sequence[str]], beside: Sequence[str] = ()) -> list[str]:
+    """The section of a kind of places, from what :func:`row` makes of each; nothing where there are none."""
+    if not rows:
+        return []
+    ratios = [f"{peer} / upstream" for peer in (OURS, IN_TREE, *beside)]
+    head = ("Model", "Place", "upstream ms", "ours ms", *ratios)
+    return [f"## {title}", "", *([said, ""] if said else []), *table(head, rows), ""]
 
 
 def row(place: Place, beside: Sequence[str] = (), what: str = "") -> list[str]:
