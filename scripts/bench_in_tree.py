@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from sglang_musa_ext.kernels import FA3Kernels, hopper_kernels
+from sglang_musa_ext.kernels.provider import FA3Kernels, hopper_kernels
 
 
 def serve_in_tree() -> None:

@@ -17,7 +17,7 @@ import torch
 from validate_graphs import DeviceGraphs
 from validate_numerics import Batch, Shape
 
-from sglang_musa_ext.kernels import FA3Kernels, hopper_kernels
+from sglang_musa_ext.kernels.provider import FA3Kernels, hopper_kernels
 
 CALLS, REPLAYS = 32, 40
 SHAPES = {

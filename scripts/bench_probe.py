@@ -131,13 +131,14 @@ class Turns:
 
 def _dispatched() -> Callable[[], None]:
     """Lead the kernels that upstream's forwards call to our backend; returns what undoes it, so that only ours pays."""
-    from sglang_musa_ext import attention
+    from sglang_musa_ext.attention import mixin as attention
 
     return attention.install_kernel_dispatch()
 
 
 def _ours(runner: Any) -> Any:
-    from sglang_musa_ext import attention, envs
+    from sglang_musa_ext import envs
+    from sglang_musa_ext.attention import mixin as attention
 
     # Where this package is off, as in upstream's engine, it reads none of its other settings.
     mode = os.environ.get(envs.MODE)

@@ -269,7 +269,7 @@ def _step_seconds(engine: Any, prompts: Sequence[Sequence[int]], sampling: Mappi
 if __name__ in ("__main__", "__mp_main__") and os.environ.get("SGLANG_PLATFORM") == "musa_reference":
     # Up to 0.5.20 SGLang imports what a CPU lacks before it looks for platforms. Processes that the engine spawns run
     # this as well.
-    from sglang_musa_ext.cpu_stand_ins import prepare_process
+    from sglang_musa_ext.cpu.stand_ins import prepare_process
 
     prepare_process()
 

@@ -42,7 +42,7 @@ print(json.dumps({"python": list(sys.version_info[:2]), "installed": found}))
 IDENTIFY = """
 import sys
 sys.path[:0] = sys.argv[1:]
-from sglang_musa_ext.mate import identify_mate
+from sglang_musa_ext.kernels.mate_identity import identify_mate
 for problem in identify_mate().problems:
     print(f"  {problem.seen} Expected: {problem.expected}")
 """

@@ -1,6 +1,6 @@
 """Check this package with every SGLang release that it supports, and say whether all is as tests/releases.toml expects.
 
-Three levels: "contract" compares the release's sources with sglang_musa_ext/upstream.py; "backend" runs the tests of
+Three levels: "contract" compares the release's sources with sglang_musa_ext/upstream; "backend" runs the tests of
 the attention backend over the release's own; "engine" boots the release's engine on the CPU. The release's wheel is
 downloaded without its dependencies and unpacked into .cache/releases (or found below SGLANG_RELEASES), and all releases
 run in the one environment of scripts/dev-env. A result holds until this package, its tests or the environment change,

@@ -23,14 +23,14 @@ ROOT = Path(__file__).resolve().parent.parent
 TESTS = {
     # The first test of test_release.py says that it is this release that is tested.
     "backend": [
-        "tests/test_release.py",
-        "tests/test_attention.py",
-        "tests/test_graphs.py",
-        "tests/test_selection.py",
+        "tests/engine/test_release.py",
+        "tests/attention/test_attention.py",
+        "tests/attention/test_graphs.py",
+        "tests/attention/test_selection.py",
         "-m",
         "not engine",
     ],
-    "engine": ["tests/test_release.py"],
+    "engine": ["tests/engine/test_release.py"],
 }
 CELL_SECONDS = 1800.0
 """More than any level takes on a machine that is busy with other work."""
@@ -38,19 +38,19 @@ CELL_SECONDS = 1800.0
 
 def fingerprint(level: str) -> str:
     """What a result of ``level`` depends on: this package, the level's tests, what is installed here."""
-    tests = [path for path in (ROOT / "tests").glob("*.py") if _has_part_in(path, level)]
-    sources = (ROOT / "sglang_musa_ext").glob("*.py")
+    tests = [path for path in (ROOT / "tests").rglob("*.py") if _has_part_in(path, level)]
+    sources = (ROOT / "sglang_musa_ext").rglob("*.py")
     digest = hashlib.sha256()
     for path in [*sorted(sources), *sorted(tests), ROOT / ".venv" / "dev-env.stamp"]:
         if path.is_file():
-            digest.update(f"\0{path.name}\0".encode() + path.read_bytes())
+            digest.update(f"\0{path}\0".encode() + path.read_bytes())
     return digest.hexdigest()
 
 
 def _has_part_in(path: Path, level: str) -> bool:
     """Whether a file of ``tests/`` is a test of ``level``, or a helper of tests."""
-    named = [*TESTS.get(level, ()), "tests/test_engine_modes.py"]
-    return not path.name.startswith("test_") or f"tests/{path.name}" in named
+    named = [*TESTS.get(level, ()), "tests/engine/test_engine_modes.py"]
+    return not path.name.startswith("test_") or path.relative_to(ROOT).as_posix() in named
 
 
 def fetch(release: Release, directory: Path) -> Path:

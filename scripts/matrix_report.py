@@ -103,7 +103,7 @@ INTRODUCTION = """# The SGLang releases this package is checked with
 
 Written by `scripts/matrix --write-docs`, from what it found; what is expected stands in `tests/releases.toml`.
 
-* **contract**: every row of `sglang_musa_ext/upstream.py` that holds in the release, checked in its sources.
+* **contract**: every row of `sglang_musa_ext/upstream` that holds in the release, checked in its sources.
 * **backend**: the tests of the attention backend and of graph capture, over the release's own `FlashAttentionBackend`.
 * **engine**: the release's own engine on a CPU with pages of 64 tokens, serving a dense model, one with sliding windows
   and one with multi-head latent attention. Tokens equal those of transformers and of the release's own `torch_native`

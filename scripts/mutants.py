@@ -26,13 +26,13 @@ from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE, TESTS = "sglang_musa_ext", "tests"
-FILES = ("test_attention.py", "test_graphs.py", "test_selection.py")
-UNIT = ("test_scheduler_metadata.py",)
+FILES = ("attention/test_attention.py", "attention/test_graphs.py", "attention/test_selection.py")
+UNIT = ("attention/test_plans.py",)
 """Where a guard is that no call of upstream can reach: what upstream never passes, or what is guarded twice."""
 SECONDS = 150
 """How long the guards of a mutant may take; a mutant that hangs them is noticed."""
 
-CACHE, BACKEND, KERNELS, PLUGIN = "scheduler_metadata.py", "attention.py", "kernels.py", "plugin.py"
+CACHE, BACKEND, KERNELS, PLUGIN = "attention/plans.py", "attention/mixin.py", "kernels/provider.py", "plugin.py"
 
 
 @dataclass(frozen=True)
@@ -371,7 +371,7 @@ def import_once() -> None:
     import importlib
 
     sys.path.insert(0, str(ROOT))
-    importlib.import_module(f"{TESTS}.backend")
+    importlib.import_module(f"{TESTS}.support.backend")
     for name in (
         "managers.scheduler",
         "speculative.dflash_utils",

@@ -15,7 +15,7 @@ import torch
 from validate_report import FAIL, Outcome
 
 from sglang_musa_ext.envs import Settings
-from sglang_musa_ext.kernels import FA3Kernels, KernelsUnavailable, select_kernels
+from sglang_musa_ext.kernels.provider import FA3Kernels, KernelsUnavailable, select_kernels
 
 Emit = Callable[[Mapping[str, Any]], None]
 

@@ -33,7 +33,7 @@ from validate_numerics import (
 )
 from validate_report import FAIL, SKIP, Outcome
 
-from sglang_musa_ext.kernels import UnsupportedByKernels, UnsupportedKernelArgument
+from sglang_musa_ext.kernels.provider import UnsupportedByKernels, UnsupportedKernelArgument
 
 Tensor = torch.Tensor
 PART = "graphs"

@@ -1,6 +1,6 @@
 """The kernels of a provider, called as the attention backend calls them, against attention in float64.
 
-The truth is ``tests/attention_float64.py`` of the same checkout, loaded by its path: it shares nothing with the
+The truth is ``tests/support/attention_float64.py`` of the same checkout, loaded by its path: it shares nothing with the
 package, nor with the kernels. It is computed on the CPU. A result may be off by twice what PyTorch's own plain
 computation in the same dtype is off by, and by two roundings of the largest value.
 """
@@ -20,11 +20,11 @@ import torch
 from validate_device import Emit, kernels_for, run_cases
 from validate_report import FAIL, PASS, SKIP, Outcome
 
-from sglang_musa_ext.kernels import FA3Kernels, UnsupportedByKernels, UnsupportedKernelArgument
+from sglang_musa_ext.kernels.provider import FA3Kernels, UnsupportedByKernels, UnsupportedKernelArgument
 
 Tensor = torch.Tensor
 
-TRUTH = Path(__file__).resolve().parent.parent / "tests" / "attention_float64.py"
+TRUTH = Path(__file__).resolve().parent.parent / "tests" / "support" / "attention_float64.py"
 UNWRITTEN = 50.0
 """What slots without a key hold: kernels may load them and must mask them. NaN would survive a correct mask."""
 LATENT, ROPE = 512, 64

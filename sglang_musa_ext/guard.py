@@ -22,7 +22,7 @@ from sglang_musa_ext import envs
 
 GUARDED_MODULE, GUARDED_CLASS = "sglang.srt.layers.attention.flashattention_backend", "FlashAttentionBackend"
 """Upstream's FA3 backend, which the in-tree MUSA one and ours are made from."""
-_OURS = "sglang_musa_ext.attention"
+_OURS = "sglang_musa_ext.attention.mixin"
 
 
 class NotServedByUsError(RuntimeError):

@@ -187,7 +187,7 @@ def flash_attn_func(q: Any, k: Any, v: Any, **arguments: Any) -> Any:
 
 @functools.cache
 def _kernels_of(device: Any) -> Any:
-    from sglang_musa_ext import kernels
+    from sglang_musa_ext.kernels import provider as kernels
 
     return kernels.select_kernels(Settings.from_environ(), device)
 

@@ -88,10 +88,10 @@ def activate_platform() -> str | None:
             f"{envs.PLATFORM}={REFERENCE_PLATFORM} asks for the CPU platform of sglang-musa-ext, and {envs.MODE}=off "
             "turns the package off. Unset one of the two."
         )
-    from sglang_musa_ext import cpu_stand_ins
+    from sglang_musa_ext.cpu import stand_ins
 
-    cpu_stand_ins.prepare_process()
-    return "sglang_musa_ext.cpu_platform.CpuReferencePlatform"
+    stand_ins.prepare_process()
+    return "sglang_musa_ext.cpu.platform.CpuReferencePlatform"
 
 
 def create_musa_fa3_backend(runner: Any) -> Any:
@@ -194,7 +194,7 @@ def _draft_backend_of_ours(original: Callable[..., Any], factory: Any, *args: An
 def _ready_attention() -> Any:
     """The attention module, imported and installed into upstream's; for processes that run a model."""
     _require_capability()
-    from sglang_musa_ext import attention
+    from sglang_musa_ext.attention import mixin as attention
 
     attention.install_kernel_dispatch()
     attention.install_construction_guard()

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from sglang_musa_ext import envs
-
-from .engine import EngineServer, replace_table, summary_table
+from tests.support.engine import EngineServer, replace_table, summary_table
 
 _SETTINGS = (
     envs.MODE,

@@ -361,7 +361,7 @@ def test_the_import_is_watched_once(musa: Musa, tmp_path: Path) -> None:
 CHILD = """
 import importlib, json, os, pickle, sys, warnings
 warnings.simplefilter("ignore")
-from sglang_musa_ext.cpu_stand_ins import prepare_process
+from sglang_musa_ext.cpu.stand_ins import prepare_process
 prepare_process()
 import torch
 implement = torch.library.Library.impl

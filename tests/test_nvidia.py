@@ -30,7 +30,7 @@ import torch
 
 from sglang_musa_ext import envs
 from sglang_musa_ext.upstream import REQUIREMENTS
-from tests import nvidia_state
+from tests.support import nvidia_state
 from tests.test_packaging import SOURCES, copy, pip
 
 NAME = "sglang_musa_ext"
@@ -38,7 +38,10 @@ WITHOUT = "without"
 IDLE = {"unset": {}, "auto": {envs.MODE: "auto"}, "off": {envs.MODE: "off"}}
 """Settings under which NVIDIA's users get upstream."""
 ON = {envs.MODE: "on", envs.KERNELS: "hopper"}
-UNLOADED = ("attention", "cpu_platform", "cpu_stand_ins", "cpu_trees", "kernels", "reference", "scheduler_metadata")
+UNLOADED = (
+    "attention.mixin", "attention.plans", "cpu.platform", "cpu.stand_ins", "cpu.trees", "kernels.provider",
+    "kernels.reference",
+)  # fmt: skip
 """Modules of ours that load torch or the attention of SGLang."""
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-import sglang_musa_ext
+import sglang_musa_ext.attention
 from sglang_musa_ext import plugin, upstream
 from sglang_musa_ext.plugin import PluginError, activate_platform, create_musa_fa3_backend, register
 
@@ -99,7 +99,7 @@ def clean_environment(**variables: str) -> dict[str, str]:
 @pytest.fixture(scope="session")
 def imported() -> Upstream:
     """SGLang's names, imported as its own processes do on a CPU."""
-    from sglang_musa_ext.cpu_stand_ins import prepare_process
+    from sglang_musa_ext.cpu.stand_ins import prepare_process
 
     prepare_process()
     with warnings.catch_warnings():
@@ -152,7 +152,7 @@ def musa(imported: Upstream, monkeypatch: pytest.MonkeyPatch) -> Callable[[tuple
 @pytest.fixture
 def attention(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A stand-in of this package's attention module, which builds a record of what it is asked for."""
-    module: Any = ModuleType("sglang_musa_ext.attention")
+    module: Any = ModuleType("sglang_musa_ext.attention.mixin")
     module.installed = []
     for name in (
         "install_kernel_dispatch",
@@ -162,8 +162,8 @@ def attention(monkeypatch: pytest.MonkeyPatch) -> Any:
     ):
         setattr(module, name, functools.partial(module.installed.append, name))
     module.MusaFA3Backend = lambda runner: SimpleNamespace(runner=runner)
-    monkeypatch.setitem(sys.modules, "sglang_musa_ext.attention", module)
-    monkeypatch.setattr(sglang_musa_ext, "attention", module, raising=False)
+    monkeypatch.setitem(sys.modules, "sglang_musa_ext.attention.mixin", module)
+    monkeypatch.setattr(sglang_musa_ext.attention, "mixin", module, raising=False)
     return module
 
 
@@ -523,7 +523,7 @@ def our_classes(sglang: Upstream, monkeypatch: pytest.MonkeyPatch) -> Iterator[A
     """The real attention module, with classes that build nothing, and with nothing that stays installed."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        real: Any = importlib.import_module("sglang_musa_ext.attention")
+        real: Any = importlib.import_module("sglang_musa_ext.attention.mixin")
     for name in ("install_kernel_dispatch", "install_construction_guard", "install_state_report"):
         monkeypatch.setattr(real, name, lambda: None)
     for name in ("MusaFA3Backend", "MusaFA3MultiStepDraftBackend"):
@@ -639,7 +639,7 @@ def test_the_platform_refuses_bad_values(monkeypatch: pytest.MonkeyPatch) -> Non
 # One process imports SGLang and forks for each environment, so that each loads plugins for the first time.
 LOADER = """
 import json, os, sys
-from sglang_musa_ext.cpu_stand_ins import prepare_process
+from sglang_musa_ext.cpu.stand_ins import prepare_process
 prepare_process()
 from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 from sglang.srt.plugins import load_plugins
@@ -712,8 +712,8 @@ def test_registering_imports_no_kernels(loaded: dict[str, Any], case: str) -> No
     new = set(loaded[case]["new"])
     assert not {name for name in new if name.partition(".")[0] in ("sgl_kernel", "mate", "flash_attn_interface")}
     assert not {name for name in new if name.endswith("flashattention_backend")}
-    assert "sglang_musa_ext.attention" not in new
-    assert "sglang_musa_ext.kernels" not in new
+    assert "sglang_musa_ext.attention.mixin" not in new
+    assert "sglang_musa_ext.kernels.provider" not in new
 
 
 # A real server -----------------------------------------------------------------------------------

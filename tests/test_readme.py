@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from sglang_musa_ext import envs
-
-from .test_engine_modes import NOT_ON_A_CPU
+from tests.engine.test_engine_modes import NOT_ON_A_CPU
 
 DOCUMENTS = ("README.md", "README.zh-CN.md")
 OURS = {envs.MODE, envs.KERNELS, envs.MLA_WORKSPACE_MB, envs.CHECK, envs.FORCE_UPDATE_METADATA}

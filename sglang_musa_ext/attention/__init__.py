@@ -1,0 +1,1 @@
+"""Composition: upstream's FlashAttention backend on the kernels of this package."""

@@ -1,0 +1,543 @@
+"""Graph capture: every graph computes its plans itself, from the buffers that replay refills; nothing leaks in or out.
+
+The cases are written against :class:`Graphs`, whose stand-in here records what a function runs on the CPU and runs it
+again. A device's own graphs need ``serve``, ``capture`` and ``replay`` alone to go through the same cases.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol, cast
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from sglang_musa_ext import envs
+from sglang_musa_ext.attention.plans import StreamState
+from tests.support.backend import (
+    Draft,
+    ForwardMode,
+    Model,
+    Request,
+    Step,
+    attention_layer,
+    counted,
+    mla_layer,
+    replace_kernels,
+    upstream,
+)
+
+Tensor = torch.Tensor
+
+
+class Graph(Protocol):
+    """What was captured."""
+
+    def replay(self) -> None:
+        """Run it again, on the same tensors."""
+
+
+class Graphs(Protocol):
+    """A device's way to capture graphs."""
+
+    def serve(self, backend: Any) -> None:
+        """Let ``backend`` know when it is being captured."""
+
+    def capture(self, function: Callable[[], Any]) -> tuple[Graph, Any]:
+        """A graph of what ``function`` runs, and what it returned."""
+
+
+# --- the stand-in -------------------------------------------------------------------------------------
+
+
+@dataclass
+class Recorded:
+    """One operation: a function of PyTorch or a kernel, its arguments, and the tensors that its result went to."""
+
+    name: str
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    result: Any
+
+    def run_again(self) -> None:
+        """Run it on what its arguments hold now, and put the result where the first one is."""
+        again = self.function(*self.args, **self.kwargs)
+        for old, new in zip(tree_leaves(self.result), tree_leaves(again), strict=True):
+            if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
+                old.copy_(new)
+
+
+@dataclass
+class CpuGraph:
+    """The operations of one capture, in order."""
+
+    operations: list[Recorded] = field(default_factory=list)
+
+    def replay(self) -> None:
+        for operation in self.operations:
+            operation.run_again()
+
+    def kernels(self, name: str = "") -> list[Recorded]:
+        """The kernel calls among the operations; of one name, if given."""
+        known = ("get_scheduler_metadata", "flash_attn_with_kvcache", "flash_attn_varlen_func")
+        return [one for one in self.operations if one.name in known and name in ("", one.name)]
+
+
+class _Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Writes down each operation of PyTorch that runs, except while a kernel does, which is one operation itself."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.graph = CpuGraph()
+        self.inside_kernel = False
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if self.inside_kernel:
+            return result
+        if function is torch.ops.aten._local_scalar_dense.default:
+            raise AssertionError("a value was read on the host, which a device forbids during a capture")
+        if not _is_view(args, result) and "empty" not in function.__name__:
+            self.graph.operations.append(Recorded(function.__name__, function, args, kwargs or {}, result))
+        return result
+
+
+def _is_view(args: Any, result: Any) -> bool:
+    """Whether ``result`` only names storage that an argument has: it then needs no second run.
+
+    An operation that writes in place returns its own argument, and does.
+    """
+    if not isinstance(result, Tensor):
+        return False
+    inputs = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
+    written = any(leaf is result for leaf in inputs)
+    return not written and result.untyped_storage().data_ptr() in [x.untyped_storage().data_ptr() for x in inputs]
+
+
+class CpuGraphs:
+    """The stand-in for a device: a stream, a capture state, and tapes for graphs."""
+
+    def __init__(self) -> None:
+        self.stream = 0
+        self._tape: _Tape | None = None
+
+    def state(self) -> StreamState:
+        return StreamState(self.stream, self._tape is not None)
+
+    def serve(self, backend: Any) -> None:
+        backend._plans._stream_state = self.state
+        replace_kernels(backend, self._wrap)
+
+    def capture(self, function: Callable[[], Any]) -> tuple[CpuGraph, Any]:
+        with self._capturing() as tape:
+            result = function()
+        return tape.graph, result
+
+    @contextmanager
+    def _capturing(self) -> Iterator[_Tape]:
+        self._tape = _Tape()
+        try:
+            with self._tape:
+                yield self._tape
+        finally:
+            self._tape = None
+
+    def as_kernel(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """``function``, a kernel of another library, as one operation; it is called by keyword."""
+        return self._wrap(name, function)
+
+    def _wrap(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(**arguments: Any) -> Any:
+            if self._tape is None:
+                return function(**arguments)
+            self._tape.inside_kernel = True
+            try:
+                result = function(**arguments)
+            finally:
+                self._tape.inside_kernel = False
+            self._tape.graph.operations.append(Recorded(name, function, (), arguments, result))
+            return result
+
+        return call
+
+
+# --- what upstream's graph runner does ----------------------------------------------------------------
+
+
+def prepare(backend: Any, batch: Any, capturing: bool) -> None:
+    """Call the method of this release that prepares metadata for a capture or a replay."""
+    if hasattr(backend, "init_forward_metadata_out_graph"):
+        backend.init_forward_metadata_out_graph(batch, in_capture=capturing)
+        return
+    rows, lengths, mode = batch.req_pool_indices, batch.seq_lens, batch.forward_mode
+    if capturing:
+        tokens = batch.out_cache_loc.shape[0]
+        backend.init_forward_metadata_capture_cuda_graph(
+            batch.batch_size, tokens, rows, lengths, None, mode, batch.spec_info
+        )
+    else:
+        total, host = int(lengths.sum()), lengths.clone()
+        backend.init_forward_metadata_replay_cuda_graph(
+            batch.batch_size, rows, lengths, total, None, mode, batch.spec_info, host, batch.out_cache_loc
+        )
+
+
+class GraphRunner:
+    """Captures a model's decode or verify pass for several batch sizes, as upstream does, and replays them.
+
+    Two warm-up runs, then the capture, from the largest batch to the smallest, with all lengths 1 and all static
+    buffers shared by the graphs.
+    """
+
+    def __init__(self, model: Model, backend: Any, graphs: Graphs, sizes: Sequence[int], tokens: int = 1) -> None:
+        self.model, self.backend, self.tokens = model, backend, tokens
+        largest = max(sizes)
+        rows = largest * tokens
+        self.lengths = torch.ones(largest, dtype=torch.int64)
+        self.table_rows = torch.zeros(largest, dtype=torch.int64)
+        self.loc = torch.zeros(rows, dtype=torch.int64)
+        self.inputs: dict[int, dict[str, Tensor]] = {}
+        for index, layer in enumerate(model.layers):
+            self.inputs[index] = self._buffers(layer, rows)
+        self.graphs: dict[int, Any] = {}
+        self.batches: dict[int, Any] = {}
+        self.outputs: dict[int, list[Tensor]] = {}
+        backend.init_cuda_graph_state(largest, rows)
+        for size in sorted(sizes, reverse=True):
+            self._capture(size, graphs)
+
+    def _buffers(self, layer: Any, rows: int) -> dict[str, Tensor]:
+        shapes = {"q": (rows, layer.tp_q_head_num * layer.head_dim), "k": (rows, layer.tp_k_head_num, layer.head_dim)}
+        shapes["v"] = (rows, layer.tp_v_head_num, layer.v_head_dim)
+        if self.model.mla:
+            shapes["k"] = (rows, 1, layer.v_head_dim)
+            shapes["k_rope"] = (rows, 1, layer.head_dim - layer.v_head_dim)
+        return {name: torch.zeros(shape) for name, shape in shapes.items()}
+
+    def _batch(self, size: int) -> Any:
+        """The batch of a graph: upstream's own class over the static buffers."""
+        rows = size * self.tokens
+        template = self.model.extend([Request(0, 0)], [1]).batch
+        verify = self.tokens > 1
+        fields = {
+            "forward_mode": ForwardMode.TARGET_VERIFY if verify else ForwardMode.DECODE,
+            "batch_size": size, "req_pool_indices": self.table_rows[:size], "seq_lens": self.lengths[:size],
+            "seq_lens_cpu": self.lengths[:size].clone(), "out_cache_loc": self.loc[:rows],
+            "positions": torch.zeros(rows, dtype=torch.int64),
+            "spec_info": Draft(draft_token_num=self.tokens, num_tokens_per_req=self.tokens) if verify else None,
+        }  # fmt: skip
+        for name, value in fields.items():
+            setattr(template, name, value)
+        return template
+
+    def run(self, size: int) -> list[Tensor]:
+        """Every layer's forward on the static buffers; what is captured."""
+        batch, rows = self.batches[size], size * self.tokens
+        forward = self.backend.forward_extend if self.tokens > 1 else self.backend.forward_decode
+        outputs = []
+        for index, layer in enumerate(self.model.layers):
+            inputs = {name: buffer[:rows] for name, buffer in self.inputs[index].items()}
+            q, k, v = (inputs.pop(name) for name in "qkv")
+            outputs.append(forward(q, k, v, layer, batch, **inputs))
+        return outputs
+
+    def _capture(self, size: int, graphs: Graphs) -> None:
+        self.batches[size] = self._batch(size)
+        prepare(self.backend, self.batches[size], capturing=True)
+        for _ in range(2):
+            self.run(size)
+            # From 0.5.12 on.
+            getattr(self.backend, "on_after_cuda_graph_warmup", lambda: None)()
+        self.graphs[size], self.outputs[size] = graphs.capture(lambda: self.run(size))
+
+    def replay(self, step: Step) -> None:
+        """Fill the static buffers for ``step``, replay its graph, and require every layer's output."""
+        size = step.batch.batch_size
+        self.lengths[:size] = step.batch.seq_lens
+        self.table_rows[:size] = step.batch.req_pool_indices
+        self.loc[: step.rows] = step.batch.out_cache_loc
+        fed = []
+        for index, layer in enumerate(self.model.layers):
+            inputs = self.model.inputs(step, layer)
+            for name, value in inputs.items():
+                assert value is not None
+                self.inputs[index][name][: step.rows] = value
+            fed.append(inputs)
+        self.batches[size].seq_lens_cpu = self.lengths[:size].clone()
+        prepare(self.backend, self.batches[size], capturing=False)
+        self.graphs[size].replay()
+        for layer, inputs, output in zip(self.model.layers, fed, self.outputs[size], strict=True):
+            self.model.require(output, step, layer, inputs)
+
+
+MODELS: dict[str, Callable[[], Model]] = {
+    "mha": lambda: Model([attention_layer(index) for index in range(2)], context_len=2048),
+    "mla": lambda: Model([mla_layer(index) for index in range(2)], mla=True, context_len=1024),
+    "hybrid": lambda: Model([attention_layer(index) for index in (3, 7)], context_len=2048),
+}
+SIZES = (4, 2, 1)
+
+
+@pytest.fixture
+def graphs() -> CpuGraphs:
+    """The way to capture."""
+    return CpuGraphs()
+
+
+def captured(model: Model, graphs: CpuGraphs, sizes: Sequence[int] = SIZES, tokens: int = 1) -> GraphRunner:
+    """A runner with its graphs captured."""
+    backend = model.backend()
+    graphs.serve(backend)
+    return GraphRunner(model, backend, graphs, sizes, tokens)
+
+
+# --- cases --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_graphs_from_large_to_small_replay_right(kind: str, graphs: CpuGraphs) -> None:
+    """Every graph works from its own plan, in any order of replays and with lengths of any kind."""
+    model = MODELS[kind]()
+    runner = captured(model, graphs)
+    long = 900 if model.mla else 1900
+    requests = model.requests(5, long, 64, 300)
+    for chosen in (requests, requests[:2], requests[1:2], requests[2:], requests, requests[3:]):
+        runner.replay(model.decode(chosen))
+
+
+@pytest.mark.parametrize("kind", ["mha", "hybrid"])
+def test_each_graph_contains_its_plan_from_static_buffers(kind: str, graphs: CpuGraphs) -> None:
+    """One plan a graph, computed inside it, before what uses it, from the lengths that replay refills."""
+    runner = captured(MODELS[kind](), graphs)
+    seen = set()
+    for size, graph in runner.graphs.items():
+        plan, *calls = graph.kernels()
+        assert plan.name == "get_scheduler_metadata"
+        assert [call.name for call in calls] == ["flash_attn_with_kvcache"] * 2
+        assert all(call.kwargs["scheduler_metadata"] is plan.result for call in calls)
+        assert plan.kwargs["batch_size"] == size
+        assert plan.kwargs["cache_seqlens"] is calls[0].kwargs["cache_seqlens"]
+        seen.add(plan.result.data_ptr())
+    assert len(seen) == len(SIZES)
+
+
+def test_each_graph_of_an_mla_model_writes_its_plan_once(graphs: CpuGraphs) -> None:
+    """The first layer of each graph plans into the slot, the others reuse what it wrote."""
+    runner = captured(MODELS["mla"](), graphs)
+    for graph in runner.graphs.values():
+        assert [call.kwargs["scheduler_metadata"][1] for call in graph.kernels()] == [False, True]
+
+
+@pytest.mark.parametrize("kind", ["mha", "hybrid"])
+def test_replay_at_long_context_is_split(kind: str, graphs: CpuGraphs) -> None:
+    """A graph captured with all lengths 1 has room for splits, and its plan asks for them when contexts are long."""
+    model = MODELS[kind]()
+    runner = captured(model, graphs, sizes=(1,))
+    [plan] = runner.graphs[1].kernels("get_scheduler_metadata")
+    assert plan.kwargs["max_seqlen_k"] == model.context_len
+    short, long = model.requests(5, 1900)
+    runner.replay(model.decode([short]))
+    assert plan.result[0] == 1
+    runner.replay(model.decode([long]))
+    assert plan.result[0] > 1
+
+
+@pytest.mark.parametrize("window_pages", [False, True], ids=["one pool", "window pool"])
+def test_window_and_full_layers_have_plans_of_their_own_in_a_graph(window_pages: bool, graphs: CpuGraphs) -> None:
+    """Two geometries, two plans, in every graph; also where window layers have pages of their own."""
+    layers = [attention_layer(i, sliding_window_size=40 if i % 2 else -1) for i in range(4)]
+    model = Model(layers, window=40, window_pages=window_pages, context_len=1024)
+    runner = captured(model, graphs, sizes=(2, 1))
+    for graph in runner.graphs.values():
+        assert len(graph.kernels("get_scheduler_metadata")) == 2
+    requests = model.requests(900, 7)
+    runner.replay(model.decode(requests))
+    runner.replay(model.decode(requests[:1]))
+
+
+@pytest.mark.parametrize("kind", ["mha", "mla"])
+def test_target_verify_in_graphs(kind: str, graphs: CpuGraphs) -> None:
+    """Verify of four draft tokens a request, captured and replayed."""
+    arguments = {"speculative_algorithm": "EAGLE", "speculative_eagle_topk": 1, "speculative_num_draft_tokens": 4}
+    model = MODELS[kind]()
+    model.arguments = arguments
+    runner = captured(model, graphs, sizes=(2, 1), tokens=4)
+    requests = model.requests(800, 7)
+    runner.replay(model.verify(requests, 4))
+    runner.replay(model.verify(requests[:1], 4))
+
+
+@pytest.mark.skipif(
+    not hasattr(upstream, "draft_extend_set_metadata"),
+    reason="this SGLang prepares every graph's metadata outside of it",
+)
+def test_draft_extend_prepares_its_metadata_inside_the_graph(
+    graphs: CpuGraphs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Draft-extend's lengths and pages are written by a kernel of the graph, and its plan is computed after that."""
+    model = MODELS["mha"]()
+    model.arguments = {"speculative_algorithm": "EAGLE", "speculative_eagle_topk": 1, "speculative_num_draft_tokens": 4}
+    backend = model.backend(skip_prefill=False)
+    graphs.serve(backend)
+    name = "draft_extend_set_metadata"
+    monkeypatch.setattr(upstream, name, graphs.as_kernel(name, getattr(upstream, name)))
+    backend.init_cuda_graph_state(2, 8)
+    step = _draft_extend(model, 5, 5)
+    inputs = [model.inputs(step, layer) for layer in model.layers]
+
+    def run() -> list[Tensor]:
+        backend.init_forward_metadata_in_graph(step.batch)
+        return [model.forward(backend, step, *one) for one in zip(model.layers, inputs, strict=True)]
+
+    backend.init_forward_metadata_out_graph(step.batch, in_capture=True)
+    for _ in range(2):
+        run()
+        backend.on_after_cuda_graph_warmup()
+    graph, outputs = graphs.capture(run)
+    assert [one.name for one in graph.kernels()] == ["get_scheduler_metadata"] + ["flash_attn_with_kvcache"] * 2
+    later = _draft_extend(model, 1500, 64)
+    for what in ("seq_lens", "req_pool_indices", "extend_seq_lens", "out_cache_loc"):
+        getattr(step.batch, what).copy_(getattr(later.batch, what))
+    for layer, buffers in zip(model.layers, inputs, strict=True):
+        for name, value in model.inputs(later, layer).items():
+            cast(Tensor, buffers[name]).copy_(cast(Tensor, value))
+    graph.replay()
+    for layer, buffers, output in zip(model.layers, inputs, outputs, strict=True):
+        model.require(output, later, layer, buffers)
+
+
+def _draft_extend(model: Model, *lengths: int) -> Step:
+    """A draft model's reading of four tokens for each of new requests."""
+    step = model.extend(model.requests(*lengths), [4] * len(lengths), ForwardMode.DRAFT_EXTEND_V2)
+    step.batch.spec_info = Draft(num_tokens_per_req=4, num_accepted_tokens=None, num_accepted_tokens_cpu=None)
+    return step
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_eager_passes_between_replays(kind: str, graphs: CpuGraphs) -> None:
+    """Prefill runs outside of graphs, between their replays, on the same backend; neither disturbs the other."""
+    model = MODELS[kind]()
+    runner = captured(model, graphs, sizes=(2, 1))
+    first, second = model.request(0), model.request(600)
+    model.run_pass(runner.backend, model.extend([first], [100]))
+    runner.replay(model.decode([first, second]))
+    model.run_pass(runner.backend, model.extend([first], [30]))
+    runner.replay(model.decode([second]))
+    model.run_pass(runner.backend, model.decode([first, second]))
+    runner.replay(model.decode([first, second]))
+
+
+def test_a_capture_takes_no_plan_from_before_it(graphs: CpuGraphs) -> None:
+    """Graphs of single layers: an eager layer's plan is not for the captured layer that comes next in the pass."""
+    model, backend, step = _eager_pass(graphs)
+    model.check(backend, step, model.layers[0])
+    inputs = model.inputs(step, model.layers[1])
+    graph, out = graphs.capture(lambda: model.forward(backend, step, model.layers[1], inputs))
+    model.require(out, step, model.layers[1], inputs)
+    assert len(graph.kernels("get_scheduler_metadata")) == 1
+
+
+def test_a_capture_leaves_no_plan_behind(graphs: CpuGraphs) -> None:
+    """An eager layer after a captured one plans for itself: the captured plan is computed only at replay."""
+    model, backend, step = _eager_pass(graphs)
+    inputs = model.inputs(step, model.layers[0])
+    graphs.capture(lambda: model.forward(backend, step, model.layers[0], inputs))
+    with counted(backend) as counts:
+        model.check(backend, step, model.layers[1])
+    assert (counts.passes, counts.plans, counts.reuses) == (1, 1, 0)
+
+
+def test_two_captures_in_a_row_share_no_plan(graphs: CpuGraphs) -> None:
+    """Each of two graphs that follow on one another, for two layers of one pass, replays by itself."""
+    model, backend, step = _eager_pass(graphs)
+    made = []
+    for layer in model.layers:
+        inputs = model.inputs(step, layer)
+        graph, _ = graphs.capture(partial(model.forward, backend, step, layer, inputs))
+        made.append(graph)
+        getattr(backend, "on_after_cuda_graph_warmup", backend._plans.end_pass)()
+    assert [len(graph.kernels("get_scheduler_metadata")) for graph in made] == [1, 1]
+
+
+def test_another_stream_computes_its_own_plan(graphs: CpuGraphs) -> None:
+    """Work on another stream may run before the plan of the first one is there."""
+    model, backend, step = _eager_pass(graphs)
+    with counted(backend) as counts:
+        model.check(backend, step, model.layers[0])
+        graphs.stream = 1
+        model.check(backend, step, model.layers[1])
+    assert (counts.passes, counts.plans, counts.reuses) == (2, 2, 0)
+
+
+def _eager_pass(graphs: CpuGraphs) -> tuple[Model, Any, Step]:
+    """A model, its backend, and a decode step whose metadata is ready."""
+    model = MODELS["mha"]()
+    backend = model.backend()
+    graphs.serve(backend)
+    step = model.decode(model.requests(300, 5))
+    backend.init_forward_metadata(step.batch)
+    return model, backend, step
+
+
+@pytest.mark.parametrize("kind", ["mha", "mla"])
+def test_checks_do_not_disturb_a_capture(kind: str, graphs: CpuGraphs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Comparing waits for the device, so that a capture compares nothing; the graph is the same as without."""
+    monkeypatch.setenv(envs.CHECK, "metadata")
+    model = MODELS[kind]()
+    runner = captured(model, graphs, sizes=(2, 1))
+    expected = 2 if model.mla else 3
+    assert [len(graph.kernels()) for graph in runner.graphs.values()] == [expected] * 2
+    runner.replay(model.decode(model.requests(300, 5)))
+
+
+def test_force_update_plans_every_layer_of_a_graph(graphs: CpuGraphs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Upstream's switch holds inside captures."""
+    monkeypatch.setenv(envs.FORCE_UPDATE_METADATA, "1")
+    model = MODELS["mha"]()
+    runner = captured(model, graphs, sizes=(2,))
+    assert len(runner.graphs[2].kernels("get_scheduler_metadata")) == 2
+    runner.replay(model.decode(model.requests(1900, 5)))
+
+
+def test_captures_leave_no_more_than_one_pass_in_the_cache(graphs: CpuGraphs) -> None:
+    """A graph keeps its own plan alive; the backend holds only those of the last pass, however many there are."""
+    runner = captured(MODELS["mha"](), graphs, sizes=range(1, 9))
+    assert len(runner.backend._plans._plans) == 1
+    plans = [graph.kernels("get_scheduler_metadata")[0].result for graph in runner.graphs.values()]
+    assert [plan.numel() for plan in plans] == [4 * size for size in runner.graphs]
+
+
+def test_graphs_of_an_mla_model_share_one_slot(graphs: CpuGraphs) -> None:
+    """From large to small, all graphs plan into one slot, each anew at its replay: memory does not grow with graphs."""
+    runner = captured(MODELS["mla"](), graphs, sizes=range(1, 9))
+    [taken] = runner.backend._workspace._taken.values()
+    assert len(taken) == 1
+    addresses = {
+        call.kwargs["scheduler_metadata"][0].data_ptr() for g in runner.graphs.values() for call in g.kernels()
+    }
+    assert len(addresses) == 1
+
+
+# --- the stand-in itself ------------------------------------------------------------------------------
+
+
+def test_the_stand_in_replays_on_changed_buffers() -> None:
+    """What was captured runs again on what its tensors hold now, and writes where it wrote."""
+    graphs, static = CpuGraphs(), torch.ones(3)
+    graph, (double, view) = graphs.capture(lambda: (static.clone().mul_(2), static.view(3, 1) + 1))
+    static.fill_(10)
+    graph.replay()
+    assert double.tolist() == [20, 20, 20]
+    assert view.flatten().tolist() == [11, 11, 11]
+
+
+def test_the_stand_in_forbids_reading_on_the_host() -> None:
+    """As a device does."""
+    with pytest.raises(AssertionError, match="read on the host"):
+        CpuGraphs().capture(lambda: torch.ones(1).item())

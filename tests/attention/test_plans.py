@@ -1,0 +1,806 @@
+from __future__ import annotations
+
+import gc
+import json
+import random
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from sglang_musa_ext.attention import plans as scheduler_metadata
+from sglang_musa_ext.attention.plans import (
+    NOT_REMEMBERED,
+    SLOT_ALIGNMENT,
+    CallGeometry,
+    MLAWorkspace,
+    MLAWorkspaceExhausted,
+    PlanStatistics,
+    SchedulerMetadataCache,
+    StreamState,
+    TensorIdentity,
+    stream_probe,
+)
+
+CPU = torch.device("cpu")
+DECODE = CallGeometry(
+    batch_size=2,
+    max_seqlen_q=1,
+    max_seqlen_k=512,
+    num_heads_q=8,
+    num_heads_kv=2,
+    headdim=64,
+    headdim_v=64,
+    qkv_dtype=torch.bfloat16,
+    page_size=64,
+    causal=True,
+    window_size=(-1, -1),
+    attention_chunk=0,
+    has_softcap=False,
+    num_splits=0,
+    pack_gqa=None,
+    sm_margin=0,
+    has_qv=False,
+    device=CPU,
+)
+OTHER_VALUES: dict[str, Any] = {
+    "batch_size": 3,
+    "max_seqlen_q": 2,
+    "max_seqlen_k": 576,
+    "num_heads_q": 16,
+    "num_heads_kv": 8,
+    "headdim": 128,
+    "headdim_v": 128,
+    "qkv_dtype": torch.float16,
+    "page_size": 128,
+    "causal": False,
+    "window_size": (127, 0),
+    "attention_chunk": 8192,
+    "has_softcap": True,
+    "num_splits": 1,
+    "pack_gqa": True,
+    "sm_margin": 8,
+    "has_qv": True,
+    "device": torch.device("meta"),
+}
+
+
+class Thing:
+    """A batch, a metadata object, a layer or an owner: something with an identity and weak references."""
+
+
+@dataclass
+class Server:
+    """A cache with what surrounds it: where work is issued, and what one forward pass runs on."""
+
+    state: StreamState = field(default_factory=lambda: StreamState(0, False))
+    batch: Any = field(default_factory=Thing)
+    metadata: Any = field(default_factory=Thing)
+    lengths: torch.Tensor = field(default_factory=lambda: torch.tensor([3, 5], dtype=torch.int32))
+    cache: SchedulerMetadataCache = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.cache = SchedulerMetadataCache(lambda: self.state)
+
+    def call(self, layer: object, role: int = 0, geometry: CallGeometry = DECODE) -> tuple[torch.Tensor, bool]:
+        """One planned call of ``layer`` in the current surroundings."""
+        self.begin(layer, role)
+        return self.cache.plan(geometry, (self.lengths,), lambda: torch.zeros(1))
+
+    def begin(self, layer: object, role: int = 0, signature: object = None) -> Any:
+        """What is before a plan: a call of ``layer`` as its ``role``-th begins."""
+        self.cache.begin_layer(layer, self.batch, self.metadata)
+        self.cache.role += role
+        return self.cache.begin_call(signature)
+
+    @property
+    def passes(self) -> int:
+        return self.cache.statistics.passes
+
+
+# TensorIdentity ----------------------------------------------------------------------------------
+
+
+def test_an_unchanged_tensor_keeps_its_identity() -> None:
+    """Asking twice about an untouched tensor gives the same identity."""
+    tensor = torch.arange(4)
+    assert TensorIdentity.of(tensor) == TensorIdentity.of(tensor)
+
+
+def test_an_in_place_write_changes_the_identity() -> None:
+    """The same storage with other contents is not the same identity."""
+    tensor = torch.arange(4)
+    before = TensorIdentity.of(tensor)
+    tensor.add_(1)
+    assert TensorIdentity.of(tensor) != before
+
+
+def test_a_write_through_another_view_changes_the_identity() -> None:
+    """A view shares its base's version, so a write to the base shows in it."""
+    base = torch.arange(8)
+    view = base[:4]
+    before = TensorIdentity.of(view)
+    base[0] = 7
+    assert TensorIdentity.of(view) != before
+
+
+def test_a_write_in_inference_mode_changes_the_identity_of_a_normal_tensor() -> None:
+    """Upstream's static buffers are normal tensors that are written to under inference mode."""
+    tensor = torch.arange(4)
+    before = TensorIdentity.of(tensor)
+    with torch.inference_mode():
+        tensor.copy_(torch.ones(4, dtype=torch.int64))
+        assert TensorIdentity.of(tensor) != before
+
+
+def test_an_inference_tensor_has_an_identity_without_a_version() -> None:
+    """Tensors made under inference mode count no versions, and asking for one must not raise."""
+    with torch.inference_mode():
+        tensor = torch.arange(4)
+    assert TensorIdentity.of(tensor) == TensorIdentity.of(tensor)
+    assert TensorIdentity.of(tensor).version == -1
+
+
+@pytest.mark.parametrize(
+    "other",
+    [lambda t: t[:4], lambda t: t[2:6], lambda t: t[::2], lambda t: t.view(2, 4)],
+    ids=["shorter", "shifted", "strided", "shaped"],
+)
+def test_another_view_is_another_identity(other: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Views of one storage that differ in start, shape or stride hold different lengths."""
+    tensor = torch.arange(8)
+    assert TensorIdentity.of(other(tensor)) != TensorIdentity.of(tensor)
+
+
+def test_two_views_of_the_same_elements_are_one_identity() -> None:
+    """Upstream slices its static buffer anew for each pass: the slices stand for the same contents."""
+    tensor = torch.arange(8)
+    assert TensorIdentity.of(tensor[:4]) == TensorIdentity.of(tensor[:4])
+
+
+@pytest.mark.parametrize("make", [lambda: torch.empty(0), lambda: torch.empty(2, device="meta")], ids=["empty", "meta"])
+def test_tensors_without_storage_differ_as_objects(make: Callable[[], torch.Tensor]) -> None:
+    """Two tensors whose address is 0 are told apart all the same."""
+    one, other = make(), make()
+    assert TensorIdentity.of(one) == TensorIdentity.of(one)
+    assert TensorIdentity.of(one) != TensorIdentity.of(other)
+
+
+# Passes ------------------------------------------------------------------------------------------
+
+
+def test_layers_of_one_pass_share_a_plan() -> None:
+    """Layers with one geometry, one batch and one metadata object compute one plan."""
+    server = Server()
+    plans = [server.call(Thing()) for _ in range(3)]
+    assert [reused for _, reused in plans] == [False, True, True]
+    assert all(plan is plans[0][0] for plan, _ in plans)
+    assert server.passes == 1
+
+
+def test_end_pass_begins_another() -> None:
+    """After upstream prepared new metadata, nothing computed before is reused."""
+    server = Server()
+    server.call(Thing())
+    server.cache.end_pass()
+    assert not server.call(Thing())[1]
+    assert server.passes == 2
+
+
+def test_another_forward_batch_begins_a_pass() -> None:
+    """Two batches with one metadata object and the same lengths share no plan."""
+    server = Server()
+    server.call(Thing())
+    server.batch = Thing()
+    assert not server.call(Thing())[1]
+
+
+def test_a_forward_batch_at_the_address_of_a_dead_one_begins_a_pass() -> None:
+    """A batch is not taken for its predecessor because it was given the same memory."""
+    server = Server()
+    server.call(Thing())
+    address = id(server.batch)
+    server.batch = None
+    server.batch = Thing()
+    if id(server.batch) != address:
+        pytest.skip("The allocator did not reuse the address.")
+    assert not server.call(Thing())[1]
+
+
+def test_a_batch_is_not_kept_alive() -> None:
+    """The cache holds a forward batch weakly, because a batch may hold images."""
+    server = Server()
+    server.call(Thing())
+    batch = weakref.ref(server.batch)
+    server.batch = None
+    assert batch() is None
+
+
+def test_a_batch_without_weak_references_is_known_again() -> None:
+    """A ``SimpleNamespace`` view of a batch, as graph replay makes, serves like any other batch."""
+    server = Server(batch=SimpleNamespace())
+    server.call(Thing())
+    assert server.call(Thing())[1]
+    server.batch = SimpleNamespace()
+    assert not server.call(Thing())[1]
+
+
+def test_equal_batches_are_still_two() -> None:
+    """Batches are compared by identity: equal contents are no licence to reuse."""
+    server = Server(batch=SimpleNamespace(size=1))
+    server.call(Thing())
+    server.batch = SimpleNamespace(size=1)
+    assert not server.call(Thing())[1]
+
+
+def test_another_metadata_object_begins_a_pass() -> None:
+    """Upstream replaces its ``forward_metadata`` when it prepares another pass."""
+    server = Server()
+    server.call(Thing())
+    server.metadata = Thing()
+    assert not server.call(Thing())[1]
+
+
+def test_a_metadata_object_is_not_confused_with_a_dead_one() -> None:
+    """The cache holds the metadata object it compares with, so that its address cannot be given away."""
+    server = Server()
+    server.call(Thing())
+    first = weakref.ref(server.metadata)
+    server.metadata = None
+    assert first() is not None
+
+
+@pytest.mark.parametrize("state", [StreamState(7, False), StreamState(0, True)], ids=["stream", "capture"])
+def test_another_stream_or_capture_state_begins_a_pass(state: StreamState) -> None:
+    """A plan made on another stream, or outside a capture, is not used on this side."""
+    server = Server()
+    server.call(Thing())
+    server.state = state
+    assert not server.call(Thing())[1]
+
+
+def test_leaving_a_capture_begins_a_pass() -> None:
+    """A plan that lives in a graph's memory does not leak out of the capture."""
+    server = Server(state=StreamState(0, True))
+    server.call(Thing())
+    assert server.cache.capturing
+    server.state = StreamState(0, False)
+    assert not server.call(Thing())[1]
+    assert not server.cache.capturing
+
+
+def test_the_same_layer_again_begins_a_pass() -> None:
+    """A graph's warm-up runs and its capture share batch and metadata; only the layers tell them apart."""
+    server = Server()
+    first, last = Thing(), Thing()
+    reuses = [server.call(layer)[1] for layer in (first, last, first, last)]
+    assert reuses == [False, True, False, True]
+    assert server.passes == 2
+
+
+def test_another_role_of_the_same_layer_stays_in_the_pass() -> None:
+    """Prefix and suffix of a cascade belong to one pass of their layer."""
+    server = Server()
+    first, last = Thing(), Thing()
+    reuses = [server.call(layer, role)[1] for layer in (first, last) for role in (0, 1)]
+    assert reuses == [False, True, True, True]
+    assert server.passes == 1
+
+
+@pytest.mark.parametrize(
+    ("roles", "expected"), [((0, 1, 0, 1), [False, True, False, True]), ((1, 1), [False, False])], ids=str
+)
+def test_the_same_role_of_the_same_layer_begins_a_pass(roles: tuple[int, ...], expected: list[bool]) -> None:
+    """A call that is run twice is two passes, whichever of its layer's calls it is."""
+    server = Server()
+    layer = Thing()
+    assert [server.call(layer, role)[1] for role in roles] == expected
+
+
+def test_a_layer_at_the_address_of_a_dead_one_cannot_be() -> None:
+    """The cache holds the layers of its pass, so that another layer cannot have the address of one."""
+    server = Server()
+    layer = Thing()
+    server.call(layer)
+    held = weakref.ref(layer)
+    del layer
+    assert held() is not None
+    server.cache.end_pass()
+    server.call(Thing())
+    assert held() is None
+
+
+def test_a_layer_without_planned_calls_begins_no_pass() -> None:
+    """Attention over raw keys and values takes no plan and is no sign of a pass."""
+    server = Server()
+    layer = Thing()
+    server.call(layer)
+    server.cache.begin_layer(layer, server.batch, server.metadata)
+    assert server.call(Thing())[1]
+
+
+# Plans -------------------------------------------------------------------------------------------
+
+
+def test_the_other_values_are_those_of_every_field() -> None:
+    """The table of the next test covers each field of a geometry, with a value of its own."""
+    assert OTHER_VALUES.keys() == set(CallGeometry._fields)
+    assert all(getattr(DECODE, name) != value for name, value in OTHER_VALUES.items())
+
+
+@pytest.mark.parametrize("name", CallGeometry._fields)
+def test_another_geometry_gets_its_own_plan(name: str) -> None:
+    """A call that differs in any field of the geometry does not reuse the plan, and gets its own back later."""
+    server = Server()
+    other = DECODE._replace(**{name: OTHER_VALUES[name]})
+    geometries = (DECODE, other, DECODE, other)
+    plans = [server.call(Thing(), geometry=geometry) for geometry in geometries]
+    assert [reused for _, reused in plans] == [False, False, True, True]
+    assert plans[0][0] is plans[2][0]
+    assert plans[1][0] is plans[3][0]
+    assert plans[0][0] is not plans[1][0]
+
+
+def test_changed_lengths_get_their_own_plan() -> None:
+    """An in-place change of the lengths within a pass is seen."""
+    server = Server()
+    server.call(Thing())
+    server.lengths += 1
+    assert not server.call(Thing())[1]
+    assert server.passes == 1
+
+
+def test_lengths_are_known_by_their_place_among_the_tensors() -> None:
+    """One tensor passed as another argument is another plan, and an absent one is none of them."""
+    server = Server()
+    one, other = torch.tensor([1]), torch.tensor([1])
+    server.call(Thing())
+    keys: list[tuple[torch.Tensor | None, ...]] = [(one, other), (other, one), (one, None), (None, one)]
+    assert [server.cache.plan(DECODE, tensors, lambda: torch.zeros(1))[1] for tensors in keys] == [False] * 4
+
+
+def test_the_tensors_of_a_plan_outlive_their_owner() -> None:
+    """What a key names by address stays alive with the plan, so the address cannot be given away in the pass."""
+    server = Server()
+    server.call(Thing())
+    lengths = weakref.ref(server.lengths)
+    server.lengths = torch.tensor([3, 5], dtype=torch.int32)
+    assert lengths() is not None
+    assert not server.call(Thing())[1]
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_the_next_pass_releases_what_the_last_one_held(in_place: bool) -> None:
+    """Plans and their tensors are gone when the next pass begins: memory does not grow with the passes."""
+    server = Server()
+    held: list[weakref.ref[torch.Tensor]] = []
+    for _ in range(5):
+        server.lengths = torch.tensor([3, 5], dtype=torch.int32)
+        held.append(weakref.ref(server.lengths))
+        server.cache.end_pass()
+        if in_place:
+            server.begin(Thing())
+            server.cache.plan_in_place(0, DECODE, (server.lengths,))
+        else:
+            plan, _ = server.call(Thing())
+            held.append(weakref.ref(plan))
+            del plan
+    alive = sum(ref() is not None for ref in held)
+    assert alive == (1 if in_place else 2)
+
+
+def test_a_plan_that_fails_to_compute_is_not_kept() -> None:
+    """After a failed computation the next call computes, and the failure counts as no plan."""
+    server = Server()
+    server.begin(Thing())
+
+    def fail() -> torch.Tensor:
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        server.cache.plan(DECODE, (server.lengths,), fail)
+    assert not server.call(Thing())[1]
+    assert server.cache.statistics.plans == 1
+
+
+def test_forget_plans_makes_the_next_call_compute() -> None:
+    """Plans of either kind are dropped, and the pass goes on."""
+    server = Server()
+    server.call(Thing())
+    server.cache.plan_in_place(0, DECODE, (server.lengths,))
+    server.cache.forget_plans()
+    assert not server.call(Thing())[1]
+    assert not server.cache.plan_in_place(0, DECODE, (server.lengths,))
+    assert server.passes == 1
+
+
+def test_a_place_reports_reuse_of_what_it_holds() -> None:
+    """A place holds one plan, and says so to calls with the same geometry and lengths."""
+    server = Server()
+    server.begin(Thing())
+    answers = [server.cache.plan_in_place(0, DECODE, (server.lengths,)) for _ in range(3)]
+    assert answers == [False, True, True]
+
+
+def test_alternating_geometries_in_one_place_never_report_reuse() -> None:
+    """A place holds the last plan written into it, whatever it held before."""
+    server = Server()
+    server.begin(Thing())
+    other = DECODE._replace(batch_size=3)
+    geometries = (DECODE, other, DECODE, other)
+    assert not any(server.cache.plan_in_place(0, geometry, (server.lengths,)) for geometry in geometries)
+
+
+def test_places_hold_plans_of_their_own() -> None:
+    """Prefix and suffix of a cascade alternate without disturbing each other."""
+    server = Server()
+    server.begin(Thing())
+    suffix = DECODE._replace(causal=False)
+    calls = [(0, DECODE), (1, suffix)] * 3
+    answers = [server.cache.plan_in_place(place, geometry, (server.lengths,)) for place, geometry in calls]
+    assert answers == [False, False, True, True, True, True]
+
+
+def test_places_forget_when_the_lengths_change() -> None:
+    """The plan in a place is not that of lengths which were written since."""
+    server = Server()
+    server.begin(Thing())
+    server.cache.plan_in_place(0, DECODE, (server.lengths,))
+    server.lengths += 1
+    assert not server.cache.plan_in_place(0, DECODE, (server.lengths,))
+
+
+def test_places_forget_when_a_pass_begins() -> None:
+    """The plan that a place holds from an earlier pass is not reported as this pass's."""
+    server = Server()
+    layer = Thing()
+    for _ in range(2):
+        server.begin(layer)
+        assert not server.cache.plan_in_place(0, DECODE, (server.lengths,))
+
+
+def test_nothing_outlives_the_cache() -> None:
+    """Plans, lengths, metadata and layers all die with the cache that held them."""
+    server = Server()
+    layer = Thing()
+    plan, _ = server.call(layer)
+    server.cache.plan_in_place(0, DECODE, (server.lengths,))
+    held = [weakref.ref(thing) for thing in (plan, server.lengths, server.metadata, layer, server.cache)]
+    del server, layer, plan
+    gc.collect()
+    assert [ref() for ref in held] == [None] * 5
+
+
+# Statistics --------------------------------------------------------------------------------------
+
+
+def test_statistics_count_passes_by_their_plans() -> None:
+    """A pass is counted once, under the number of plans it computed so far."""
+    server = Server()
+    other = DECODE._replace(window_size=(127, 0))
+    for geometries in ((DECODE, DECODE), (DECODE, other, other, DECODE), (DECODE,)):
+        server.cache.end_pass()
+        for geometry in geometries:
+            server.call(Thing(), geometry=geometry)
+    report = server.cache.statistics.report()
+    assert report["passes_by_plans"] == {"1": 2, "2": 1}
+    assert (report["passes"], report["planned_calls"], report["plans"], report["reuses"]) == (3, 7, 4, 3)
+
+
+def test_statistics_count_plans_in_place_alike() -> None:
+    """A plan that the kernel writes is a plan, and its reuse a reuse."""
+    server = Server()
+    for _ in range(3):
+        server.begin(Thing())
+        server.cache.plan_in_place(0, DECODE, (server.lengths,))
+    assert (server.cache.statistics.plans, server.cache.statistics.reuses) == (1, 2)
+
+
+def test_a_pass_without_a_plan_is_none() -> None:
+    """Calls that take no plan make no pass of the statistics, and do not end one of calls that do."""
+    server = Server()
+    server.begin(Thing())
+    server.cache.remember("like this", None, ())
+    assert server.begin(Thing(), signature="like this") is None
+    assert server.cache.statistics.report() == {
+        "passes": 0, "calls": 0, "planned_calls": 0, "plans": 0, "reuses": 0, "passes_by_plans": {},
+    }  # fmt: skip
+    server.call(Thing())
+    assert server.begin(Thing(), signature="like this") is None, "a plan ended the pass"
+    assert server.cache.statistics.report()["passes_by_plans"] == {"1": 1}
+
+
+@pytest.mark.parametrize("statistics", [PlanStatistics(), None], ids=["fresh", "used"])
+def test_the_report_is_plain_data(statistics: PlanStatistics | None) -> None:
+    """The report comes back unchanged from JSON."""
+    server = Server()
+    server.call(Thing())
+    report = (statistics or server.cache.statistics).report()
+    assert json.loads(json.dumps(report)) == report
+
+
+# What is remembered ----------------------------------------------------------------------------------
+
+
+def test_a_remembered_plan_is_recalled_and_counted() -> None:
+    """A plan comes back for its own signature alone, and counts as a reuse."""
+    server = Server()
+    server.begin(Thing())
+    server.cache.remember("like this", "the plan", ())
+    server.cache.remember(None, "of no signature", ())
+    found = [server.begin(Thing(), signature=signature) for signature in ("like this", "like that", None)]
+    assert found == ["the plan", NOT_REMEMBERED, NOT_REMEMBERED]
+    assert server.cache.statistics.reuses == 1
+
+
+def test_the_next_pass_forgets_what_was_remembered() -> None:
+    """What looks like a call of the pass before is a call of this pass."""
+    server = Server()
+    layer = Thing()
+    server.call(layer)
+    server.cache.remember("like this", "the plan", ())
+    server.call(layer)
+    assert server.begin(Thing(), signature="like this") is NOT_REMEMBERED
+
+
+def test_a_remembered_plan_keeps_what_it_names() -> None:
+    """A signature names tensors by address, so no other tensor may get these addresses while it is known."""
+    cache, tensor = Server().cache, torch.zeros(3)
+    alive = weakref.ref(tensor)
+    cache.remember("like this", "the plan", (tensor,))
+    del tensor
+    assert alive() is not None
+    cache.forget_plans()
+    assert alive() is None
+
+
+# Streams -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["cpu", "meta"])
+def test_a_device_without_streams_has_one_state(kind: str) -> None:
+    """A CPU issues work in one place and captures nothing."""
+    assert stream_probe(torch.device(kind))() == StreamState(0, False)
+
+
+def test_a_device_with_streams_is_asked_at_every_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The probe reads the current stream of its own device, and the capture state, when it is called."""
+    device = torch.device("cuda", 1)
+    streams, captures, asked = [11, 22], [False, True], []
+
+    def current_stream(which: torch.device) -> SimpleNamespace:
+        asked.append(which)
+        return SimpleNamespace(stream_id=streams.pop(0))
+
+    module = SimpleNamespace(current_stream=current_stream, is_current_stream_capturing=lambda: captures.pop(0))
+    monkeypatch.setattr(torch, "get_device_module", lambda which: {device: module}[which])
+    probe = stream_probe(device)
+    assert [probe(), probe()] == [StreamState(11, False), StreamState(22, True)]
+    assert asked == [device, device]
+
+
+def test_a_stream_is_told_by_its_handle_where_torch_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's own way to name the current stream of the probe's device is taken where there is one."""
+    handles = {1: 55}
+    module = SimpleNamespace(is_current_stream_capturing=lambda: False)
+    monkeypatch.setattr(torch, "get_device_module", lambda which: module)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", handles.__getitem__, raising=False)
+    probe = stream_probe(torch.device("cuda", 1))
+    assert probe() == StreamState(55, False)
+    handles[1] = 66
+    assert probe() == StreamState(66, False)
+
+
+# MLAWorkspace ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def often_switching() -> Iterator[None]:
+    """Let threads alternate after a few instructions, so that a race shows."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(interval)
+
+
+def span(slot: torch.Tensor) -> range:
+    """The addresses of a slot's bytes."""
+    return range(slot.data_ptr(), slot.data_ptr() + slot.numel())
+
+
+def overlap(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return max(span(one).start, span(other).start) < min(span(one).stop, span(other).stop)
+
+
+@pytest.mark.parametrize("size", [1, 255, 256, 257, 1000])
+def test_a_slot_is_large_enough_and_aligned(size: int) -> None:
+    """Every slot holds what was asked for and begins where a device allocator would begin."""
+    workspace = MLAWorkspace(CPU, 8192)
+    owner = Thing()
+    for role in range(3):
+        slot = workspace.slot(owner, role, size)
+        assert slot.numel() >= size
+        assert (slot.data_ptr() - workspace.buffer.data_ptr()) % SLOT_ALIGNMENT == 0
+        assert slot.dtype == torch.uint8
+        assert slot.is_contiguous()
+
+
+def test_a_slot_stays_where_it_is() -> None:
+    """The same owner and role get the same memory, also for a smaller plan: a graph holds its address."""
+    workspace = MLAWorkspace(CPU, 4096)
+    owner = Thing()
+    slot = workspace.slot(owner, 0, 512)
+    for size in (512, 1, 300):
+        assert span(workspace.slot(owner, 0, size)) == span(slot)
+
+
+def test_slots_of_owners_and_roles_never_overlap() -> None:
+    """Each pair of owner and role has memory of its own."""
+    workspace = MLAWorkspace(CPU, 8192)
+    owners = [Thing(), Thing(), Thing()]
+    slots = [workspace.slot(owner, role, 300) for owner in owners for role in range(3)]
+    assert not any(overlap(one, other) for i, one in enumerate(slots) for other in slots[:i])
+
+
+def test_a_slot_that_grows_leaves_the_old_one_reserved() -> None:
+    """A captured graph still writes to the smaller slot, so nobody else may have it."""
+    workspace = MLAWorkspace(CPU, 8192)
+    owner, other = Thing(), Thing()
+    small = workspace.slot(owner, 0, 256)
+    large = workspace.slot(owner, 0, 257)
+    assert large.numel() >= 2 * small.numel()
+    later = [workspace.slot(other, role, 256) for role in range(4)]
+    assert not any(overlap(small, slot) for slot in (large, *later))
+    assert span(workspace.slot(owner, 0, 1)) == span(large)
+
+
+def test_growth_reserves_at_most_twice_the_largest_slot() -> None:
+    """A plan that grows by a little each time does not use the workspace up."""
+    workspace = MLAWorkspace(CPU, 16384)
+    owner = Thing()
+    for size in range(256, 4097, 64):
+        workspace.slot(owner, 0, size)
+    assert workspace.slot(Thing(), 0, 16384 - 2 * 4096).numel() == 8192
+
+
+def test_a_slot_grows_into_what_is_free() -> None:
+    """A plan that fits is not refused because twice the old slot would not fit."""
+    workspace = MLAWorkspace(CPU, 2560)
+    owner = Thing()
+    workspace.slot(owner, 0, 1024)
+    assert workspace.slot(owner, 0, 1280).numel() >= 1280
+
+
+def test_the_memory_of_a_dead_owner_is_given_to_another() -> None:
+    """When a backend dies, its slots of all roles and sizes are free again."""
+    workspace = MLAWorkspace(CPU, 1024)
+    owner = Thing()
+    workspace.slot(owner, 0, 256)
+    workspace.slot(owner, 1, 512)
+    del owner
+    assert workspace.slot(Thing(), 0, 1024).numel() == 1024
+
+
+def test_a_new_owner_at_the_address_of_a_dead_one_inherits_nothing() -> None:
+    """Owners are told apart although Python gives their address away."""
+    workspace = MLAWorkspace(CPU, 1024)
+    survivor = Thing()
+    for _ in range(50):
+        owner = Thing()
+        workspace.slot(owner, 0, 256)
+        assert not overlap(workspace.slot(owner, 0, 256), workspace.slot(survivor, 0, 512))
+        assert workspace.slot(owner, 0, 1).numel() == 256
+        del owner
+
+
+def test_an_owner_may_die_while_a_slot_is_being_reserved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A finalizer that runs inside ``slot`` neither waits for its lock forever nor disturbs it."""
+    workspace = MLAWorkspace(CPU, 1024)
+    dying = [Thing()]
+    workspace.slot(dying[0], 0, 256)
+    aligned = scheduler_metadata._aligned
+
+    def aligned_while_an_owner_dies(size: int) -> int:
+        assert workspace._lock.locked()
+        dying.clear()
+        return aligned(size)
+
+    monkeypatch.setattr(scheduler_metadata, "_aligned", aligned_while_an_owner_dies)
+    living = Thing()
+    results: list[torch.Tensor] = []
+    thread = threading.Thread(target=lambda: results.append(workspace.slot(living, 0, 256)), daemon=True)
+    thread.start()
+    thread.join(timeout=10)
+    assert not thread.is_alive(), "slot() waits for a lock that it holds"
+    assert not dying
+    later = [workspace.slot(living, 1, 512), workspace.slot(living, 2, 256)]
+    assert not any(overlap(results[0], slot) for slot in later)
+
+
+def test_exhaustion_names_numbers_and_the_remedy() -> None:
+    """The error says what was needed, what is free, of how much, and which variable makes it larger."""
+    workspace = MLAWorkspace(CPU, 1024)
+    owner = Thing()
+    workspace.slot(owner, 0, 512)
+    with pytest.raises(MLAWorkspaceExhausted) as caught:
+        workspace.slot(owner, 1, 700)
+    error = caught.value
+    assert (error.device, error.needed, error.free, error.capacity) == (CPU, 768, 512, 1024)
+    for part in ("cpu", "768", "512", "1024", "1 slots", "SGLANG_MUSA_EXT_MLA_WORKSPACE_MB"):
+        assert part in str(error)
+    assert isinstance(error, MemoryError)
+
+
+def test_exhaustion_leaves_the_workspace_as_it_was() -> None:
+    """After a refusal, the slots that exist still do, and what fits is still given."""
+    workspace = MLAWorkspace(CPU, 1024)
+    owner = Thing()
+    slot = workspace.slot(owner, 0, 512)
+    with pytest.raises(MLAWorkspaceExhausted):
+        workspace.slot(Thing(), 0, 1024)
+    assert span(workspace.slot(owner, 0, 512)) == span(slot)
+    assert workspace.slot(owner, 1, 512).numel() == 512
+
+
+def test_backends_of_a_device_share_a_workspace() -> None:
+    """Backends that ask for the same device get one workspace, and another device has another."""
+    cpu, again = (MLAWorkspace.of_device(CPU, 1024) for _ in range(2))
+    meta = MLAWorkspace.of_device(torch.device("meta"), 1024)
+    assert cpu is again
+    assert meta is not cpu
+    assert (cpu.buffer.device.type, meta.buffer.device.type) == ("cpu", "meta")
+
+
+def test_workspaces_of_two_devices_have_slots_of_their_own() -> None:
+    """A full workspace of one device says nothing of another's."""
+    cpu, meta = MLAWorkspace.of_device(CPU, 512), MLAWorkspace.of_device(torch.device("meta"), 512)
+    owner = Thing()
+    assert cpu.slot(owner, 0, 512).device.type == "cpu"
+    assert meta.slot(owner, 0, 512).device.type == "meta"
+
+
+def test_an_unused_workspace_is_freed() -> None:
+    """When no backend has the workspace any more, its memory goes back to the device."""
+    workspace = MLAWorkspace.of_device(CPU, 2048)
+    owner = Thing()
+    workspace.slot(owner, 0, 256)
+    held = weakref.ref(workspace)
+    buffer = weakref.ref(workspace.buffer)
+    del workspace
+    gc.collect()
+    assert held() is None
+    assert buffer() is None
+    assert MLAWorkspace.of_device(CPU, 2048).slot(owner, 0, 2048).numel() == 2048
+
+
+def test_threads_never_get_overlapping_slots(often_switching: None) -> None:
+    """Micro-batches on several threads, whose backends come and go, each keep their bytes to themselves."""
+    workspace = MLAWorkspace(CPU, 1 << 16)
+    clashes: list[int] = []
+    start = threading.Barrier(4)
+
+    def hammer(mark: int) -> None:
+        pick = random.Random(mark)
+        start.wait()
+        for _ in range(60):
+            owner = Thing()
+            slots = [workspace.slot(owner, role, pick.randrange(1, 3000)) for role in range(2)]
+            for role, slot in enumerate(slots):
+                slot.fill_(2 * mark + role)
+            again = [workspace.slot(owner, role, 1) for role in range(2)]
+            clashes.extend(mark for role, slot in enumerate(again) if not bool((slot == 2 * mark + role).all()))
+            del owner
+
+    threads = [threading.Thread(target=hammer, args=(mark,)) for mark in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not clashes
+    assert workspace.slot(Thing(), 0, 1 << 16).numel() == 1 << 16

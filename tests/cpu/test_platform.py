@@ -1,0 +1,378 @@
+"""The CPU platform and its stand-ins, without an engine.
+
+What changes a process (SGLang's platform, Triton's interpreter, ``sys.modules``) is tried in processes of its own.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from typing import Any
+
+import pytest
+import torch
+
+from sglang_musa_ext.cpu import stand_ins
+
+UNDER_THE_PLATFORM = {"SGLANG_PLATFORM": "musa_reference"}
+
+
+def run_python(code: str, environment: dict[str, str] | None = None) -> Any:
+    """Run ``code`` in a fresh interpreter; returns what its last line of output says in JSON."""
+    dropped = (*stand_ins.ENVIRONMENT, "SGLANG_PLATFORM", "SGLANG_MUSA_EXT")
+    inherited = {name: value for name, value in os.environ.items() if name not in dropped}
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env=inherited | (environment or {}),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def exact_merge(
+    v_a: torch.Tensor, s_a: torch.Tensor, v_b: torch.Tensor, s_b: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two softmax numerators over their common denominator, in float64."""
+    weight_a, weight_b = s_a.double().exp(), s_b.double().exp()
+    total = weight_a + weight_b
+    merged = (v_a.double() * weight_a[..., None] + v_b.double() * weight_b[..., None]) / total[..., None]
+    return merged, total.log()
+
+
+def states(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Outputs ``(5, 3, 8)`` and log-sum-exp ``(5, 3)`` of two attentions, drawn at random."""
+    generator = torch.Generator().manual_seed(0)
+    outputs = torch.randn(2, 5, 3, 8, generator=generator).to(dtype)
+    scores = torch.randn(2, 5, 3, generator=generator) * 3
+    return outputs[0], scores[0], outputs[1], scores[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merged_states_are_the_attention_over_all_keys(dtype: torch.dtype) -> None:
+    """Merging equals the weighted mean that float64 gives, within the output's own precision."""
+    arguments = states(dtype)
+    merged, scores = stand_ins.merge_state_v2(*arguments)
+    expected, expected_scores = exact_merge(*arguments)
+    torch.testing.assert_close(merged, expected.to(dtype))
+    torch.testing.assert_close(scores, expected_scores.float())
+
+
+@pytest.mark.parametrize("nothing", [-torch.inf, torch.inf])
+def test_a_side_without_keys_does_not_count(nothing: float) -> None:
+    """A row whose log-sum-exp says that there was no key is ignored, whatever its output holds."""
+    v_a, s_a, v_b, s_b = states()
+    v_a[1], s_a[1] = torch.nan, nothing
+    merged, scores = stand_ins.merge_state_v2(v_a, s_a, v_b, s_b)
+    torch.testing.assert_close(merged[1], v_b[1])
+    torch.testing.assert_close(scores[1], s_b[1])
+    assert merged.isfinite().all()
+
+
+def test_rows_without_any_key_merge_to_zero() -> None:
+    """Where neither side had a key, the output is zero and its log-sum-exp minus infinity."""
+    v_a, s_a, v_b, s_b = states()
+    s_a[0] = s_b[0] = -torch.inf
+    merged, scores = stand_ins.merge_state_v2(v_a, s_a, v_b, s_b)
+    assert (merged[0] == 0).all()
+    assert (scores[0] == -torch.inf).all()
+
+
+def test_merging_writes_where_it_is_told() -> None:
+    """Buffers that are passed in are filled and returned."""
+    arguments = states()
+    merged, scores = torch.empty_like(arguments[0]), torch.empty_like(arguments[1])
+    returned = stand_ins.merge_state_v2(*arguments, merged, scores)
+    assert returned[0] is merged
+    assert returned[1] is scores
+    torch.testing.assert_close(merged, exact_merge(*arguments)[0].float())
+
+
+@pytest.fixture
+def only_ours(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """A copy of ``sys.modules`` without the libraries we stand in for; the original comes back."""
+    libraries = ("sgl_kernel", "torchvision")
+    kept = {name: module for name, module in sys.modules.items() if name.partition(".")[0] not in libraries}
+    monkeypatch.setattr(sys, "modules", kept)
+    return monkeypatch
+
+
+def test_a_library_that_can_be_imported_is_left_alone(only_ours: pytest.MonkeyPatch) -> None:
+    """No stand-in is installed for a library that is there."""
+    only_ours.setattr(importlib.util, "find_spec", lambda name: object())
+    stand_ins.install_missing_modules()
+    assert "sgl_kernel" not in sys.modules
+    assert "torchvision" not in sys.modules
+
+
+@pytest.mark.parametrize("name", ["sgl_kernel", "torchvision"])
+def test_a_missing_library_gets_modules_that_can_be_probed(only_ours: pytest.MonkeyPatch, name: str) -> None:
+    """The stand-in has a spec, so that looking for the library does not raise."""
+    only_ours.setattr(importlib.util, "find_spec", lambda name: None)
+    stand_ins.install_missing_modules()
+    assert sys.modules[name].__spec__ is not None
+
+
+@pytest.mark.parametrize(("module", "name"), [("sgl_kernel", "scalar_type"), ("sgl_kernel.flash_attn", "flash_mla")])
+def test_a_stand_in_has_only_what_it_provides(only_ours: pytest.MonkeyPatch, module: str, name: str) -> None:
+    """SGLang probes for optional names, which must be missing."""
+    only_ours.setattr(importlib.util, "find_spec", lambda name: None)
+    stand_ins.install_missing_modules()
+    assert not hasattr(sys.modules[module], name)
+
+
+def test_an_absent_function_says_what_to_do() -> None:
+    """A function that exists for its import alone refuses by name."""
+    transfer = stand_ins.sgl_kernel_modules()["sgl_kernel.kvcacheio"]["transfer_kv_direct"]
+    with pytest.raises(NotImplementedError, match=r"sgl_kernel\.transfer_kv_direct .* Install a sgl_kernel"):
+        transfer(1, page=2)
+
+
+def test_nothing_is_replaced_unless_the_platform_is_asked_for() -> None:
+    """Importing SGLang with the package installed leaves the process as it was."""
+    assert run_python(
+        """
+        import json, os, sys
+        import sglang_musa_ext.plugin
+        sglang_musa_ext.plugin.activate_platform()
+        print(json.dumps([
+            "sglang_musa_ext.cpu.stand_ins" in sys.modules,
+            "TRITON_INTERPRET" in os.environ,
+            any("Stand-in" in (module.__doc__ or "") for module in list(sys.modules.values())),
+        ]))
+        """
+    ) == [False, False, False]
+
+
+def test_preparing_twice_changes_nothing_more() -> None:
+    """The second call leaves every module and every patched function as the first one made it."""
+    assert run_python(
+        """
+        import json, sys
+        from sglang_musa_ext.cpu.stand_ins import prepare_process
+
+        def state():
+            from triton.language.extra import libdevice
+            from triton.runtime.autotuner import Autotuner
+            return dict(sys.modules), dict(vars(libdevice)), dict(vars(Autotuner))
+
+        prepare_process()
+        first = state()
+        prepare_process()
+        print(json.dumps(first == state()))
+        """
+    )
+
+
+KERNELS = '''
+import json, sys, tempfile, pathlib
+import triton  # As SGLang does, before the platform is asked for.
+from sglang_musa_ext.cpu.stand_ins import LIBDEVICE, prepare_process
+prepare_process()
+# The interpreter reads the source of a kernel, so it has to be in a file.
+path = pathlib.Path(tempfile.mkdtemp()) / "kernels.py"
+path.write_text("""
+import triton, triton.language as tl
+from triton.language.extra import libdevice
+
+@triton.jit
+def unary(x_ptr, out_ptr, name: tl.constexpr, N: tl.constexpr):
+    at = tl.arange(0, N)
+    tl.store(out_ptr + at, getattr(libdevice, name)(tl.load(x_ptr + at)))
+
+@triton.jit
+def total(x_ptr, out_ptr, N: tl.constexpr):
+    at = tl.arange(0, N)
+    tl.store(out_ptr, tl.sum(tl.load(x_ptr + at)) + tl.cdiv(N, 3))
+
+@triton.autotune(configs=[triton.Config({"BLOCK": 4}), triton.Config({"BLOCK": 8})], key=[])
+@triton.jit
+def block(out_ptr, BLOCK: tl.constexpr):
+    tl.store(out_ptr, BLOCK)
+""")
+sys.path.insert(0, str(path.parent))
+import kernels, torch
+'''
+
+
+@pytest.mark.parametrize(
+    ("name", "function"),
+    [
+        ("tanh", torch.tanh),
+        ("exp", torch.exp),
+        ("exp2", torch.exp2),
+        ("log", torch.log),
+        ("log1p", torch.log1p),
+        ("sqrt", torch.sqrt),
+        ("rint", torch.round),
+        ("round", lambda x: torch.where(x >= 0, torch.floor(x + 0.5), torch.ceil(x - 0.5))),
+        ("fast_expf", torch.exp),
+        ("fast_logf", torch.log),
+    ],
+)
+def test_libdevice_computes_what_torch_computes(libdevice: dict[str, list[float]], name: str, function: Any) -> None:
+    """Each function of libdevice that the interpreter lacks equals PyTorch's."""
+    x = torch.tensor(libdevice["x"])
+    positive = name in ("log", "fast_logf", "sqrt", "log1p")
+    expected = function(x.abs() if positive else x)
+    torch.testing.assert_close(torch.tensor(libdevice[name]), expected)
+
+
+@pytest.fixture(scope="module")
+def libdevice() -> dict[str, list[float]]:
+    """Eight arguments ``x``, and what an interpreted kernel makes of them (of their magnitudes for logs and roots)."""
+    code = """
+    x = torch.tensor([-2.5, -1.5, -0.7, 0.5, 0.3, 1.5, 2.5, 3.25])
+    found = {"x": x.tolist()}
+    for name in set(LIBDEVICE) - {"copysign"}:
+        argument = x.abs() if name in ("log", "fast_logf", "sqrt", "log1p") else x
+        out = torch.empty(8)
+        kernels.unary[(1,)](argument, out, name, 8)
+        found[name] = out.tolist()
+    print(json.dumps(found))
+    """
+    found: dict[str, list[float]] = run_python(KERNELS + textwrap.dedent(code))
+    return found
+
+
+def test_tritons_own_functions_are_interpreted() -> None:
+    """``tl.sum`` and ``tl.cdiv`` work although Triton was imported before the platform was asked for."""
+    code = """
+    out = torch.empty(1)
+    kernels.total[(1,)](torch.arange(8.0), out, 8)
+    print(json.dumps(out.item()))
+    """
+    assert run_python(KERNELS + textwrap.dedent(code)) == 28 + 3
+
+
+def test_the_autotuner_takes_its_first_configuration() -> None:
+    """Without a GPU's clock nothing is timed."""
+    code = """
+    out = torch.empty(1)
+    kernels.block[(1,)](out)
+    print(json.dumps(out.item()))
+    """
+    assert run_python(KERNELS + textwrap.dedent(code)) == 4
+
+
+PLATFORM = """
+import json
+import sys
+from types import SimpleNamespace
+from sglang.srt.platforms import current_platform as platform
+"""
+
+
+@pytest.fixture(scope="module")
+def platform_facts() -> dict[str, Any]:
+    """What SGLang finds under ``SGLANG_PLATFORM=musa_reference``."""
+    code = """
+    open_ = dict(attention_backend="intel_amx", page_size=None, disable_cuda_graph=False,
+                 mem_fraction_static=None, max_total_tokens=None, disable_hybrid_swa_memory=False)
+    chosen = dict(attention_backend="torch_native", page_size=1, disable_cuda_graph=True,
+                  mem_fraction_static=0.5, max_total_tokens=100, disable_hybrid_swa_memory=True)
+    defaults = {}
+    for name, values in (("open", open_), ("chosen", chosen)):
+        arguments = SimpleNamespace(**values)
+        platform.apply_server_args_defaults(arguments)
+        defaults[name] = vars(arguments)
+    import sgl_kernel
+    from sglang.srt.platforms.interface import SRTPlatform
+    from sglang.srt.utils import get_device
+    from sglang_musa_ext.cpu import platform as cpu_platform
+    platform.init_backend()
+    modules = [sys.modules[name] for name in cpu_platform.MUSA_KERNEL_MODULES if name in sys.modules]
+    free, total = platform.get_available_memory()
+    print(json.dumps({
+        "class": type(platform).__name__,
+        "out_of_tree": platform.is_out_of_tree(),
+        "device": get_device(),
+        "collectives": platform.get_torch_distributed_backend_str(),
+        "sgl_kernel": sgl_kernel.__doc__,
+        "memory_adds_up": 0 < free < total == platform.get_device_total_memory(),
+        "pools": [platform.get_kv_pool_cls(kind="mha"), platform.get_mha_kv_pool_cls().__name__,
+                  platform.get_paged_allocator_cls().__name__],
+        "defaults": defaults,
+        "unchanged": defaults["chosen"] == chosen,
+        "plain_pool": defaults["open"]["disable_hybrid_swa_memory"] == (not hasattr(SRTPlatform, "get_kv_pool_cls")),
+        "algorithms": [platform.supports_speculative_algorithm(name) for name in ("EAGLE", "NGRAM", "UNHEARD_OF")],
+        "kernels_of_musa": [module._is_musa for module in modules],
+        "trees": [module.sgl_build_tree_kernel_efficient.__module__ for module in modules],
+    }))
+    """
+    facts: dict[str, Any] = run_python(PLATFORM + textwrap.dedent(code), UNDER_THE_PLATFORM)
+    return facts
+
+
+@pytest.mark.parametrize(
+    ("fact", "expected"),
+    [
+        ("class", "CpuReferencePlatform"),
+        ("out_of_tree", True),
+        ("device", "cpu"),
+        ("collectives", "gloo"),
+        ("memory_adds_up", True),
+        ("pools", [None, "MHATokenToKVPool", "PagedTokenToKVPoolAllocator"]),
+        ("plain_pool", True),
+        ("algorithms", [True, True, False]),
+    ],
+)
+def test_sglang_finds_a_cpu_outside_its_tree(platform_facts: dict[str, Any], fact: str, expected: Any) -> None:
+    """The platform answers SGLang's questions with the CPU and SGLang's own pools."""
+    assert platform_facts[fact] == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("attention_backend", "fa3"), ("page_size", 64), ("disable_cuda_graph", True)]
+)
+def test_open_arguments_get_the_platforms_defaults(platform_facts: dict[str, Any], name: str, expected: Any) -> None:
+    """What the user left to SGLang is chosen for FA3 on a CPU."""
+    assert platform_facts["defaults"]["open"][name] == expected
+
+
+def test_the_users_arguments_win(platform_facts: dict[str, Any]) -> None:
+    """What the user chose stays, the oracle ``torch_native`` among it."""
+    assert platform_facts["unchanged"]
+
+
+def test_speculative_decoding_takes_the_kernels_of_musa(platform_facts: dict[str, Any]) -> None:
+    """Every module of this release that chooses among known devices takes the way that leads to the stand-ins."""
+    assert platform_facts["kernels_of_musa"]
+    assert all(platform_facts["kernels_of_musa"])
+    assert set(platform_facts["trees"]) == {"sglang_musa_ext.cpu.trees"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device to wait for")
+def test_a_wait_for_cuda_returns_at_once() -> None:
+    """Without a CUDA device, upstream's unconditional waits for one do not raise."""
+    code = PLATFORM + "import torch; print(json.dumps(torch.cuda.synchronize()))"
+    assert run_python(code, UNDER_THE_PLATFORM) is None
+
+
+@pytest.mark.parametrize(("machine", "warned"), [("aarch64", True), ("x86_64", False)])
+def test_sglangs_choice_for_arm_is_pointed_out(machine: str, warned: bool) -> None:
+    """On ARM, torch_native may be SGLang's choice or the user's, so it stays, with a word about it."""
+    code = f"""
+    import logging
+    import platform as system
+    system.machine = lambda: {machine!r}
+    said = []
+    logging.getLogger("sglang_musa_ext.cpu.platform").addFilter(lambda record: said.append(record.getMessage()))
+    arguments = SimpleNamespace(attention_backend="torch_native", page_size=1, disable_cuda_graph=True,
+                                mem_fraction_static=0.5, max_total_tokens=100, disable_hybrid_swa_memory=True)
+    platform.apply_server_args_defaults(arguments)
+    print(json.dumps([arguments.attention_backend, any("--attention-backend fa3" in line for line in said)]))
+    """
+    assert run_python(PLATFORM + textwrap.dedent(code), UNDER_THE_PLATFORM) == ["torch_native", warned]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("sgl_kernel") is not None, reason="sgl_kernel is installed")
+def test_the_stand_in_of_sgl_kernel_is_what_sglang_imports(platform_facts: dict[str, Any]) -> None:
+    """Under the platform, where ``sgl_kernel`` is missing, ours is imported."""
+    assert "Stand-in" in platform_facts["sgl_kernel"]

@@ -1,0 +1,258 @@
+"""``scripts/install-musa`` with indexes and wheels made on the spot: nothing here needs a network."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+
+import install_musa
+import pip
+import pytest
+from install_musa import CONSTRAINTS, cohorts, normal, read_pins
+
+from sglang_musa_ext.doctor import COLLIDING
+
+COHORT = "torch2.11"
+PINS = read_pins(CONSTRAINTS / f"musa-{COHORT}.txt")
+TORCHADA = read_pins(CONSTRAINTS / "public.txt")["torchada"]
+MATE = {"mate/__init__.py": "", "mate/mha_interface.py": "", "mate/jit/__init__.py": ""}
+CONTENTS = {"mate": MATE, "flash-attn-3": {"flash_attn_interface.py": "import mate\n"}}
+UNRELATED = {"mate/__init__.py": "", "mate/matchers.py": ""}
+"""What the public index's ``mate`` looks like: matchers for unittest."""
+
+
+def make_wheel(folder: Path, name: str, version: str, files: dict[str, str] | None = None) -> Path:
+    """A wheel of a package that requires the whole stack, as the vendor's do."""
+    stem = f"{name.replace('-', '_')}-{version}"
+    contents = files or {f"{name.replace('-', '_')}_stand_in.py": ""}
+    metadata = (
+        f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\nRequires-Dist: torch==9\nRequires-Dist: evil\n"
+    )
+    contents |= {
+        f"{stem}.dist-info/METADATA": metadata,
+        f"{stem}.dist-info/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    record = f"{stem}.dist-info/RECORD"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{stem}-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        for place, text in contents.items():
+            archive.writestr(place, text)
+        archive.writestr(record, "".join(f"{place},,\n" for place in [*contents, record]))
+    return path
+
+
+class Index:
+    """A package index in a folder, as PEP 503 says."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.url = folder.as_uri()
+
+    def add(self, name: str, version: str, files: dict[str, str] | None = None) -> None:
+        """Offer one more wheel, in place of others of its name."""
+        page = self.folder / normal(name)
+        wheel = make_wheel(page, name, version, files)
+        (page / "index.html").write_text(f'<a href="{wheel.name}">{wheel.name}</a>')
+
+
+@pytest.fixture
+def vendor(tmp_path: Path) -> Index:
+    """The vendor's index, with the packages of the cohort."""
+    index = Index(tmp_path / "vendor")
+    for name, version in PINS.items():
+        index.add(name, version, dict(CONTENTS.get(name, {})))
+    return index
+
+
+@pytest.fixture
+def public(tmp_path: Path) -> Index:
+    """A public index, with what belongs there and with what must never come from there."""
+    index = Index(tmp_path / "public")
+    index.add("torchada", TORCHADA)
+    index.add("evil", "1.0")
+    index.add("torch", "99")
+    index.add("mate", "0.2.0", dict(UNRELATED))
+    return index
+
+
+class Environment:
+    """A virtual environment with pip and nothing else."""
+
+    def __init__(self, folder: Path) -> None:
+        venv.create(folder, symlinks=True)
+        self.python = folder / "bin" / "python"
+        (self.packages,) = folder.glob("lib/python*/site-packages")
+        # Copying pip into each would take longer than the tests.
+        (self.packages / "pip").symlink_to(Path(pip.__file__).parent)
+
+    def has(self, name: str, version: str, files: dict[str, str] | None = None) -> None:
+        """Have a package installed already."""
+        with zipfile.ZipFile(make_wheel(self.packages.parent, name, version, files)) as archive:
+            archive.extractall(self.packages)
+
+    def installed(self) -> dict[str, str]:
+        """The packages that the environment holds."""
+        return install_musa.look_at(str(self.python))[0]
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> Environment:
+    """An environment of one's own."""
+    return Environment(tmp_path / "environment")
+
+
+def install(environment: Environment, *options: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run the command as a person would, on ``environment``, with that folder as the current one."""
+    script = Path(__file__).resolve().parents[2] / "scripts" / "install-musa"
+    return subprocess.run(
+        [script, "--python", environment.python, "--cohort", COHORT, *options],
+        cwd=environment.python.parent,
+        env={**os.environ, "PYTHON": sys.executable, **variables},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_the_cohort_is_installed_and_nothing_else(vendor: Index, public: Index, environment: Environment) -> None:
+    """What is pinned replaces a squatter, without dependencies, whatever the environment tells pip."""
+    environment.has("mate", PINS["mate"], dict(UNRELATED))
+    done = install(
+        environment,
+        *("--index", vendor.url, "--public-index", public.url),
+        PIP_NO_INDEX="1",
+        PIP_EXTRA_INDEX_URL=public.url,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert environment.installed() == PINS | {"torchada": TORCHADA}
+    assert (environment.packages / "mate/mha_interface.py").is_file()
+    assert not (environment.packages / "mate/matchers.py").exists()
+
+
+def test_an_index_that_only_has_the_unrelated_mate(vendor: Index, environment: Environment) -> None:
+    """The public mate is no version of a cohort, so pip finds none, and nothing is installed."""
+    vendor.add("mate", "0.2.0", dict(UNRELATED))
+    done = install(environment, "--index", vendor.url)
+    assert done.returncode == 1
+    assert "mate==" in done.stderr
+    assert environment.installed() == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "files", "part"),
+    [
+        ("mate", UNRELATED, "'mate.mha_interface'"),
+        ("flash-attn-3", {"flash_attn_interface.py": "import torch\n"}, "nothing in it imports 'mate'"),
+    ],
+)
+def test_a_wheel_of_the_right_version_that_is_another_project(
+    vendor: Index, environment: Environment, name: str, files: dict[str, str], part: str
+) -> None:
+    """What a wheel contains counts, and one that is not Moore Threads' keeps all others out too."""
+    vendor.add(name, PINS[name], dict(files))
+    done = install(environment, "--index", vendor.url)
+    assert done.returncode == 1
+    assert part in done.stderr
+    assert environment.installed() == {}
+
+
+def test_the_vendors_torch_is_kept(vendor: Index, public: Index, environment: Environment) -> None:
+    """A torch of the same release is left alone, whatever its post-release, and the rest is installed around it."""
+    before = {"torch": "2.11.0+musa5.2.0", "torch-musa": "2.11.0+musa5.2.0"}
+    for name, version in before.items():
+        environment.has(name, version)
+    done = install(environment, "--index", vendor.url, "--public-index", public.url)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert environment.installed() == PINS | {"torchada": TORCHADA} | before
+
+
+@pytest.mark.parametrize(
+    ("name", "version", "parts"),
+    [
+        ("torch", "2.9.1+musa5.2.0", ["the vendor's torch, 2.9.1+musa5.2.0", "torch2.9", "new environment"]),
+        ("torch", "2.11.0", ["not the vendor's, 2.11.0", "new environment"]),
+        ("torch", "2.11.0+cu130", ["not the vendor's, 2.11.0+cu130"]),
+        ("mate-flash-attention", "0.1.3", ["mate-flash-attention 0.1.3", "pip uninstall mate-flash-attention"]),
+    ],
+)
+def test_an_environment_that_would_be_spoilt(
+    vendor: Index, environment: Environment, name: str, version: str, parts: list[str]
+) -> None:
+    """An environment with another torch, or an older wrapper, is refused and stays as it is."""
+    environment.has(name, version)
+    done = install(environment, "--index", vendor.url)
+    assert done.returncode == 1
+    for part in parts:
+        assert part in done.stderr
+    assert environment.installed() == {name: version}
+
+
+def test_a_dry_run_prints_the_commands_and_runs_none(environment: Environment) -> None:
+    """Three commands of pip, each with one index or none and without dependencies; and no file is written."""
+    before = sorted(environment.python.parent.iterdir())
+    done = install(environment, "--dry-run", "--public-index", "URL-OF-B", SGLANG_MUSA_EXT_VENDOR_INDEX="URL-OF-A")
+    commands = [line for line in done.stdout.splitlines() if not line.startswith("#")]
+    assert done.returncode == 0, done.stderr
+    assert [re.findall(r"--index-url (\S+)|(--no-index)", line) for line in commands] == [
+        [("URL-OF-A", "")],
+        [("", "--no-index")],
+        [("URL-OF-B", "")],
+    ]
+    assert all("--no-deps" in line and "--isolated" in line and "PIP_CONFIG_FILE=" in line for line in commands)
+    assert sorted(environment.python.parent.iterdir()) == before
+
+
+def test_the_vendors_index_must_be_named(environment: Environment) -> None:
+    """There is no default index: the error names the option and the variable."""
+    done = install(environment, SGLANG_MUSA_EXT_VENDOR_INDEX="")
+    assert done.returncode == 2
+    assert "--index" in done.stderr
+    assert "SGLANG_MUSA_EXT_VENDOR_INDEX" in done.stderr
+
+
+def test_a_python_without_vendor_wheels_is_mentioned(environment: Environment, vendor: Index) -> None:
+    """Where the interpreter is not one that the vendor builds for, the command says so before pip fails."""
+    done = install(environment, "--index", vendor.url, "--dry-run")
+    assert ("The vendor publishes wheels for" in done.stdout) == (sys.version_info[:2] not in ((3, 10), (3, 12)))
+
+
+def test_a_python_that_is_none(environment: Environment, vendor: Index, tmp_path: Path) -> None:
+    """An interpreter that does not run is named."""
+    done = install(environment, "--index", vendor.url, "--python", str(tmp_path / "python"))
+    assert done.returncode == 1
+    assert f"--python {tmp_path / 'python'}" in done.stderr
+
+
+@pytest.mark.parametrize("cohort", cohorts())
+def test_a_cohort_is_complete_and_says_where_it_is_from(cohort: str) -> None:
+    """Each cohort pins the same packages, and its comments name source and date."""
+    path = CONSTRAINTS / f"musa-{cohort}.txt"
+    assert read_pins(path).keys() == PINS.keys()
+    assert re.search(r"^# Source: .*commit [0-9a-f]{40}", path.read_text(), re.MULTILINE)
+    assert re.search(r"\b20\d\d\b", path.read_text())
+
+
+def test_the_newest_cohort_is_the_default() -> None:
+    """Torch 2.11 comes after 2.9."""
+    assert cohorts()[0] == "torch2.11"
+    assert install_musa.parse(["--index", "URL"]).cohort == "torch2.11"
+
+
+def test_no_file_names_an_index(repository: Path) -> None:
+    """The URL of an index is the user's to give: it is neither in the constraints nor in the scripts."""
+    paths = [*CONSTRAINTS.iterdir(), repository / "scripts/install-musa", repository / "scripts/install_musa.py"]
+    assert [path.name for path in paths if "://" in path.read_text()] == []
+
+
+@pytest.mark.parametrize("cohort", cohorts())
+def test_the_doctor_takes_a_cohort_for_the_vendors(cohort: str) -> None:
+    """No version that a cohort pins looks like a public build to the doctor."""
+    judges = {normal(name): judge for name, judge in COLLIDING.items()}
+    pins = read_pins(CONSTRAINTS / f"musa-{cohort}.txt")
+    assert [name for name, version in pins.items() if name in judges and not judges[name](version)] == []

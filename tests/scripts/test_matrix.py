@@ -1,0 +1,393 @@
+"""Tests of scripts/matrix and scripts/advance-warning: expectations, resuming, tables, statuses; levels are fake."""
+
+from __future__ import annotations
+
+import json
+import re
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sglang_musa_ext.upstream import SUPPORTED_RELEASES, find_package
+
+pytest.importorskip("tomllib", reason="releases.toml is read with tomllib, which Python has from 3.11 on")
+
+import advance_warning
+import matrix
+import matrix_levels
+from matrix_data import Known, MatrixError, Release, Run, Status, judge, read_releases, select, select_levels
+from matrix_report import Cell, closing_line, details, markdown, terminal_table
+
+ALL_PASS = {"contract": "pass", "backend": "pass", "engine": "pass"}
+KNOWN = Known("backend", "test_old", "It cannot.")
+GOOD = Run(["test_new"])
+
+ROW = """
+[[release]]
+version = "{version}"
+requires-python = ">=3.10"
+torch = "2.13.0"
+contract = "pass"
+backend = "{backend}"
+engine = "pass"
+exceptions = [{exceptions}]
+"""
+
+
+def release(*exceptions: Known, version: str = "0.5.21", **expected: str) -> Release:
+    """A row of the matrix."""
+    return Release(version, ">=3.10", "2.13.0", ALL_PASS | expected, exceptions)
+
+
+# --- expectations -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("exceptions", "run", "status", "problem"),
+    [
+        pytest.param([], GOOD, Status.PASS, None, id="all pass"),
+        pytest.param([], Run(["a"], skipped={"b": "not here"}), Status.PASS, None, id="not applicable"),
+        pytest.param([], Run(["a"], {"test_old": "no"}), Status.FAIL, "test_old: no", id="a failure"),
+        pytest.param([], Run(["a"], error="died"), Status.FAIL, "died", id="broken off"),
+        pytest.param([], Run(skipped={"a": "x"}), Status.FAIL, "nothing was checked", id="all skipped"),
+        pytest.param([KNOWN], Run(["a"], {"test_old": "no"}), Status.PASS, None, id="as excepted"),
+        pytest.param([KNOWN], Run(["a"], {"test_old[x]": "no"}), Status.PASS, None, id="parameters are covered"),
+        pytest.param([KNOWN], Run(["a"], {"test_older": "no"}), Status.FAIL, "test_older: no", id="names are whole"),
+        pytest.param([KNOWN], Run(["test_old"]), Status.FAIL, "that row can go", id="excepted, but passes"),
+        pytest.param(
+            [KNOWN], Run(["test_old[x]"], {"test_old[y]": "no"}), Status.FAIL, r"test_old\[x\] passes", id="half passes"
+        ),
+        pytest.param([KNOWN], GOOD, Status.FAIL, "no case that ran is called", id="excepted, but unknown"),
+        pytest.param([KNOWN], Run(["a"], skipped={"test_old": "x"}), Status.FAIL, "can go", id="excepted, but skipped"),
+    ],
+)
+def test_a_run_is_judged_by_what_is_expected(
+    exceptions: list[Known], run: Run, status: Status, problem: str | None
+) -> None:
+    """Unexpected failures and unexpected passes are both problems; a level that checked nothing is one too."""
+    verdict = judge(release(*exceptions), "backend", run)
+    assert verdict.status is status
+    assert verdict.held is (status is Status.PASS)
+    assert verdict.problems == () if problem is None else re.search(problem, " ".join(verdict.problems))
+    assert list(verdict.known) == [one for one in exceptions if any(map(one.covers, run.failed))]
+
+
+def test_an_exception_is_of_its_level_alone() -> None:
+    """A case that is excepted at the backend level is none of the engine's."""
+    assert judge(release(KNOWN), "engine", Run(["a"], {"test_old": "no"})).status is Status.FAIL
+
+
+def test_nothing_is_claimed_where_a_level_is_pending() -> None:
+    """A pending level shows what is wrong, and breaks no expectation."""
+    verdict = judge(release(backend="pending"), "backend", Run(["a"], {"test_old": "no"}))
+    assert (verdict.status, verdict.held, len(verdict.problems)) == (Status.PENDING, True, 1)
+
+
+# --- parsing ------------------------------------------------------------------------------------------
+
+
+def test_releases_are_read(tmp_path: Path) -> None:
+    """Every field of a row arrives, its exceptions too."""
+    exceptions = '{ level = "backend", case = "test_old", reason = "It cannot." }'
+    path = tmp_path / "releases.toml"
+    path.write_text(ROW.format(version="0.5.21", backend="pending", exceptions=exceptions))
+    assert read_releases(path) == [release(KNOWN, backend="pending")]
+
+
+@pytest.mark.parametrize(
+    ("backend", "exceptions", "message"),
+    [
+        ("passes", "", "backend of 0.5.21 is 'passes'; expected 'pass' or 'pending'"),
+        ("pass", '{ level = "egine", case = "a", reason = "b" }', "0.5.21 excepts level 'egine'"),
+    ],
+)
+def test_bad_rows_are_refused(tmp_path: Path, backend: str, exceptions: str, message: str) -> None:
+    """What a row cannot say is named, with what it can."""
+    path = tmp_path / "releases.toml"
+    path.write_text(ROW.format(version="0.5.21", backend=backend, exceptions=exceptions))
+    with pytest.raises(MatrixError, match=message):
+        read_releases(path)
+
+
+def test_releases_and_levels_are_selected() -> None:
+    """Lists keep the matrix's order, know the ends of it, and mean everything when they are empty."""
+    rows = [release(version=version) for version in ("0.5.11", "0.5.17", "0.5.21")]
+    chosen = [one.version for one in select(rows, "newest, 0.5.17")]
+    assert (chosen, select(rows, ""), select(rows, "oldest")) == (["0.5.17", "0.5.21"], rows, rows[:1])
+    assert select_levels("engine,contract") == ["contract", "engine"]
+    assert select_levels("") == ["contract", "backend", "engine"]
+
+
+@pytest.mark.parametrize(("choose", "wrong"), [(lambda x: select([release()], x), "0.4"), (select_levels, "kernel")])
+def test_unknown_names_are_refused(choose: Callable[[str], Any], wrong: str) -> None:
+    """The message names what is unknown."""
+    with pytest.raises(MatrixError, match=f"No such .*: {wrong}"):
+        choose(wrong)
+
+
+def test_a_report_of_pytest_is_read() -> None:
+    """Passes, failures, errors and skips are told apart; a test whose teardown fails did not pass."""
+    run = matrix_levels.parse_report(
+        """<testsuites><testsuite>
+        <testcase name="good"/>
+        <testcase name="bad[1]"><failure message="assert 1 == 2&#10;more">text</failure></testcase>
+        <testcase name="broken"><error message="boom"/></testcase>
+        <testcase name="other"><skipped message="not in this SGLang"/></testcase>
+        <testcase name="late"/>
+        <testcase name="late"><error message="teardown"/></testcase>
+        </testsuite></testsuites>"""
+    )
+    assert run.passed == ["good"]
+    assert run.failed == {"bad[1]": "assert 1 == 2", "broken": "boom", "late": "teardown"}
+    assert run.skipped == {"other": "not in this SGLang"}
+
+
+# --- running ------------------------------------------------------------------------------------------
+
+
+@dataclass
+class FakeMatrix:
+    """The command with fake levels, in a directory of its own."""
+
+    directory: Path
+    runs: dict[tuple[str, str], Run] = field(default_factory=dict)
+    """What a cell shows; all others pass."""
+    ran: list[tuple[str, str]] = field(default_factory=list)
+
+    def __call__(self, *arguments: str) -> int:
+        self.ran.clear()
+        return matrix.main([*arguments, "--jobs", "1"])
+
+    def run_level(self, one: Release, level: str, _sources: Path, _logs: Path) -> Run:
+        self.ran.append((one.version, level))
+        run = self.runs.get((one.version, level), GOOD)
+        if run.error == "interrupt":
+            raise KeyboardInterrupt
+        return run
+
+
+@pytest.fixture
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeMatrix:
+    """A matrix of two releases."""
+    made = FakeMatrix(tmp_path)
+    releases = tmp_path / "releases.toml"
+    releases.write_text("".join(ROW.format(version=v, backend="pass", exceptions="") for v in ("0.5.20", "0.5.21")))
+    monkeypatch.setattr(matrix, "RELEASES", releases)
+    monkeypatch.setattr(matrix, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(matrix, "DOCS", tmp_path / "releases.md")
+    monkeypatch.setattr(matrix, "fetched", lambda one: tmp_path / one.version)
+    monkeypatch.setattr(matrix, "run_level", made.run_level)
+    monkeypatch.setattr(matrix, "fingerprint", lambda level: f"sources of {level}")
+    return made
+
+
+CELLS = [(version, level) for level in ("contract", "backend", "engine") for version in ("0.5.20", "0.5.21")]
+
+
+def test_every_cell_runs_once(fake: FakeMatrix, capsys: pytest.CaptureFixture[str]) -> None:
+    """All levels of all releases run; each has its line; the last line counts them."""
+    assert fake() == 0
+    assert sorted(fake.ran) == sorted(CELLS)
+    lines = capsys.readouterr().out.splitlines()
+    # Cells that run beside each other end in any order.
+    shown = [re.fullmatch(r"\[(\d)/6\] (\S+) (\w+): pass \(1 passed\), 0 s", line) for line in lines[:6]]
+    assert [line and int(line[1]) for line in shown] == [1, 2, 3, 4, 5, 6]
+    assert sorted(line.group(2, 3) for line in shown if line) == sorted(CELLS)
+    assert lines[-1].startswith("matrix: 6 passed in ")
+
+
+def test_a_second_run_repeats_nothing_unless_told_to(fake: FakeMatrix) -> None:
+    """Results of the same sources are taken as they are; --fresh and other sources run everything again."""
+    fake()
+    assert fake() == 0
+    assert fake.ran == []
+    assert fake("--fresh") == 0
+    assert sorted(fake.ran) == sorted(CELLS)
+
+
+def test_changed_sources_run_again(fake: FakeMatrix, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A result is one of the sources it was found with; the other levels' results still hold."""
+    fake()
+    monkeypatch.setattr(matrix, "fingerprint", lambda level: "changed" if level == "engine" else f"sources of {level}")
+    fake()
+    assert sorted(fake.ran) == [("0.5.20", "engine"), ("0.5.21", "engine")]
+
+
+def test_an_interrupted_run_goes_on_where_it_was(fake: FakeMatrix, capsys: pytest.CaptureFixture[str]) -> None:
+    """What was shown as finished is kept, and what was interrupted is run."""
+    fake.runs["0.5.20", "backend"] = Run(error="interrupt")
+    with pytest.raises(KeyboardInterrupt):
+        fake()
+    # Cells run beside each other, so how many of the others came before the interrupt is not given.
+    finished = set(re.findall(r"\] (\S+) (\w+): pass", capsys.readouterr().out))
+    fake.runs.clear()
+    assert fake() == 0
+    assert ("0.5.20", "backend") in fake.ran
+    assert not finished & set(fake.ran)
+
+
+def test_a_failure_is_shown_and_run_again(fake: FakeMatrix, capsys: pytest.CaptureFixture[str]) -> None:
+    """The exit status says that an expectation broke, the output which; the next run tries that cell alone."""
+    fake.runs["0.5.21", "engine"] = Run(["a"], {"test_tokens": "other tokens"})
+    assert fake() == 1
+    out = capsys.readouterr().out
+    assert "FAIL 0.5.21 engine: test_tokens: other tokens" in out
+    assert out.splitlines()[-1].startswith("matrix: 1 failed, 5 passed in ")
+    fake()
+    assert sorted(fake.ran) == [("0.5.21", "engine")]
+
+
+def test_an_unreadable_result_is_run_again(fake: FakeMatrix) -> None:
+    """A result file that was cut short, or comes from another version, is no result."""
+    fake()
+    (fake.directory / "cache" / "results" / "0.5.20-contract.json").write_text('{"run": {"surprise": 1}}')
+    assert fake() == 0
+    assert sorted(fake.ran) == [("0.5.20", "contract")]
+
+
+def test_a_selection_runs_alone(fake: FakeMatrix) -> None:
+    """--releases and --level leave the rest out."""
+    assert fake("--releases", "newest", "--level", "backend") == 0
+    assert sorted(fake.ran) == [("0.5.21", "backend")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--releases", "0.4.0"], "No such release: 0.4.0"),
+        (["--level", "kernels"], "No such level: kernels"),
+        (["--write-docs", "--level", "contract"], "--write-docs needs all releases and levels"),
+    ],
+)
+def test_what_cannot_be_run_has_a_status_of_its_own(
+    fake: FakeMatrix, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    """A mistake of the command line is neither a pass nor a failure of the matrix."""
+    assert fake(*arguments) == 2
+    assert message in capsys.readouterr().err
+    assert fake.ran == []
+
+
+def test_results_are_written_as_json_and_docs(fake: FakeMatrix) -> None:
+    """matrix.json holds every cell; docs/releases.md a row for each release."""
+    fake.runs["0.5.20", "engine"] = Run(["a"], skipped={"test_new": "this SGLang has none"})
+    assert fake("--write-docs") == 0
+    cell = json.loads((fake.directory / "cache" / "matrix.json").read_text())["releases"]["0.5.20"]["engine"]
+    assert (cell["status"], cell["passed"], cell["not applicable"]) == ("pass", 1, {"test_new": "this SGLang has none"})
+    page = (fake.directory / "releases.md").read_text()
+    row = "| 0.5.20 | >=3.10 | 2.13.0 | pass (1 passed) | pass (1 passed) | pass (1 passed, 1 not applicable) |"
+    assert row in page.splitlines()
+
+
+def test_a_fingerprint_is_of_its_levels_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package and the helpers of tests belong to every level, a test to those levels that run it."""
+    monkeypatch.setattr(matrix_levels, "ROOT", tmp_path)
+    files = [
+        "sglang_musa_ext/envs.py",
+        "tests/support/backend.py",
+        "tests/attention/test_graphs.py",
+        "tests/test_envs.py",
+    ]
+    changes = {}
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    for name in files:
+        before = [matrix_levels.fingerprint(level) for level in ("backend", "engine")]
+        (tmp_path / name).write_text("changed")
+        after = [matrix_levels.fingerprint(level) for level in ("backend", "engine")]
+        changes[name] = [old != new for old, new in zip(before, after, strict=True)]
+    assert changes == dict(zip(files, [[True, True], [True, True], [True, False], [False, False]], strict=True))
+
+
+# --- tables -------------------------------------------------------------------------------------------
+
+
+def table_with_an_exception() -> dict[str, dict[str, Cell]]:
+    """One release, one level, one exception."""
+    one, run = release(KNOWN), Run(["a", "b"], {"test_old": "no"})
+    return {"0.5.21": {"backend": Cell(one, "backend", run, judge(one, "backend", run))}}
+
+
+def test_exceptions_are_shown_with_their_reasons() -> None:
+    """In the terminal and in the docs alike."""
+    table = table_with_an_exception()
+    assert terminal_table(table, ["backend"])[-1] == "0.5.21 | pass (2 passed, 1 excepted)"
+    assert details(table) == ["excepted 0.5.21 backend: test_old: It cannot."]
+    assert "* backend, 0.5.21: `test_old`. It cannot." in markdown(table, {"Python": "3.11"}).splitlines()
+    assert closing_line(table, 61.2) == "matrix: 1 passed in 61s"
+
+
+def test_the_docs_state_the_releases_of_this_package(repository: Path) -> None:
+    """docs/releases.md has a row for each supported release, and says pass where the package says so."""
+    rows = [line for line in (repository / "docs" / "releases.md").read_text().splitlines() if line.startswith("| 0.")]
+    seen = [[cell.strip().partition(" (")[0] for cell in line.strip("|").split("|")] for line in rows]
+    levels = ("contract", "backend", "engine")
+    assert seen == [
+        [one.version, one.requires_python, one.torch, *("pass" if x in one.levels else "pending" for x in levels)]
+        for one in SUPPORTED_RELEASES
+    ]
+
+
+# --- sources ------------------------------------------------------------------------------------------
+
+
+def test_a_release_is_unpacked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The wheel is downloaded into a folder that goes away; what it contains stays, and serves the next time."""
+    downloads = []
+
+    def download(version: str, directory: Path) -> Path:
+        downloads.append(version)
+        with zipfile.ZipFile(directory / "sglang.whl", "w") as archive:
+            archive.writestr("sglang/__init__.py", "")
+        return directory / "sglang.whl"
+
+    monkeypatch.setattr(matrix_levels, "_download", download)
+    for _ in range(2):
+        assert matrix_levels.fetch(release(), tmp_path) == tmp_path / "0.5.21"
+    assert (tmp_path / "0.5.21" / "sglang" / "__init__.py").is_file()
+    assert (downloads, [path.name for path in tmp_path.iterdir()]) == (["0.5.21"], ["0.5.21"])
+
+
+# --- advance warning ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A checkout that has nothing of what the contract needs."""
+    (tmp_path / "python" / "sglang").mkdir(parents=True)
+    return tmp_path
+
+
+def test_a_broken_tree_is_warned_of(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every broken row is printed with what breaks, and the exit status is 1."""
+    assert advance_warning.main([str(checkout)]) == 1
+    out = capsys.readouterr().out
+    assert "sglang.srt.layers.attention.flashattention_backend.flash_attn_with_kvcache: needed as module_global" in out
+    assert "fa3 is refused" in out
+    assert "only cpu_platform is affected" in out
+
+
+def test_a_checkout_without_version_is_taken_for_the_newest(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The metadata of an installed SGLang says nothing about a checkout, and is not asked."""
+    advance_warning.main([str(checkout)])
+    assert f"taken for {SUPPORTED_RELEASES[-1].version} (it names no version" in capsys.readouterr().out
+
+
+def test_a_tree_that_keeps_the_contract_is_no_warning(capsys: pytest.CaptureFixture[str]) -> None:
+    """The installed SGLang, read as a tree, breaks nothing."""
+    package = find_package()
+    if package is None:
+        pytest.skip("SGLang is not installed")
+    assert advance_warning.main([str(package.parent)]) == 0
+    assert "0 broken rows" in capsys.readouterr().out
+
+
+def test_a_tree_without_sglang_cannot_be_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An empty folder is no SGLang that keeps the contract."""
+    assert advance_warning.main([str(tmp_path)]) == 2
+    assert "no sglang/ or python/sglang/" in capsys.readouterr().err

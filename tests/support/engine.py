@@ -1,0 +1,479 @@
+"""The real SGLang engine for tests: SGLang is imported once, and each case runs in a process forked from there.
+
+``EngineServer`` starts ``python -m tests.engine``, which imports SGLang under the CPU reference platform and then
+forks a process for every task it is sent; the engine's own processes are forked too. An engine boots in about two
+seconds that way, instead of the half minute that three imports of SGLang take. What a fork hides (the order in
+which a fresh process imports things) is left to the cases that say ``spawn=True``.
+
+The server process computes nothing itself: PyTorch's threads do not survive a fork.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import importlib
+import multiprocessing
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Client, Connection, Listener
+from pathlib import Path
+from typing import Any
+
+from tests.support import tiny_models
+from tests.support.tiny_models import TinyModel
+
+ROOT = Path(__file__).resolve().parents[2]
+IMPORT_SECONDS = 300.0
+"""SGLang's imports take 10 to 60 seconds, according to the machine's load."""
+
+ENVIRONMENT = {
+    "SGLANG_PLATFORM": "musa_reference",
+    # A tiny model gains nothing from threads, and two engines run at once.
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",
+    "PYTHONWARNINGS": "ignore",
+}
+ENGINE_ARGUMENTS: Mapping[str, Any] = {
+    "skip_tokenizer_init": True,
+    "dtype": "float32",
+    "random_seed": 0,
+    "device": "cpu",
+    "disable_cuda_graph": True,
+    "sampling_backend": "pytorch",
+    "mem_fraction_static": 0.3,
+    "max_total_tokens": 8192,
+    "log_level": "info",
+}
+OURS: Mapping[str, Any] = {"attention_backend": "fa3", "page_size": 64}
+TORCH_NATIVE: Mapping[str, Any] = {"attention_backend": "torch_native", "page_size": 1}
+
+
+@dataclass(frozen=True)
+class Request:
+    """One greedy request."""
+
+    prompt: tuple[int, ...]
+    new_tokens: int = 8
+    after: int = 0
+    """Sent when the first request of its phase has produced this many tokens; 0: at once."""
+
+
+@dataclass(frozen=True)
+class EngineCase:
+    """An engine to boot and what to ask of it."""
+
+    model: Path
+    phases: tuple[tuple[Request, ...], ...] = ()
+    """Each phase begins when the one before it has ended."""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    """Over ``ENGINE_ARGUMENTS``."""
+    environ: Mapping[str, str] = field(default_factory=dict)
+    before_boot: Callable[[], None] | None = None
+    """Called in the process that boots the engine, and so inherited by all of its forks; a module-level function."""
+
+
+@dataclass(frozen=True)
+class Output:
+    """What one request got."""
+
+    tokens: list[int]
+    logprobs: list[float]
+    """Of each token in ``tokens``."""
+    prompt_tokens: int
+    cached_tokens: int
+    """Of the prompt, found in the prefix cache."""
+    verified: int
+    """Rounds of speculative decoding: drafts that the model itself checked."""
+
+
+@dataclass(frozen=True)
+class EngineRun:
+    """What a case gave."""
+
+    phases: list[list[Output]]
+    reports: list[list[dict[str, Any]]]
+    """``musa_fa3_report`` of every backend in every scheduler, before the first phase and after each."""
+
+    @property
+    def outputs(self) -> list[Output]:
+        """Of all phases."""
+        return [output for phase in self.phases for output in phase]
+
+    @property
+    def tokens(self) -> list[list[int]]:
+        """Of all requests of all phases."""
+        return [output.tokens for output in self.outputs]
+
+    def report(self) -> dict[str, Any]:
+        """The final report of the one backend of this engine."""
+        (report,) = self.reports[-1]
+        return report
+
+    def statistics(self) -> dict[str, Any]:
+        """The final counts of the one backend of this engine."""
+        statistics: dict[str, Any] = self.report()["statistics"]
+        return statistics
+
+
+class EngineFailed(AssertionError):
+    """A task raised, died or took too long; the text ends with the end of its log."""
+
+    def __init__(self, what: str, log: Path) -> None:
+        self.log = log.read_text(errors="replace") if log.exists() else ""
+        super().__init__(f"{what}\n--- end of its log ---\n{self.log[-6000:]}")
+
+
+@dataclass(frozen=True)
+class SummaryRow:
+    """What one engine computed, for the table at the end of a test session."""
+
+    case: str
+    geometries: int
+    """Different plans that a pass of this model needs, derived from the model."""
+    statistics: Mapping[str, Any]
+
+
+SUMMARY: list[SummaryRow] = []
+"""Rows that the tests of this session noted."""
+
+
+TABLE_BEGINS, TABLE_ENDS = "<!-- plans: begin -->", "<!-- plans: end -->"
+"""Between them stands the table in a page of the documentation."""
+
+
+def summary_table() -> list[str]:
+    """Lines of a table: passes, geometries, plans and reuses of each case that ran."""
+    if not SUMMARY:
+        return []
+    counts = ("passes", "calls", "planned_calls", "plans", "reuses")
+    head = ["case", "geometries", *(name.replace("_", " ") for name in counts), "passes by plans"]
+    rows = [
+        [row.case, str(row.geometries), *(str(row.statistics[name]) for name in counts), _by_plans(row.statistics)]
+        for row in SUMMARY
+    ]
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [head, *rows]]
+    return [lines[0], "-|-".join("-" * width for width in widths), *lines[1:]]
+
+
+def replace_table(page: Path, lines: Sequence[str]) -> None:
+    """Put ``lines`` of a table into ``page``, between the markers there."""
+    before, begin, rest = page.read_text().partition(TABLE_BEGINS)
+    _, end, after = rest.partition(TABLE_ENDS)
+    if not (begin and end):
+        raise ValueError(f"{page} has no line {TABLE_BEGINS!r} with {TABLE_ENDS!r} below it, where the table goes.")
+    table = "\n".join(f"| {line.rstrip()} |" for line in lines)
+    page.write_text(f"{before}{begin}\n\n{table}\n\n{end}{after}")
+
+
+def _by_plans(statistics: Mapping[str, Any]) -> str:
+    return ", ".join(f"{passes} x {plans}" for plans, passes in statistics["passes_by_plans"].items())
+
+
+class EngineServer:
+    """A process that has imported SGLang, and forks one for each task."""
+
+    def __init__(self, directory: Path) -> None:
+        """Start it; models and logs go to ``directory``."""
+        self._directory = directory
+        # The path of a socket is limited to some hundred characters, so it cannot be in any directory.
+        self._address = str(Path(tempfile.mkdtemp(prefix="engine-")) / "socket")
+        self._log = self._directory / "server.log"
+        self._tasks = 0
+        self._models: dict[str, Path] = {}
+        self._known: dict[str, Any] = {}
+        self._process = _start([sys.executable, "-m", "tests.engine", self._address], self._log)
+
+    def run(self, case: EngineCase, *, timeout: float = 120.0) -> EngineRun:
+        """Boot the engine of ``case`` in a forked process, and get what it answers.
+
+        Raises:
+            EngineFailed: it refused to start, died, or took longer than ``timeout`` seconds.
+        """
+        run: EngineRun = self.call(run_engine, case, timeout=timeout)
+        return run
+
+    def call(self, function: Callable[..., Any], *arguments: Any, timeout: float = 120.0) -> Any:
+        """The result of ``function(*arguments)`` in a forked process; both must pickle."""
+        self._tasks += 1
+        log = self._directory / f"{self._tasks}-{function.__name__}.log"
+        with self._connect() as connection:
+            connection.send((log, function, arguments))
+            task: int = connection.recv()
+            try:
+                return self._reply(connection, function.__name__, log, timeout)
+            finally:
+                _kill_group(task)
+
+    def spawn(self, case: EngineCase, *, timeout: float = 300.0) -> EngineRun:
+        """Like :meth:`run`, in a fresh Python whose engine spawns its processes, as outside of tests."""
+        self._tasks += 1
+        question, answer = (self._directory / f"{self._tasks}-spawned.{what}" for what in ("case", "run"))
+        question.write_bytes(pickle.dumps(case))
+        log = self._directory / f"{self._tasks}-spawned.log"
+        with started([sys.executable, "-m", "tests.engine", "--spawn", str(question), str(answer)], log) as process:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout)
+            if process.returncode != 0:
+                raise EngineFailed(f"The spawned engine ended with status {process.returncode} (None: too slow).", log)
+        run: EngineRun = pickle.loads(answer.read_bytes())
+        return run
+
+    def model(self, tiny: TinyModel) -> Path:
+        """The directory of the checkpoint of ``tiny``, built at the first call."""
+        if tiny.name not in self._models:
+            directory = self._directory / tiny.name
+            self.call(tiny.build, directory)
+            self._models[tiny.name] = directory
+        return self._models[tiny.name]
+
+    def greedy(self, model: Path, request: Request) -> tuple[list[int], list[float]]:
+        """Tokens and log-probabilities that transformers gives ``request``, computed once."""
+        key = f"{model} {request.prompt} {request.new_tokens}"
+        if key not in self._known:
+            (self._known[key],) = self.call(tiny_models.greedy, model, [request.prompt], request.new_tokens)
+        answer: tuple[list[int], list[float]] = self._known[key]
+        return answer
+
+    def close(self) -> None:
+        """End the server; every task of it has been ended already."""
+        _kill_group(self._process.pid)
+        self._process.wait()
+
+    def _reply(self, connection: Connection[Any, Any], name: str, log: Path, timeout: float) -> Any:
+        if not connection.poll(timeout):
+            raise EngineFailed(f"{name} took more than {timeout:.0f} s.", log)
+        try:
+            error, result = connection.recv()
+        except EOFError:
+            raise EngineFailed(f"The process of {name} died.", log) from None
+        if error is not None:
+            raise EngineFailed(f"{name} raised:\n{error}", log)
+        return result
+
+    def _connect(self) -> Connection[Any, Any]:
+        """A connection to the server, as soon as it has imported SGLang."""
+        deadline = time.monotonic() + IMPORT_SECONDS
+        while time.monotonic() < deadline and self._process.poll() is None:
+            with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
+                return Client(self._address)
+            time.sleep(0.1)
+        raise EngineFailed("The process that imports SGLang did not come up.", self._log)
+
+
+@contextlib.contextmanager
+def started(command: Sequence[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """``command`` running under the CPU reference platform, its output in ``log``; ended with its children."""
+    process = _start(command, log)
+    try:
+        yield process
+    finally:
+        _kill_group(process.pid)
+        process.wait()
+
+
+def _start(command: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
+    with log.open("w") as stream:
+        return subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=os.environ | ENVIRONMENT,
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=stream,
+            start_new_session=True,
+        )
+
+
+def _kill_group(leader: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(leader, signal.SIGKILL)
+
+
+# In the server's process ---------------------------------------------------------------------------
+
+
+def serve(address: str) -> None:
+    """Import SGLang, then fork a process for each connection to ``address``."""
+    import_engine()
+    # Finished tasks are reaped by the kernel.
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    with Listener(address) as listener:
+        while True:
+            with listener.accept() as connection:
+                if os.fork() == 0:
+                    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                    _do_task(connection)
+
+
+def import_engine() -> None:
+    """Import everything that an engine's processes import, so that forked ones need not."""
+    from sglang_musa_ext.cpu.stand_ins import prepare_process
+
+    prepare_process()
+    for name in (
+        "sglang",
+        "sglang.srt.entrypoints.engine",
+        "sglang.srt.managers.scheduler",
+        "sglang.srt.managers.detokenizer_manager",
+        "sglang.srt.managers.data_parallel_controller",
+        "sglang.srt.layers.attention.attention_registry",
+        "sglang_musa_ext.attention.mixin",
+        "sglang_musa_ext.kernels.reference",
+        "transformers",
+        "tests.engine",
+        "tests.tiny_models",
+    ):
+        importlib.import_module(name)
+    import torch
+    from sglang.srt.models.registry import ModelRegistry
+
+    ModelRegistry.get_supported_archs()
+    # PyTorch makes its thread pool anew at the first use after a fork, and not under a lock: an engine whose loader
+    # threads are that first use now and then dies of "Invalid thread pool!". So it is made while there is one thread.
+    os.register_at_fork(after_in_child=functools.partial(torch.set_num_threads, 1))
+
+
+def _do_task(connection: Connection[Any, Any]) -> None:
+    """Do the one task of this forked process, and end it."""
+    os.setsid()
+    connection.send(os.getpid())
+    log, function, arguments = connection.recv()
+    with log.open("w") as stream:
+        for descriptor in (1, 2):
+            os.dup2(stream.fileno(), descriptor)
+    reply: tuple[str | None, Any]
+    try:
+        reply = (None, function(*arguments))
+    except BaseException:
+        reply = (traceback.format_exc(), None)
+    connection.send(reply)
+    os._exit(0)
+
+
+# In a task's process -------------------------------------------------------------------------------
+
+
+def run_engine(case: EngineCase) -> EngineRun:
+    """Boot the engine of ``case`` with forked processes, and ask it."""
+    _fork_always()
+    return ask_engine(case)
+
+
+def ask_engine(case: EngineCase) -> EngineRun:
+    """Boot the engine of ``case`` and ask it, in this process."""
+    with _booted(case) as engine:
+        reports = [_reports(engine)]
+        phases = []
+        for requests in case.phases:
+            phases.append(engine.loop.run_until_complete(_phase(engine, requests)))
+            reports.append(_reports(engine))
+        return EngineRun(phases, reports)
+
+
+def embed(case: EngineCase) -> tuple[list[list[float]], list[dict[str, Any]]]:
+    """The embeddings that the engine of ``case`` gives the prompts of its only phase, and its backends' reports."""
+    from sglang.srt.managers.io_struct import EmbeddingReqInput
+
+    _fork_always()
+    (requests,) = case.phases
+    with _booted(case) as engine:
+        request = EmbeddingReqInput(input_ids=[list(request.prompt) for request in requests])
+        answers = engine.loop.run_until_complete(anext(engine.tokenizer_manager.generate_request(request, None)))
+        return [answer["embedding"] for answer in answers], _reports(engine)
+
+
+@contextlib.contextmanager
+def _booted(case: EngineCase) -> Iterator[Any]:
+    os.environ.update(case.environ)
+    import sglang
+    import torch
+
+    torch.set_num_threads(1)
+    if case.before_boot is not None:
+        case.before_boot()
+    engine = sglang.Engine(model_path=str(case.model), **{**ENGINE_ARGUMENTS, **OURS, **case.arguments})
+    try:
+        yield engine
+    finally:
+        engine.shutdown()
+
+
+def _fork_always() -> None:
+    """Let the engine's own processes be forks of this one; SGLang asks for spawned ones."""
+    multiprocessing.set_start_method("fork", force=True)
+    multiprocessing.set_start_method = lambda *_, **__: None
+
+
+def _reports(engine: Any) -> list[dict[str, Any]]:
+    states = engine.get_server_info()["internal_states"]
+    return [report for state in states for report in state.get("sglang_musa_ext", [])]
+
+
+async def _phase(engine: Any, requests: Sequence[Request]) -> list[Output]:
+    """The outputs of ``requests``; those with ``after`` wait for the first one."""
+    progress = asyncio.Condition()
+    produced = 0
+
+    async def first(request: Request) -> Output:
+        nonlocal produced
+        stream = await engine.async_generate(**_arguments_of(request), stream=True)
+        async for answer in stream:
+            async with progress:
+                produced = answer["meta_info"]["completion_tokens"]
+                progress.notify_all()
+        return _output(answer)
+
+    async def later(request: Request) -> Output:
+        async with progress:
+            await progress.wait_for(lambda: produced >= request.after)
+        return _output(await engine.async_generate(**_arguments_of(request)))
+
+    if any(request.after for request in requests):
+        return list(await asyncio.gather(first(requests[0]), *map(later, requests[1:])))
+    arguments = [_arguments_of(request) for request in requests]
+    batch = {name: [each[name] for each in arguments] for name in ("input_ids", "sampling_params")}
+    answers = await engine.async_generate(**batch, return_logprob=True)
+    return [_output(answer) for answer in answers]
+
+
+def _arguments_of(request: Request) -> dict[str, Any]:
+    sampling = {"temperature": 0, "max_new_tokens": request.new_tokens, "ignore_eos": True}
+    return {"input_ids": list(request.prompt), "sampling_params": sampling, "return_logprob": True}
+
+
+def _output(answer: dict[str, Any]) -> Output:
+    about = answer["meta_info"]
+    chosen = about["output_token_logprobs"]
+    return Output(
+        tokens=[token for _, token, *_ in chosen],
+        logprobs=[logprob for logprob, *_ in chosen],
+        prompt_tokens=about["prompt_tokens"],
+        cached_tokens=about["cached_tokens"],
+        verified=about.get("spec_verify_ct", 0),
+    )
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Serve at an address, or with ``--spawn`` run the case in one file and leave the result in another."""
+    if arguments[0] == "--spawn":
+        question, answer = map(Path, arguments[1:])
+        answer.write_bytes(pickle.dumps(ask_engine(pickle.loads(question.read_bytes()))))
+    else:
+        serve(arguments[0])
+
+
+if __name__ == "__main__":
+    # What travels between processes is named by the module's own name, so that module must be the one that runs.
+    importlib.import_module("tests.engine").main(sys.argv[1:])
