@@ -1,11 +1,13 @@
-"""What reusing plans is worth: this package beside SGLang's own FA3 and its in-tree MUSA backend, on one GPU.
+"""What reusing plans is worth: this package beside SGLang's own FA3 and its in-tree MUSA backend,
+on one GPU.
 
 scripts/bench [--models NAMES] [--peers NAMES] [--quick] [--out FOLDER]
 
-For each model an engine of every peer is up at the same time, with random weights, and they take turns, so that
-whatever the machine does meets all of them. Passes without graphs take turns in one engine, because there two processes
-of the same code differ by more than the peers do. A peer's answers are compared with those of SGLang's own FA3 first;
-where they differ, or the peer fails, the report says so in place of a time. It measures
+For each model an engine of every peer is up at the same time, with random weights, and they take
+turns, so that whatever the machine does meets all of them. Passes without graphs take turns in one
+engine, because there two processes of the same code differ by more than the peers do. A peer's
+answers are compared with those of SGLang's own FA3 first; where they differ, or the peer fails, the
+report says so in place of a time. It measures
 
   decode    the step from one decode pass to the next, by batch and context, under CUDA graphs
   verify    the verify pass of speculative decoding (EAGLE, chains of 4), under CUDA graphs
@@ -15,10 +17,10 @@ where they differ, or the peer fails, the report says so in place of a time. It 
   memory    what PyTorch's allocator holds, graph pools and workspaces among it
   kernels   a call with its plan and without, in a graph and without an engine
 
-and writes bench.json, from which `scripts/bench --report bench.json --out FOLDER` draws tables and plots again; of
-several such files, one report. It needs a GPU of
-the Hopper generation, SGLang with its FA3 kernels, and this package. With --device cpu it only exercises itself: the
-reference kernels against torch_native, and times that say nothing.
+and writes bench.json, from which `scripts/bench --report bench.json --out FOLDER` draws tables and
+plots again; of several such files, one report. It needs a GPU of
+the Hopper generation, SGLang with its FA3 kernels, and this package. With --device cpu it only
+exercises itself: the reference kernels against torch_native, and times that say nothing.
 """
 
 from __future__ import annotations
@@ -50,9 +52,13 @@ from validate_report import versions
 HERE = Path(__file__).resolve().parent
 PAGE = 64
 OCCUPIED = 4 << 30
-"""Bytes of the GPU that may be in use before the benchmark starts: a context, and what a desktop needs."""
+"""Bytes of the GPU that may be in use before the benchmark starts: a context, and what a desktop
+needs.
+"""
 PROMPTS, TOKENS = 9, 24576
-"""Prompts that a peer prefills in one round: as many as have this many tokens together, and at most so many."""
+"""Prompts that a peer prefills in one round: as many as have this many tokens together, and at most
+so many.
+"""
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,13 @@ HOPPER = (
     Peer(IN_TREE, "SGLang's in-tree MUSA backend", "MusaFlashAttentionBackend", {"SGLANG_MUSA_EXT": "off"}),
 )  # fmt: skip
 REFERENCE = (
-    Peer(UPSTREAM, "torch_native", "TorchNativeAttnBackend", {"SGLANG_PLATFORM": "musa_reference"}, "torch_native"),
+    Peer(
+        UPSTREAM,
+        "torch_native",
+        "TorchNativeAttnBackend",
+        {"SGLANG_PLATFORM": "musa_reference"},
+        "torch_native",
+    ),
     Peer(OURS, "sglang-musa-ext", "MusaFA3Backend", {"SGLANG_PLATFORM": "musa_reference"}),
 )
 """On a CPU, where the times say nothing."""
@@ -93,7 +105,9 @@ class Model:
     """Size of the KV cache of each peer: three of them must fit on the card."""
     arguments: Mapping[str, Any] = field(default_factory=dict)
     draft: str = ""
-    """The family of the draft model, with which verify steps are measured in place of decode, prefill and eager."""
+    """The family of the draft model, with which verify steps are measured in place of decode,
+    prefill and eager.
+    """
     batches: tuple[int, ...] = (1, 8, 32, 128)
     contexts: tuple[int, ...] = (1024, 8192, 32768)
     prefills: tuple[int, ...] = (512, 2048, 8192, 32768)
@@ -109,7 +123,12 @@ IN_ONE_ENGINE = ("prefill", "eager")
 """Kinds of places whose passes the peers' backends serve in turn in upstream's engine."""
 BESIDE = {UPSTREAM: AGAIN, OURS: UNPLANNED}
 """Who else takes turns there if a peer does."""
-_DENSE = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 32, "vocab_size": 32000}
+_DENSE = {
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 32,
+    "vocab_size": 32000,
+}
 _CHAIN = {"speculative_algorithm": "EAGLE", "speculative_num_steps": 3, "speculative_eagle_topk": 1,
           "speculative_num_draft_tokens": 4}  # fmt: skip
 MODELS: Mapping[str, Model] = {
@@ -155,9 +174,13 @@ class Point:
     verdict: str
     """``equal``, or why there are no times."""
     difference: float | None = None
-    """The largest difference of a log-probability from upstream's, up to the first other token; ``None``: no number."""
+    """The largest difference of a log-probability from upstream's, up to the first other token;
+    ``None``: no number.
+    """
     allowed: float | None = None
-    """What it may be: twice what upstream's own two answers differ by, and at least :data:`RESOLUTION`."""
+    """What it may be: twice what upstream's own two answers differ by, and at least
+    :data:`RESOLUTION`.
+    """
     step_ms: list[float] = field(default_factory=list)
     """From the end of one pass to the end of the next: the median of each round."""
     forward_ms: list[float] = field(default_factory=list)
@@ -165,7 +188,9 @@ class Point:
     call_us: list[float] = field(default_factory=list)
     """The host's time per attention call; empty under graphs."""
     over_upstream: list[float] = field(default_factory=list)
-    """Of passes that took turns in one engine, each over upstream's of the same turn: the median of each round."""
+    """Of passes that took turns in one engine, each over upstream's of the same turn: the median of
+    each round.
+    """
 
     @property
     def what(self) -> str:
@@ -181,16 +206,20 @@ class Point:
 Rows = Sequence[Mapping[str, Any]]
 """Passes of an engine, as the probe measured them."""
 Measure = Callable[[Engine, Sequence[str]], Mapping[str, Rows]]
-"""What has an engine work at a place, and gives the passes that count, by peer of those that serve in it."""
+"""What has an engine work at a place, and gives the passes that count, by peer of those that serve
+in it.
+"""
 
 
-# --- one model, all peers ---------------------------------------------------------------------------------
+# --- one model, all peers -------------------------------------------------------------------------
 
 
 class Contest:
     """The engines of one model, and what is asked of them in turn."""
 
-    def __init__(self, model: Model, engines: Mapping[str, Engine], options: argparse.Namespace, gate: Path) -> None:
+    def __init__(
+        self, model: Model, engines: Mapping[str, Engine], options: argparse.Namespace, gate: Path
+    ) -> None:
         """``gate`` is the file that the engines' schedulers wait for."""
         self.model, self.options, self.gate = model, options, gate
         self.engines = dict(engines)
@@ -218,7 +247,9 @@ class Contest:
     def _decode(self, kind: str, batch: int, context: int) -> None:
         needed = batch * (-(-(context + self.steps + 8) // PAGE) + 1) * PAGE
         if needed > self.model.kv_tokens:
-            self.points.append(Point(kind, batch, context, UPSTREAM, f"needs a KV cache of {needed} tokens"))
+            self.points.append(
+                Point(kind, batch, context, UPSTREAM, f"needs a KV cache of {needed} tokens")
+            )
             return
         prompts = [prompt(context, row) for row in range(batch)]
 
@@ -242,22 +273,31 @@ class Contest:
 
         self._compare("prefill", 1, tokens, [prompt(tokens, 0)], measure)
 
-    def _compare(self, kind: str, batch: int, tokens: int, prompts: Sequence[Sequence[int]], measure: Measure) -> None:
+    def _compare(
+        self, kind: str, batch: int, tokens: int, prompts: Sequence[Sequence[int]], measure: Measure
+    ) -> None:
         """Check that the peers give equal answers, and time those that do, in turns."""
-        points = {name: Point(kind, batch, tokens, name, "") for name in [*self.engines, *self.failed]}
+        points = {
+            name: Point(kind, batch, tokens, name, "") for name in [*self.engines, *self.failed]
+        }
         self.points += points.values()
         self._judge(points, prompts)
         if kind in IN_ONE_ENGINE:
             self._race_in_one_engine(points, MODES[kind], prompts, measure)
         else:
             self._race(points, measure)
-        _say(f"  {kind:<8}batch {batch:>3}, {tokens:>5} tokens: " + "; ".join(map(in_short, points.values())))
+        _say(
+            f"  {kind:<8}batch {batch:>3}, {tokens:>5} tokens: "
+            + "; ".join(map(in_short, points.values()))
+        )
 
     def _race(self, points: Mapping[str, Point], measure: Measure) -> None:
         """Time each peer in its own engine."""
         racing = racers(points)
         for index in range(self.rounds + 1):
-            for name in racing[index % len(racing) :] + racing[: index % len(racing)] if racing else ():
+            for name in (
+                racing[index % len(racing) :] + racing[: index % len(racing)] if racing else ()
+            ):
                 if name in self.failed:
                     continue
                 with self.survives(name, points[name]):
@@ -266,9 +306,15 @@ class Contest:
                         record(points[name], found)
 
     def _race_in_one_engine(
-        self, points: Mapping[str, Point], mode: str, prompts: Sequence[Sequence[int]], measure: Measure
+        self,
+        points: Mapping[str, Point],
+        mode: str,
+        prompts: Sequence[Sequence[int]],
+        measure: Measure,
     ) -> None:
-        """Time the peers as backends of upstream's engine, once they have given its answers there too."""
+        """Time the peers as backends of upstream's engine, once they have given its answers there
+        too.
+        """
         if UPSTREAM not in racers(points):
             return
         engine = self.engines[UPSTREAM]
@@ -283,7 +329,9 @@ class Contest:
                 found = measure(engine, racing)
                 for name in racing if index else ():
                     record(points[name], found[name])
-                    points[name].over_upstream.append(paired(found[name], found[UPSTREAM], points[name].what))
+                    points[name].over_upstream.append(
+                        paired(found[name], found[UPSTREAM], points[name].what)
+                    )
             engine.scheduler("bench_turns", peers=[], mode=None)
         if UPSTREAM in self.failed:
             for name in racers(points):
@@ -308,8 +356,8 @@ class Contest:
     def _judge(self, points: Mapping[str, Point], prompts: Sequence[Sequence[int]]) -> None:
         """Say of each point whether its peer's answers are those of upstream.
 
-        Each peer answers twice. What upstream's two answers differ by, in batches that were put together otherwise,
-        is what a peer may differ by.
+        Each peer answers twice. What upstream's two answers differ by, in batches that were put
+        together otherwise, is what a peer may differ by.
         """
         answers: dict[str, list[Answer]] = {}
         for name, point in points.items():
@@ -338,7 +386,9 @@ class Contest:
             self.engines.pop(name).close()
 
     def traces(self) -> list[dict[str, Any]]:
-        """Kernels by pass, traced at the end: a profiler that was there once slows what comes after."""
+        """Kernels by pass, traced at the end: a profiler that was there once slows what comes
+        after.
+        """
         found = []
         modes = {"EXTEND": 1} | ({"TARGET_VERIFY": 2} if self.model.draft else {"DECODE": 2})
         length = 2048 if self.options.device == "cuda" else 128
@@ -354,7 +404,9 @@ class Contest:
 
 
 RESOLUTION = 2.0**-3
-"""Two units in the last place of a logit between 8 and 16 in bfloat16: what another number of splits may change."""
+"""Two units in the last place of a logit between 8 and 16 in bfloat16: what another number of
+splits may change.
+"""
 
 
 def rows_of(engine: Engine) -> list[dict[str, Any]]:
@@ -364,7 +416,9 @@ def rows_of(engine: Engine) -> list[dict[str, Any]]:
 
 
 def answer_of(engine: Engine, prompts: Sequence[Sequence[int]]) -> Answer:
-    """The first tokens that an engine continues prompts by; the forwards that they took are no measurement."""
+    """The first tokens that an engine continues prompts by; the forwards that they took are no
+    measurement.
+    """
     found = engine.ask(prompts, 8)
     rows_of(engine)
     return Answer(found["tokens"], found["logprobs"], [])
@@ -376,14 +430,22 @@ def racers(points: Mapping[str, Point]) -> list[str]:
 
 
 def judge(point: Point, off: float) -> None:
-    """Say whether a peer may differ from upstream by ``off``, which is no number where its answer has none."""
+    """Say whether a peer may differ from upstream by ``off``, which is no number where its answer
+    has none.
+    """
     assert point.allowed is not None
     point.difference = off if math.isfinite(off) else None
-    point.verdict = "equal" if off <= point.allowed else f"wrong output (off by {off:.2g}, not {point.allowed:.2g})"
+    point.verdict = (
+        "equal"
+        if off <= point.allowed
+        else f"wrong output (off by {off:.2g}, not {point.allowed:.2g})"
+    )
 
 
 def passes(rows: Rows, mode: str, batch: int, peer: str) -> Rows:
-    """The passes of this mode, batch and peer whose predecessor was one of this mode and batch, too."""
+    """The passes of this mode, batch and peer whose predecessor was one of this mode and batch,
+    too.
+    """
     chosen = [
         row for before, row in itertools.pairwise(rows)
         if all(one["mode"] == mode and one["batch"] == batch for one in (before, row))
@@ -398,10 +460,12 @@ def prefills(rows: Rows, peer: str) -> Rows:
 
 
 def record(point: Point, rows: Rows) -> None:
-    """Add the medians of one round's passes to a point, and of the host's time in a call where Python makes any.
+    """Add the medians of one round's passes to a point, and of the host's time in a call where
+    Python makes any.
 
     Raises:
-        RuntimeError: there is none, so that later rounds would stand beside other peers' earlier ones.
+        RuntimeError: there is none, so that later rounds would stand beside other peers' earlier
+            ones.
     """
     if not rows:
         raise RuntimeError(f"No {point.kind} pass of {point.peer} in a round, batch {point.batch}.")
@@ -413,9 +477,13 @@ def record(point: Point, rows: Rows) -> None:
 
 
 def paired(rows: Rows, upstreams: Rows, what: str) -> float:
-    """The median of a peer's passes over upstream's, each pair of one turn, so that both meet the same machine."""
+    """The median of a peer's passes over upstream's, each pair of one turn, so that both meet the
+    same machine.
+    """
     theirs = {row["turn"]: row[what] for row in upstreams}
-    return float(statistics.median(row[what] / theirs[row["turn"]] for row in rows if row["turn"] in theirs))
+    return float(
+        statistics.median(row[what] / theirs[row["turn"]] for row in rows if row["turn"] in theirs)
+    )
 
 
 def in_short(point: Point) -> str:
@@ -423,15 +491,22 @@ def in_short(point: Point) -> str:
     if point.verdict != "equal":
         return f"{point.peer} {point.verdict}"
     shown = point.step_ms or point.forward_ms
-    return f"{point.peer} {statistics.median(shown):.3f} ms" if shown else f"{point.peer} without a time"
+    return (
+        f"{point.peer} {statistics.median(shown):.3f} ms"
+        if shown
+        else f"{point.peer} without a time"
+    )
 
 
 def prompt(length: int, seed: int) -> list[int]:
     """Tokens that differ from seed to seed from the first one on."""
-    return [(7 * position + 131 * seed + position * position % 101) % 500 + 4 for position in range(length)]
+    return [
+        (7 * position + 131 * seed + position * position % 101) % 500 + 4
+        for position in range(length)
+    ]
 
 
-# --- the run ------------------------------------------------------------------------------------------------
+# --- the run --------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -445,13 +520,17 @@ def entered(
         engines = {}
         for peer in peers:
             settings = {**arguments, "attention_backend": peer.attention}
-            engines[peer.name] = Engine(settings, peer_environment(peer, scratch), out / f"{name}.{peer.name}.log", 400)
+            engines[peer.name] = Engine(
+                settings, peer_environment(peer, scratch), out / f"{name}.{peer.name}.log", 400
+            )
             stack.callback(engines[peer.name].close)
         yield Contest(model, engines, options, scratch / "gate")
 
 
 def contend(contest: Contest, peers: Sequence[Peer]) -> Iterator[dict[str, Any]]:
-    """Boot the engines of a contest, measure, and end them; gives what was found so far after each place."""
+    """Boot the engines of a contest, measure, and end them; gives what was found so far after each
+    place.
+    """
     began = time.monotonic()
     contest.gate.touch()
     found: dict[str, Any] = {
@@ -463,7 +542,10 @@ def contend(contest: Contest, peers: Sequence[Peer]) -> Iterator[dict[str, Any]]
     _say(f"  engines up after {time.monotonic() - began:.0f} s")
     for _ in contest.run():
         # The load tells a reader whether something else kept the processor busy.
-        found["points"], found["load"] = [asdict(point) for point in contest.points], os.getloadavg()[0]
+        found["points"], found["load"] = (
+            [asdict(point) for point in contest.points],
+            os.getloadavg()[0],
+        )
         yield found
     found["traces"] = contest.traces()
     # The next model's engines need the device's memory.
@@ -482,13 +564,17 @@ def _first_state(peer: Peer, contest: Contest) -> dict[str, Any]:
         state = contest.engines[peer.name].state()
         found = measurements(state)
         if found["backend"] != peer.backend:
-            raise EngineDied(f"{found['backend']} serves in place of {peer.backend}: the log says why.")
+            raise EngineDied(
+                f"{found['backend']} serves in place of {peer.backend}: the log says why."
+            )
         usage = state["memory_usage"]
         wanted = contest.model.kv_tokens // PAGE * PAGE
         if usage["token_capacity"] < wanted:
-            # With a smaller cache it would serve the same requests in other batches, and more slowly.
+            # With a smaller cache it would serve the same requests in other batches, and more
+            # slowly.
             raise EngineDied(
-                f"Its KV cache holds {usage['token_capacity']} tokens and not {wanted}: the GPU has too little free "
+                f"Its KV cache holds {usage['token_capacity']} tokens and not {wanted}: the GPU "
+                "has too little free "
                 "memory for all peers. End what else uses it, or measure fewer --peers at a time."
             )
         return {"allocator": found["memory"], "sglang": usage}
@@ -510,8 +596,15 @@ def engine_arguments(model: Model, scratch: Path, options: argparse.Namespace) -
             write_model(scratch / "draft", model.draft, **{**model.shape, "num_hidden_layers": 1})
         )
     if options.device == "cpu":
-        return {**found, "device": "cpu", "dtype": "float32", "graphs": [], "mem_fraction_static": 0.3}
-    # What an engine takes is what max_total_tokens says: the fraction must only not be in its way while others boot.
+        return {
+            **found,
+            "device": "cpu",
+            "dtype": "float32",
+            "graphs": [],
+            "mem_fraction_static": 0.3,
+        }
+    # What an engine takes is what max_total_tokens says: the fraction must only not be in its way
+    # while others boot.
     graphs = {"graphs": list(model.batches), "prefill_graphs": False}
     return {**found, "dtype": "bfloat16", "mem_fraction_static": 0.9, **graphs}
 
@@ -520,11 +613,24 @@ def peer_environment(peer: Peer, scratch: Path) -> dict[str, str]:
     """The environment of a peer: its settings, and the probe as a plugin of SGLang."""
     plugin = scratch / "plugin" / "sglang_musa_ext_bench-0.dist-info"
     plugin.mkdir(parents=True, exist_ok=True)
-    (plugin / "METADATA").write_text("Metadata-Version: 2.1\nName: sglang-musa-ext-bench\nVersion: 0\n")
-    (plugin / "entry_points.txt").write_text("[sglang.srt.plugins]\nmusa_ext_bench = bench_probe:register\n")
+    (plugin / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: sglang-musa-ext-bench\nVersion: 0\n"
+    )
+    (plugin / "entry_points.txt").write_text(
+        "[sglang.srt.plugins]\nmusa_ext_bench = bench_probe:register\n"
+    )
     paths = [str(plugin.parent), str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
-    found = {"PYTHONPATH": os.pathsep.join(paths), PEER: peer.name, GATE: str(scratch / "gate"), "SGLANG_PLUGINS": ""}
-    return found | {"SGLANG_ENABLE_JIT_DEEPGEMM": "0", engine_changes.WEIGHTS: "1"} | dict(peer.environ)
+    found = {
+        "PYTHONPATH": os.pathsep.join(paths),
+        PEER: peer.name,
+        GATE: str(scratch / "gate"),
+        "SGLANG_PLUGINS": "",
+    }
+    return (
+        found
+        | {"SGLANG_ENABLE_JIT_DEEPGEMM": "0", engine_changes.WEIGHTS: "1"}
+        | dict(peer.environ)
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -535,16 +641,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _draw(of_kinds(earlier, options.kinds), options.out or Path())
     out = options.out or Path(f"bench-{datetime.datetime.now().astimezone():%Y%m%d-%H%M%S}")
     out.mkdir(parents=True, exist_ok=True)
-    peers = [peer for peer in (HOPPER if options.device == "cuda" else REFERENCE) if peer.name in options.peers]
-    models = {"tiny": TINY} if options.device == "cpu" else {name: MODELS[name] for name in options.models}
+    peers = [
+        peer
+        for peer in (HOPPER if options.device == "cuda" else REFERENCE)
+        if peer.name in options.peers
+    ]
+    models = (
+        {"tiny": TINY}
+        if options.device == "cpu"
+        else {name: MODELS[name] for name in options.models}
+    )
     result: dict[str, Any] = {
         "versions": versions(), "device": _device(options.device),
         "peers": {peer.name: peer.title for peer in peers}, "models": {},
     }  # fmt: skip
-    result["kernels"] = kernel_times() if options.device == "cuda" and not options.no_kernels else []
+    result["kernels"] = (
+        kernel_times() if options.device == "cuda" and not options.no_kernels else []
+    )
     with ExitStack() as stack:
         contests = {
-            name: stack.enter_context(entered(chosen_places(model, options), name, peers, options, out))
+            name: stack.enter_context(
+                entered(chosen_places(model, options), name, peers, options, out)
+            )
             for name, model in models.items()
         }
         for name, contest in contests.items():
@@ -573,10 +691,16 @@ def kernel_times() -> list[dict[str, Any]]:
 def chosen_places(model: Model, options: argparse.Namespace) -> Model:
     """``model`` with the places that were asked for."""
     if options.quick:
-        return replace(model, batches=model.batches[:2], contexts=model.contexts[:1], prefills=model.prefills[:2])
+        return replace(
+            model,
+            batches=model.batches[:2],
+            contexts=model.contexts[:1],
+            prefills=model.prefills[:2],
+        )
     longest = options.longest or max(*model.contexts, *model.prefills)
     contexts, prefills = (
-        [length for length in lengths if length <= longest] for lengths in (model.contexts, model.prefills)
+        [length for length in lengths if length <= longest]
+        for lengths in (model.contexts, model.prefills)
     )
     return replace(model, contexts=tuple(contexts), prefills=tuple(prefills))
 
@@ -590,14 +714,18 @@ def _draw(result: Mapping[str, Any], out: Path) -> int:
 
 
 def merged(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Several runs on one device as one: of the kinds of places of a model that are in several, the last.
+    """Several runs on one device as one: of the kinds of places of a model that are in several, the
+    last.
 
     Raises:
         SystemExit: they are of different devices or versions.
     """
     for name in ("device", "versions"):
         if any(one[name] != results[0][name] for one in results):
-            sys.exit(f"These runs differ in their {name}, so that one report of them would compare what cannot be.")
+            sys.exit(
+                f"These runs differ in their {name}, so that one report of them would compare what "
+                "cannot be."
+            )
     models: dict[str, Any] = {}
     for one in results:
         for name, model in one["models"].items():
@@ -610,7 +738,11 @@ def _measured_again(earlier: Mapping[str, Any], later: Mapping[str, Any]) -> dic
     """A model's two runs as one: what the later one did not measure is the earlier one's."""
     kinds = {point["kind"] for point in later["points"]}
     points = [point for point in earlier["points"] if point["kind"] not in kinds]
-    return {**later, "points": points + later["points"], "traces": later["traces"] or earlier["traces"]}
+    return {
+        **later,
+        "points": points + later["points"],
+        "traces": later["traces"] or earlier["traces"],
+    }
 
 
 def of_kinds(result: Mapping[str, Any], kinds: Sequence[str]) -> dict[str, Any]:
@@ -633,17 +765,22 @@ def _device(kind: str) -> dict[str, Any]:
     if kind == "cpu":
         return {"name": "CPU, where times say nothing", "count": os.cpu_count()}
     if not torch.cuda.is_available():
-        sys.exit(f"PyTorch {torch.__version__} sees no NVIDIA GPU. --device cpu tries the benchmark without one.")
+        sys.exit(
+            f"PyTorch {torch.__version__} sees no NVIDIA GPU. --device cpu tries the benchmark "
+            "without one."
+        )
     found = torch.cuda.get_device_properties(0)
     free, _ = torch.cuda.mem_get_info(0)
     if found.total_memory - free > OCCUPIED:
         sys.exit(
-            f"{(found.total_memory - free) / 2**30:.0f} GiB of {found.name} are in use: something else runs there, and "
+            f"{(found.total_memory - free) / 2**30:.0f} GiB of {found.name} are in use: something "
+            "else runs there, and "
             "times would say little. End it first."
         )
     if found.major != 9:
         sys.exit(
-            f"{found.name} has compute capability {found.major}.{found.minor}: FA3's kernels are for 9.0 (Hopper)."
+            f"{found.name} has compute capability {found.major}.{found.minor}: FA3's kernels are "
+            "for 9.0 (Hopper)."
         )
     return {
         "name": found.name, "multiprocessors": found.multi_processor_count, "memory": found.total_memory,
@@ -654,20 +791,43 @@ def _device(kind: str) -> dict[str, Any]:
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     head, _, rest = str(__doc__).partition("\n\n")
     parser = argparse.ArgumentParser(
-        prog="bench", description=head, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="bench",
+        description=head,
+        epilog=rest,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--models", type=_some_of(MODELS), default=tuple(MODELS), help=f"some of {','.join(MODELS)}")
+    parser.add_argument(
+        "--models", type=_some_of(MODELS), default=tuple(MODELS), help=f"some of {','.join(MODELS)}"
+    )
     names = [peer.name for peer in HOPPER]
-    parser.add_argument("--peers", type=_some_of(names), default=tuple(names), help=f"some of {','.join(names)}")
-    parser.add_argument("--kinds", type=_some_of(KINDS), default=KINDS, help=f"some of {','.join(KINDS)}")
+    parser.add_argument(
+        "--peers", type=_some_of(names), default=tuple(names), help=f"some of {','.join(names)}"
+    )
+    parser.add_argument(
+        "--kinds", type=_some_of(KINDS), default=KINDS, help=f"some of {','.join(KINDS)}"
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each peer at each point (default: 5)")
-    parser.add_argument("--steps", type=int, default=48, help="tokens that a request is continued by (default: 48)")
-    parser.add_argument("--longest", type=int, metavar="TOKENS", help="leave out longer contexts and prompts")
-    parser.add_argument("--no-kernels", action="store_true", help="leave out the calls that need no engine")
-    parser.add_argument("--quick", action="store_true", help="two batches, one context, two prefills")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where results go (default: ./bench-<date>)")
-    parser.add_argument("--report", type=Path, nargs="+", metavar="FILE", help="draw earlier runs' report again")
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="turns of each peer at each point (default: 5)"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=48, help="tokens that a request is continued by (default: 48)"
+    )
+    parser.add_argument(
+        "--longest", type=int, metavar="TOKENS", help="leave out longer contexts and prompts"
+    )
+    parser.add_argument(
+        "--no-kernels", action="store_true", help="leave out the calls that need no engine"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="two batches, one context, two prefills"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="where results go (default: ./bench-<date>)"
+    )
+    parser.add_argument(
+        "--report", type=Path, nargs="+", metavar="FILE", help="draw earlier runs' report again"
+    )
     return parser.parse_args(arguments)
 
 
@@ -675,7 +835,9 @@ def _some_of(choices: Sequence[str] | Mapping[str, Any]) -> Callable[[str], tupl
     def chosen(text: str) -> tuple[str, ...]:
         names = tuple(text.split(","))
         if unknown := set(names) - set(choices):
-            raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))}: expected some of {','.join(choices)}")
+            raise argparse.ArgumentTypeError(
+                f"{', '.join(sorted(unknown))}: expected some of {','.join(choices)}"
+            )
         return tuple(dict.fromkeys(names))
 
     return chosen

@@ -1,7 +1,8 @@
 """SGLang's in-tree MUSA backend on an NVIDIA GPU, as a peer of the benchmark.
 
-It imports MATE's ``flash_attn_interface``. Here a module of that name stands on NVIDIA's FA3, with MATE's way to pass
-an MLA plan, ``(workspace, reuse)``. Nothing else of the in-tree backend is touched: what it computes is its own.
+It imports MATE's ``flash_attn_interface``. Here a module of that name stands on NVIDIA's FA3, with
+MATE's way to pass an MLA plan, ``(workspace, reuse)``. Nothing else of the in-tree backend is
+touched: what it computes is its own.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ def serve_in_tree() -> None:
 def create_in_tree(runner: Any) -> Any:
     """The in-tree MUSA backend of a ``ModelRunner``."""
     sys.modules.setdefault("flash_attn_interface", interface())
-    from sglang.srt.hardware_backend.musa.attention.flashattention_backend import MusaFlashAttentionBackend
+    from sglang.srt.hardware_backend.musa.attention.flashattention_backend import (
+        MusaFlashAttentionBackend,
+    )
 
     return MusaFlashAttentionBackend(runner)
 
@@ -64,7 +67,9 @@ def interface() -> ModuleType:
     return module
 
 
-def _plan_in(metadata: tuple[torch.Tensor, bool], arguments: dict[str, Any], kernels: FA3Kernels) -> torch.Tensor:
+def _plan_in(
+    metadata: tuple[torch.Tensor, bool], arguments: dict[str, Any], kernels: FA3Kernels
+) -> torch.Tensor:
     """The plan that the workspace holds, computed into it first unless it is to be reused."""
     workspace, reuse = metadata
     # How long each plan is, kept on the host: a capture may not wait for the device.
@@ -83,5 +88,7 @@ def _plan_in(metadata: tuple[torch.Tensor, bool], arguments: dict[str, Any], ker
         sizes[batch_size] = plan.numel()
         workspace[: 4 * plan.numel()].view(torch.int32).copy_(plan)
     if batch_size not in sizes:
-        raise RuntimeError("The in-tree backend reuses an MLA plan of a batch size for which it computed none.")
+        raise RuntimeError(
+            "The in-tree backend reuses an MLA plan of a batch size for which it computed none."
+        )
     return workspace[: 4 * sizes[batch_size]].view(torch.int32)

@@ -1,8 +1,9 @@
-"""What a plan costs in a graph: the time of an FA3 call with its plan and without, and of a plan alone.
+"""What a plan costs in a graph: the time of an FA3 call with its plan and without, and of a plan
+alone.
 
-``bench.py`` runs it in a process of its own. Calls stand between other kernels, as in a model: there the device hides
-a part of what a call launches before its main kernel. Without a graph it is the host's time that counts, so that of the
-same calls is measured too.
+``bench.py`` runs it in a process of its own. Calls stand between other kernels, as in a model:
+there the device hides a part of what a call launches before its main kernel. Without a graph it is
+the host's time that counts, so that of the same calls is measured too.
 """
 
 from __future__ import annotations
@@ -36,9 +37,13 @@ Timer = Callable[[Callable[[], Any]], float]
 
 
 def measure(
-    kernels: FA3Kernels, device: torch.device, timers: Mapping[str, Timer], shapes: Mapping[str, Shape]
+    kernels: FA3Kernels,
+    device: torch.device,
+    timers: Mapping[str, Timer],
+    shapes: Mapping[str, Shape],
 ) -> Iterator[dict[str, Any]]:
-    """The times of each shape, with a window and without, in microseconds a call, by each of ``timers``.
+    """The times of each shape, with a window and without, in microseconds a call, by each of
+    ``timers``.
 
     Raises:
         AssertionError: the output with a plan is not the output without.
@@ -49,7 +54,10 @@ def measure(
             options: dict[str, Any] = {"causal": True, "window_size": size}
             arguments = batch.arguments(**options)
             lengths = {key: arguments[key] for key in ("cache_seqlens", "cu_seqlens_q")}
-            yield {"call": f"{name}, {window}", **_times(kernels, batch, arguments, lengths, options, timers)}
+            yield {
+                "call": f"{name}, {window}",
+                **_times(kernels, batch, arguments, lengths, options, timers),
+            }
 
 
 def _times(
@@ -63,7 +71,9 @@ def _times(
         return kernels.flash_attn_with_kvcache(**arguments, scheduler_metadata=metadata)
 
     ready = plan()
-    assert torch.equal(call(ready), call(None)), "a call gives another output with its plan than without"
+    assert torch.equal(call(ready), call(None)), (
+        "a call gives another output with its plan than without"
+    )
     functions = {"without": lambda: call(None), "with": lambda: call(ready), "plan": plan}
     found = {}
     for where, timer in timers.items():
@@ -73,7 +83,9 @@ def _times(
 
 
 def graph_timer(device: torch.device) -> Timer:
-    """Microseconds of a function that is captured many times, between other kernels: the median of replays."""
+    """Microseconds of a function that is captured many times, between other kernels: the median of
+    replays.
+    """
     cuda: Any = torch.cuda
     filler = torch.randn(256, 256, device=device, dtype=torch.bfloat16)
 
@@ -98,7 +110,9 @@ def graph_timer(device: torch.device) -> Timer:
 
 
 def host_timer(device: torch.device) -> Timer:
-    """Microseconds that the host takes to launch a function, while the device has nothing to do: the median."""
+    """Microseconds that the host takes to launch a function, while the device has nothing to do:
+    the median.
+    """
     synchronize = torch.get_device_module(device).synchronize
 
     def timer(function: Callable[[], Any]) -> float:

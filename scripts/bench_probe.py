@@ -1,9 +1,10 @@
-"""What the benchmark adds to the processes of an engine: who serves FA3, how long forwards take, what kernels they run.
+"""What the benchmark adds to the processes of an engine: who serves FA3, how long forwards take,
+what kernels they run.
 
-SGLang loads it as a plugin, through an entry point that ``bench.py`` writes into a folder of its own. It measures all
-peers alike, and changes nothing of what they compute: two device events around each forward of a model, and a clock
-around each attention call that Python makes. Where it is told to, it has the backends of several peers serve one
-engine's passes in turn.
+SGLang loads it as a plugin, through an entry point that ``bench.py`` writes into a folder of its
+own. It measures all peers alike, and changes nothing of what they compute: two device events around
+each forward of a model, and a clock around each attention call that Python makes. Where it is told
+to, it has the backends of several peers serve one engine's passes in turn.
 """
 
 from __future__ import annotations
@@ -22,11 +23,15 @@ from typing import Any
 PEER = "SGLANG_MUSA_EXT_BENCH_PEER"
 """The environment variable that says which peer this engine is."""
 GATE = "SGLANG_MUSA_EXT_BENCH_GATE"
-"""The environment variable that names the file without which a scheduler goes no further than its imports."""
+"""The environment variable that names the file without which a scheduler goes no further than its
+imports.
+"""
 UPSTREAM, OURS, IN_TREE = "upstream", "ours", "in-tree"
 """The peers."""
 AGAIN, UNPLANNED = "upstream again", "ours without plans"
-"""Who serve beside the peers where they take turns in one engine: what two of the same differ by, and what plans do."""
+"""Who serve beside the peers where they take turns in one engine: what two of the same differ by,
+and what plans do.
+"""
 MODES = {"decode": "DECODE", "verify": "TARGET_VERIFY", "prefill": "EXTEND", "eager": "DECODE"}
 """What SGLang calls the passes of each kind of place."""
 
@@ -81,10 +86,11 @@ class Clock:
 class Turns:
     """Attention backends of several peers in one engine, which serve its passes in turn.
 
-    Where the host limits a pass, or the place of its tensors in memory counts, two processes of the same code differ by
-    more than the peers do. In one process they have the same processor, the same tensors and the same moment. Each
-    round of turns has another order, so that none always comes after the same one. Passes under graphs stay those of
-    the backend that they were captured with.
+    Where the host limits a pass, or the place of its tensors in memory counts, two processes of the
+    same code differ by more than the peers do. In one process they have the same processor, the
+    same tensors and the same moment. Each round of turns has another order, so that none always
+    comes after the same one. Passes under graphs stay those of the backend that they were captured
+    with.
     """
 
     def __init__(self, runner: Any, own: str) -> None:
@@ -111,7 +117,9 @@ class Turns:
         self._peers, self._mode, self._left = list(peers), mode, []
 
     def next(self, batch: Any) -> str:
-        """Give the pass of ``batch``, a ``ForwardBatch``, to the peer whose turn it is, and say who that is."""
+        """Give the pass of ``batch``, a ``ForwardBatch``, to the peer whose turn it is, and say who
+        that is.
+        """
         name = self._own
         if self._peers and self._mode in (None, batch.forward_mode.name):
             if not self._left:
@@ -130,7 +138,9 @@ class Turns:
 
 
 def _dispatched() -> Callable[[], None]:
-    """Lead the kernels that upstream's forwards call to our backend; returns what undoes it, so that only ours pays."""
+    """Lead the kernels that upstream's forwards call to our backend; returns what undoes it, so
+    that only ours pays.
+    """
     from sglang_musa_ext.attention import mixin as attention
 
     return attention.install_kernel_dispatch()
@@ -151,7 +161,9 @@ def _ours(runner: Any) -> Any:
 
 
 def _unplanned(runner: Any) -> Any:
-    """Our backend with all that it does but plan: each kernel call plans for itself, as upstream's do."""
+    """Our backend with all that it does but plan: each kernel call plans for itself, as upstream's
+    do.
+    """
     backend = _ours(runner)
     backend._scheduler_metadata = lambda arguments, signature: None
     return backend
@@ -187,7 +199,9 @@ class Probe:
         self._turns: Turns | None = None
         self._server: Any = None
 
-    def forward(self, original: Callable[..., Any], runner: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
+    def forward(
+        self, original: Callable[..., Any], runner: Any, batch: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         """``ModelRunner.forward``, measured."""
         run = functools.partial(original, runner, batch, *args, **kwargs)
         if self.clock.capturing():
@@ -204,11 +218,15 @@ class Probe:
         host, end = time.perf_counter() - began, self.clock.now()
         tokens = 0 if batch.input_ids is None else batch.input_ids.numel()
         if self._turns and self._server not in (None, runner.attn_backend):
-            raise RuntimeError(f"{type(self._server).__name__} served where it was the turn of {peer}.")
+            raise RuntimeError(
+                f"{type(self._server).__name__} served where it was the turn of {peer}."
+            )
         counts = self.calls, self.attention_host
         draft = runner.is_draft_worker
         turn = self._turns.rounds if self._turns else 0
-        self.forwards.append(Forward(peer, turn, mode, batch.batch_size, tokens, draft, start, end, host, *counts))
+        self.forwards.append(
+            Forward(peer, turn, mode, batch.batch_size, tokens, draft, start, end, host, *counts)
+        )
         return result
 
     def attend(self, original: Callable[..., Any], backend: Any, *args: Any, **kwargs: Any) -> Any:
@@ -221,7 +239,9 @@ class Probe:
         return result
 
     def take_turns(self, peers: Sequence[str], mode: str | None = None) -> None:
-        """Have the backends of these peers serve passes of the target model in turn; see :class:`Turns`."""
+        """Have the backends of these peers serve passes of the target model in turn; see
+        :class:`Turns`.
+        """
         self._turns = self._turns or Turns(self.runner, self._peer)
         self._turns.among(peers, mode)
 
@@ -252,7 +272,9 @@ class Probe:
         return result
 
     def drain(self) -> dict[str, Any]:
-        """Everything since the last call, as plain data: times in milliseconds, the host's in microseconds."""
+        """Everything since the last call, as plain data: times in milliseconds, the host's in
+        microseconds.
+        """
         self.clock.settle()
         rows: list[dict[str, Any]] = []
         before: Any = None
@@ -268,7 +290,12 @@ class Probe:
             )  # fmt: skip
             if not one.draft:
                 before = one.end
-        found = {"forwards": rows, "traces": self.traces, "backend": self._backend(), "memory": self._memory()}
+        found = {
+            "forwards": rows,
+            "traces": self.traces,
+            "backend": self._backend(),
+            "memory": self._memory(),
+        }
         self.forwards, self.traces = [], []
         return found
 
@@ -277,16 +304,23 @@ class Probe:
         return "none" if backend is None else type(backend).__name__
 
     def _memory(self) -> dict[str, int]:
-        """Bytes that PyTorch's allocator has given out and holds in this process, graph pools among them."""
+        """Bytes that PyTorch's allocator has given out and holds in this process, graph pools among
+        them.
+        """
         import torch
 
         if not torch.cuda.is_available():
             return {}
-        return {"allocated": torch.cuda.memory_allocated(), "reserved": torch.cuda.memory_reserved()}
+        return {
+            "allocated": torch.cuda.memory_allocated(),
+            "reserved": torch.cuda.memory_reserved(),
+        }
 
 
 def register() -> None:
-    """SGLang's plugin: put the probe into this process, and the in-tree MUSA backend if this peer is that."""
+    """SGLang's plugin: put the probe into this process, and the in-tree MUSA backend if this peer
+    is that.
+    """
     if multiprocessing.parent_process() is not None:
         # Imports take longer than all the rest, so engines of all models do them at the same time.
         _wait_for(Path(os.environ[GATE]))
@@ -299,8 +333,16 @@ def register() -> None:
     from sglang.srt.model_executor.model_runner import ModelRunner
 
     probe = _Lazy()
-    _wrap(ModelRunner, "forward", lambda original, *args, **kwargs: probe().forward(original, *args, **kwargs))
-    _wrap(AttentionBackend, "forward", lambda original, *args, **kwargs: probe().attend(original, *args, **kwargs))
+    _wrap(
+        ModelRunner,
+        "forward",
+        lambda original, *args, **kwargs: probe().forward(original, *args, **kwargs),
+    )
+    _wrap(
+        AttentionBackend,
+        "forward",
+        lambda original, *args, **kwargs: probe().attend(original, *args, **kwargs),
+    )
 
     def with_measurements(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         reply = original(*args, **kwargs)
@@ -346,9 +388,13 @@ def measurements(state: Mapping[str, Any]) -> dict[str, Any]:
     """What a scheduler's state says of the forwards since it was last asked.
 
     Raises:
-        RuntimeError: the probe is not in that process; SGLang logs what a plugin raises, and goes on.
+        RuntimeError: the probe is not in that process; SGLang logs what a plugin raises, and goes
+            on.
     """
     if "bench" not in state:
-        raise RuntimeError("The engine runs without the benchmark's probe: its log says why SGLang did not load it.")
+        raise RuntimeError(
+            "The engine runs without the benchmark's probe: its log says why SGLang did not load "
+            "it."
+        )
     found: dict[str, Any] = json.loads(state["bench"])
     return found

@@ -1,4 +1,5 @@
-"""The benchmark's report: tables in Markdown, plots, and what a pass costs as a model of few numbers.
+"""The benchmark's report: tables in Markdown, plots, and what a pass costs as a model of few
+numbers.
 
 Everything here is worked out from ``bench.json`` alone, so a report can be drawn again anywhere.
 """
@@ -15,7 +16,9 @@ from bench_probe import AGAIN, IN_TREE, MODES, OURS, UNPLANNED, UPSTREAM
 from validate_report import table
 
 PLANNER = "prepare_varlen_num_blocks"
-"""What the kernel that computes scheduler metadata has in its name, in every release of FlashAttention-3."""
+"""What the kernel that computes scheduler metadata has in its name, in every release of
+FlashAttention-3.
+"""
 GRAPHED = ("decode", "verify")
 """Kinds of points whose passes are graphs, where the host's time per call does not count."""
 
@@ -44,7 +47,9 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Place:
-    """One place of the benchmark: a model, a kind, a batch and a number of tokens, with each peer's point."""
+    """One place of the benchmark: a model, a kind, a batch and a number of tokens, with each peer's
+    point.
+    """
 
     model: str
     kind: str
@@ -82,13 +87,19 @@ def places(result: Mapping[str, Any]) -> list[Place]:
         for point in contest["points"]:
             key = (model, point["kind"], point["batch"], point["tokens"])
             found.setdefault(key, {})[point["peer"]] = point
-    return [Place(model, kind, batch, tokens, points) for (model, kind, batch, tokens), points in found.items()]
+    return [
+        Place(model, kind, batch, tokens, points)
+        for (model, kind, batch, tokens), points in found.items()
+    ]
 
 
-def write_report(result: Mapping[str, Any], out: Path, planned: Mapping[str, Sequence[str]]) -> list[Path]:
+def write_report(
+    result: Mapping[str, Any], out: Path, planned: Mapping[str, Sequence[str]]
+) -> list[Path]:
     """Write ``README.md`` and, with matplotlib, the plots into ``out``; returns their paths.
 
-    ``planned`` are the kinds of places of each model that the benchmark has: what is missing is named.
+    ``planned`` are the kinds of places of each model that the benchmark has: what is missing is
+    named.
     """
     out.mkdir(parents=True, exist_ok=True)
     plots = draw(result, out)
@@ -97,16 +108,22 @@ def write_report(result: Mapping[str, Any], out: Path, planned: Mapping[str, Seq
     return [page, *plots]
 
 
-# --- tables ---------------------------------------------------------------------------------------------
+# --- tables ---------------------------------------------------------------------------------------
 
 
 def as_markdown(
-    result: Mapping[str, Any], plots: Sequence[str] = (), planned: Mapping[str, Sequence[str]] | None = None
+    result: Mapping[str, Any],
+    plots: Sequence[str] = (),
+    planned: Mapping[str, Sequence[str]] | None = None,
 ) -> str:
     """The report for people."""
     every = places(result)
-    device = ", ".join(f"{name} {value}" for name, value in result["device"].items() if name != "name")
-    stack = ", ".join(f"{name} {version}" for name, version in result["versions"].items() if version != "absent")
+    device = ", ".join(
+        f"{name} {value}" for name, value in result["device"].items() if name != "name"
+    )
+    stack = ", ".join(
+        f"{name} {version}" for name, version in result["versions"].items() if version != "absent"
+    )
     missing = [f"* {what}" for what in _missing(every, planned or {})]
     notes = [f"* {name}: {one['note']}" for name, one in result["models"].items() if "note" in one]
     lines = [
@@ -125,7 +142,14 @@ def as_markdown(
     steps = [row(place, what="step_ms") for place in every if place.kind == "verify"]
     lines += timed("Whole step of speculative decoding", STEP_SAYS, steps)
     if rows := hosts(result, every):
-        lines += ["## Host time of an attention call, no graphs", "", HOSTS_SAY, "", *table(HOST, rows), ""]
+        lines += [
+            "## Host time of an attention call, no graphs",
+            "",
+            HOSTS_SAY,
+            "",
+            *table(HOST, rows),
+            "",
+        ]
     if rows := memory(result):
         lines += ["## Memory", "", *table(MEMORY, rows), ""]
     lines += ["## What a pass costs", "", *cost_model(result, every), ""]
@@ -137,7 +161,12 @@ def as_markdown(
 def _kernel(one: Mapping[str, Any]) -> list[str]:
     cells = [one["call"]]
     for times in (one["graph"], one.get("host")):
-        found = times and (times["without"], times["with"], times["without"] - times["with"], times["plan"])
+        found = times and (
+            times["without"],
+            times["with"],
+            times["without"] - times["with"],
+            times["plan"],
+        )
         cells += [f"{time:.2f}" for time in found] if found else ["–"] * 4
     return cells
 
@@ -152,23 +181,37 @@ def _runs(result: Mapping[str, Any]) -> list[list[Any]]:
 
 def _missing(every: Sequence[Place], planned: Mapping[str, Sequence[str]]) -> list[str]:
     measured = {(place.model, place.kind) for place in every}
-    return [f"{model}: {kind}" for model, kinds in planned.items() for kind in kinds if (model, kind) not in measured]
+    return [
+        f"{model}: {kind}"
+        for model, kinds in planned.items()
+        for kind in kinds
+        if (model, kind) not in measured
+    ]
 
 
 INTRODUCTION = [
     (
-        "Written by `scripts/bench`. The kernels are NVIDIA's FA3, as SGLang ships them: the gain on a Moore Threads "
-        "GPU was not measured, and depends on what MATE's metadata kernel costs there. Models have random weights. A "
-        "place has times only for peers whose log-probabilities are those of SGLang's own FA3, but for what another "
-        "number of splits changes in the last bits. Ratios are times over those of SGLang's own FA3, and below 1 is "
-        "faster: the median of the rounds, and in parentheses the least and the greatest. In each round the peers took "
-        "turns. The load is that of the whole machine in the last minute of a model's turn: one engine works at a "
-        "time, so above some 4 something else did too, and times in which the host is the limit say little."
+        "Written by `scripts/bench`. The kernels are NVIDIA's FA3, as SGLang ships them: the gain "
+        "on a Moore Threads "
+        "GPU was not measured, and depends on what MATE's metadata kernel costs there. Models have "
+        "random weights. A "
+        "place has times only for peers whose log-probabilities are those of SGLang's own FA3, but "
+        "for what another "
+        "number of splits changes in the last bits. Ratios are times over those of SGLang's own "
+        "FA3, and below 1 is "
+        "faster: the median of the rounds, and in parentheses the least and the greatest. In each "
+        "round the peers took "
+        "turns. The load is that of the whole machine in the last minute of a model's turn: one "
+        "engine works at a "
+        "time, so above some 4 something else did too, and times in which the host is the limit "
+        "say little."
     )
 ]
 BARS_SAY = (
-    "What could be had at most is told with each measurement: under graphs by the last column of *What a pass costs*, "
-    "a pass with no plan at all; without graphs, where the host limits a short pass, by *ours without plans*."
+    "What could be had at most is told with each measurement: under graphs by the last column of "
+    "*What a pass costs*, "
+    "a pass with no plan at all; without graphs, where the host limits a short pass, by *ours "
+    "without plans*."
 )
 TITLES = {
     "decode": "Decode step, CUDA graphs",
@@ -181,10 +224,14 @@ PLANS = (
     "over upstream",
 )  # fmt: skip
 PLANS_SAY = (
-    "From a profiler's trace of single passes: of a prompt of 2048 tokens, and after it. The last columns are what the "
-    "device works in all kernels of the pass, so that what the host takes between them does not count. A call with a "
-    "plan that is not split has a kernel of 1 µs that clears a counter, in place of one that plans. The in-tree "
-    "backend prefills a prompt without a prefix from keys and values as they were made, and SGLang's own, which this "
+    "From a profiler's trace of single passes: of a prompt of 2048 tokens, and after it. The last "
+    "columns are what the "
+    "device works in all kernels of the pass, so that what the host takes between them does not "
+    "count. A call with a "
+    "plan that is not split has a kernel of 1 µs that clears a counter, in place of one that "
+    "plans. The in-tree "
+    "backend prefills a prompt without a prefix from keys and values as they were made, and "
+    "SGLang's own, which this "
     "package runs, from the paged cache: hence its shorter time there."
 )
 KERNELS = (
@@ -192,33 +239,53 @@ KERNELS = (
     "Host, no graph: µs without a plan", "with it", "spared", "a plan alone",
 )  # fmt: skip
 KERNELS_SAY = (
-    "The library's own calls, without a line of this package in them. Without a plan a call computes its own, in a "
-    "kernel that it launches first. With one, a call that is not split launches a kernel that clears a counter of the "
+    "The library's own calls, without a line of this package in them. Without a plan a call "
+    "computes its own, in a "
+    "kernel that it launches first. With one, a call that is not split launches a kernel that "
+    "clears a counter of the "
     "plan instead, so that the host spares little or nothing."
 )
 STEP_SAYS = (
-    "From the end of one verify pass to the end of the next, with the draft's passes between, of which SGLang extends "
-    "the draft without a graph. The host is the limit here, and each peer has an engine of its own: see how much the "
+    "From the end of one verify pass to the end of the next, with the draft's passes between, of "
+    "which SGLang extends "
+    "the draft without a graph. The host is the limit here, and each peer has an engine of its "
+    "own: see how much the "
     "rounds of one peer differ by."
 )
 BESIDE_SAY = (
-    "The peers' backends took turns in one engine, pass by pass, and a ratio is of two passes of one turn. *Upstream "
-    "again* is a second backend of SGLang's own: by as much two of the same differ. *Ours without plans* does all that "
-    "this package does but plan: between it and ours lies what a planned call costs and spares in FA3 itself."
+    "The peers' backends took turns in one engine, pass by pass, and a ratio is of two passes of "
+    "one turn. *Upstream "
+    "again* is a second backend of SGLang's own: by as much two of the same differ. *Ours without "
+    "plans* does all that "
+    "this package does but plan: between it and ours lies what a planned call costs and spares in "
+    "FA3 itself."
 )
 HOST = (
     "Model", "Pass", "upstream µs", "ours µs", "ours without plans µs", "ours / upstream", "Calls a pass",
     "Calls x difference, µs", "Pass longer by, µs",
 )  # fmt: skip
 HOSTS_SAY = (
-    "Where the host is the limit, a pass is longer by what its calls take longer, so the last two columns agree; where "
+    "Where the host is the limit, a pass is longer by what its calls take longer, so the last two "
+    "columns agree; where "
     "the device is, it is not."
 )
-MEMORY = ("Model", "Peer", "KV cache", "Allocated", "Reserved", "more than upstream", "in KV tokens")
+MEMORY = (
+    "Model",
+    "Peer",
+    "KV cache",
+    "Allocated",
+    "Reserved",
+    "more than upstream",
+    "in KV tokens",
+)
 
 
-def timed(title: str, said: str, rows: Sequence[Sequence[str]], beside: Sequence[str] = ()) -> list[str]:
-    """The section of a kind of places, from what :func:`row` makes of each; nothing where there are none."""
+def timed(
+    title: str, said: str, rows: Sequence[Sequence[str]], beside: Sequence[str] = ()
+) -> list[str]:
+    """The section of a kind of places, from what :func:`row` makes of each; nothing where there are
+    none.
+    """
     if not rows:
         return []
     ratios = [f"{peer} / upstream" for peer in (OURS, IN_TREE, *beside)]
@@ -227,7 +294,9 @@ def timed(title: str, said: str, rows: Sequence[Sequence[str]], beside: Sequence
 
 
 def row(place: Place, beside: Sequence[str] = (), what: str = "") -> list[str]:
-    """One place, all peers, and who took turns ``beside`` them; ``what`` are the times, by default the place's own."""
+    """One place, all peers, and who took turns ``beside`` them; ``what`` are the times, by default
+    the place's own.
+    """
     cells = [place.model, place.label]
     for peer in (UPSTREAM, OURS):
         times = place.times(peer, what)
@@ -244,7 +313,9 @@ def _why(place: Place, peer: str) -> str:
 
 
 def planned(result: Mapping[str, Any], model: str, mode: str, peer: str) -> dict[str, float] | None:
-    """Per pass: kernels that plan, µs of one, attention kernels, µs of all kernels; ``None`` without a trace."""
+    """Per pass: kernels that plan, µs of one, attention kernels, µs of all kernels; ``None``
+    without a trace.
+    """
     traces = [
         trace["kernels"]
         for trace in result["models"][model]["traces"]
@@ -252,12 +323,21 @@ def planned(result: Mapping[str, Any], model: str, mode: str, peer: str) -> dict
     ]
     if not traces:
         return None
-    plans = [sum(count for name, (count, _) in trace.items() if PLANNER in name) for trace in traces]
-    micros = [sum(total for name, (_, total) in trace.items() if PLANNER in name) for trace in traces]
+    plans = [
+        sum(count for name, (count, _) in trace.items() if PLANNER in name) for trace in traces
+    ]
+    micros = [
+        sum(total for name, (_, total) in trace.items() if PLANNER in name) for trace in traces
+    ]
     calls = [sum(count for name, (count, _) in trace.items() if _attends(name)) for trace in traces]
     each = sum(micros) / sum(plans) if sum(plans) else 0.0
     device = statistics.median(sum(total for _, total in trace.values()) for trace in traces)
-    return {"plans": statistics.median(plans), "each": each, "calls": statistics.median(calls), "device": device}
+    return {
+        "plans": statistics.median(plans),
+        "each": each,
+        "calls": statistics.median(calls),
+        "device": device,
+    }
 
 
 def _attends(name: str) -> bool:
@@ -273,8 +353,19 @@ def planners(result: Mapping[str, Any]) -> list[list[str]]:
             right = sides.get(UPSTREAM)
             for peer, found in sides.items():
                 if found:
-                    row = [model, mode, peer, f"{found['plans']:g}", f"{found['each']:.2f}", f"{found['calls']:g}"]
-                    over = f"{found['device'] / right['device']:.3f}" if right and right["device"] else "–"
+                    row = [
+                        model,
+                        mode,
+                        peer,
+                        f"{found['plans']:g}",
+                        f"{found['each']:.2f}",
+                        f"{found['calls']:g}",
+                    ]
+                    over = (
+                        f"{found['device'] / right['device']:.3f}"
+                        if right and right["device"]
+                        else "–"
+                    )
                     rows.append([*row, f"{found['device']:.0f}", over])
     return rows
 
@@ -285,13 +376,25 @@ def hosts(result: Mapping[str, Any], every: Iterable[Place]) -> list[list[str]]:
     for place in every:
         ratio = place.ratio(OURS, "call_us")
         if ratio and place.kind not in GRAPHED:
-            theirs, ours = (statistics.median(place.times(peer, "call_us")) for peer in (UPSTREAM, OURS))
-            longer = 1e3 * (statistics.median(place.times(OURS)) - statistics.median(place.times(UPSTREAM)))
+            theirs, ours = (
+                statistics.median(place.times(peer, "call_us")) for peer in (UPSTREAM, OURS)
+            )
+            longer = 1e3 * (
+                statistics.median(place.times(OURS)) - statistics.median(place.times(UPSTREAM))
+            )
             traced = planned(result, place.model, MODES[place.kind], OURS)
-            said = [f"{traced['calls']:g}", f"{traced['calls'] * (ours - theirs):+.0f}"] if traced else ["–", "–"]
+            said = (
+                [f"{traced['calls']:g}", f"{traced['calls'] * (ours - theirs):+.0f}"]
+                if traced
+                else ["–", "–"]
+            )
             where = f"{place.kind}, {place.label}"
             bare = place.times(UNPLANNED, "call_us")
-            cells = [f"{theirs:.1f}", f"{ours:.1f}", f"{statistics.median(bare):.1f}" if bare else "–"]
+            cells = [
+                f"{theirs:.1f}",
+                f"{ours:.1f}",
+                f"{statistics.median(bare):.1f}" if bare else "–",
+            ]
             rows.append([place.model, where, *cells, str(ratio), *said, f"{longer:+.0f}"])
     return rows
 
@@ -300,10 +403,16 @@ def memory(result: Mapping[str, Any]) -> list[list[str]]:
     """The table of memory."""
     rows = []
     for model, contest in result["models"].items():
-        states = {peer: state for peer, state in contest["memory"].items() if state.get("allocator")}
+        states = {
+            peer: state for peer, state in contest["memory"].items() if state.get("allocator")
+        }
         for peer, state in states.items():
             sglang, held = state["sglang"], state["allocator"]
-            more = held["reserved"] - states[UPSTREAM]["allocator"]["reserved"] if UPSTREAM in states else 0
+            more = (
+                held["reserved"] - states[UPSTREAM]["allocator"]["reserved"]
+                if UPSTREAM in states
+                else 0
+            )
             token = 2**30 * sglang["kvcache"] / sglang["token_capacity"]
             rows.append(
                 [
@@ -319,7 +428,7 @@ def _mebibytes(count: float) -> str:
     return f"{count / 2**20:.1f} MiB"
 
 
-# --- bars -------------------------------------------------------------------------------------------------
+# --- bars -----------------------------------------------------------------------------------------
 
 
 def bars(every: Sequence[Place], result: Mapping[str, Any]) -> list[list[str]]:
@@ -332,33 +441,54 @@ def bars(every: Sequence[Place], result: Mapping[str, Any]) -> list[list[str]]:
     ]
     rows = []
     for title, limit, kind, model in wanted:
-        chosen = [p for p in every if p.kind == kind and p.model.startswith(model) and p.batch == 1 and p.ratio(OURS)]
+        chosen = [
+            p
+            for p in every
+            if p.kind == kind and p.model.startswith(model) and p.batch == 1 and p.ratio(OURS)
+        ]
         for place in chosen:
             ratio = place.ratio(OURS)
             assert ratio is not None
-            rows.append([f"{title}; {place.model}, {place.tokens} tokens", str(ratio), _met(ratio, limit)])
+            rows.append(
+                [f"{title}; {place.model}, {place.tokens} tokens", str(ratio), _met(ratio, limit)]
+            )
     slower = [
         (place, ratio) for place in every for ratio in [place.ratio(OURS)] if ratio and ratio.low > 1.0
     ]  # fmt: skip
     total = sum(place.ratio(OURS) is not None for place in every)
     listed = ", ".join(f"{p.model} {p.kind} {p.label}: {r}" for p, r in slower)
-    rows.append(["nothing slower beyond the spread (every round slower)", f"{len(slower)} of {total}", listed or "yes"])
+    rows.append(
+        [
+            "nothing slower beyond the spread (every round slower)",
+            f"{len(slower)} of {total}",
+            listed or "yes",
+        ]
+    )
     for model in result["models"]:
         for mode in ("DECODE", "TARGET_VERIFY", "EXTEND"):
             sides = [planned(result, model, mode, peer) for peer in (OURS, UPSTREAM)]
             if all(sides):
                 ours, theirs = (side["plans"] for side in sides if side)
-                met = "yes" if ours <= GEOMETRIES.get(model, 1) else NO_PLANS.get((model, mode), "no")
-                rows.append([f"a plan a geometry: {model}, {mode}", f"{ours:g}, upstream {theirs:g}", met])
+                met = (
+                    "yes" if ours <= GEOMETRIES.get(model, 1) else NO_PLANS.get((model, mode), "no")
+                )
+                rows.append(
+                    [f"a plan a geometry: {model}, {mode}", f"{ours:g}, upstream {theirs:g}", met]
+                )
     return rows
 
 
 GEOMETRIES = {"gemma2": 2}
-"""Models whose layers have more than one geometry, and how many: window layers are others than full ones."""
+"""Models whose layers have more than one geometry, and how many: window layers are others than full
+ones.
+"""
 
 
 NO_PLANS = {
-    ("mla", "EXTEND"): "none can be passed: prefill of MLA attends to raw keys, and FA3 takes no plan for those"
+    (
+        "mla",
+        "EXTEND",
+    ): "none can be passed: prefill of MLA attends to raw keys, and FA3 takes no plan for those"
 }
 """Passes whose calls plan for themselves, and why."""
 
@@ -369,7 +499,7 @@ def _met(ratio: Ratio, limit: float) -> str:
     return "within the spread" if ratio.low <= limit else "no"
 
 
-# --- a model of the costs -----------------------------------------------------------------------------------
+# --- a model of the costs -------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -387,12 +517,17 @@ def savings(result: Mapping[str, Any], every: Iterable[Place]) -> list[Saving]:
     """Every graphed place that has both peers' times and traces."""
     found = []
     for place in every:
-        if place.kind not in GRAPHED or not (place.times(UPSTREAM, "forward_ms") and place.times(OURS, "forward_ms")):
+        if place.kind not in GRAPHED or not (
+            place.times(UPSTREAM, "forward_ms") and place.times(OURS, "forward_ms")
+        ):
             continue
         sides = [planned(result, place.model, MODES[place.kind], peer) for peer in (UPSTREAM, OURS)]
         if all(sides):
             theirs, ours = (side["plans"] for side in sides if side)
-            times = [1e3 * statistics.median(place.times(peer, "forward_ms")) for peer in (UPSTREAM, OURS)]
+            times = [
+                1e3 * statistics.median(place.times(peer, "forward_ms"))
+                for peer in (UPSTREAM, OURS)
+            ]
             found.append(Saving(place, theirs - ours, ours, times[0] - times[1], times[1]))
     return found
 
@@ -423,19 +558,30 @@ def cost_model(result: Mapping[str, Any], every: Sequence[Place]) -> list[str]:
                 f"{said:.1f}", f"{saving.pass_microseconds / theirs:.3f}", f"{limit:.3f}",
             ]
         )  # fmt: skip
-    head = ("Model", "Place", "Plans fewer", "µs saved", "The model says", "ours / upstream", "With no plan at all")
+    head = (
+        "Model",
+        "Place",
+        "Plans fewer",
+        "µs saved",
+        "The model says",
+        "ours / upstream",
+        "With no plan at all",
+    )
     return [
         (f"A pass under graphs is shorter by **{each:.2f} µs for each plan that it does not compute**, and by "
-        f"{besides:.1f} µs besides (SGLang's own pass plans outside of its graph where it plans once): least squares "
+        f"{besides:.1f} µs besides (SGLang's own pass plans outside of its graph where it plans "
+        "once): least squares "
         "over the places below. So a model of L layers that makes P plans a pass gains about "
-        f"{each:.2f} µs x (L - P) in verify, and in decode for its window or MLA layers alone. The last "
-        "column is the limit: what would be left without any plan. Without graphs, the host's time per call comes on "
+        f"{each:.2f} µs x (L - P) in verify, and in decode for its window or MLA layers alone. The "
+        "last "
+        "column is the limit: what would be left without any plan. Without graphs, the host's time "
+        "per call comes on "
         "top for each layer."), "",
         *table(head, rows),
     ]  # fmt: skip
 
 
-# --- plots ------------------------------------------------------------------------------------------------
+# --- plots ----------------------------------------------------------------------------------------
 
 
 def draw(result: Mapping[str, Any], out: Path) -> list[Path]:
@@ -443,13 +589,20 @@ def draw(result: Mapping[str, Any], out: Path) -> list[Path]:
     try:
         import matplotlib as mpl
     except ImportError:
-        print("matplotlib is not installed, so there are no plots: bench --report draws them where it is.")
+        print(
+            "matplotlib is not installed, so there are no plots: bench --report draws them where "
+            "it is."
+        )
         return []
     mpl.use("Agg")
     every = places(result)
     timed = any(place.ratio(OURS) for place in every)
     pages = [_draw_ratios(every, result, out / "ratios.png")] if timed else []
-    pages += [_draw_plans(result, out / "plans.png")] if any(m["traces"] for m in result["models"].values()) else []
+    pages += (
+        [_draw_plans(result, out / "plans.png")]
+        if any(m["traces"] for m in result["models"].values())
+        else []
+    )
     found = savings(result, every)
     if len({saving.plans for saving in found}) > 1:
         pages.append(_draw_savings(found, out / "savings.png"))
@@ -460,9 +613,14 @@ def _draw_ratios(every: Sequence[Place], result: Mapping[str, Any], page: Path) 
     """Ours over upstream at every place, with the spread; a row of axes for each kind of pass."""
     from matplotlib import pyplot
 
-    kinds = [kind for kind in TITLES if any(place.kind == kind and place.ratio(OURS) for place in every)]
+    kinds = [
+        kind for kind in TITLES if any(place.kind == kind and place.ratio(OURS) for place in every)
+    ]
     height = 1.2 + 0.22 * sum(place.ratio(OURS) is not None for place in every) + 0.9 * len(kinds)
-    chosen = {kind: [place for place in every if place.kind == kind and place.ratio(OURS)] for kind in kinds}
+    chosen = {
+        kind: [place for place in every if place.kind == kind and place.ratio(OURS)]
+        for kind in kinds
+    }
     figure, axes = pyplot.subplots(
         len(kinds), 1, figsize=(9, height), sharex=True, squeeze=False,
         gridspec_kw={"height_ratios": [len(rows) + 1 for rows in chosen.values()]},
@@ -473,12 +631,20 @@ def _draw_ratios(every: Sequence[Place], result: Mapping[str, Any], page: Path) 
             assert ratio is not None
             colour = "tab:green" if ratio.high < 1 else "tab:red" if ratio.low > 1 else "tab:gray"
             spread = [[ratio.median - ratio.low], [ratio.high - ratio.median]]
-            axis.errorbar(ratio.median, height_of, xerr=spread, fmt="o", color=colour, capsize=3, markersize=5)
-        axis.set_yticks(range(len(rows)), [f"{place.model}, {place.label}" for place in reversed(rows)], fontsize=8)
+            axis.errorbar(
+                ratio.median, height_of, xerr=spread, fmt="o", color=colour, capsize=3, markersize=5
+            )
+        axis.set_yticks(
+            range(len(rows)),
+            [f"{place.model}, {place.label}" for place in reversed(rows)],
+            fontsize=8,
+        )
         axis.axvline(1.0, color="black", linewidth=1)
         axis.set_title(TITLES[kind], fontsize=10, loc="left")
         axis.grid(axis="x", alpha=0.3)
-    axes[-1, 0].set_xlabel("time of sglang-musa-ext over SGLang's own fa3: median and range of the rounds")
+    axes[-1, 0].set_xlabel(
+        "time of sglang-musa-ext over SGLang's own fa3: median and range of the rounds"
+    )
     where = f"{result['device']['name']}, SGLang {result['versions'].get('sglang')}"
     axes[0, 0].set_title(where, fontsize=10, loc="right")
     return _saved(figure, page)
@@ -495,14 +661,25 @@ def _draw_plans(result: Mapping[str, Any], page: Path) -> Path:
     ]
     figure, axis = pyplot.subplots(figsize=(9, 1.5 + 0.45 * len(rows)))
     width = 0.8 / max(len(result["peers"]), 1)
-    for index, (peer, colour) in enumerate(zip(result["peers"], ("tab:orange", "tab:green", "tab:blue"), strict=False)):
+    for index, (peer, colour) in enumerate(
+        zip(result["peers"], ("tab:orange", "tab:green", "tab:blue"), strict=False)
+    ):
         heights = [position + index * width for position in range(len(rows))]
         found = [peers[peer] for _, _, peers in rows]
         bars_of = axis.barh(
-            heights, [one["plans"] if one else 0 for one in found], width, label=result["peers"][peer], color=colour
+            heights,
+            [one["plans"] if one else 0 for one in found],
+            width,
+            label=result["peers"][peer],
+            color=colour,
         )
-        axis.bar_label(bars_of, [f"{one['plans']:g}" if one else "not traced" for one in found], fontsize=8)
-    axis.set_yticks([position + 0.4 - width / 2 for position in range(len(rows))], [f"{m}, {k}" for m, k, _ in rows])
+        axis.bar_label(
+            bars_of, [f"{one['plans']:g}" if one else "not traced" for one in found], fontsize=8
+        )
+    axis.set_yticks(
+        [position + 0.4 - width / 2 for position in range(len(rows))],
+        [f"{m}, {k}" for m, k, _ in rows],
+    )
     axis.invert_yaxis()
     axis.set_xlabel("kernels in a pass that compute scheduler metadata")
     axis.legend(fontsize=8)
@@ -517,10 +694,14 @@ def _draw_savings(found: Sequence[Saving], page: Path) -> Path:
     figure, axis = pyplot.subplots(figsize=(6.5, 5))
     for model in dict.fromkeys(saving.place.model for saving in found):
         points = [saving for saving in found if saving.place.model == model]
-        axis.plot([s.plans for s in points], [s.microseconds for s in points], "o", label=model, alpha=0.7)
+        axis.plot(
+            [s.plans for s in points], [s.microseconds for s in points], "o", label=model, alpha=0.7
+        )
     ends = [0.0, max(saving.plans for saving in found) + 1]
     line = [besides + each * end for end in ends]
-    axis.plot(ends, line, color="black", linewidth=1, label=f"{each:.2f} µs a plan, {besides:+.1f} µs")
+    axis.plot(
+        ends, line, color="black", linewidth=1, label=f"{each:.2f} µs a plan, {besides:+.1f} µs"
+    )
     axis.set_xlabel("plans that a pass does not compute")
     axis.set_ylabel("µs that a pass under graphs is shorter")
     axis.grid(alpha=0.3)

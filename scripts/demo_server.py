@@ -1,4 +1,6 @@
-"""Child processes of the demo: started with a log, watched with a line of progress, ended with all they started."""
+"""Child processes of the demo: started with a log, watched with a line of progress, ended with all
+they started.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ class DemoError(Exception):
 
 
 class Progress:
-    """What is being waited for, and since when: one line that changes on a terminal, a few lines elsewhere."""
+    """What is being waited for, and since when: one line that changes on a terminal, a few lines
+    elsewhere.
+    """
 
     QUIET_S = 15
     """Seconds between lines where they cannot be overwritten."""
@@ -53,7 +57,10 @@ class Progress:
     def done(self, outcome: str = "done") -> None:
         """Leave the final line."""
         start = "\r\x1b[K" if self._terminal else ""
-        print(f"{start}{self._title}: {outcome} after {time.monotonic() - self._started:.0f} s", flush=True)
+        print(
+            f"{start}{self._title}: {outcome} after {time.monotonic() - self._started:.0f} s",
+            flush=True,
+        )
 
     def broken_off(self) -> None:
         """Leave the line as it is, and let what follows begin on its own."""
@@ -62,9 +69,13 @@ class Progress:
 
 
 class Child:
-    """A process in a session of its own, so that all it starts can be ended with it, and Ctrl-C reaches us alone."""
+    """A process in a session of its own, so that all it starts can be ended with it, and Ctrl-C
+    reaches us alone.
+    """
 
-    def __init__(self, title: str, command: Sequence[str], log: Path, environ: Mapping[str, str]) -> None:
+    def __init__(
+        self, title: str, command: Sequence[str], log: Path, environ: Mapping[str, str]
+    ) -> None:
         self.title, self.command, self.log, self.environ = title, list(command), log, dict(environ)
         self.process: subprocess.Popen[bytes] | None = None
         self.started = 0.0
@@ -83,14 +94,20 @@ class Child:
             )
 
     def stop(self) -> None:
-        """End it and everything it started; nothing happens if it was never started or has been stopped."""
+        """End it and everything it started; nothing happens if it was never started or has been
+        stopped.
+        """
         if self.process is None:
             return
         process, self.process = self.process, None
         _signal_group(process.pid, signal.SIGTERM)
         try:
-            # The last of the group to go is Python's resource tracker, which removes the others' semaphores.
-            _wait_for(lambda: process.poll() is not None and not _signal_group(process.pid, 0), STOP_TIMEOUT_S)
+            # The last of the group to go is Python's resource tracker, which removes the others'
+            # semaphores.
+            _wait_for(
+                lambda: process.poll() is not None and not _signal_group(process.pid, 0),
+                STOP_TIMEOUT_S,
+            )
         finally:
             _signal_group(process.pid, signal.SIGKILL)
             process.wait()
@@ -103,7 +120,11 @@ class Child:
     def require_alive(self) -> None:
         """Raise with the end of the log if it has ended."""
         if (status := self.exit_status()) is not None:
-            how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with exit status {status}"
+            how = (
+                f"was ended by {signal.Signals(-status).name}"
+                if status < 0
+                else f"ended with exit status {status}"
+            )
             raise DemoError(f"{self.title} {how}. {self.log_tail()}")
 
     def finish(self) -> None:
@@ -125,7 +146,9 @@ class Child:
     def last_message(self) -> str:
         """The last line of the log that carries a time, without it: what SGLang is doing."""
         # Its list of all arguments says nothing of that.
-        messages = re.findall(r"^\[\d{4}-[^\]]*\] (?!server_args=)(.+)$", self._log_text(), flags=re.MULTILINE)
+        messages = re.findall(
+            r"^\[\d{4}-[^\]]*\] (?!server_args=)(.+)$", self._log_text(), flags=re.MULTILINE
+        )
         return messages[-1] if messages else "importing SGLang"
 
     def _log_text(self) -> str:
@@ -137,8 +160,19 @@ class Child:
 class Server(Child):
     """An SGLang server on loopback."""
 
-    def __init__(self, title: str, port: int, arguments: Sequence[str], log: Path, environ: Mapping[str, str]) -> None:
-        command = [sys.executable, "-m", "sglang.launch_server", "--host", LOOPBACK, "--port", str(port), *arguments]
+    def __init__(
+        self, title: str, port: int, arguments: Sequence[str], log: Path, environ: Mapping[str, str]
+    ) -> None:
+        command = [
+            sys.executable,
+            "-m",
+            "sglang.launch_server",
+            "--host",
+            LOOPBACK,
+            "--port",
+            str(port),
+            *arguments,
+        ]
         super().__init__(title, command, log, environ)
         self.url = f"http://{LOOPBACK}:{port}"
 
@@ -150,7 +184,9 @@ class Server(Child):
             while not self._is_ready():
                 self.require_alive()
                 if time.monotonic() > deadline:
-                    raise DemoError(f"{self.title} was not ready after {START_TIMEOUT_S} s. {self.log_tail()}")
+                    raise DemoError(
+                        f"{self.title} was not ready after {START_TIMEOUT_S} s. {self.log_tail()}"
+                    )
                 progress.update(self.last_message())
                 time.sleep(0.5)
         except BaseException:
@@ -161,18 +197,24 @@ class Server(Child):
     def request(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
         """The JSON that ``path`` answers to a GET, or to a POST of ``body``."""
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
+        request = urllib.request.Request(
+            self.url + path, data, {"Content-Type": "application/json"}
+        )
         try:
             with _OPENER.open(request, timeout=START_TIMEOUT_S) as reply:
                 return json.load(reply)
         except urllib.error.HTTPError as error:
             detail = error.read().decode(errors="replace")
-            raise DemoError(f"{self.title} refused {path}: {error}: {detail}. {self.log_tail()}") from error
+            raise DemoError(
+                f"{self.title} refused {path}: {error}: {detail}. {self.log_tail()}"
+            ) from error
         except (OSError, ValueError) as error:
             raise self.broken(path, error) from error
 
     def broken(self, what: str, error: Exception) -> DemoError:
-        """The error to raise when ``error`` ended the request ``what``: that the server is gone, if it is."""
+        """The error to raise when ``error`` ended the request ``what``: that the server is gone, if
+        it is.
+        """
         time.sleep(1)  # A server that has just been killed may not have been seen to end.
         try:
             self.require_alive()
@@ -197,7 +239,8 @@ def free_port(wanted: int | None) -> int:
             probe.bind((LOOPBACK, wanted or 0))
         except OSError as error:
             raise DemoError(
-                f"port {wanted} of {LOOPBACK} cannot be used ({error.strerror}). Choose another --port, or none."
+                f"port {wanted} of {LOOPBACK} cannot be used ({error.strerror}). Choose another "
+                "--port, or none."
             ) from error
         port: int = probe.getsockname()[1]
         return port

@@ -1,9 +1,10 @@
-"""How upstream's attention forwards change from release to release, and what the in-tree MUSA copy of them lacks.
+"""How upstream's attention forwards change from release to release, and what the in-tree MUSA copy
+of them lacks.
 
-The in-tree MUSA backend of SGLang overrides ``forward_extend`` and ``forward_decode`` with copies. This command
-compares both sides in each supported release, from sources alone: lines are those of the parsed code, so that
-formatting, comments and docstrings do not count. It prints a table; ``--docs`` writes it as ``drift.md`` and,
-with matplotlib, draws ``drift.png``.
+The in-tree MUSA backend of SGLang overrides ``forward_extend`` and ``forward_decode`` with copies.
+This command compares both sides in each supported release, from sources alone: lines are those of
+the parsed code, so that formatting, comments and docstrings do not count. It prints a table;
+``--docs`` writes it as ``drift.md`` and, with matplotlib, draws ``drift.png``.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ from pathlib import Path
 from sglang_musa_ext.upstream import SUPPORTED_RELEASES, SourceTree
 
 UPSTREAM = ("sglang.srt.layers.attention.flashattention_backend", "FlashAttentionBackend")
-IN_TREE = ("sglang.srt.hardware_backend.musa.attention.flashattention_backend", "MusaFlashAttentionBackend")
+IN_TREE = (
+    "sglang.srt.hardware_backend.musa.attention.flashattention_backend",
+    "MusaFlashAttentionBackend",
+)
 FORWARDS = ("forward_extend", "forward_decode")
 READ_FROM = ("self", "layer", "forward_batch", "metadata")
 """What of these objects a forward reads says which features it knows."""
@@ -56,14 +60,20 @@ def _names(node: ast.AST) -> set[str]:
         if isinstance(item, ast.Call) and isinstance(item.func, ast.Name):
             if not hasattr(builtins, item.func.id):
                 found.add(f"{item.func.id}()")
-        elif isinstance(item, ast.Attribute) and isinstance(item.value, ast.Name) and item.value.id in READ_FROM:
+        elif (
+            isinstance(item, ast.Attribute)
+            and isinstance(item.value, ast.Name)
+            and item.value.id in READ_FROM
+        ):
             found.add(f"{item.value.id}.{item.attr}")
     return found
 
 
 @dataclass(frozen=True)
 class Drift:
-    """What one forward of one release looks like beside the last release's and beside the in-tree copy."""
+    """What one forward of one release looks like beside the last release's and beside the in-tree
+    copy.
+    """
 
     changed: int
     """Lines added plus lines removed since the last release; 0 for the first."""
@@ -96,11 +106,16 @@ def measure(sources: Path) -> dict[str, dict[str, Drift]]:
     for release in SUPPORTED_RELEASES:
         root = sources / release.version
         if not (root / "sglang").is_dir():
-            sys.exit(f"scripts/drift: {root} has no sglang. Unpack the wheel of SGLang {release.version} there.")
+            sys.exit(
+                f"scripts/drift: {root} has no sglang. Unpack the wheel of SGLang "
+                f"{release.version} there."
+            )
         tree = SourceTree(root)
         forwards = {name: Forward.of(tree, UPSTREAM, name) for name in FORWARDS}
         copies = {name: Forward.of(tree, IN_TREE, name) for name in FORWARDS}
-        table[release.version] = {name: compare(forwards[name], copies[name], last.get(name)) for name in FORWARDS}
+        table[release.version] = {
+            name: compare(forwards[name], copies[name], last.get(name)) for name in FORWARDS
+        }
         last = forwards
     return table
 
@@ -108,7 +123,10 @@ def measure(sources: Path) -> dict[str, dict[str, Drift]]:
 def markdown(table: dict[str, dict[str, Drift]]) -> str:
     """The table, and what each release adds to what the copies lack."""
     lines = [
-        "| SGLang | lines changed: extend | decode | similarity of the copy: extend | decode | names the copy lacks |",
+        (
+            "| SGLang | lines changed: extend | decode | similarity of the copy: extend | decode | "
+            "names the copy lacks |"
+        ),
         "|---|---|---|---|---|---|",
     ]
     known: set[str] = set()
@@ -117,10 +135,18 @@ def markdown(table: dict[str, dict[str, Drift]]) -> str:
         extend, decode = (drifts[name] for name in FORWARDS)
         missing = extend.missing | decode.missing
         changed = [str(drift.changed) if known else "-" for drift in (extend, decode)]
-        cells = (version, *changed, f"{extend.similarity:.2f}", f"{decode.similarity:.2f}", str(len(missing)))
+        cells = (
+            version,
+            *changed,
+            f"{extend.similarity:.2f}",
+            f"{decode.similarity:.2f}",
+            str(len(missing)),
+        )
         lines.append(f"| {' | '.join(cells)} |")
         if missing - known:
-            news.append(f"* {version}: " + ", ".join(f"`{name}`" for name in sorted(missing - known)))
+            news.append(
+                f"* {version}: " + ", ".join(f"`{name}`" for name in sorted(missing - known))
+            )
         known |= missing
     return "\n".join([*lines, "", "Lacking from this release on:", "", *news])
 
@@ -130,20 +156,41 @@ def draw(table: dict[str, dict[str, Drift]], path: Path) -> None:
     try:
         pyplot = importlib.import_module("matplotlib.pyplot")
     except ImportError:
-        sys.exit("scripts/drift: the plot needs matplotlib, which is not installed. Run: pip install matplotlib")
+        sys.exit(
+            "scripts/drift: the plot needs matplotlib, which is not installed. Run: pip install "
+            "matplotlib"
+        )
     pyplot.switch_backend("agg")
-    figure, (above, below) = pyplot.subplots(2, 1, sharex=True, figsize=(9, 6), height_ratios=(3, 2))
+    figure, (above, below) = pyplot.subplots(
+        2, 1, sharex=True, figsize=(9, 6), height_ratios=(3, 2)
+    )
     versions = list(table)
     for name, marker in zip(FORWARDS, "os", strict=True):
-        above.plot(versions, [table[version][name].similarity for version in versions], marker=marker, label=name)
-    above.set(ylim=(0, 1), ylabel="similarity to upstream", title="The in-tree MUSA copies of upstream's forwards")
+        above.plot(
+            versions,
+            [table[version][name].similarity for version in versions],
+            marker=marker,
+            label=name,
+        )
+    above.set(
+        ylim=(0, 1),
+        ylabel="similarity to upstream",
+        title="The in-tree MUSA copies of upstream's forwards",
+    )
     above.axhline(1, linestyle="--", color="grey", linewidth=1)
     above.grid(axis="y", alpha=0.3)
     above.legend(loc="lower left")
-    counts = [len(frozenset().union(*(drift.missing for drift in table[version].values()))) for version in versions]
+    counts = [
+        len(frozenset().union(*(drift.missing for drift in table[version].values())))
+        for version in versions
+    ]
     bars = below.bar(versions, counts, color="tab:red", alpha=0.7)
     below.bar_label(bars)
-    below.set(ylabel="parameters and names\nthe copies lack", xlabel="SGLang release", ylim=(0, max(counts) * 1.2))
+    below.set(
+        ylabel="parameters and names\nthe copies lack",
+        xlabel="SGLang release",
+        ylim=(0, max(counts) * 1.2),
+    )
     below.tick_params(axis="x", rotation=45)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
@@ -151,7 +198,9 @@ def draw(table: dict[str, dict[str, Drift]], path: Path) -> None:
 
 def main() -> None:
     """Print the table; write it and the plot where asked."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     sources = os.environ.get("SGLANG_RELEASES")
     parser.add_argument(
         "sources",
@@ -160,7 +209,9 @@ def main() -> None:
         default=Path(sources) if sources else None,
         help="the directory that holds <version>/sglang for each release (default: SGLANG_RELEASES)",
     )
-    parser.add_argument("--docs", type=Path, help="write drift.md and drift.png into this directory")
+    parser.add_argument(
+        "--docs", type=Path, help="write drift.md and drift.png into this directory"
+    )
     options = parser.parse_args()
     table = measure(options.sources)
     text = markdown(table)

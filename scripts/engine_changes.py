@@ -1,6 +1,8 @@
-"""What engines of the kit and the benchmark have different from SGLang's own, where a variable asks for it.
+"""What engines of the kit and the benchmark have different from SGLang's own, where a variable asks
+for it.
 
-Each change is made to one module of SGLang, right after it was imported, in every process of an engine.
+Each change is made to one module of SGLang, right after it was imported, in every process of an
+engine.
 """
 
 from __future__ import annotations
@@ -17,23 +19,32 @@ from types import ModuleType
 from typing import Any
 
 WEIGHTS = "SGLANG_MUSA_EXT_SCRIPTS_WEIGHTS"
-"""Set for engines whose models, loaded with ``load_format="dummy"``, get weights of :func:`initialize`."""
+"""Set for engines whose models, loaded with ``load_format="dummy"``, get weights of
+:func:`initialize`.
+"""
 PLANS = "SGLANG_MUSA_EXT_SCRIPTS_PLANS"
-"""Set for engines whose upstream backend asks FA3 for a plan before every call, and uses none twice."""
+"""Set for engines whose upstream backend asks FA3 for a plan before every call, and uses none
+twice.
+"""
 
 
 def initialize(model: Any) -> None:
     """Fill ``model`` with random weights under which answers depend on every token.
 
-    Each matrix keeps the size of what it multiplies, and norms multiply by about 1. SGLang's own dummy weights are all
-    within 0.001, the norms' too: what attention adds to the hidden states is then below their rounding, and engines
-    with different attention give equal answers. With norms far above 1 each layer would make a difference in the last
-    bit larger, and after some twenty of them answers would differ by as much as those of another attention.
+    Each matrix keeps the size of what it multiplies, and norms multiply by about 1. SGLang's own
+    dummy weights are all within 0.001, the norms' too: what attention adds to the hidden states is
+    then below their rounding, and engines with different attention give equal answers. With norms
+    far above 1 each layer would make a difference in the last bit larger, and after some twenty of
+    them answers would differ by as much as those of another attention.
     """
     import torch
 
     # Gemma's norms multiply by their weight and 1.
-    added = {f"{name}.weight" for name, module in model.named_modules() if type(module).__name__.startswith("Gemma")}
+    added = {
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if type(module).__name__.startswith("Gemma")
+    }
     for name, weight in model.state_dict().items():
         if torch.is_floating_point(weight):
             generator = torch.Generator(device=weight.device).manual_seed(zlib.crc32(name.encode()))
@@ -46,19 +57,25 @@ def initialize(model: Any) -> None:
 
 def _give_weights(module: Any) -> None:
     # A release that calls it otherwise must not go on with its own weights unseen.
-    assert hasattr(module, "initialize_dummy_weights"), f"{module.__name__} has no initialize_dummy_weights"
+    assert hasattr(module, "initialize_dummy_weights"), (
+        f"{module.__name__} has no initialize_dummy_weights"
+    )
     module.initialize_dummy_weights = initialize
 
 
 def _plan_calls(module: Any) -> None:
-    """Give every FA3 call of upstream's backend a plan of its own, in place of those that it precomputes.
+    """Give every FA3 call of upstream's backend a plan of its own, in place of those that it
+    precomputes.
 
-    As shipped, it precomputes plans for plain decode alone, for the longest request of the batch, and leaves others to
-    the kernels. So numbers of splits may differ, and the last bits of the outputs with them. Nothing of this is the
-    package's: no plan is kept, and the arguments are worked out anew from FA3's documentation.
+    As shipped, it precomputes plans for plain decode alone, for the longest request of the batch,
+    and leaves others to the kernels. So numbers of splits may differ, and the last bits of the
+    outputs with them. Nothing of this is the package's: no plan is kept, and the arguments are
+    worked out anew from FA3's documentation.
     """
     backend = module.FlashAttentionBackend
-    assert hasattr(backend, "_compute_scheduler_metadata"), f"{backend} has no _compute_scheduler_metadata"
+    assert hasattr(backend, "_compute_scheduler_metadata"), (
+        f"{backend} has no _compute_scheduler_metadata"
+    )
     backend._compute_scheduler_metadata = lambda *_args, **_kwargs: None
     original = module.flash_attn_with_kvcache
 
@@ -70,10 +87,12 @@ def _plan_calls(module: Any) -> None:
 
 
 def plan_of(arguments: Mapping[str, Any]) -> Any:
-    """What FA3 plans for the ``flash_attn_with_kvcache`` call with these arguments, over a paged cache.
+    """What FA3 plans for the ``flash_attn_with_kvcache`` call with these arguments, over a paged
+    cache.
 
-    ``None`` for requests with different numbers of queries: SGLang's build bounds splits by the longest query where it
-    plans, and by the average one where it attends, so that a plan may have more splits than there are accumulators.
+    ``None`` for requests with different numbers of queries: SGLang's build bounds splits by the
+    longest query where it plans, and by the average one where it attends, so that a plan may have
+    more splits than there are accumulators.
     """
     from sgl_kernel.flash_attn import get_scheduler_metadata
 
@@ -104,7 +123,9 @@ class AfterImport(MetaPathFinder):
     def __init__(self, name: str, change: Callable[[Any], None]) -> None:
         self._name, self._change = name, change
 
-    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         """The module's own spec, with a loader that goes on to the change."""
         if name != self._name:
             return None

@@ -1,7 +1,8 @@
 """SGLang engines, each in a process of its own that answers over a pipe.
 
-The validation kit and the benchmark ask several engines the same questions and compare: other settings, another
-attention backend, another plugin. In one process they would share SGLang's globals.
+The validation kit and the benchmark ask several engines the same questions and compare: other
+settings, another attention backend, another plugin. In one process they would share SGLang's
+globals.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ import engine_changes
 
 GRAPH_SIZES = ("cuda_graph_bs_decode", "cuda_graph_bs")
 LARGEST_GRAPH = ("cuda_graph_max_bs_decode", "cuda_graph_max_bs")
-"""What releases of SGLang call the batch sizes to capture, and the largest; one of them takes a list."""
+"""What releases of SGLang call the batch sizes to capture, and the largest; one of them takes a
+list.
+"""
 NO_PREFILL_GRAPH = ("disable_prefill_cuda_graph", "disable_piecewise_cuda_graph")
 """What they call the switch that keeps prefill out of graphs."""
 FORCE_UPDATE = "SGLANG_MUSA_FA3_FORCE_UPDATE_METADATA"
@@ -36,7 +39,9 @@ class EngineDied(RuntimeError):
 
 
 class Engine:
-    """An engine in a process of its own. It boots while others do, and the first question waits for it."""
+    """An engine in a process of its own. It boots while others do, and the first question waits for
+    it.
+    """
 
     def __init__(
         self,
@@ -54,7 +59,13 @@ class Engine:
             patience: seconds that an answer may take; ``None``: any time.
         """
         reading, writing = os.pipe()
-        command = [sys.executable, str(Path(__file__).resolve()), "--serve", json.dumps(arguments), str(writing)]
+        command = [
+            sys.executable,
+            str(Path(__file__).resolve()),
+            "--serve",
+            json.dumps(arguments),
+            str(writing),
+        ]
         inherited = {name: value for name, value in os.environ.items() if name != FORCE_UPDATE}
         output = contextlib.nullcontext() if log is None else log.open("w")
         with output as stream:
@@ -87,7 +98,9 @@ class Engine:
 
     def step_seconds(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> float:
         """Seconds from one decode step to the next while these prompts are continued together."""
-        return float(self._call({"prompts": prompts, "new_tokens": new_tokens, "steps": True})["seconds"])
+        return float(
+            self._call({"prompts": prompts, "new_tokens": new_tokens, "steps": True})["seconds"]
+        )
 
     def state(self) -> dict[str, Any]:
         """The internal state of the engine's first scheduler."""
@@ -113,7 +126,9 @@ class Engine:
         self._process.kill()
 
     def close(self) -> None:
-        """End it, and wait for it: as a server ends where it serves, and at once where it still boots."""
+        """End it, and wait for it: as a server ends where it serves, and at once where it still
+        boots.
+        """
         assert self._process.stdin is not None
         if not self._ready:
             self.kill()
@@ -136,10 +151,15 @@ class Engine:
 
     def _read(self) -> dict[str, Any]:
         if not select.select([self._answers], [], [], self._patience)[0]:
-            raise EngineDied(f"The engine gave no answer within {self._patience:.0f} s. {self._last_error()}")
+            raise EngineDied(
+                f"The engine gave no answer within {self._patience:.0f} s. {self._last_error()}"
+            )
         line = self._answers.readline()
         if not line:
-            raise EngineDied(f"The engine's process ended with status {self._process.wait()}. {self._last_error()}")
+            raise EngineDied(
+                f"The engine's process ended with status {self._process.wait()}. "
+                f"{self._last_error()}"
+            )
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
             raise EngineDied(f"{answer['error']} {self._last_error()}")
@@ -150,7 +170,9 @@ class Engine:
 
 
 @contextlib.contextmanager
-def engine(arguments: Mapping[str, Any], environ: Mapping[str, str], log: Path | None = None) -> Iterator[Engine]:
+def engine(
+    arguments: Mapping[str, Any], environ: Mapping[str, str], log: Path | None = None
+) -> Iterator[Engine]:
     """An engine that is up, while it is needed."""
     process = Engine(arguments, environ, log)
     try:
@@ -161,13 +183,21 @@ def engine(arguments: Mapping[str, Any], environ: Mapping[str, str], log: Path |
 
 def last_error(log: Path) -> str:
     """The last line of a log that names an error, or its last line; empty if there is no log."""
-    lines = [line.strip() for line in log.read_text(errors="replace").split("\n")] if log.is_file() else []
+    lines = (
+        [line.strip() for line in log.read_text(errors="replace").split("\n")]
+        if log.is_file()
+        else []
+    )
     said = [line for line in lines if line]
-    errors = [line for line in said if re.match(r"[\w.]*(Error|Exception|Died|Mismatch|Exhausted|Unavailable)\b", line)]
+    errors = [
+        line
+        for line in said
+        if re.match(r"[\w.]*(Error|Exception|Died|Mismatch|Exhausted|Unavailable)\b", line)
+    ]
     return (errors or said or [""])[-1][:1000]
 
 
-# --- in an engine's process ---------------------------------------------------------------------------
+# --- in an engine's process -----------------------------------------------------------------------
 
 
 def serve(arguments: dict[str, Any], descriptor: int) -> None:
@@ -204,8 +234,9 @@ def _boot(arguments: dict[str, Any]) -> Any:
 def graph_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """``arguments`` with what they say of graphs in the words of the installed release of SGLang.
 
-    ``graphs`` holds the batch sizes to capture: none for no graphs, and one for every size up to it that SGLang
-    chooses. ``prefill_graphs`` says whether prefill may be captured too; without it SGLang chooses.
+    ``graphs`` holds the batch sizes to capture: none for no graphs, and one for every size up to it
+    that SGLang chooses. ``prefill_graphs`` says whether prefill may be captured too; without it
+    SGLang chooses.
     """
     import inspect
 
@@ -240,7 +271,9 @@ def _answer(engine: Any, question: SimpleNamespace) -> dict[str, Any]:
     if not hasattr(question, "logprobs"):
         engine.generate(input_ids=question.prompts, sampling_params=sampling)
         return {}
-    answers = engine.generate(input_ids=question.prompts, sampling_params=sampling, return_logprob=True)
+    answers = engine.generate(
+        input_ids=question.prompts, sampling_params=sampling, return_logprob=True
+    )
     chosen = [answer["meta_info"]["output_token_logprobs"] for answer in answers]
     tokens, logprobs = ([[entry[index] for entry in row] for row in chosen] for index in (1, 0))
     return {"tokens": tokens, "logprobs": logprobs}
@@ -255,8 +288,12 @@ def _flush(engine: Any, seconds: float = 30.0) -> None:
         time.sleep(0.05)
 
 
-def _step_seconds(engine: Any, prompts: Sequence[Sequence[int]], sampling: Mapping[str, Any]) -> float:
-    """Between the first and the last token that the first request streams, so that prefill does not count."""
+def _step_seconds(
+    engine: Any, prompts: Sequence[Sequence[int]], sampling: Mapping[str, Any]
+) -> float:
+    """Between the first and the last token that the first request streams, so that prefill does not
+    count.
+    """
     seen: list[tuple[float, int]] = []
     for chunk in engine.generate(input_ids=prompts, sampling_params=sampling, stream=True):
         if chunk.get("index", 0) == 0:
@@ -266,9 +303,12 @@ def _step_seconds(engine: Any, prompts: Sequence[Sequence[int]], sampling: Mappi
     return (last - first) / (more - tokens)
 
 
-if __name__ in ("__main__", "__mp_main__") and os.environ.get("SGLANG_PLATFORM") == "musa_reference":
-    # Up to 0.5.20 SGLang imports what a CPU lacks before it looks for platforms. Processes that the engine spawns run
-    # this as well.
+if (
+    __name__ in ("__main__", "__mp_main__")
+    and os.environ.get("SGLANG_PLATFORM") == "musa_reference"
+):
+    # Up to 0.5.20 SGLang imports what a CPU lacks before it looks for platforms. Processes that the
+    # engine spawns run this as well.
     from sglang_musa_ext.cpu.stand_ins import prepare_process
 
     prepare_process()

@@ -1,12 +1,14 @@
-"""Install Moore Threads' packages that belong together into one environment, each step from one index.
+"""Install Moore Threads' packages that belong together into one environment, each step from one
+index.
 
 1. Download the pinned wheels of a cohort from the vendor's index, without their dependencies.
 2. Look into them: ``mate`` and its wrapper must be Moore Threads', whatever an index calls so.
 3. Install exactly these wheels, without any index.
 4. Install what only a public index has, without its dependencies.
 
-Nothing is installed before the second step is passed, and nothing at all over a torch of another release. pip's
-configuration files and variables are left out, because one more index in them would be one more answer to ``mate``.
+Nothing is installed before the second step is passed, and nothing at all over a torch of another
+release. pip's configuration files and variables are left out, because one more index in them would
+be one more answer to ``mate``.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ ROOT = Path(__file__).resolve().parent.parent
 CONSTRAINTS = ROOT / "constraints"
 INDEX_VARIABLE = "SGLANG_MUSA_EXT_VENDOR_INDEX"
 TORCH_GROUP = frozenset({"torch", "torch-musa", "torchvision", "torchaudio"})
-"""What of these is installed already is left alone, once torch has shown to be the vendor's and of the same release."""
+"""What of these is installed already is left alone, once torch has shown to be the vendor's and of
+the same release.
+"""
 SUPERSEDED = "mate-flash-attention"
 """MATE 0.1's wrapper, whose module the newer one shares."""
 
@@ -86,7 +90,9 @@ def normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def make_plan(options: argparse.Namespace, installed: Mapping[str, str], python_version: Sequence[int]) -> Plan:
+def make_plan(
+    options: argparse.Namespace, installed: Mapping[str, str], python_version: Sequence[int]
+) -> Plan:
     """The commands for an environment with these packages (normal name to version).
 
     Raises:
@@ -96,10 +102,14 @@ def make_plan(options: argparse.Namespace, installed: Mapping[str, str], python_
     notes = []
     if tuple(python_version) not in ((3, 10), (3, 12)):
         dotted = ".".join(map(str, python_version))
-        notes.append(f"The vendor publishes wheels for CPython 3.10 and 3.12, and {options.python} is {dotted}.")
+        notes.append(
+            f"The vendor publishes wheels for CPython 3.10 and 3.12, and {options.python} is "
+            f"{dotted}."
+        )
     if SUPERSEDED in installed:
         raise InstallError(
-            f"{SUPERSEDED} {installed[SUPERSEDED]} is installed, MATE 0.1's wrapper, whose modules the new one would "
+            f"{SUPERSEDED} {installed[SUPERSEDED]} is installed, MATE 0.1's wrapper, whose modules "
+            "the new one would "
             f"share. Uninstall it first: {options.python} -m pip uninstall {SUPERSEDED}"
         )
     if "torch" in installed:
@@ -111,13 +121,33 @@ def make_plan(options: argparse.Namespace, installed: Mapping[str, str], python_
     pip = [options.python, "-m", "pip", "--isolated", "--disable-pip-version-check"]
     wheels = Path(options.wheels)
     download = [*pip, "download", "--no-deps", "--only-binary", ":all:", "--dest", str(wheels)]
-    # Reinstalling matters where another project's package of the same name and version is installed already.
-    install = [*pip, "install", "--no-deps", "--force-reinstall", "--no-index", "--find-links", str(wheels)]
-    public = [*pip, "install", "--no-deps", *(("--index-url", options.public_index) if options.public_index else ())]
+    # Reinstalling matters where another project's package of the same name and version is installed
+    # already.
+    install = [
+        *pip,
+        "install",
+        "--no-deps",
+        "--force-reinstall",
+        "--no-index",
+        "--find-links",
+        str(wheels),
+    ]
+    public = [
+        *pip,
+        "install",
+        "--no-deps",
+        *(("--index-url", options.public_index) if options.public_index else ()),
+    ]
     return Plan(
         download=[*download, "--index-url", options.index, *pinned],
         install=[*install, *pinned],
-        public=[*public, *(f"{name}=={version}" for name, version in read_pins(CONSTRAINTS / "public.txt").items())],
+        public=[
+            *public,
+            *(
+                f"{name}=={version}"
+                for name, version in read_pins(CONSTRAINTS / "public.txt").items()
+            ),
+        ],
         wheels=wheels,
         notes=tuple(notes),
     )
@@ -127,14 +157,17 @@ def require_same_torch(installed: str, pinned: str, options: argparse.Namespace)
     """Refuse to replace a torch: a vendor's may be the only one that fits its driver.
 
     Raises:
-        InstallError: the installed one is not the vendor's, or of another release than the cohort's.
+        InstallError: the installed one is not the vendor's, or of another release than the
+            cohort's.
     """
     if "musa" in installed and release(installed) == release(pinned):
         return
     whose = "the vendor's torch" if "musa" in installed else "a torch that is not the vendor's"
     raise InstallError(
-        f"{options.python} has {whose}, {installed}, and the cohort {options.cohort} has {pinned}. It is not replaced. "
-        f"Take another cohort ({', '.join(cohorts())}), or a new environment: python3.12 -m venv NAME"
+        f"{options.python} has {whose}, {installed}, and the cohort {options.cohort} has {pinned}. "
+        "It is not replaced. "
+        f"Take another cohort ({', '.join(cohorts())}), or a new environment: python3.12 -m venv "
+        "NAME"
     )
 
 
@@ -153,7 +186,10 @@ def require_moore_threads(wheels: Path, pins: Mapping[str, str]) -> None:
         for path in wheels.glob("*.whl"):
             name, version = path.name.split("-")[:2]
             # A pin without a local label stands for any, to pip too.
-            if normal(name) in ("mate", "flash-attn-3") and pins[normal(name)] in (version, version.partition("+")[0]):
+            if normal(name) in ("mate", "flash-attn-3") and pins[normal(name)] in (
+                version,
+                version.partition("+")[0],
+            ):
                 with zipfile.ZipFile(path) as archive:
                     archive.extractall(folder)
         # Without site-packages, so that only the wheels can answer.
@@ -162,7 +198,8 @@ def require_moore_threads(wheels: Path, pins: Mapping[str, str]) -> None:
     if found:
         raise InstallError(
             f"The wheels in {wheels} are not Moore Threads' MATE, so none was installed:\n{found}"
-            "Delete them, and give the vendor's own index with --index: a public one has other projects of these names."
+            "Delete them, and give the vendor's own index with --index: a public one has other "
+            "projects of these names."
         )
 
 
@@ -173,7 +210,9 @@ def look_at(python: str) -> tuple[dict[str, str], list[int]]:
         InstallError: there is no such interpreter.
     """
     try:
-        done = subprocess.run([python, "-I", "-c", INSTALLED], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [python, "-I", "-c", INSTALLED], capture_output=True, text=True, check=True
+        )
     except (OSError, subprocess.CalledProcessError) as error:
         raise InstallError(f"--python {python} is no interpreter that runs: {error}.") from error
     found = json.loads(done.stdout)
@@ -195,7 +234,9 @@ def run(command: Sequence[str]) -> None:
 
 def shown(command: Sequence[str]) -> str:
     """A command as a shell takes it."""
-    return shlex.join(["env", *(f"{name}={value}" for name, value in CONFIGURATION.items()), *command])
+    return shlex.join(
+        ["env", *(f"{name}={value}" for name, value in CONFIGURATION.items()), *command]
+    )
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -204,20 +245,36 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     Raises:
         SystemExit: by argparse, for bad ones.
     """
-    parser = argparse.ArgumentParser(prog="scripts/install-musa", description="Install the vendor's stack for MUSA.")
+    parser = argparse.ArgumentParser(
+        prog="scripts/install-musa", description="Install the vendor's stack for MUSA."
+    )
     parser.add_argument(
         "--index",
         default=os.environ.get(INDEX_VARIABLE),
         help=f"URL of Moore Threads' package index (default: {INDEX_VARIABLE})",
     )
-    parser.add_argument("--public-index", help="URL of a public index for the last step (default: pip's own)")
-    parser.add_argument("--cohort", choices=cohorts(), default=cohorts()[0], help="packages that belong together")
-    parser.add_argument("--python", default=sys.executable, help="interpreter of the environment (default: this one)")
-    parser.add_argument("--wheels", default="musa-wheels", help="folder for the vendor's wheels (default: %(default)s)")
+    parser.add_argument(
+        "--public-index", help="URL of a public index for the last step (default: pip's own)"
+    )
+    parser.add_argument(
+        "--cohort", choices=cohorts(), default=cohorts()[0], help="packages that belong together"
+    )
+    parser.add_argument(
+        "--python",
+        default=sys.executable,
+        help="interpreter of the environment (default: this one)",
+    )
+    parser.add_argument(
+        "--wheels",
+        default="musa-wheels",
+        help="folder for the vendor's wheels (default: %(default)s)",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the commands, and run none")
     options = parser.parse_args(arguments)
     if not options.index:
-        parser.error(f"give the URL of Moore Threads' package index with --index, or in {INDEX_VARIABLE}")
+        parser.error(
+            f"give the URL of Moore Threads' package index with --index, or in {INDEX_VARIABLE}"
+        )
     return options
 
 

@@ -1,4 +1,6 @@
-"""The release matrix as data: what is expected of a release, what a run showed, and whether the one holds the other."""
+"""The release matrix as data: what is expected of a release, what a run showed, and whether the one
+holds the other.
+"""
 
 from __future__ import annotations
 
@@ -87,12 +89,15 @@ def read_releases(path: Path) -> list[Release]:
         MatrixError: if this Python has no TOML reader, or a row states what cannot be.
     """
     try:
-        # Named in a string, because the type checker goes by the oldest Python, which has no such module.
+        # Named in a string, because the type checker goes by the oldest Python, which has no such
+        # module.
         tomllib = importlib.import_module("tomllib")
     except ImportError:
         raise MatrixError(
-            "The matrix needs Python 3.11 or newer: releases.toml is read with tomllib, and SGLang 0.5.22 and newer "
-            "need it too. Run it with another Python, for instance: PYTHON=python3.11 scripts/matrix"
+            "The matrix needs Python 3.11 or newer: releases.toml is read with tomllib, and SGLang "
+            "0.5.22 and newer "
+            "need it too. Run it with another Python, for instance: PYTHON=python3.11 "
+            "scripts/matrix"
         ) from None
     return [_release(row, path) for row in tomllib.loads(path.read_text())["release"]]
 
@@ -101,21 +106,32 @@ def _release(row: Mapping[str, Any], path: Path) -> Release:
     expected = {level: row[level] for level in LEVELS}
     for level, value in expected.items():
         if value not in ("pass", "pending"):
-            raise MatrixError(f"{path.name}: {level} of {row['version']} is {value!r}; expected 'pass' or 'pending'.")
+            raise MatrixError(
+                f"{path.name}: {level} of {row['version']} is {value!r}; expected 'pass' or "
+                "'pending'."
+            )
     known = tuple(Known(one["level"], one["case"], one["reason"]) for one in row["exceptions"])
     for one in known:
         if one.level not in LEVELS:
-            raise MatrixError(f"{path.name}: {row['version']} excepts level {one.level!r}; there are {list(LEVELS)}.")
+            raise MatrixError(
+                f"{path.name}: {row['version']} excepts level {one.level!r}; there are "
+                f"{list(LEVELS)}."
+            )
     return Release(row["version"], row["requires-python"], row["torch"], expected, known)
 
 
 def select(releases: Sequence[Release], wanted: str) -> list[Release]:
-    """The releases of a comma-separated list of versions, ``oldest`` and ``newest``; all of them if it is empty."""
+    """The releases of a comma-separated list of versions, ``oldest`` and ``newest``; all of them if
+    it is empty.
+    """
     versions = [release.version for release in releases]
     names = {"oldest": versions[0], "newest": versions[-1]}
     chosen = [names.get(name, name) for name in _split(wanted)] or versions
     if unknown := [name for name in chosen if name not in versions]:
-        raise MatrixError(f"No such release: {', '.join(unknown)}. There are oldest, newest, {', '.join(versions)}.")
+        raise MatrixError(
+            f"No such release: {', '.join(unknown)}. There are oldest, newest, "
+            f"{', '.join(versions)}."
+        )
     return [release for release in releases if release.version in chosen]
 
 
@@ -145,7 +161,9 @@ def judge(release: Release, level: str, run: Run) -> Verdict:
     status = Status.FAIL if problems else Status.PASS
     if release.expected[level] == "pending":
         status = Status.PENDING
-    return Verdict(status, tuple(problems), tuple(one for one in known if any(map(one.covers, covered))))
+    return Verdict(
+        status, tuple(problems), tuple(one for one in known if any(map(one.covers, covered)))
+    )
 
 
 def _misplaced(known: Known, run: Run) -> str:
@@ -155,5 +173,6 @@ def _misplaced(known: Known, run: Run) -> str:
     if any(known.covers(case) for case in run.failed):
         return ""
     return (
-        f"releases.toml excepts {known.case}, which no case that ran is called: that row can go, or its name is wrong"
+        f"releases.toml excepts {known.case}, which no case that ran is called: "
+        "that row can go, or its name is wrong"
     )

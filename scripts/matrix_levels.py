@@ -1,4 +1,6 @@
-"""What the matrix runs: a release's sources are fetched once, and each level of it is run in one process."""
+"""What the matrix runs: a release's sources are fetched once, and each level of it is run in one
+process.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ CELL_SECONDS = 1800.0
 
 
 def fingerprint(level: str) -> str:
-    """What a result of ``level`` depends on: this package, the level's tests, what is installed here."""
+    """What a result of ``level`` depends on: this package, the level's tests, what is installed
+    here.
+    """
     tests = [path for path in (ROOT / "tests").rglob("*.py") if _has_part_in(path, level)]
     sources = (ROOT / "sglang_musa_ext").rglob("*.py")
     digest = hashlib.sha256()
@@ -54,7 +58,9 @@ def _has_part_in(path: Path, level: str) -> bool:
 
 
 def fetch(release: Release, directory: Path) -> Path:
-    """The directory that holds the release's ``sglang/``, downloaded and unpacked if it is not there yet."""
+    """The directory that holds the release's ``sglang/``, downloaded and unpacked if it is not
+    there yet.
+    """
     target = directory / release.version
     if (target / "sglang").is_dir():
         return target
@@ -70,20 +76,44 @@ def fetch(release: Release, directory: Path) -> Path:
 
 
 def _download(version: str, directory: Path) -> Path:
-    """The wheel alone: its dependencies would replace what is installed, and nothing of it is installed."""
-    command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--quiet", "--no-deps"]
-    command += ["--ignore-requires-python", "--only-binary", ":all:", "--dest", str(directory), f"sglang=={version}"]
+    """The wheel alone: its dependencies would replace what is installed, and nothing of it is
+    installed.
+    """
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--disable-pip-version-check",
+        "--quiet",
+        "--no-deps",
+    ]
+    command += [
+        "--ignore-requires-python",
+        "--only-binary",
+        ":all:",
+        "--dest",
+        str(directory),
+        f"sglang=={version}",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(directory.glob("*.whl"))
     if done.returncode or not wheels:
-        raise MatrixError(f"SGLang {version} could not be downloaded ({' '.join(command)}):\n{done.stderr.strip()}")
+        raise MatrixError(
+            f"SGLang {version} could not be downloaded "
+            f"({' '.join(command)}):\n{done.stderr.strip()}"
+        )
     return wheels[0]
 
 
 def run_level(release: Release, level: str, sources: Path, logs: Path) -> Run:
     """Run ``level`` against the release in ``sources``; what it prints goes to a file in ``logs``."""
     start = time.monotonic()
-    run = _contract(release, sources) if level == "contract" else _pytest(release, level, sources, logs)
+    run = (
+        _contract(release, sources)
+        if level == "contract"
+        else _pytest(release, level, sources, logs)
+    )
     return Run(run.passed, run.failed, run.skipped, run.error, round(time.monotonic() - start, 1))
 
 
@@ -91,7 +121,8 @@ def _contract(release: Release, sources: Path) -> Run:
     """Each row of the contract that holds in this release is a case."""
     violations = check_upstream(sources, release.version)
     failed = {
-        _row(violation.requirement.kind, violation.requirement.symbol): str(violation) for violation in violations
+        _row(violation.requirement.kind, violation.requirement.symbol): str(violation)
+        for violation in violations
     }
     rows = [_row(row.kind, row.symbol) for row in REQUIREMENTS if row.holds_in(release.version)]
     return Run([row for row in rows if row not in failed], failed)
@@ -102,11 +133,22 @@ def _row(kind: str, symbol: str) -> str:
 
 
 def _pytest(release: Release, level: str, sources: Path, logs: Path) -> Run:
-    """Run the tests of ``level`` in a Python that imports the release in place of the installed SGLang."""
+    """Run the tests of ``level`` in a Python that imports the release in place of the installed
+    SGLang.
+    """
     logs.mkdir(parents=True, exist_ok=True)
     log, report = (logs / f"{release.version}-{level}.{ending}" for ending in ("log", "xml"))
     report.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", f"--junitxml={report}"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--tb=short",
+        f"--junitxml={report}",
+    ]
     environment = os.environ | {
         "PYTHONPATH": str(sources),
         "SGLANG_EXPECTED_RELEASE": release.version,
@@ -124,7 +166,11 @@ def _pytest(release: Release, level: str, sources: Path, logs: Path) -> Run:
             )
         )
     error = "" if status in (0, 1) else f"{_status(status)}; its output ends with:\n{_end(log)}"
-    return parse_report(report.read_text(), error) if report.is_file() else Run(error=error or "no report was written")
+    return (
+        parse_report(report.read_text(), error)
+        if report.is_file()
+        else Run(error=error or "no report was written")
+    )
 
 
 def _wait(process: subprocess.Popen[bytes]) -> int | None:
@@ -143,7 +189,11 @@ def _wait(process: subprocess.Popen[bytes]) -> int | None:
 
 
 def _status(status: int | None) -> str:
-    return f"took more than {CELL_SECONDS:.0f} s" if status is None else f"pytest ended with status {status}"
+    return (
+        f"took more than {CELL_SECONDS:.0f} s"
+        if status is None
+        else f"pytest ended with status {status}"
+    )
 
 
 def _end(log: Path) -> str:

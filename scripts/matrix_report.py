@@ -45,9 +45,15 @@ def progress(cell: Cell, done: int, total: int, reused: bool) -> str:
 
 def terminal_table(table: Table, levels: Sequence[str]) -> list[str]:
     """Lines: one for each release, one column for each level."""
-    rows = [["SGLang", *levels], *([version, *_cells(cells, levels)] for version, cells in table.items())]
+    rows = [
+        ["SGLang", *levels],
+        *([version, *_cells(cells, levels)] for version, cells in table.items()),
+    ]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [" | ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = [
+        " | ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
     return [lines[0], "-|-".join("-" * width for width in widths), *lines[1:]]
 
 
@@ -60,8 +66,14 @@ def details(table: Table) -> list[str]:
     lines = []
     for version, cells in table.items():
         for level, cell in cells.items():
-            lines += [f"{cell.verdict.status.value} {version} {level}: {text}" for text in cell.verdict.problems]
-            lines += [f"excepted {version} {level}: {known.case}: {known.reason}" for known in cell.verdict.known]
+            lines += [
+                f"{cell.verdict.status.value} {version} {level}: {text}"
+                for text in cell.verdict.problems
+            ]
+            lines += [
+                f"excepted {version} {level}: {known.case}: {known.reason}"
+                for known in cell.verdict.known
+            ]
     return lines
 
 
@@ -79,7 +91,8 @@ def closing_line(table: Table, seconds: float) -> str:
 def as_json(table: Table, environment: Mapping[str, str]) -> str:
     """Everything, for other programs."""
     return json.dumps(
-        {"environment": environment, "releases": {v: _json(cells) for v, cells in table.items()}}, indent=1
+        {"environment": environment, "releases": {v: _json(cells) for v, cells in table.items()}},
+        indent=1,
     )
 
 
@@ -116,9 +129,14 @@ A test is not applicable where the release lacks what it is about.
 
 
 def markdown(table: Table, environment: Mapping[str, str]) -> str:
-    """The page of the docs. It holds no seconds and no date, so that it changes with its facts alone."""
+    """The page of the docs. It holds no seconds and no date, so that it changes with its facts
+    alone.
+    """
     versions = ", ".join(f"{name} {version}" for name, version in environment.items())
-    lines = ["| SGLang | Python | its PyTorch | contract | backend | engine |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| SGLang | Python | its PyTorch | contract | backend | engine |",
+        "|---|---|---|---|---|---|",
+    ]
     reasons: dict[tuple[str, Known], list[str]] = {}
     for version, cells in table.items():
         release = next(iter(cells.values())).release

@@ -1,7 +1,8 @@
-"""Models without weights: configurations that SGLang loads with ``load_format="dummy"``, for the kit and the benchmark.
+"""Models without weights: configurations that SGLang loads with ``load_format="dummy"``, for the
+kit and the benchmark.
 
-Their shapes are those of a family's real models; sizes are the caller's. SGLang draws the weights itself, the same
-ones every time; for a comparison of answers take those of ``dummy_weights``.
+Their shapes are those of a family's real models; sizes are the caller's. SGLang draws the weights
+itself, the same ones every time; for a comparison of answers take those of ``dummy_weights``.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
             "beta_slow": 1.0, "truncate": False,
         },
     },
-    # Multi-head latent attention with DeepSeek-V3's dimensions. All layers are dense unless the caller says otherwise.
+    # Multi-head latent attention with DeepSeek-V3's dimensions. All layers are dense unless the
+    # caller says otherwise.
     "deepseek_v3": {
         "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "num_attention_heads": 16,
         "num_key_value_heads": 16, "q_lora_rank": 256, "kv_lora_rank": 512, "qk_nope_head_dim": 128,
@@ -60,7 +62,8 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
 
 
 def write_model(directory: Path, family: str, **changes: Any) -> Path:
-    """Write the configuration of a model of ``family`` to ``directory``, with ``changes``; returns ``directory``.
+    """Write the configuration of a model of ``family`` to ``directory``, with ``changes``; returns
+    ``directory``.
 
     Raises:
         KeyError: there is no such family.

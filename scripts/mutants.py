@@ -32,7 +32,12 @@ UNIT = ("attention/test_plans.py",)
 SECONDS = 150
 """How long the guards of a mutant may take; a mutant that hangs them is noticed."""
 
-CACHE, BACKEND, KERNELS, PLUGIN = "attention/plans.py", "attention/mixin.py", "kernels/provider.py", "plugin.py"
+CACHE, BACKEND, KERNELS, PLUGIN = (
+    "attention/plans.py",
+    "attention/mixin.py",
+    "kernels/provider.py",
+    "plugin.py",
+)
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,9 @@ def key_mutants() -> Iterator[Mutant]:
         ("stride", "tuple(tensor.shape), tensor.stride()", "tuple(tensor.shape), ()", "told_apart"),
         ("version", "-1 if tensor.is_inference() else tensor._version", "-1", "told_apart"),
     ):
-        yield Mutant(f"identity without {part}", CACHE, old, new, guards, UNIT if part == "shape" else FILES)
+        yield Mutant(
+            f"identity without {part}", CACHE, old, new, guards, UNIT if part == "shape" else FILES
+        )
     yield Mutant("planned tensors not kept alive", CACHE, "return _Plan(key, value, tensors)",
                  "return _Plan(key, value, ())", "outlive_their_owner", UNIT)  # fmt: skip
 
@@ -105,14 +112,18 @@ VALUE_NAMES = (
 def signature_mutants() -> Iterator[Mutant]:
     """Each part left out of what tells calls apart before their geometry is worked out."""
     for part in SIGNATURE:
-        yield Mutant(f"signature without {part}", BACKEND, part, "", "differ_in_one_thing or told_apart")
+        yield Mutant(
+            f"signature without {part}", BACKEND, part, "", "differ_in_one_thing or told_apart"
+        )
     yield Mutant("signature without names", BACKEND, "site.names, ", "", "under_other_names")
     for name in VALUE_NAMES:
         less = VALUES.replace("in names]", f'in names and name != "{name}"]')
         yield Mutant(f"signature without {name}", BACKEND, VALUES, less, "differ_in_one_thing")
     for name in ("cache_leftpad", "cu_seqlens_k_new"):
         check = f'get("{name}") is not None'
-        yield Mutant(f"signature in spite of {name}", BACKEND, check, "False", "differ_in_one_thing")
+        yield Mutant(
+            f"signature in spite of {name}", BACKEND, check, "False", "differ_in_one_thing"
+        )
 
 
 PLANNED = "return self._kernels.plans_unequal_queries or _has_equal_queries(arguments)"
@@ -266,7 +277,16 @@ SELECTION = (
 
 def all_mutants() -> list[Mutant]:
     """Every mutant, in the order of the run."""
-    return [*key_mutants(), *signature_mutants(), *PASS_RULES, *WORKSPACE, *CALLS, *ISOLATION, *CHECKS, *SELECTION]
+    return [
+        *key_mutants(),
+        *signature_mutants(),
+        *PASS_RULES,
+        *WORKSPACE,
+        *CALLS,
+        *ISOLATION,
+        *CHECKS,
+        *SELECTION,
+    ]
 
 
 class BrokenRun(RuntimeError):
@@ -320,7 +340,9 @@ def run_guards(guards: str, tests: Sequence[str], folder: Path) -> NoReturn:
     for name in [name for name in sys.modules if name.split(".")[0] in (PACKAGE, TESTS)]:
         del sys.modules[name]
     paths = [str(folder / TESTS / name) for name in tests]
-    status = pytest.main(["-x", "-q", "--rootdir", str(folder), "-p", "no:cacheprovider", "-k", guards, *paths])
+    status = pytest.main(
+        ["-x", "-q", "--rootdir", str(folder), "-p", "no:cacheprovider", "-k", guards, *paths]
+    )
     sys.stdout.flush()
     os._exit(int(status))
 
@@ -331,7 +353,9 @@ def verdict(wait_status: int, mutant: Mutant, log: str) -> bool:
         return True
     status = os.waitstatus_to_exitcode(wait_status)
     if status not in (0, 1):
-        raise BrokenRun(f"mutant {mutant.name!r}: pytest ended with {status} for -k {mutant.guards!r}.\n{log[-3000:]}")
+        raise BrokenRun(
+            f"mutant {mutant.name!r}: pytest ended with {status} for -k {mutant.guards!r}.\n{log[-3000:]}"
+        )
     return status == 1
 
 
@@ -349,7 +373,10 @@ def run(mutants: Sequence[Mutant], jobs: int, folder: Path) -> list[Mutant]:
         noticed = verdict(status, mutant, (place / "log").read_text(errors="replace"))
         shutil.rmtree(place)
         done += 1
-        print(f"[{done:3d}/{len(mutants)}] {'killed' if noticed else 'SURVIVED':8s}  {mutant.name}", flush=True)
+        print(
+            f"[{done:3d}/{len(mutants)}] {'killed' if noticed else 'SURVIVED':8s}  {mutant.name}",
+            flush=True,
+        )
         survivors += [] if noticed else [mutant]
     return survivors
 
@@ -361,9 +388,13 @@ def check_guards(mutants: Sequence[Mutant], folder: Path) -> None:
         if not guards:
             continue
         place = Path(tempfile.mkdtemp(dir=folder))
-        _, status = os.waitpid(start(None, " or ".join(f"({one})" for one in guards), tests, place), 0)
+        _, status = os.waitpid(
+            start(None, " or ".join(f"({one})" for one in guards), tests, place), 0
+        )
         if status:
-            raise BrokenRun(f"the guards fail on the package as it is:\n{(place / 'log').read_text()[-4000:]}")
+            raise BrokenRun(
+                f"the guards fail on the package as it is:\n{(place / 'log').read_text()[-4000:]}"
+            )
 
 
 def import_once() -> None:
@@ -385,21 +416,34 @@ def import_once() -> None:
 def main() -> int:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--jobs", type=int, default=2, help="mutants to test at a time (default: %(default)s)")
-    parser.add_argument("names", nargs="*", metavar="NAME", help="only mutants whose name contains one of these")
+    parser.add_argument(
+        "--jobs", type=int, default=2, help="mutants to test at a time (default: %(default)s)"
+    )
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help="only mutants whose name contains one of these"
+    )
     options = parser.parse_args()
-    mutants = [one for one in all_mutants() if not options.names or any(name in one.name for name in options.names)]
+    mutants = [
+        one
+        for one in all_mutants()
+        if not options.names or any(name in one.name for name in options.names)
+    ]
     began = time.monotonic()
     import_once()
     try:
         with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
             check_guards(mutants, Path(folder))
-            print(f"the guards pass on the package as it is ({time.monotonic() - began:.0f} s)", flush=True)
+            print(
+                f"the guards pass on the package as it is ({time.monotonic() - began:.0f} s)",
+                flush=True,
+            )
             survivors = run(mutants, options.jobs, Path(folder))
     except BrokenRun as error:
         print(f"scripts/mutants cannot run: {error}", file=sys.stderr)
         return 2
-    print(f"{len(mutants) - len(survivors)} of {len(mutants)} mutants killed in {time.monotonic() - began:.0f} s")
+    print(
+        f"{len(mutants) - len(survivors)} of {len(mutants)} mutants killed in {time.monotonic() - began:.0f} s"
+    )
     return 1 if survivors else 0
 
 

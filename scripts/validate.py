@@ -1,19 +1,23 @@
-"""Validate sglang-musa-ext on the machine that has the GPU, and write one report to attach to an issue.
+"""Validate sglang-musa-ext on the machine that has the GPU, and write one report to attach to an
+issue.
 
-scripts/validate [--kernels auto|mate|hopper|reference] [--only PARTS] [--modes MODES] [--quick] [--out FOLDER]
+scripts/validate [--kernels auto|mate|hopper|reference] [--only PARTS] [--modes MODES] [--quick]
+[--out FOLDER]
 
 It needs the installed stack alone: torch, sglang, sglang-musa-ext, and this checkout. Its parts are
 
   doctor    what is installed, and what stands in the way
   numerics  the kernels, in every way that the backend calls them, against attention in float64
-  graphs    plans and kernels captured in the device's graphs, replayed with other lengths, against float64
-  memcheck  NVIDIA's compute-sanitizer over the kernels in each of these ways; on NVIDIA GPUs alone
-  engine    a tiny random Llama served by SGLang with this package, against SGLang's torch_native
-  modes     models without weights served in every mode, against SGLang's own fa3; on NVIDIA GPUs alone
-  bench     decode step time with plans reused within a pass and without, interleaved, verified before it is timed
+  graphs    plans and kernels captured in the device's graphs, replayed with other lengths, against
+  float64 memcheck  NVIDIA's compute-sanitizer over the kernels in each of these ways; on NVIDIA
+  GPUs alone engine    a tiny random Llama served by SGLang with this package, against SGLang's
+  torch_native modes     models without weights served in every mode, against SGLang's own fa3; on
+  NVIDIA GPUs alone bench     decode step time with plans reused within a pass and without,
+  interleaved, verified before it is timed
 
-Every part runs in a process of its own, and what a case does to it (a crash, a hang) is a result: the case failed, and
-the rest goes on in another process. Exit status: 0 all that could run passed, 1 a case failed, 2 a part could not run.
+Every part runs in a process of its own, and what a case does to it (a crash, a hang) is a result:
+the case failed, and the rest goes on in another process. Exit status: 0 all that could run passed,
+1 a case failed, 2 a part could not run.
 """
 
 from __future__ import annotations
@@ -54,7 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _options(arguments)
     if options.child:
         return _child(options)
-    out = Path(options.out or f"musa-validation-{datetime.datetime.now().astimezone():%Y%m%d-%H%M%S}")
+    out = Path(
+        options.out or f"musa-validation-{datetime.datetime.now().astimezone():%Y%m%d-%H%M%S}"
+    )
     out.mkdir(parents=True, exist_ok=True)
     run = Run(options, out)
     # Being told to end must end the parts' processes too, and leave a report.
@@ -77,18 +83,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     head, _, rest = str(__doc__).partition("\n\n")
     parser = argparse.ArgumentParser(
-        prog="validate", description=head, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="validate",
+        description=head,
+        epilog=rest,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--kernels", choices=("auto", "mate", "hopper", "reference"), default="auto")
-    parser.add_argument("--device", default="auto", help="musa, cuda or cpu, with an index if there are several")
-    parser.add_argument("--only", type=_parts, default=PARTS, metavar="PARTS", help=f"some of {','.join(PARTS)}")
-    parser.add_argument("--modes", type=_modes, default=(), metavar="MODES", help="some of the part modes, by name")
+    parser.add_argument(
+        "--kernels", choices=("auto", "mate", "hopper", "reference"), default="auto"
+    )
+    parser.add_argument(
+        "--device", default="auto", help="musa, cuda or cpu, with an index if there are several"
+    )
+    parser.add_argument(
+        "--only", type=_parts, default=PARTS, metavar="PARTS", help=f"some of {','.join(PARTS)}"
+    )
+    parser.add_argument(
+        "--modes", type=_modes, default=(), metavar="MODES", help="some of the part modes, by name"
+    )
     parser.add_argument(
         "--jobs", type=int, default=0, metavar="N",
         help="engines of modes and cases of memcheck at a time (default: what processor and GPUs have room for)",
     )  # fmt: skip
-    parser.add_argument("--quick", action="store_true", help="one dtype, and a short engine and benchmark")
-    parser.add_argument("--out", metavar="FOLDER", help="where the report goes (default: ./musa-validation-<date>)")
+    parser.add_argument(
+        "--quick", action="store_true", help="one dtype, and a short engine and benchmark"
+    )
+    parser.add_argument(
+        "--out", metavar="FOLDER", help="where the report goes (default: ./musa-validation-<date>)"
+    )
     for hidden in ("--child", "--fd", "--done", "--scratch"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
@@ -97,7 +118,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 def _parts(text: str) -> tuple[str, ...]:
     chosen = tuple(text.split(","))
     if unknown := set(chosen) - set(PARTS):
-        raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))}: expected some of {','.join(PARTS)}")
+        raise argparse.ArgumentTypeError(
+            f"{', '.join(sorted(unknown))}: expected some of {','.join(PARTS)}"
+        )
     return tuple(part for part in PARTS if part in chosen)
 
 
@@ -106,11 +129,13 @@ def _modes(text: str) -> tuple[str, ...]:
 
     chosen = tuple(text.split(","))
     if unknown := set(chosen) - set(MODES):
-        raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))}: expected some of {','.join(MODES)}")
+        raise argparse.ArgumentTypeError(
+            f"{', '.join(sorted(unknown))}: expected some of {','.join(MODES)}"
+        )
     return chosen
 
 
-# --- in the process that the user started: the standard library alone ---------------------------------
+# --- in the process that the user started: the standard library alone -----------------------------
 
 
 class Run:
@@ -124,7 +149,9 @@ class Run:
         started = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
         names = ("kernels", "device", "only", "modes", "quick")
         settings = {name: _plain(getattr(options, name)) for name in names}
-        settings |= {name: value for name, value in sorted(os.environ.items()) if name.startswith("SGLANG_")}
+        settings |= {
+            name: value for name, value in sorted(os.environ.items()) if name.startswith("SGLANG_")
+        }
         self.report = Report(started, settings)
 
     def probe(self) -> None:
@@ -136,7 +163,9 @@ class Run:
             if "broken" in message:
                 self.report.broken["device"] = message["broken"]
         if not self.report.device and "device" not in self.report.broken:
-            self.report.broken["device"] = f"the process that looks for it ended early: {self._last_words('probe')}"
+            self.report.broken["device"] = (
+                f"the process that looks for it ended early: {self._last_words('probe')}"
+            )
 
     def part(self, name: str) -> None:
         """Run one part, in as many processes as it kills."""
@@ -151,7 +180,9 @@ class Run:
     def _cases(self, part: str) -> None:
         for _ in range(DEATHS):
             state: dict[str, Any] = {"status": None}
-            for message in self._messages(part, [outcome.name for outcome in self.report.of(part)], state):
+            for message in self._messages(
+                part, [outcome.name for outcome in self.report.of(part)], state
+            ):
                 self._note(part, message, state)
             if state["status"] == 0 or part in self.report.broken:
                 return
@@ -169,7 +200,10 @@ class Run:
             state["total"] = message["total"]
         elif "start" in message:
             state["case"] = message["start"]
-            _show_progress(f"{part}: {len(self.report.of(part)) + 1} of {state.get('total', '?')}: {message['start']}")
+            _show_progress(
+                f"{part}: {len(self.report.of(part)) + 1} of {state.get('total', '?')}: "
+                f"{message['start']}"
+            )
         elif "progress" in message:
             _show_progress(f"{part}: {message['progress']}")
         elif "outcome" in message:
@@ -180,11 +214,16 @@ class Run:
         self.report.outcomes.append(outcome)
         if outcome.status == FAIL:
             _show_progress("")
-            print(f"  FAIL  {outcome.part}: {outcome.name}: {outcome.reason} {numbers(outcome.numbers)}")
+            print(
+                f"  FAIL  {outcome.part}: {outcome.name}: {outcome.reason} "
+                f"{numbers(outcome.numbers)}"
+            )
         # What was found so far must survive whatever comes next, the machine's end among it.
         self.report.write(self.out)
 
-    def _messages(self, part: str, done: Sequence[str], state: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    def _messages(
+        self, part: str, done: Sequence[str], state: dict[str, Any]
+    ) -> Iterator[dict[str, Any]]:
         """What a new process of ``part`` reports, until it ends; ``state["status"]`` is then how."""
         reading, writing = os.pipe()
         finished = self.out / f"{part}.done.json"
@@ -236,7 +275,12 @@ class Run:
         command = [sys.executable, "-m", "sglang_musa_ext.doctor", "--json"]
         try:
             done = subprocess.run(
-                command, check=False, capture_output=True, text=True, timeout=120, env=self._environment()
+                command,
+                check=False,
+                capture_output=True,
+                text=True,
+                timeout=120,
+                env=self._environment(),
             )
             self.report.doctor = json.loads(done.stdout)
         except (OSError, subprocess.TimeoutExpired, json.JSONDecodeError) as error:
@@ -288,7 +332,9 @@ def _show_progress(text: str) -> None:
 def _show_part(report: Report, part: str) -> None:
     _show_progress("")
     found = [outcome.status for outcome in report.of(part)]
-    counts = ", ".join(f"{found.count(status)} {status}" for status in (PASS, FAIL, SKIP) if status in found)
+    counts = ", ".join(
+        f"{found.count(status)} {status}" for status in (PASS, FAIL, SKIP) if status in found
+    )
     why = f"could not run: {report.broken[part]}" if part in report.broken else ""
     print(f"{part:<10}{'; '.join(filter(None, (counts, why)))}", flush=True)
     reasons = dict.fromkeys(outcome.reason for outcome in report.of(part) if outcome.status == SKIP)
@@ -297,7 +343,10 @@ def _show_part(report: Report, part: str) -> None:
 
 
 def _show_summary(report: Report) -> None:
-    print(f"\n{report.verdict.upper()}: " + ", ".join(f"{n} {v}" for n, v in report.versions.items() if v != "absent"))
+    print(
+        f"\n{report.verdict.upper()}: "
+        + ", ".join(f"{n} {v}" for n, v in report.versions.items() if v != "absent")
+    )
     for name, reason in report.broken.items():
         print(f"  could not run {name}: {reason}")
     for outcome in report.outcomes:
@@ -305,7 +354,7 @@ def _show_summary(report: Report) -> None:
             print(f"  {outcome.name}: {numbers(outcome.numbers)}")
 
 
-# --- in the process of a part -------------------------------------------------------------------------
+# --- in the process of a part ---------------------------------------------------------------------
 
 
 def _child(options: argparse.Namespace) -> int:
@@ -320,7 +369,9 @@ def _child(options: argparse.Namespace) -> int:
         with one_at_a_time:
             os.write(descriptor, json.dumps(message, default=str).encode() + b"\n")
 
-    module = importlib.import_module("validate_device" if options.child == "probe" else f"validate_{options.child}")
+    module = importlib.import_module(
+        "validate_device" if options.child == "probe" else f"validate_{options.child}"
+    )
     try:
         module.run(options, done, emit)
     except ImportError as error:

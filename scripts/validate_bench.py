@@ -1,7 +1,9 @@
-"""Decode step time of a served random Llama, with plans reused within a pass and with one computed for every layer.
+"""Decode step time of a served random Llama, with plans reused within a pass and with one computed
+for every layer.
 
-Both engines are up at the same time, and take turns. They must give the same tokens before anything is timed. A
-step's time is taken from the first streamed token to the last, so that prefill does not count.
+Both engines are up at the same time, and take turns. They must give the same tokens before anything
+is timed. A step's time is taken from the first streamed token to the last, so that prefill does not
+count.
 """
 
 from __future__ import annotations
@@ -35,10 +37,16 @@ class Bench:
 
     def cases(self) -> list[tuple[str, Callable[[], Outcome]]]:
         """First the engines and their equality, then the times."""
-        found: dict[str, Callable[[], Outcome]] = {"equal tokens with and without reuse": self._verify}
+        found: dict[str, Callable[[], Outcome]] = {
+            "equal tokens with and without reuse": self._verify
+        }
         for batch in (1, 4):
-            found[f"decode step at batch {batch}, reuse / no reuse"] = functools.partial(self._time, batch)
-        return [(name, functools.partial(guarded, PART, name, case)) for name, case in found.items()]
+            found[f"decode step at batch {batch}, reuse / no reuse"] = functools.partial(
+                self._time, batch
+            )
+        return [
+            (name, functools.partial(guarded, PART, name, case)) for name, case in found.items()
+        ]
 
     def _verify(self) -> Outcome:
         model = Path(self.options.scratch) / "bench-model"
@@ -47,14 +55,23 @@ class Bench:
         dtype = "bfloat16" if self.on_device else "float32"
         reuse = Variant("reuse", "fa3", dtype, graphs=self.on_device)
         each = replace(reuse, name="no reuse", environ={FORCE_UPDATE: "1"})
-        engines = [self._stack.enter_context(booted(one, model, self.options.device)) for one in (reuse, each)]
+        engines = [
+            self._stack.enter_context(booted(one, model, self.options.device))
+            for one in (reuse, each)
+        ]
         answers = [engine.ask(_prompts(4), self.steps) for engine in engines]
-        reused = [sum(report["statistics"]["reuses"] for report in engine.reports()) for engine in engines]
+        reused = [
+            sum(report["statistics"]["reuses"] for report in engine.reports()) for engine in engines
+        ]
         values = {"layers": sizes["layers"], "reuses": reused[0], "reuses without": reused[1]}
         if answers[0]["tokens"] != answers[1]["tokens"]:
-            return Outcome(PART, "", FAIL, "the two give different tokens, so nothing is timed", values)
+            return Outcome(
+                PART, "", FAIL, "the two give different tokens, so nothing is timed", values
+            )
         if not reused[0] or reused[1]:
-            return Outcome(PART, "", FAIL, "plans were not reused as asked, so nothing is timed", values)
+            return Outcome(
+                PART, "", FAIL, "plans were not reused as asked, so nothing is timed", values
+            )
         self.engines = (engines[0], engines[1])
         return Outcome(PART, "", PASS, "", values)
 
@@ -83,10 +100,15 @@ class Bench:
 
 
 def _prompts(batch: int) -> list[list[int]]:
-    return [[(5 * position + 17 * row) % (VOCABULARY - 8) + 4 for position in range(PROMPT)] for row in range(batch)]
+    return [
+        [(5 * position + 17 * row) % (VOCABULARY - 8) + 4 for position in range(PROMPT)]
+        for row in range(batch)
+    ]
 
 
-def run(options: argparse.Namespace, done: Collection[str], emit: Callable[[Mapping[str, Any]], None]) -> None:
+def run(
+    options: argparse.Namespace, done: Collection[str], emit: Callable[[Mapping[str, Any]], None]
+) -> None:
     """Run every case, and end the engines."""
     from validate_device import run_cases
 

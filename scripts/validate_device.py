@@ -35,7 +35,8 @@ def find_device(options: argparse.Namespace) -> torch.device:
     kind = kinds.get(options.kernels) or ("musa" if _available("musa") else "cpu")
     if kind != "cpu" and not _available(kind):
         raise KernelsUnavailable(
-            f"PyTorch {torch.__version__} sees no {kind} device, which --kernels {options.kernels} needs. Run "
+            f"PyTorch {torch.__version__} sees no {kind} device, which --kernels {options.kernels} "
+            "needs. Run "
             "`python -m sglang_musa_ext.doctor`, which says what is missing."
         )
     return torch.device(kind)
@@ -68,11 +69,15 @@ def run(options: argparse.Namespace, done: Collection[str], emit: Emit) -> None:
 
 
 def run_cases(
-    cases: Iterable[tuple[str, Callable[[], Outcome]]], device: torch.device | None, done: Collection[str], emit: Emit
+    cases: Iterable[tuple[str, Callable[[], Outcome]]],
+    device: torch.device | None,
+    done: Collection[str],
+    emit: Emit,
 ) -> None:
     """Run and report each case that is not done yet.
 
-    After a case that hurt the device, nothing of this process can be believed: it ends, and another one goes on.
+    After a case that hurt the device, nothing of this process can be believed: it ends, and another
+    one goes on.
     """
     listed = list(cases)
     emit({"total": len(listed)})

@@ -1,8 +1,9 @@
-"""Plans and kernels inside a device's graphs: captured once over static buffers, replayed with other lengths.
+"""Plans and kernels inside a device's graphs: captured once over static buffers, replayed with
+other lengths.
 
-That is what a captured decode step of the backend is: the plan is computed in the graph from lengths that the next
-replay changes, and every layer of one geometry uses it. The served model of the engine part runs the backend itself
-under graphs.
+That is what a captured decode step of the backend is: the plan is computed in the graph from
+lengths that the next replay changes, and every layer of one geometry uses it. The served model of
+the engine part runs the backend itself under graphs.
 """
 
 from __future__ import annotations
@@ -60,10 +61,13 @@ class DeviceGraphs:
             return "a CPU captures no graphs"
         names = ("CUDAGraph", "graph", "Stream", "stream", "synchronize", "current_stream")
         lacking = [name for name in names if not hasattr(_names(device), name)]
-        return f"torch.{device.type} is without {', '.join(lacking)}: not available" if lacking else ""
+        return (
+            f"torch.{device.type} is without {', '.join(lacking)}: not available" if lacking else ""
+        )
 
     def captured(self, function: Callable[[], Any]) -> tuple[Any, Any]:
-        """Run twice to warm up, on a stream of its own, then capture; all graphs share one pool, as in SGLang.
+        """Run twice to warm up, on a stream of its own, then capture; all graphs share one pool, as
+        in SGLang.
 
         Returns the graph, and what ``function`` returned while it was captured.
         """
@@ -82,7 +86,9 @@ class DeviceGraphs:
         return graph, result
 
     def capture(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-        """What replays the graph of ``function`` and waits for it, and what it returned while it was captured."""
+        """What replays the graph of ``function`` and waits for it, and what it returned while it
+        was captured.
+        """
         graph, result = self.captured(function)
 
         def replay() -> None:
@@ -112,7 +118,7 @@ def _names_of(module: Any) -> Any:
     return _Alias(module, module.MUSAGraph)
 
 
-# --- cases --------------------------------------------------------------------------------------------
+# --- cases ----------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -144,18 +150,30 @@ LENGTHS: Lengths = ((1, 1, 1, 1), (5000, 3, 64, 700), (10, 8000, 65, 1), (8192, 
 """Captured with the first, as SGLang captures with lengths of 1; then replayed with each."""
 
 
-def _layer(kind: type[Batch], shape: Shape, setting: Setting, options: dict[str, Any], seed: int) -> Layer:
+def _layer(
+    kind: type[Batch], shape: Shape, setting: Setting, options: dict[str, Any], seed: int
+) -> Layer:
     batch = kind(shape, setting.dtype, setting.device, seed)
     return Layer(batch, batch.arguments(**options), options)
 
 
 def replayed(
-    setting: Setting, graphs: Graphs, shape: Shape, kinds: list[dict[str, Any]], latent: bool, lengths: Lengths
+    setting: Setting,
+    graphs: Graphs,
+    shape: Shape,
+    kinds: list[dict[str, Any]],
+    latent: bool,
+    lengths: Lengths,
 ) -> list[Comparison]:
-    """Capture layers, two of each kind in ``kinds``, for each batch size from large to small; replay and compare."""
+    """Capture layers, two of each kind in ``kinds``, for each batch size from large to small;
+    replay and compare.
+    """
     found: list[Comparison] = []
     shape = replace(shape, keys=lengths[0], capacity=max(map(max, lengths)))
-    captured = {size: _Captured(setting, graphs, shape, kinds, size, latent) for size in (len(shape.rows), 1)}
+    captured = {
+        size: _Captured(setting, graphs, shape, kinds, size, latent)
+        for size in (len(shape.rows), 1)
+    }
     for replay in lengths:
         for size, graph in captured.items():
             found += graph.replay(replay[:size])
@@ -166,13 +184,20 @@ class _Captured:
     """The graph of one batch size."""
 
     def __init__(
-        self, setting: Setting, graphs: Graphs, shape: Shape, kinds: list[dict[str, Any]], size: int, latent: bool
+        self,
+        setting: Setting,
+        graphs: Graphs,
+        shape: Shape,
+        kinds: list[dict[str, Any]],
+        size: int,
+        latent: bool,
     ) -> None:
         self.setting, self.kind = setting, Latent if latent else Batch
         self.shape = replace(shape, rows=shape.rows[:size])
         first = self._lengths(shape.keys[:size])
         self.layers = [
-            _layer(self.kind, first, setting, options, seed) for seed, options in enumerate([*kinds, *kinds])
+            _layer(self.kind, first, setting, options, seed)
+            for seed, options in enumerate([*kinds, *kinds])
         ]
         self.slots = Slots(setting.kernels)
         # Layers share what says how long the requests are, as in SGLang, where they share a batch.
@@ -198,9 +223,15 @@ class _Captured:
                 )
             else:
                 if not again:
-                    plans[kind] = layer.batch.plan(self.setting.kernels, self._static(layer), **layer.options)
+                    plans[kind] = layer.batch.plan(
+                        self.setting.kernels, self._static(layer), **layer.options
+                    )
                 metadata = plans[kind]
-            outputs.append(self.setting.kernels.flash_attn_with_kvcache(**layer.arguments, scheduler_metadata=metadata))
+            outputs.append(
+                self.setting.kernels.flash_attn_with_kvcache(
+                    **layer.arguments, scheduler_metadata=metadata
+                )
+            )
         return outputs
 
     @staticmethod
@@ -249,8 +280,15 @@ def run(options: argparse.Namespace, done: Collection[str], emit: Emit) -> None:
     """Run every case under the device's own graphs, or say why there are none."""
     kernels, device = kernels_for(options)
     if missing := DeviceGraphs.missing(device):
-        run_cases([(name, functools.partial(Outcome, PART, name, SKIP, missing)) for name in CASES], None, done, emit)
+        run_cases(
+            [(name, functools.partial(Outcome, PART, name, SKIP, missing)) for name in CASES],
+            None,
+            done,
+            emit,
+        )
         return
     setting = Setting(kernels, device, dtypes(kernels)[0])
-    cases = [(name, functools.partial(run_case, name, setting, DeviceGraphs(device))) for name in CASES]
+    cases = [
+        (name, functools.partial(run_case, name, setting, DeviceGraphs(device))) for name in CASES
+    ]
     run_cases(cases, device, done, emit)

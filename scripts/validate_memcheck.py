@@ -1,7 +1,9 @@
-"""NVIDIA's compute-sanitizer over each way that the backend calls the kernels, planned, reused and in graphs.
+"""NVIDIA's compute-sanitizer over each way that the backend calls the kernels, planned, reused and
+in graphs.
 
-Each case runs in a process of its own under ``compute-sanitizer --tool memcheck``, which sees what no comparison of
-results does: reads and writes beside the tensors. The first case reads beside them on purpose, and must be caught.
+Each case runs in a process of its own under ``compute-sanitizer --tool memcheck``, which sees what
+no comparison of results does: reads and writes beside the tensors. The first case reads beside them
+on purpose, and must be caught.
 """
 
 from __future__ import annotations
@@ -50,7 +52,11 @@ PLACES = ("/usr/local/cuda/bin", "/opt/cuda/bin")
 
 def names() -> list[str]:
     """Every case."""
-    return [CONTROL, *(f"numerics: {name}" for name in NUMERICS), *(f"graphs: {name}" for name in GRAPHS)]
+    return [
+        CONTROL,
+        *(f"numerics: {name}" for name in NUMERICS),
+        *(f"graphs: {name}" for name in GRAPHS),
+    ]
 
 
 def find_sanitizer() -> str | None:
@@ -60,7 +66,7 @@ def find_sanitizer() -> str | None:
     return shutil.which("compute-sanitizer", path=places)
 
 
-# --- in the part's process ----------------------------------------------------------------------------
+# --- in the part's process ------------------------------------------------------------------------
 
 
 def check(name: str, sanitizer: str, options: SimpleNamespace) -> Outcome:
@@ -75,7 +81,8 @@ def check(name: str, sanitizer: str, options: SimpleNamespace) -> Outcome:
     ]  # fmt: skip
     environ = dict(os.environ)
     if not name.startswith("graphs"):
-        # From PyTorch's own pool a tensor's neighbour is valid memory. Graphs cannot be captured without the pool.
+        # From PyTorch's own pool a tensor's neighbour is valid memory. Graphs cannot be captured
+        # without the pool.
         environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
     with log.open("w") as stream:
         try:
@@ -90,19 +97,28 @@ def check(name: str, sanitizer: str, options: SimpleNamespace) -> Outcome:
 
 
 def judged(name: str, status: int, log: str, case: Outcome | None) -> Outcome:
-    """What becomes of a case, from the sanitizer's exit status and log, and the case's own outcome (None: none)."""
+    """What becomes of a case, from the sanitizer's exit status and log, and the case's own outcome
+    (None: none).
+    """
     found = re.findall(r"ERROR SUMMARY: (\d+) error", log)
     values = {"errors": int(found[-1]) if found else "unknown", "exit status": status}
     words = " / ".join([line.strip() for line in log.split("\n") if line.strip(" =")][-3:])[-600:]
     if not found:
         return Outcome(PART, name, FAIL, f"compute-sanitizer gave no summary: {words}", values)
     first = next(
-        (line.strip("= ") for line in log.split("\n") if re.match(r"=+ (Invalid|Program hit|Error)", line)), ""
+        (
+            line.strip("= ")
+            for line in log.split("\n")
+            if re.match(r"=+ (Invalid|Program hit|Error)", line)
+        ),
+        "",
     )
     if name == CONTROL:
         caught = int(found[-1]) > 0 and "Invalid" in first
         reason = (
-            first if caught else "compute-sanitizer did not see a page beside the cache, so its silence says nothing"
+            first
+            if caught
+            else "compute-sanitizer did not see a page beside the cache, so its silence says nothing"
         )
         return Outcome(PART, name, PASS if caught else FAIL, reason, values)
     if int(found[-1]) or status == ERRORS:
@@ -131,12 +147,19 @@ def run(options: argparse.Namespace, done: Collection[str], emit: Emit) -> None:
         return
     settings = SimpleNamespace(out=options.out, kernels=options.kernels, device=device)
     with ThreadPoolExecutor(options.jobs or default_jobs(1)) as pool:
-        futures = {name: pool.submit(check, name, sanitizer, settings) for name in names() if name not in done}
-        cases = [(name, functools.partial(guarded, PART, name, future.result)) for name, future in futures.items()]
+        futures = {
+            name: pool.submit(check, name, sanitizer, settings)
+            for name in names()
+            if name not in done
+        }
+        cases = [
+            (name, functools.partial(guarded, PART, name, future.result))
+            for name, future in futures.items()
+        ]
         run_cases(cases, None, (), emit)
 
 
-# --- in the process under the sanitizer ---------------------------------------------------------------
+# --- in the process under the sanitizer -----------------------------------------------------------
 
 
 def _case(name: str, options: argparse.Namespace) -> Outcome:
@@ -150,7 +173,9 @@ def _case(name: str, options: argparse.Namespace) -> Outcome:
         return _read_beside(setting)
     kind, _, plain = name.partition(": ")
     if kind == "graphs":
-        return validate_graphs.run_case(plain, setting, validate_graphs.DeviceGraphs(device), LENGTHS)
+        return validate_graphs.run_case(
+            plain, setting, validate_graphs.DeviceGraphs(device), LENGTHS
+        )
     [case] = [case for case in validate_numerics.cases() if case.name == plain]
     return validate_numerics.run_case(plain, case, setting)
 
@@ -160,11 +185,16 @@ def _read_beside(setting: Any) -> Outcome:
     import torch
     import validate_numerics
 
-    # With pages this small the kernels follow pointers; the hardware that copies large ones masks what is outside.
+    # With pages this small the kernels follow pointers; the hardware that copies large ones masks
+    # what is outside.
     shape = replace(validate_numerics.DECODE, page=16)
     batch = validate_numerics.Batch(shape, setting.dtype, setting.device)
-    arguments = batch.arguments(causal=True) | {"page_table": torch.full_like(batch.page_table, 1 << 20)}
-    setting.kernels.flash_attn_with_kvcache(**arguments, scheduler_metadata=batch.plan(setting.kernels, causal=True))
+    arguments = batch.arguments(causal=True) | {
+        "page_table": torch.full_like(batch.page_table, 1 << 20)
+    }
+    setting.kernels.flash_attn_with_kvcache(
+        **arguments, scheduler_metadata=batch.plan(setting.kernels, causal=True)
+    )
     torch.get_device_module(setting.device).synchronize()
     return Outcome(PART, CONTROL, FAIL, "nothing stopped it")
 

@@ -1,15 +1,17 @@
-"""Models without weights, served by SGLang with this package, beside SGLang's own ``fa3``, in every mode.
+"""Models without weights, served by SGLang with this package, beside SGLang's own ``fa3``, in every
+mode.
 
-Both peers call the same kernels of the same GPU, so that their answers must be the same: where SGLang's own are the
-same twice, ours must be equal to the last bit. Random weights do, because answers depend on every token before them,
-which is checked too. One thing must be equal for that: the plans. As shipped, SGLang's backend makes some for plain
-decode and leaves the others to the kernels, which may split the keys into another number of parts than FA3's
-``get_scheduler_metadata`` does. So it is compared with a plan of that function for every call, none of which is kept,
-and as shipped with what those plans change in it allowed. SGLang's own ``fa3`` runs on NVIDIA GPUs alone, and so does
-this part.
+Both peers call the same kernels of the same GPU, so that their answers must be the same: where
+SGLang's own are the same twice, ours must be equal to the last bit. Random weights do, because
+answers depend on every token before them, which is checked too. One thing must be equal for that:
+the plans. As shipped, SGLang's backend makes some for plain decode and leaves the others to the
+kernels, which may split the keys into another number of parts than FA3's ``get_scheduler_metadata``
+does. So it is compared with a plan of that function for every call, none of which is kept, and as
+shipped with what those plans change in it allowed. SGLang's own ``fa3`` runs on NVIDIA GPUs alone,
+and so does this part.
 
-A mode takes five engines: both peers under CUDA graphs, both eager, ours with every reused plan checked, and SGLang's
-own as shipped. They share the GPUs, several at a time.
+A mode takes five engines: both peers under CUDA graphs, both eager, ours with every reused plan
+checked, and SGLang's own as shipped. They share the GPUs, several at a time.
 """
 
 from __future__ import annotations
@@ -47,7 +49,9 @@ class Mode:
     arguments: Mapping[str, Any]
     """Of ``sglang.Engine``, besides :data:`COMMON`."""
     plans: tuple[int, ...] = ()
-    """How many plans a pass of one of its backends may compute: one a geometry. Empty: counted, and not judged."""
+    """How many plans a pass of one of its backends may compute: one a geometry. Empty: counted, and
+    not judged.
+    """
     changes: Mapping[str, Any] = field(default_factory=dict)
     """What its model has different from its family."""
     draft: str = ""
@@ -58,10 +62,16 @@ class Mode:
 CHAIN = {"speculative_num_steps": 3, "speculative_eagle_topk": 1, "speculative_num_draft_tokens": 4}
 TREE = {"speculative_num_steps": 3, "speculative_eagle_topk": 4, "speculative_num_draft_tokens": 8}
 EXPERTS = {"first_k_dense_replace": 1}
-# SGLang turns this fusion on for DeepSeek's models over several GPUs, and it has nothing to do with attention. The
-# first engine compiles it for minutes, while the others wait.
+# SGLang turns this fusion on for DeepSeek's models over several GPUs, and it has nothing to do with
+# attention. The first engine compiles it for minutes, while the others wait.
 UNFUSED = {"enforce_disable_flashinfer_allreduce_fusion": True}
-OVERLAP = {"tp_size": 2, "dp_size": 2, "enable_dp_attention": True, "enable_two_batch_overlap": True, **UNFUSED}
+OVERLAP = {
+    "tp_size": 2,
+    "dp_size": 2,
+    "enable_dp_attention": True,
+    "enable_two_batch_overlap": True,
+    **UNFUSED,
+}
 MODES: Mapping[str, Mode] = {
     "dense-page1": Mode("llama", {"page_size": 1}, (1,)),
     "dense-page16": Mode("llama", {"page_size": 16}, (1,)),
@@ -73,34 +83,52 @@ MODES: Mapping[str, Mode] = {
     "window-sinks": Mode("gpt_oss", {"page_size": 64}, (2,)),
     "mla": Mode("deepseek_v3", {"page_size": 64}, (1,)),
     "mla-chunked": Mode("deepseek_v3", {"page_size": 64, "chunked_prefill_size": 1024}, (1,)),
-    "eagle": Mode("llama", {"page_size": 64, "speculative_algorithm": "EAGLE", **CHAIN}, (1,), draft="eagle"),
-    # Over a tree verify and draft are cascades of two calls with a plan each, and prefill is one call.
-    "eagle-tree": Mode("llama", {"page_size": 1, "speculative_algorithm": "EAGLE", **TREE}, (1, 2), draft="eagle"),
-    "standalone": Mode("llama", {"page_size": 64, "speculative_algorithm": "STANDALONE", **CHAIN}, (1,), draft="llama"),
-    # SGLang takes the breadth of the search for the width of a tree, so that verify is a cascade here too.
+    "eagle": Mode(
+        "llama", {"page_size": 64, "speculative_algorithm": "EAGLE", **CHAIN}, (1,), draft="eagle"
+    ),
+    # Over a tree verify and draft are cascades of two calls with a plan each, and prefill is one
+    # call.
+    "eagle-tree": Mode(
+        "llama", {"page_size": 1, "speculative_algorithm": "EAGLE", **TREE}, (1, 2), draft="eagle"
+    ),
+    "standalone": Mode(
+        "llama",
+        {"page_size": 64, "speculative_algorithm": "STANDALONE", **CHAIN},
+        (1,),
+        draft="llama",
+    ),
+    # SGLang takes the breadth of the search for the width of a tree, so that verify is a cascade
+    # here too.
     "ngram": Mode(
-        "llama", {"page_size": 1, "speculative_algorithm": "NGRAM", "speculative_num_draft_tokens": 4}, (1, 2)
+        "llama",
+        {"page_size": 1, "speculative_algorithm": "NGRAM", "speculative_num_draft_tokens": 4},
+        (1, 2),
     ),
     "tp2": Mode("llama", {"page_size": 64, "tp_size": 2}, (1,), gpus=2),
     "tp2-mla": Mode("deepseek_v3", {"page_size": 64, "tp_size": 2, **UNFUSED}, (1,), gpus=2),
     "pp2": Mode("llama", {"page_size": 64, "pp_size": 2}, (1,), gpus=2),
     "pp2-mla": Mode("deepseek_v3", {"page_size": 64, "pp_size": 2}, (1,), gpus=2),
-    # Without another way to exchange tokens between experts, SGLang overlaps under data-parallel attention alone.
+    # Without another way to exchange tokens between experts, SGLang overlaps under data-parallel
+    # attention alone.
     "two-batch-overlap": Mode("deepseek_v3", {"page_size": 64, **OVERLAP}, changes=EXPERTS, gpus=2),
 }
 OUTPUT_CHECKED = "dense-page64"
-"""The mode that is served once more with every call's output compared with the reference kernels'."""
+"""The mode that is served once more with every call's output compared with the reference kernels'.
+"""
 COMMON: Mapping[str, Any] = {
     "load_format": "dummy", "skip_tokenizer_init": True, "attention_backend": "fa3", "dtype": "bfloat16",
     "random_seed": 0, "log_level": "warning", "context_length": 8192, "max_running_requests": 8,
     "max_total_tokens": 16384, "prefill_graphs": False,
-    # How much there is comes from max_total_tokens. SGLang takes what this leaves, of what was free before loading,
-    # from what is free after; engines that load at the same time must not eat that up.
+    # How much there is comes from max_total_tokens. SGLang takes what this leaves, of what was free
+    # before loading, from what is free after; engines that load at the same time must not eat that
+    # up.
     "mem_fraction_static": 0.9,
 }  # fmt: skip
 GRAPHS = [1, 2, 4, 8]
 ENVIRON = {"SGLANG_ENABLE_JIT_DEEPGEMM": "0", "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0"}
-"""Unless the environment says otherwise: nothing here computes in FP8, and GPUs are shared with other engines."""
+"""Unless the environment says otherwise: nothing here computes in FP8, and GPUs are shared with
+other engines.
+"""
 BYTES = 6 << 30
 """Device memory that an engine is counted with."""
 SECONDS = 600.0
@@ -116,7 +144,9 @@ class Way(NamedTuple):
     graphs: bool
     check: str = "off"
     shipped: bool = False
-    """Of upstream's backend: whether it plans as it does unless told otherwise, and not before every call."""
+    """Of upstream's backend: whether it plans as it does unless told otherwise, and not before
+    every call.
+    """
 
     @property
     def name(self) -> str:
@@ -129,7 +159,11 @@ class Way(NamedTuple):
     def environ(self) -> dict[str, str]:
         """What makes it so."""
         if self.ours:
-            return {"SGLANG_MUSA_EXT": "on", "SGLANG_MUSA_EXT_KERNELS": "hopper", "SGLANG_MUSA_EXT_CHECK": self.check}
+            return {
+                "SGLANG_MUSA_EXT": "on",
+                "SGLANG_MUSA_EXT_KERNELS": "hopper",
+                "SGLANG_MUSA_EXT_CHECK": self.check,
+            }
         return {"SGLANG_MUSA_EXT": "off"} | ({} if self.shipped else {PLANS: "1"})
 
 
@@ -137,26 +171,34 @@ PEERS = {
     "graphs": (Way(False, True), Way(True, True)),
     "eager, plans checked": (Way(False, False), Way(True, False, "metadata")),
 }
-"""Upstream's and ours, which must be the same to the last bit: every call of both has the plan of FA3 for it."""
+"""Upstream's and ours, which must be the same to the last bit: every call of both has the plan of
+FA3 for it.
+"""
 AS_SHIPPED = Way(False, True, shipped=True)
-"""Upstream's as it is. Its calls may have other numbers of splits, and its answers other last bits."""
+"""Upstream's as it is. Its calls may have other numbers of splits, and its answers other last bits.
+"""
 OUTPUT = Way(True, False, "output")
 
 
 def phases(quick: bool) -> list[list[list[int]]]:
     """Requests, one batch after another; the last batch tells whether answers depend on attention."""
     lengths = (5, 70, 700) if quick else (5, 70, 700, 3000)
-    batch = [[(7 * at + 13 * row) % 4000 + 3 for at in range(length)] for row, length in enumerate(lengths)]
+    batch = [
+        [(7 * at + 13 * row) % 4000 + 3 for at in range(length)]
+        for row, length in enumerate(lengths)
+    ]
     # What comes later finds what came first in the prefix cache: all of it, and all but a suffix.
     return [batch, [batch[0]], [batch[-1]], [[*prompt, 9, 8, 7] for prompt in batch], twins()]
 
 
 def twins() -> list[list[int]]:
-    """Two prompts of one length that end in the same token, so that nothing but attention tells them apart."""
+    """Two prompts of one length that end in the same token, so that nothing but attention tells
+    them apart.
+    """
     return [[(step * at + 29) % 4000 + 3 for at in range(99)] + [17] for step in (11, 23)]
 
 
-# --- the engines --------------------------------------------------------------------------------------
+# --- the engines ----------------------------------------------------------------------------------
 
 
 @dataclass
@@ -173,9 +215,13 @@ class Asked:
 
 
 class Fleet:
-    """Engines on the GPUs, several at a time, each started when there is room and ended when it has answered."""
+    """Engines on the GPUs, several at a time, each started when there is room and ended when it has
+    answered.
+    """
 
-    def __init__(self, options: argparse.Namespace, cards: Sequence[str], jobs: int, emit: Emit) -> None:
+    def __init__(
+        self, options: argparse.Namespace, cards: Sequence[str], jobs: int, emit: Emit
+    ) -> None:
         """``cards`` are the GPUs as ``CUDA_VISIBLE_DEVICES`` names them."""
         self.options, self.cards, self._emit = options, cards, emit
         self._pool = ThreadPoolExecutor(jobs)
@@ -189,7 +235,9 @@ class Fleet:
         """Have these engines of a mode started as soon as there is room, unless they have been."""
         for way in ways:
             if (name, way) not in self._found:
-                self._found[name, way] = self._pool.submit(self._ask, name, way, next(self._numbers))
+                self._found[name, way] = self._pool.submit(
+                    self._ask, name, way, next(self._numbers)
+                )
 
     def asked(self, name: str, way: Way) -> Asked:
         """What an engine gave; waits for it.
@@ -214,7 +262,9 @@ class Fleet:
         log.parent.mkdir(parents=True, exist_ok=True)
         with self._shown(f"{name}.{way.name}"), self._engine(name, way, number, log) as served:
             asked = self._conversation(served, way)
-            log.with_suffix(".json").write_text(json.dumps([asdict(answer) for answer in asked.answers]) + "\n")
+            log.with_suffix(".json").write_text(
+                json.dumps([asdict(answer) for answer in asked.answers]) + "\n"
+            )
             return asked
 
     @contextlib.contextmanager
@@ -237,7 +287,9 @@ class Fleet:
         mode, models = MODES[name], Path(self.options.scratch)
         found = {**COMMON, **mode.arguments, "graphs": GRAPHS if way.graphs else []}
         # Each engine writes its own, because they start at the same time.
-        found["model_path"] = str(write_model(models / f"{name}.{number}", mode.family, **mode.changes))
+        found["model_path"] = str(
+            write_model(models / f"{name}.{number}", mode.family, **mode.changes)
+        )
         if mode.draft:
             draft = write_model(models / f"{name}.{number}.draft", mode.draft, num_hidden_layers=1)
             found["speculative_draft_model_path"] = str(draft)
@@ -253,7 +305,9 @@ class Fleet:
         count, answers = 8 if self.options.quick else 24, []
         for _ in range(2):
             found = [served.ask(batch, count) for batch in phases(self.options.quick)]
-            tokens, logprobs = ([row for one in found for row in one[what]] for what in ("tokens", "logprobs"))
+            tokens, logprobs = (
+                [row for one in found for row in one[what]] for what in ("tokens", "logprobs")
+            )
             answers.append(Answer(tokens, logprobs, []))
             served.flush()
         return Asked(answers, served.reports())
@@ -271,10 +325,14 @@ class Fleet:
         with self._lock:
             change(name)
             self._down += down
-            self._emit({"progress": f"{self._down} of {len(self._found)} engines done; up: {', '.join(self._up)}"})
+            self._emit(
+                {
+                    "progress": f"{self._down} of {len(self._found)} engines done; up: {', '.join(self._up)}"
+                }
+            )
 
 
-# --- cases --------------------------------------------------------------------------------------------
+# --- cases ----------------------------------------------------------------------------------------
 
 
 class Session:
@@ -283,7 +341,9 @@ class Session:
     def __init__(self, fleet: Fleet) -> None:
         self.fleet = fleet
 
-    def cases(self, names: Sequence[str], done: Collection[str]) -> list[tuple[str, Callable[[], Outcome]]]:
+    def cases(
+        self, names: Sequence[str], done: Collection[str]
+    ) -> list[tuple[str, Callable[[], Outcome]]]:
         """The cases of modes, by name. Their engines are all asked for at once."""
         found = {name: self._of_mode(name) for name in names}
         for name, cases in found.items():
@@ -297,11 +357,16 @@ class Session:
 
     @staticmethod
     def _ways(name: str) -> list[Way]:
-        return [*itertools.chain(*PEERS.values()), AS_SHIPPED, *([OUTPUT] if name == OUTPUT_CHECKED else [])]
+        return [
+            *itertools.chain(*PEERS.values()),
+            AS_SHIPPED,
+            *([OUTPUT] if name == OUTPUT_CHECKED else []),
+        ]
 
     def _of_mode(self, name: str) -> dict[str, Callable[[str], Outcome]]:
         found: dict[str, Callable[[str], Outcome]] = {
-            f"{name}: {how}": functools.partial(self._equal, peers=peers) for how, peers in PEERS.items()
+            f"{name}: {how}": functools.partial(self._equal, peers=peers)
+            for how, peers in PEERS.items()
         }
         found[f"{name}: graphs, upstream as shipped"] = self._as_shipped
         found[f"{name}: who served, and plans a pass"] = self._plans
@@ -315,7 +380,11 @@ class Session:
         outcome = judged_equal(ours, right)
         if peers[1].check != "metadata":
             return outcome
-        reuses = sum(report["statistics"]["reuses"] for report in ours.reports if report["settings"]["check"] != "off")
+        reuses = sum(
+            report["statistics"]["reuses"]
+            for report in ours.reports
+            if report["settings"]["check"] != "off"
+        )
         values = {**outcome.numbers, "reused plans checked": reuses}
         if not reuses:
             return Outcome(PART, "", FAIL, f"no reused plan was checked; {outcome.reason}", values)
@@ -335,24 +404,38 @@ class Session:
     def _depends(self, name: str) -> Outcome:
         answers = self.fleet.asked(name, PEERS["graphs"][0]).answers[0]
         one, other = answers.logprobs[-2:]
-        values = {"log-probability difference": max(abs(a - b) for a, b in zip(one, other, strict=True))}
+        values = {
+            "log-probability difference": max(abs(a - b) for a, b in zip(one, other, strict=True))
+        }
         good = values["log-probability difference"] > 0
         reason = (
-            "" if good else "prompts that differ before their last token got the same answer: equality says nothing"
+            ""
+            if good
+            else "prompts that differ before their last token got the same answer: equality says nothing"
         )
         return Outcome(PART, "", PASS if good else FAIL, reason, values)
 
     def _output(self, name: str) -> Outcome:
         asked = self.fleet.asked(name, OUTPUT)
         calls = sum(
-            report["statistics"]["calls"] for report in asked.reports if report["settings"]["check"] == "output"
+            report["statistics"]["calls"]
+            for report in asked.reports
+            if report["settings"]["check"] == "output"
         )
         good = calls > 0
-        return Outcome(PART, "", PASS if good else FAIL, "" if good else "no call was compared", {"calls": calls})
+        return Outcome(
+            PART,
+            "",
+            PASS if good else FAIL,
+            "" if good else "no call was compared",
+            {"calls": calls},
+        )
 
 
 def judged_equal(ours: Asked, right: Asked, other: Asked | None = None) -> Outcome:
-    """Whether our answers are upstream's, as far as upstream's are the same twice, and those of its ``other`` way."""
+    """Whether our answers are upstream's, as far as upstream's are the same twice, and those of its
+    ``other`` way.
+    """
     first, second = right.both
     own = [deviation(second, first)]
     own += [] if other is None else map(deviation, other.both, right.both)
@@ -360,13 +443,20 @@ def judged_equal(ours: Asked, right: Asked, other: Asked | None = None) -> Outco
     compared = [deviation(mine, theirs) for mine, theirs in zip(ours.both, right.both, strict=True)]
     error, same = max(error for error, _ in compared), min(same for _, same in compared)
     total = sum(map(len, first.tokens))
-    values = {"equal tokens": f"{same} of {total}", "log-probability error": error, "allowed": allowed}
+    values = {
+        "equal tokens": f"{same} of {total}",
+        "log-probability error": error,
+        "allowed": allowed,
+    }
     good = same >= repeated and error <= allowed
     pairs = list(zip(ours.both, right.both, strict=True))
     tokens, logprobs = (
-        "; ".join(filter(None, itertools.starmap(first, pairs))) for first in (first_divergence, first_difference)
+        "; ".join(filter(None, itertools.starmap(first, pairs)))
+        for first in (first_divergence, first_difference)
     )
-    beyond = f"tokens are equal, and log-probabilities differ by more than upstream's own do: {logprobs}"
+    beyond = (
+        f"tokens are equal, and log-probabilities differ by more than upstream's own do: {logprobs}"
+    )
     reason = "" if good else tokens or beyond
     if allowed:
         reason = f"upstream's own answers differ from one time or way to another; {reason}"
@@ -374,14 +464,24 @@ def judged_equal(ours: Asked, right: Asked, other: Asked | None = None) -> Outco
 
 
 def judged_plans(
-    reports: Sequence[Mapping[str, Any]], upstream: Sequence[Mapping[str, Any]], wanted: Sequence[int]
+    reports: Sequence[Mapping[str, Any]],
+    upstream: Sequence[Mapping[str, Any]],
+    wanted: Sequence[int],
 ) -> Outcome:
-    """Whether ours served where it should and nowhere else, with as many plans a pass as there are geometries."""
+    """Whether ours served where it should and nowhere else, with as many plans a pass as there are
+    geometries.
+    """
     counts: Counter[int] = Counter()
     for report in reports:
-        counts.update({int(plans): passes for plans, passes in report["statistics"]["passes_by_plans"].items()})
+        counts.update(
+            {
+                int(plans): passes
+                for plans, passes in report["statistics"]["passes_by_plans"].items()
+            }
+        )
     sums = {
-        name: sum(report["statistics"][name] for report in reports) for name in ("planned_calls", "plans", "reuses")
+        name: sum(report["statistics"][name] for report in reports)
+        for name in ("planned_calls", "plans", "reuses")
     }
     seen = sorted({f"{report['backend']} on {report['kernels']}" for report in reports})
     values = {"passes by plans": dict(sorted(counts.items())), **sums}
@@ -389,26 +489,37 @@ def judged_plans(
     if upstream:
         wrong.append("this package served where SGLang's own fa3 should have")
     if seen != ["MusaFA3Backend on hopper"]:
-        wrong.append(f"served by {'; '.join(seen) or 'no backend of this package'}, expected MusaFA3Backend on hopper")
+        wrong.append(
+            f"served by {'; '.join(seen) or 'no backend of this package'}, expected MusaFA3Backend "
+            "on hopper"
+        )
     if wanted and set(counts) - set(wanted):
-        wrong.append(f"passes computed {sorted(counts)} plans, expected {' or '.join(map(str, wanted))}")
+        wrong.append(
+            f"passes computed {sorted(counts)} plans, expected {' or '.join(map(str, wanted))}"
+        )
     if not sums["plans"]:
         wrong.append("no call took a plan")
     return Outcome(PART, "", FAIL if wrong else PASS, "; ".join(wrong), values)
 
 
-# --- the part -----------------------------------------------------------------------------------------
+# --- the part -------------------------------------------------------------------------------------
 
 
 def missing(kernels: str, device: str) -> str:
     """Why this part cannot run; empty if it can."""
     if not device.startswith("cuda"):
         return f"SGLang's own fa3, the peer of this part, runs on NVIDIA GPUs alone, and this device is {device}"
-    return "" if kernels == "hopper" else "on an NVIDIA GPU this part compares the hopper kernels: --kernels hopper"
+    return (
+        ""
+        if kernels == "hopper"
+        else "on an NVIDIA GPU this part compares the hopper kernels: --kernels hopper"
+    )
 
 
 def visible_cards(count: int, device: str) -> list[str]:
-    """The ``count`` GPUs that PyTorch sees, as ``CUDA_VISIBLE_DEVICES`` names them; that of ``device`` if it says."""
+    """The ``count`` GPUs that PyTorch sees, as ``CUDA_VISIBLE_DEVICES`` names them; that of
+    ``device`` if it says.
+    """
     named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     cards = named.split(",")[:count] if named else [str(index) for index in range(count)]
     _, _, index = device.partition(":")
@@ -437,14 +548,22 @@ def run(options: argparse.Namespace, done: Collection[str], emit: Emit) -> None:
     reasons = {name: why or _too_few(name, len(cards)) for name in names}
     skipped = [name for name, reason in reasons.items() if reason]
     most = max((MODES[name].gpus for name in names if name not in skipped), default=1)
-    fleet = Fleet(options, cards, 1 if why else options.jobs or default_jobs(len(cards), most), emit)
+    fleet = Fleet(
+        options, cards, 1 if why else options.jobs or default_jobs(len(cards), most), emit
+    )
     try:
         cases = Session(fleet).cases([name for name in names if name not in skipped], done)
-        cases += [(name, functools.partial(Outcome, PART, name, SKIP, reasons[name])) for name in skipped]
+        cases += [
+            (name, functools.partial(Outcome, PART, name, SKIP, reasons[name])) for name in skipped
+        ]
         run_cases(cases, None, done, emit)
     finally:
         fleet.close()
 
 
 def _too_few(name: str, cards: int) -> str:
-    return f"it takes {MODES[name].gpus} GPUs, and there are {cards}" if MODES[name].gpus > cards else ""
+    return (
+        f"it takes {MODES[name].gpus} GPUs, and there are {cards}"
+        if MODES[name].gpus > cards
+        else ""
+    )

@@ -1,8 +1,10 @@
-"""The kernels of a provider, called as the attention backend calls them, against attention in float64.
+"""The kernels of a provider, called as the attention backend calls them, against attention in
+float64.
 
-The truth is ``tests/support/attention_float64.py`` of the same checkout, loaded by its path: it shares nothing with the
-package, nor with the kernels. It is computed on the CPU. A result may be off by twice what PyTorch's own plain
-computation in the same dtype is off by, and by two roundings of the largest value.
+The truth is ``tests/support/attention_float64.py`` of the same checkout, loaded by its path: it
+shares nothing with the package, nor with the kernels. It is computed on the CPU. A result may be
+off by twice what PyTorch's own plain computation in the same dtype is off by, and by two roundings
+of the largest value.
 """
 
 from __future__ import annotations
@@ -20,13 +22,19 @@ import torch
 from validate_device import Emit, kernels_for, run_cases
 from validate_report import FAIL, PASS, SKIP, Outcome
 
-from sglang_musa_ext.kernels.provider import FA3Kernels, UnsupportedByKernels, UnsupportedKernelArgument
+from sglang_musa_ext.kernels.provider import (
+    FA3Kernels,
+    UnsupportedByKernels,
+    UnsupportedKernelArgument,
+)
 
 Tensor = torch.Tensor
 
 TRUTH = Path(__file__).resolve().parent.parent / "tests" / "support" / "attention_float64.py"
 UNWRITTEN = 50.0
-"""What slots without a key hold: kernels may load them and must mask them. NaN would survive a correct mask."""
+"""What slots without a key hold: kernels may load them and must mask them. NaN would survive a
+correct mask.
+"""
 LATENT, ROPE = 512, 64
 PART = "numerics"
 
@@ -35,14 +43,16 @@ def load_truth() -> Callable[..., tuple[Tensor, Tensor]]:
     """``attention`` of the module in :data:`TRUTH`."""
     spec = importlib.util.spec_from_file_location("attention_float64", TRUTH)
     if spec is None or spec.loader is None or not TRUTH.is_file():
-        raise FileNotFoundError(f"{TRUTH} is missing: run the kit from a complete checkout of sglang-musa-ext.")
+        raise FileNotFoundError(
+            f"{TRUTH} is missing: run the kit from a complete checkout of sglang-musa-ext."
+        )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     function: Callable[..., tuple[Tensor, Tensor]] = module.attention
     return function
 
 
-# --- what is compared ---------------------------------------------------------------------------------
+# --- what is compared -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -57,10 +67,16 @@ class Comparison:
 
     @property
     def error(self) -> float:
-        """The largest difference from the truth; infinite where a row is NaN, or is infinite on one side only."""
+        """The largest difference from the truth; infinite where a row is NaN, or is infinite on one
+        side only.
+        """
         finite = self.exact.isfinite()
         seen = self.seen.double()
-        if seen.shape != self.exact.shape or seen[finite].isnan().any() or not seen[~finite].equal(self._infinite):
+        if (
+            seen.shape != self.exact.shape
+            or seen[finite].isnan().any()
+            or not seen[~finite].equal(self._infinite)
+        ):
             return float("inf")
         return _largest(seen[finite] - self.exact[finite])
 
@@ -80,12 +96,14 @@ def _largest(values: Tensor) -> float:
     return float(values.abs().max()) if values.numel() else 0.0
 
 
-# --- the inputs ---------------------------------------------------------------------------------------
+# --- the inputs -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A batch: ``rows`` new queries of each request, the last of its ``keys`` tokens; heads, dims and pages."""
+    """A batch: ``rows`` new queries of each request, the last of its ``keys`` tokens; heads, dims
+    and pages.
+    """
 
     rows: tuple[int, ...]
     keys: tuple[int, ...]
@@ -99,9 +117,13 @@ class Shape:
 
 
 class Batch:
-    """The tensors of a :class:`Shape`: lists of float values on the CPU, and what the kernels get on the device."""
+    """The tensors of a :class:`Shape`: lists of float values on the CPU, and what the kernels get
+    on the device.
+    """
 
-    def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device, seed: int = 0) -> None:
+    def __init__(
+        self, shape: Shape, dtype: torch.dtype, device: torch.device, seed: int = 0
+    ) -> None:
         self.shape, self.dtype, self.device = shape, dtype, device
         # Not the default of any kernel, so that dropping it shows.
         self.scale = 0.75 * shape.dim**-0.5
@@ -110,7 +132,8 @@ class Batch:
         self.k = [self.normal(keys, shape.heads_kv, shape.dim) for keys in shape.keys]
         self.v = [self.normal(keys, shape.heads_kv, shape.dim_v) for keys in shape.keys]
         width = max(-(-max(*shape.keys, shape.capacity, 1) // shape.page), 1)
-        # Page 0 belongs to nobody, and the others are dealt out in no order, as after some hours of serving.
+        # Page 0 belongs to nobody, and the others are dealt out in no order, as after some hours of
+        # serving.
         order = torch.randperm(width * len(shape.keys), generator=self.random) + 1
         self.page_table = order.view(-1, width).to(torch.int32).to(device)
         self.capacity = width * shape.page
@@ -122,14 +145,18 @@ class Batch:
     def cached(self, values: Sequence[Tensor]) -> Tensor:
         """``values`` of each request in pages ``(pages, page, heads, dim)``, on the device."""
         table, page = self.page_table.cpu().long(), self.shape.page
-        cache = torch.full((int(table.max()) + 1, page, *values[0].shape[1:]), UNWRITTEN, dtype=self.dtype)
+        cache = torch.full(
+            (int(table.max()) + 1, page, *values[0].shape[1:]), UNWRITTEN, dtype=self.dtype
+        )
         for row, tokens in zip(table, values, strict=True):
             at = torch.arange(len(tokens))
             cache[row[at // page], at % page] = tokens
         return cache.to(self.device)
 
     def arguments(self, **options: Any) -> dict[str, Any]:
-        """Arguments of ``flash_attn_with_kvcache``, as upstream's forwards pass them, with ``options``."""
+        """Arguments of ``flash_attn_with_kvcache``, as upstream's forwards pass them, with
+        ``options``.
+        """
         return dict(
             q=torch.cat(self.q).to(self.device), k_cache=self.cached(self.k), v_cache=self.cached(self.v),
             page_table=self.page_table, cache_seqlens=self.int32(self.shape.keys),
@@ -137,11 +164,14 @@ class Batch:
             softmax_scale=self.scale, ver=3, **options,
         )  # fmt: skip
 
-    def plan(self, kernels: FA3Kernels, lengths: dict[str, Tensor] | None = None, **options: Any) -> Tensor | None:
-        """Scheduler metadata for a call of this shape, asked for as the backend asks; ``None`` where it does not.
+    def plan(
+        self, kernels: FA3Kernels, lengths: dict[str, Tensor] | None = None, **options: Any
+    ) -> Tensor | None:
+        """Scheduler metadata for a call of this shape, asked for as the backend asks; ``None``
+        where it does not.
 
-        ``lengths`` are ``cache_seqlens`` and ``cu_seqlens_q`` that are on the device already: a capture forbids to
-        bring them there.
+        ``lengths`` are ``cache_seqlens`` and ``cu_seqlens_q`` that are on the device already: a
+        capture forbids to bring them there.
         """
         shape, softcap = self.shape, options.get("softcap", 0.0)
         if len(set(shape.rows)) > 1 and not kernels.plans_unequal_queries:
@@ -169,14 +199,17 @@ Sequences = Sequence[tuple[Tensor, Tensor, Tensor]]
 """q, k and v of each request, on the CPU."""
 
 
-def compare(result: Any, sequences: Sequences, dtype: torch.dtype, **options: Any) -> list[Comparison]:
+def compare(
+    result: Any, sequences: Sequences, dtype: torch.dtype, **options: Any
+) -> list[Comparison]:
     """A call's output, and its log-sum-exp where it returned one, beside what they should be.
 
     ``sequences`` are q, k, v of each request; ``options`` are those of the truth.
     """
     attention = load_truth()
     exact, plain = (
-        [attention(q, k, v, dtype=wanted, **options) for q, k, v in sequences] for wanted in (torch.float64, dtype)
+        [attention(q, k, v, dtype=wanted, **options) for q, k, v in sequences]
+        for wanted in (torch.float64, dtype)
     )
     seen = (result[0], result[1]) if isinstance(result, tuple) else (result,)
     return [
@@ -186,11 +219,13 @@ def compare(result: Any, sequences: Sequences, dtype: torch.dtype, **options: An
 
 
 def _joined(pairs: Sequence[tuple[Tensor, Tensor]], index: int) -> Tensor:
-    """The outputs (0) or the log-sum-exps (1) of all requests; tokens are the dimension of the same number."""
+    """The outputs (0) or the log-sum-exps (1) of all requests; tokens are the dimension of the same
+    number.
+    """
     return torch.cat([pair[index] for pair in pairs], dim=index)
 
 
-# --- the ways to call ---------------------------------------------------------------------------------
+# --- the ways to call -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -207,13 +242,22 @@ Way = Callable[[Setting, Shape, dict[str, Any]], list[Comparison]]
 
 def truth_options(batch: Batch, options: dict[str, Any]) -> dict[str, Any]:
     """What the truth must know of a call of ``batch`` with ``options``."""
-    own = {"scale": batch.scale, "causal": options.get("causal", False), "softcap": options.get("softcap", 0.0)}
+    own = {
+        "scale": batch.scale,
+        "causal": options.get("causal", False),
+        "softcap": options.get("softcap", 0.0),
+    }
     sinks = options.get("sinks")
-    return own | {"window": options.get("window_size", (-1, -1)), "sinks": None if sinks is None else sinks.cpu()}
+    return own | {
+        "window": options.get("window_size", (-1, -1)),
+        "sinks": None if sinks is None else sinks.cpu(),
+    }
 
 
 def _with_sinks(setting: Setting, shape: Shape, options: dict[str, Any]) -> dict[str, Any]:
-    """``options`` with a tensor where they say that there are sinks; SGLang loads them as bfloat16 for FA3."""
+    """``options`` with a tensor where they say that there are sinks; SGLang loads them as bfloat16
+    for FA3.
+    """
     if not options.get("sinks"):
         return options
     values = torch.linspace(-1.0, 2.0, shape.heads).to(torch.bfloat16)
@@ -226,9 +270,14 @@ def paged(setting: Setting, shape: Shape, options: dict[str, Any]) -> list[Compa
     options = _with_sinks(setting, shape, options)
     plan = batch.plan(setting.kernels, **options)
     arguments = batch.arguments(**options)
-    result = setting.kernels.flash_attn_with_kvcache(**arguments, scheduler_metadata=plan, return_softmax_lse=True)
+    result = setting.kernels.flash_attn_with_kvcache(
+        **arguments, scheduler_metadata=plan, return_softmax_lse=True
+    )
     return compare(
-        result, list(zip(batch.q, batch.k, batch.v, strict=True)), setting.dtype, **truth_options(batch, options)
+        result,
+        list(zip(batch.q, batch.k, batch.v, strict=True)),
+        setting.dtype,
+        **truth_options(batch, options),
     )
 
 
@@ -239,7 +288,10 @@ def into_given_output(setting: Setting, shape: Shape, options: dict[str, Any]) -
     out = torch.full_like(arguments["q"][..., : shape.dim_v], UNWRITTEN)
     setting.kernels.flash_attn_with_kvcache(**arguments, scheduler_metadata=plan, out=out)
     return compare(
-        out, list(zip(batch.q, batch.k, batch.v, strict=True)), setting.dtype, **truth_options(batch, options)
+        out,
+        list(zip(batch.q, batch.k, batch.v, strict=True)),
+        setting.dtype,
+        **truth_options(batch, options),
     )
 
 
@@ -248,7 +300,9 @@ def second_layer(setting: Setting, shape: Shape, options: dict[str, Any]) -> lis
     first, second = (Batch(shape, setting.dtype, setting.device, seed) for seed in (0, 1))
     plan, found = first.plan(setting.kernels, **options), []
     for batch in (first, second, first):
-        result = setting.kernels.flash_attn_with_kvcache(**batch.arguments(**options), scheduler_metadata=plan)
+        result = setting.kernels.flash_attn_with_kvcache(
+            **batch.arguments(**options), scheduler_metadata=plan
+        )
         sequences = list(zip(batch.q, batch.k, batch.v, strict=True))
         found += compare(result, sequences, setting.dtype, **truth_options(batch, options))
     return found
@@ -264,7 +318,10 @@ def strided_table(setting: Setting, shape: Shape, options: dict[str, Any]) -> li
         **arguments, scheduler_metadata=batch.plan(setting.kernels, **options)
     )
     return compare(
-        result, list(zip(batch.q, batch.k, batch.v, strict=True)), setting.dtype, **truth_options(batch, options)
+        result,
+        list(zip(batch.q, batch.k, batch.v, strict=True)),
+        setting.dtype,
+        **truth_options(batch, options),
     )
 
 
@@ -279,7 +336,10 @@ def varlen(setting: Setting, shape: Shape, options: dict[str, Any]) -> list[Comp
         softmax_scale=batch.scale, return_softmax_lse=True, ver=3, **options,
     )  # fmt: skip
     return compare(
-        result, list(zip(batch.q, batch.k, batch.v, strict=True)), setting.dtype, **truth_options(batch, options)
+        result,
+        list(zip(batch.q, batch.k, batch.v, strict=True)),
+        setting.dtype,
+        **truth_options(batch, options),
     )
 
 
@@ -292,11 +352,18 @@ def merged(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 
 def cascade(setting: Setting, shape: Shape, options: dict[str, Any]) -> list[Comparison]:
-    """Draft branches over a shared prefix, then each over its own suffix, merged; ``options`` say how many."""
+    """Draft branches over a shared prefix, then each over its own suffix, merged; ``options`` say
+    how many.
+    """
     topk, suffix = options["topk"], options["suffix"]
     batch = Batch(replace(shape, rows=(topk,) * len(shape.keys)), setting.dtype, setting.device)
     branches = len(shape.keys) * topk
-    own = Batch(replace(shape, rows=(1,) * branches, keys=(suffix,) * branches), setting.dtype, setting.device, seed=1)
+    own = Batch(
+        replace(shape, rows=(1,) * branches, keys=(suffix,) * branches),
+        setting.dtype,
+        setting.device,
+        seed=1,
+    )
     queries = torch.cat(batch.q)
     own.q = list(torch.split(queries, 1))
     parts = []
@@ -307,27 +374,42 @@ def cascade(setting: Setting, shape: Shape, options: dict[str, Any]) -> list[Com
         )
         parts.append((result[0], result[1]))
     sequences = [
-        (own.q[i], torch.cat([batch.k[i // topk], own.k[i]]), torch.cat([batch.v[i // topk], own.v[i]]))
+        (
+            own.q[i],
+            torch.cat([batch.k[i // topk], own.k[i]]),
+            torch.cat([batch.v[i // topk], own.v[i]]),
+        )
         for i in range(branches)
     ]
     return compare(merged(parts), sequences, setting.dtype, scale=batch.scale)
 
 
-# --- MLA ----------------------------------------------------------------------------------------------
+# --- MLA ------------------------------------------------------------------------------------------
 
 
 class Latent(Batch):
-    """An MLA batch: one latent key head of 512 beside a rotary part of 64, in one buffer as SGLang holds it."""
+    """An MLA batch: one latent key head of 512 beside a rotary part of 64, in one buffer as SGLang
+    holds it.
+    """
 
-    def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device, seed: int = 0) -> None:
-        super().__init__(replace(shape, heads_kv=1, dim=LATENT + ROPE, dim_v=1), dtype, device, seed)
+    def __init__(
+        self, shape: Shape, dtype: torch.dtype, device: torch.device, seed: int = 0
+    ) -> None:
+        super().__init__(
+            replace(shape, heads_kv=1, dim=LATENT + ROPE, dim_v=1), dtype, device, seed
+        )
 
     def arguments(self, **options: Any) -> dict[str, Any]:
-        """Arguments of an absorbed MLA call: ``q`` and ``k_cache`` rotary, ``qv`` and ``v_cache`` latent."""
+        """Arguments of an absorbed MLA call: ``q`` and ``k_cache`` rotary, ``qv`` and ``v_cache``
+        latent.
+        """
         both, buffer = torch.cat(self.q).to(self.device), self.cached(self.k)
         own = {"q": both[..., LATENT:], "qv": both[..., :LATENT]}
         caches = {"k_cache": buffer[..., LATENT:], "v_cache": buffer[..., :LATENT]}
-        lengths = {"cache_seqlens": self.int32(self.shape.keys), "cu_seqlens_q": self.offsets(self.shape.rows)}
+        lengths = {
+            "cache_seqlens": self.int32(self.shape.keys),
+            "cu_seqlens_q": self.offsets(self.shape.rows),
+        }
         fixed = {"max_seqlen_q": max(self.shape.rows), "softmax_scale": self.scale, "ver": 3}
         return own | caches | lengths | fixed | {"page_table": self.page_table} | options
 
@@ -338,7 +420,9 @@ class Latent(Batch):
 
 
 class Slots:
-    """Where MLA plans are: slots of one workspace where the kernels write them, tensors where they return them."""
+    """Where MLA plans are: slots of one workspace where the kernels write them, tensors where they
+    return them.
+    """
 
     def __init__(self, kernels: FA3Kernels) -> None:
         self.kernels = kernels
@@ -351,7 +435,9 @@ class Slots:
             return self._slot(batch.device, slot), reuse
         if not reuse:
             absorbed = Batch.__new__(Batch)
-            vars(absorbed).update(vars(batch) | {"shape": replace(batch.shape, dim=ROPE, dim_v=LATENT)})
+            vars(absorbed).update(
+                vars(batch) | {"shape": replace(batch.shape, dim=ROPE, dim_v=LATENT)}
+            )
             self._plans[slot] = absorbed.plan(self.kernels, **options)
         return self._plans[slot]
 
@@ -374,24 +460,39 @@ def mla(setting: Setting, shape: Shape, options: dict[str, Any]) -> list[Compari
 
 
 def mla_slots(setting: Setting, shape: Shape, options: dict[str, Any]) -> list[Comparison]:
-    """Two geometries, planned in two slots one after the other, then both reused: neither spoils the other's plan."""
+    """Two geometries, planned in two slots one after the other, then both reused: neither spoils
+    the other's plan.
+    """
     other = replace(shape, rows=tuple(2 for _ in shape.rows), keys=shape.keys[::-1])
-    batches = [Latent(one, setting.dtype, setting.device, seed) for seed, one in enumerate((shape, other))]
+    batches = [
+        Latent(one, setting.dtype, setting.device, seed) for seed, one in enumerate((shape, other))
+    ]
     slots, found = Slots(setting.kernels), []
     for reuse in (False, True):
         for slot, batch in enumerate(batches):
             plan = slots.metadata(batch, slot, reuse=reuse, **options)
-            result = setting.kernels.flash_attn_with_kvcache(**batch.arguments(**options), scheduler_metadata=plan)
-            found += compare(result, batch.sequences, setting.dtype, **truth_options(batch, options))
+            result = setting.kernels.flash_attn_with_kvcache(
+                **batch.arguments(**options), scheduler_metadata=plan
+            )
+            found += compare(
+                result, batch.sequences, setting.dtype, **truth_options(batch, options)
+            )
     return found
 
 
 def mla_cascade(setting: Setting, shape: Shape, options: dict[str, Any]) -> list[Comparison]:
-    """Draft branches of an MLA model over a shared prefix and their own suffixes, each call in a slot of its own."""
+    """Draft branches of an MLA model over a shared prefix and their own suffixes, each call in a
+    slot of its own.
+    """
     topk, suffix = options["topk"], options["suffix"]
     batch = Latent(replace(shape, rows=(topk,) * len(shape.keys)), setting.dtype, setting.device)
     branches = len(shape.keys) * topk
-    own = Latent(replace(shape, rows=(1,) * branches, keys=(suffix,) * branches), setting.dtype, setting.device, seed=1)
+    own = Latent(
+        replace(shape, rows=(1,) * branches, keys=(suffix,) * branches),
+        setting.dtype,
+        setting.device,
+        seed=1,
+    )
     own.q = list(torch.split(torch.cat(batch.q), 1))
     slots, parts = Slots(setting.kernels), []
     for slot, one in enumerate((batch, own)):
@@ -405,7 +506,7 @@ def mla_cascade(setting: Setting, shape: Shape, options: dict[str, Any]) -> list
     return compare(merged(parts), sequences, setting.dtype, scale=batch.scale)
 
 
-# --- the cases ----------------------------------------------------------------------------------------
+# --- the cases ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -424,9 +525,16 @@ DECODE = Shape((1, 1, 1, 1), (700, 5, 64, 129))
 LONG = Shape((1,), (6000,), capacity=8192)
 VERIFY = Shape((4, 4, 4), (300, 64, 7))
 HITS = Shape((17, 15, 15, 15), (17, 73, 703, 3003), heads=16, heads_kv=4, dim=64, dim_v=64)
-"""What is left of prompts that were found in the prefix cache. Kernels that bound the number of splits by the average
-query in one place and by the longest in another have accumulators for 7 parts of the longest keys, and plan 14."""
-MODES = {"prefill": PREFILL, "chunked prefill with prefix": PREFIXED, "decode": DECODE, "verify of 4": VERIFY}
+"""What is left of prompts that were found in the prefix cache. Kernels that bound the number of
+splits by the average query in one place and by the longest in another have accumulators for 7 parts
+of the longest keys, and plan 14.
+"""
+MODES = {
+    "prefill": PREFILL,
+    "chunked prefill with prefix": PREFIXED,
+    "decode": DECODE,
+    "verify of 4": VERIFY,
+}
 CAUSAL: dict[str, Any] = {"causal": True}
 WINDOW: dict[str, Any] = {"causal": True, "window_size": (40, 0)}
 SOFTCAP: dict[str, Any] = {"causal": True, "softcap": 2.0}
@@ -440,14 +548,21 @@ def cases() -> list[Case]:
 
 
 def _modes() -> Iterator[Case]:
-    kinds: dict[str, dict[str, Any]] = {"": CAUSAL, ", window": WINDOW, ", softcap": SOFTCAP, ", sinks": SINKS}
+    kinds: dict[str, dict[str, Any]] = {
+        "": CAUSAL,
+        ", window": WINDOW,
+        ", softcap": SOFTCAP,
+        ", sinks": SINKS,
+    }
     kinds |= {", window and softcap": WINDOW | SOFTCAP, ", window and sinks": WINDOW | SINKS}
     for mode, shape in MODES.items():
         for kind, options in kinds.items():
             yield Case(mode + kind, paged, shape, options)
     yield Case("long decode with splits", paged, LONG, CAUSAL)
     yield Case("long decode with splits, softcap", paged, LONG, SOFTCAP)
-    yield Case("long and short decode", paged, replace(LONG, rows=(1, 1, 1), keys=(4000, 3, 64)), CAUSAL)
+    yield Case(
+        "long and short decode", paged, replace(LONG, rows=(1, 1, 1), keys=(4000, 3, 64)), CAUSAL
+    )
     yield Case("prefill, not causal", paged, PREFILL)
     yield Case("prefill, window on both sides", paged, PREFILL, {"window_size": (30, 20)})
 
@@ -457,10 +572,18 @@ def _shapes() -> Iterator[Case]:
         shape = MODES[mode]
         for heads, heads_kv, kind in ((8, 8, "MHA"), (14, 2, "GQA"), (8, 1, "MQA")):
             yield Case(
-                f"{mode}, {kind} {heads}/{heads_kv}", paged, replace(shape, heads=heads, heads_kv=heads_kv), CAUSAL
+                f"{mode}, {kind} {heads}/{heads_kv}",
+                paged,
+                replace(shape, heads=heads, heads_kv=heads_kv),
+                CAUSAL,
             )
         for dim, dim_v in ((64, 64), (96, 96), (192, 128), (256, 256)):
-            yield Case(f"{mode}, head dim {dim}/{dim_v}", paged, replace(shape, dim=dim, dim_v=dim_v), CAUSAL)
+            yield Case(
+                f"{mode}, head dim {dim}/{dim_v}",
+                paged,
+                replace(shape, dim=dim, dim_v=dim_v),
+                CAUSAL,
+            )
         for page in (1, 16, 128):
             yield Case(f"{mode}, page size {page}", paged, replace(shape, page=page), CAUSAL)
 
@@ -471,7 +594,9 @@ def _special() -> Iterator[Case]:
         yield Case(f"{mode}, one plan for two layers", second_layer, MODES[mode], CAUSAL)
         yield Case(f"{mode}, into a given output", into_given_output, MODES[mode], CAUSAL)
     yield Case("prefill of equal requests", paged, Shape((200, 200), (200, 200)), CAUSAL)
-    yield Case("chunked prefill of equal requests", paged, replace(PREFIXED, rows=(33, 33, 33)), CAUSAL)
+    yield Case(
+        "chunked prefill of equal requests", paged, replace(PREFIXED, rows=(33, 33, 33)), CAUSAL
+    )
     yield Case("prefix hits of unequal lengths", paged, HITS, CAUSAL)
     yield Case("decode of an empty request", paged, Shape((1, 1, 1), (100, 0, 64)), CAUSAL)
     branches = {"topk": 3, "suffix": 2}
@@ -499,12 +624,16 @@ def _mla() -> Iterator[Case]:
     yield Case("MLA verify of 4", mla, replace(LATENT_DECODE, rows=(4, 4, 4)), CAUSAL)
     yield Case("MLA long decode", mla, Shape((1,), (5000,), heads=16, capacity=8192), CAUSAL)
     yield Case("MLA, two slots", mla_slots, LATENT_DECODE, CAUSAL)
-    yield Case("MLA cascade", mla_cascade, replace(LATENT_DECODE, keys=(300, 70)), {"topk": 3, "suffix": 2})
+    yield Case(
+        "MLA cascade", mla_cascade, replace(LATENT_DECODE, keys=(300, 70)), {"topk": 3, "suffix": 2}
+    )
 
 
 def dtypes(kernels: FA3Kernels) -> list[torch.dtype]:
     """What the kernels take, bfloat16 first."""
-    return [dtype for dtype in (torch.bfloat16, torch.float16, torch.float32) if dtype in kernels.dtypes]
+    return [
+        dtype for dtype in (torch.bfloat16, torch.float16, torch.float32) if dtype in kernels.dtypes
+    ]
 
 
 def named_cases(kernels: FA3Kernels, quick: bool) -> dict[str, tuple[Case, torch.dtype]]:
@@ -519,7 +648,9 @@ def run_case(name: str, case: Case, setting: Setting) -> Outcome:
     try:
         found = case.way(setting, case.shape, case.options)
     except (UnsupportedKernelArgument, UnsupportedByKernels) as error:
-        return Outcome(PART, name, SKIP, f"refused by name: {error}", {}, time.perf_counter() - started)
+        return Outcome(
+            PART, name, SKIP, f"refused by name: {error}", {}, time.perf_counter() - started
+        )
     except Exception as error:  # noqa: BLE001  # A case that raises is a result like any other.
         reason = f"{type(error).__name__}: {error}"
         return Outcome(PART, name, FAIL, reason[:2000], {}, time.perf_counter() - started)
@@ -541,7 +672,9 @@ def _where(wrong: Comparison) -> str:
     """Which rows are wrong, and how."""
     if wrong.seen.shape != wrong.exact.shape:
         return f"its shape is {tuple(wrong.seen.shape)}, expected {tuple(wrong.exact.shape)}"
-    off = ~((wrong.seen.double() - wrong.exact).abs() <= wrong.allowed) & ~(wrong.seen.double() == wrong.exact)
+    off = ~((wrong.seen.double() - wrong.exact).abs() <= wrong.allowed) & ~(
+        wrong.seen.double() == wrong.exact
+    )
     rows = off.flatten(1).any(1) if wrong.what == "output" else off.any(0)
     unwritten = int(wrong.seen.isnan().sum())
     return f"{int(rows.sum())} of {len(rows)} rows, the first is {int(rows.nonzero()[0])}; {unwritten} values are NaN"

@@ -12,12 +12,15 @@ from typing import Any
 
 PASS, FAIL, SKIP, ABSENT = "pass", "fail", "skip", "could not run"
 NOTICE = (
-    "Nothing of sglang-musa-ext had been run on a Moore Threads GPU when this kit was written: its expectations come "
-    "from MATE's public source, and from the PyTorch kernels that stand in for it. On such a GPU this report is news, "
+    "Nothing of sglang-musa-ext had been run on a Moore Threads GPU when this kit was written: its "
+    "expectations come "
+    "from MATE's public source, and from the PyTorch kernels that stand in for it. On such a GPU "
+    "this report is news, "
     "whatever it says. Please attach it to an issue."
 )
 ELSEWHERE = (
-    "This run was not on a Moore Threads GPU, and says nothing of one: nothing of sglang-musa-ext had been run there "
+    "This run was not on a Moore Threads GPU, and says nothing of one: nothing of sglang-musa-ext "
+    "had been run there "
     "when this kit was written."
 )
 NOTICES = {
@@ -59,7 +62,9 @@ class Report:
 
     @property
     def verdict(self) -> str:
-        """``fail`` if a case failed; ``could not run`` if a part did not, or nothing passed; ``pass`` otherwise."""
+        """``fail`` if a case failed; ``could not run`` if a part did not, or nothing passed;
+        ``pass`` otherwise.
+        """
         found = {outcome.status for outcome in self.outcomes}
         if FAIL in found:
             return FAIL
@@ -94,12 +99,20 @@ class Report:
 
     def as_json(self) -> str:
         """The report for machines."""
-        content = asdict(self) | {"verdict": self.verdict, "exit_code": self.exit_code, "notice": self.notice}
+        content = asdict(self) | {
+            "verdict": self.verdict,
+            "exit_code": self.exit_code,
+            "notice": self.notice,
+        }
         return json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n"
 
     def as_markdown(self) -> str:
         """The report for people, failures first."""
-        facts = {"started": self.started, "system": platform.platform(), "Python": platform.python_version()}
+        facts = {
+            "started": self.started,
+            "system": platform.platform(),
+            "Python": platform.python_version(),
+        }
         lines = [
             f"# Validation of sglang-musa-ext: {self.verdict}", "", f"> {self.notice}", "",
             *table(("Part", *(PASS, FAIL, SKIP), "Could not run"), map(self._counts, self.parts)), "",
@@ -110,18 +123,37 @@ class Report:
             "## Settings", "", *table(("Setting", "Value"), self.settings.items()), "",
         ]  # fmt: skip
         for part in self.parts:
-            rows = [(o.name, o.status, numbers(o.numbers), o.reason, f"{o.seconds:.1f} s") for o in self.of(part)]
-            lines += [f"## {part}", "", *table(("Case", "Result", "Numbers", "Reason", "Time"), rows), ""]
+            rows = [
+                (o.name, o.status, numbers(o.numbers), o.reason, f"{o.seconds:.1f} s")
+                for o in self.of(part)
+            ]
+            lines += [
+                f"## {part}",
+                "",
+                *table(("Case", "Result", "Numbers", "Reason", "Time"), rows),
+                "",
+            ]
         return "\n".join(lines)
 
     def _counts(self, part: str) -> list[str]:
         found = [outcome.status for outcome in self.of(part)]
-        return [part, *(str(found.count(status)) for status in (PASS, FAIL, SKIP)), self.broken.get(part, "")]
+        return [
+            part,
+            *(str(found.count(status)) for status in (PASS, FAIL, SKIP)),
+            self.broken.get(part, ""),
+        ]
 
     def _failures(self) -> list[str]:
         failed = [outcome for outcome in self.outcomes if outcome.status == FAIL]
-        rows = [(outcome.part, outcome.name, numbers(outcome.numbers), outcome.reason) for outcome in failed]
-        return ["## Failures", "", *table(("Part", "Case", "Numbers", "Reason"), rows), ""] if rows else []
+        rows = [
+            (outcome.part, outcome.name, numbers(outcome.numbers), outcome.reason)
+            for outcome in failed
+        ]
+        return (
+            ["## Failures", "", *table(("Part", "Case", "Numbers", "Reason"), rows), ""]
+            if rows
+            else []
+        )
 
 
 def versions() -> dict[str, str]:
@@ -138,7 +170,8 @@ def versions() -> dict[str, str]:
 def numbers(values: Mapping[str, Any]) -> str:
     """Named numbers in one short line."""
     return ", ".join(
-        f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}" for name, value in values.items()
+        f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in values.items()
     )
 
 
@@ -148,4 +181,6 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
 
 
 def _row(cells: Sequence[object]) -> str:
-    return "| " + " | ".join(" ".join(str(cell).replace("|", "\\|").split()) for cell in cells) + " |"
+    return (
+        "| " + " | ".join(" ".join(str(cell).replace("|", "\\|").split()) for cell in cells) + " |"
+    )

@@ -1,7 +1,7 @@
 """The environment variables of this package, read once into a frozen record.
 
-Nothing else in the package reads ``os.environ`` for its own toggles. This module imports the standard
-library alone, so that ``SGLANG_MUSA_EXT=off`` costs nothing.
+Nothing else in the package reads ``os.environ`` for its own toggles. This module imports the
+standard library alone, so that ``SGLANG_MUSA_EXT=off`` costs nothing.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ class Settings:
     """What the environment asks of this package; see the README for what each variable is for."""
 
     mode: str = "auto"
-    """``auto``: act only beside a MUSA device. ``on``: its absence is an error. ``off``: do nothing."""
+    """``auto``: act only beside a MUSA device. ``on``: its absence is an error. ``off``: do
+    nothing.
+    """
 
     kernels: str = "auto"
     """``auto`` (the device's own), ``mate``, ``hopper`` or ``reference``."""
@@ -48,7 +50,9 @@ class Settings:
     """MiB of device memory for MLA plans, one workspace a device."""
 
     check: str = "off"
-    """``metadata``: recompute every reused plan and compare; ``output``: compare with the reference too."""
+    """``metadata``: recompute every reused plan and compare; ``output``: compare with the reference
+    too.
+    """
 
     force_update_metadata: bool = False
     """Compute a plan for every call instead of reusing one within a pass."""
@@ -79,13 +83,20 @@ class Settings:
 
 
 def named_platform(environ: Mapping[str, str] | None = None) -> str:
-    """The platform plugin that ``environ`` (``None``: the process's own) tells SGLang to use; empty: none."""
+    """The platform plugin that ``environ`` (``None``: the process's own) tells SGLang to use;
+    empty: none.
+    """
     return (os.environ if environ is None else environ).get(PLATFORM, "")
 
 
 def is_addressed(environ: Mapping[str, str] | None = None) -> bool:
-    """Whether ``environ`` (``None``: the process's own) sets any variable that is this package's own."""
-    return any(name == MODE or name.startswith(f"{MODE}_") for name in (os.environ if environ is None else environ))
+    """Whether ``environ`` (``None``: the process's own) sets any variable that is this package's
+    own.
+    """
+    return any(
+        name == MODE or name.startswith(f"{MODE}_")
+        for name in (os.environ if environ is None else environ)
+    )
 
 
 def _choice(environ: Mapping[str, str], variable: str, choices: Sequence[str]) -> str:

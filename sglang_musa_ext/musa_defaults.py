@@ -1,4 +1,5 @@
-"""What SGLang gets on a MUSA device without being asked: ``fa3`` where no backend was chosen, and vision's FA3 mended.
+"""What SGLang gets on a MUSA device without being asked: ``fa3`` where no backend was chosen, and
+vision's FA3 mended.
 
 The page size, 64 where none was given, is upstream's own default on MUSA and stays upstream's.
 """
@@ -25,7 +26,9 @@ MINIMUM_CAPABILITY = (3, 1)
 
 _VISION = "sglang.srt.layers.attention.vision"
 _MARK = "_musa_ext_present"
-"""The attribute of a ``ServerArgs`` that was resolved with this package in place; it goes along to child processes."""
+"""The attribute of a ``ServerArgs`` that was resolved with this package in place; it goes along to
+child processes.
+"""
 _HALF = ("auto", "bf16", "bfloat16", "fp16", "float16", "half")
 
 
@@ -52,7 +55,7 @@ def device_capability() -> tuple[int, int]:
     return major, minor
 
 
-# --- the attention backend ----------------------------------------------------------------------------
+# --- the attention backend ------------------------------------------------------------------------
 
 
 def _default_choosers() -> list[tuple[Any, str]]:
@@ -71,7 +74,11 @@ def _preferring_fa3(original: Callable[..., Any]) -> Callable[..., Any]:
     def choose(server_args: Any, use_mla_backend: bool, model_config: Any) -> Any:
         chosen = original(server_args, use_mla_backend, model_config)
         if reason := _reason_against_fa3(server_args, use_mla_backend, model_config):
-            logger.info("sglang_musa_ext leaves the attention backend to SGLang (%s), because %s.", chosen, reason)
+            logger.info(
+                "sglang_musa_ext leaves the attention backend to SGLang (%s), because %s.",
+                chosen,
+                reason,
+            )
             return chosen
         return "fa3"
 
@@ -97,7 +104,7 @@ def _reason_against_fa3(server_args: Any, use_mla_backend: bool, model_config: A
     return None
 
 
-# --- what came too late -------------------------------------------------------------------------------
+# --- what came too late ---------------------------------------------------------------------------
 
 
 def _resolution() -> tuple[Any, str]:
@@ -143,18 +150,23 @@ def _watched(name: str, create: Callable[[Any], Any]) -> Callable[[Any], Any]:
 @functools.cache
 def _warn_of_lateness(name: str) -> None:
     logger.warning(
-        "sglang_musa_ext could not choose the attention backend: this server's arguments were settled before SGLang "
-        "loaded its plugins, and it runs %r. Unless that was your choice, start it with --attention-backend fa3 (in "
-        "Python: ServerArgs(attention_backend='fa3', page_size=64), or call sglang.srt.plugins.load_plugins() first).",
+        "sglang_musa_ext could not choose the attention backend: this server's arguments were "
+        "settled before SGLang "
+        "loaded its plugins, and it runs %r. Unless that was your choice, start it with "
+        "--attention-backend fa3 (in "
+        "Python: ServerArgs(attention_backend='fa3', page_size=64), or call "
+        "sglang.srt.plugins.load_plugins() first).",
         name,
     )
 
 
-# --- vision -------------------------------------------------------------------------------------------
+# --- vision ---------------------------------------------------------------------------------------
 
 
 def _mend_vision(undo: contextlib.ExitStack) -> None:
-    """Give upstream's vision attention the function that it calls and does not have on MUSA, once it is imported."""
+    """Give upstream's vision attention the function that it calls and does not have on MUSA, once
+    it is imported.
+    """
     if (module := sys.modules.get(_VISION)) is not None:
         _give_flash_attn_func(module)
         return
@@ -172,7 +184,8 @@ def _give_flash_attn_func(vision: ModuleType) -> None:
 
 
 def flash_attn_func(q: Any, k: Any, v: Any, **arguments: Any) -> Any:
-    """Varlen attention under the name, and with the arguments, that upstream's vision attention has for it.
+    """Varlen attention under the name, and with the arguments, that upstream's vision attention has
+    for it.
 
     MATE has a function of this name too, over padded sequences; upstream passes cumulative lengths.
 
@@ -222,7 +235,7 @@ class _AfterImport(MetaPathFinder):
         return spec
 
 
-# --- replacing names ----------------------------------------------------------------------------------
+# --- replacing names ------------------------------------------------------------------------------
 
 
 def _wrap(undo: contextlib.ExitStack, owner: Any, name: str, wrap: Callable[[Any], Any]) -> None:

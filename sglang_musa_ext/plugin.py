@@ -1,7 +1,9 @@
-"""Entry points that SGLang finds: :func:`register` in every process, :func:`activate_platform` at device discovery.
+"""Entry points that SGLang finds: :func:`register` in every process, :func:`activate_platform` at
+device discovery.
 
-Nothing heavy is imported until a server asks for ``fa3``. SGLang logs what a plugin raises and then serves without
-it, so a problem is not raised here: it is kept, and raised when a server asks for what the plugin should have given.
+Nothing heavy is imported until a server asks for ``fa3``. SGLang logs what a plugin raises and then
+serves without it, so a problem is not raised here: it is kept, and raised when a server asks for
+what the plugin should have given.
 """
 
 from __future__ import annotations
@@ -33,10 +35,11 @@ class PluginError(RuntimeError):
 
 
 def register() -> None:
-    """Put this package under ``--attention-backend fa3``, if the environment and the device ask for it.
+    """Put this package under ``--attention-backend fa3``, if the environment and the device ask for
+    it.
 
-    Called by SGLang in each of its processes; calling it again changes nothing. Raises nothing: a problem becomes
-    an error of every attempt to build an FA3 backend, which stops the server.
+    Called by SGLang in each of its processes; calling it again changes nothing. Raises nothing: a
+    problem becomes an error of every attempt to build an FA3 backend, which stops the server.
     """
     try:
         settings = Settings.from_environ()
@@ -55,7 +58,8 @@ def register() -> None:
         if _on_musa():
             _take_defaults()
         _announce(
-            f"sglang_musa_ext is active in process {os.getpid()}: --attention-backend fa3 is MusaFA3Backend "
+            f"sglang_musa_ext is active in process {os.getpid()}: --attention-backend fa3 is "
+            "MusaFA3Backend "
             f"(SGLang {support.version})"
         )
     except Exception as error:
@@ -68,7 +72,9 @@ def register() -> None:
 
 
 def _announce(line: str) -> None:
-    """Have ``line`` seen: SGLang loads plugins before it sets its log up, whose level is then still Python's own."""
+    """Have ``line`` seen: SGLang loads plugins before it sets its log up, whose level is then still
+    Python's own.
+    """
     if logger.isEnabledFor(logging.INFO) and logger.hasHandlers():
         logger.info("%s", line)
     else:
@@ -85,7 +91,8 @@ def activate_platform() -> str | None:
         return None
     if Settings.from_environ().mode == "off":
         raise PluginError(
-            f"{envs.PLATFORM}={REFERENCE_PLATFORM} asks for the CPU platform of sglang-musa-ext, and {envs.MODE}=off "
+            f"{envs.PLATFORM}={REFERENCE_PLATFORM} asks for the CPU platform of sglang-musa-ext, "
+            f"and {envs.MODE}=off "
             "turns the package off. Unset one of the two."
         )
     from sglang_musa_ext.cpu import stand_ins
@@ -115,7 +122,8 @@ def _reason_to_stay_idle(settings: Settings) -> str | None:
     absent = "no MUSA device was found (torchada is missing, or torch is not built for MUSA)"
     if settings.mode == "on":
         raise PluginError(
-            f"{envs.MODE}=on, and {absent}. Install torch_musa and torchada, or set {envs.KERNELS}=hopper or "
+            f"{envs.MODE}=on, and {absent}. Install torch_musa and torchada, or set "
+            f"{envs.KERNELS}=hopper or "
             f"=reference to run without a MUSA device, or {envs.MODE}=auto."
         )
     if settings.kernels != "auto":
@@ -130,10 +138,14 @@ def _on_musa() -> bool:
 
 
 def _take_defaults() -> None:
-    """Put the defaults of MUSA in place. What upstream has changed about them costs them alone, not ``fa3``."""
+    """Put the defaults of MUSA in place. What upstream has changed about them costs them alone, not
+    ``fa3``.
+    """
     if violations := upstream.check_upstream(used_by=("defaults",)):
         listed = "; ".join(map(str, violations))
-        logger.warning("sglang_musa_ext cannot choose defaults; start with --attention-backend fa3. %s", listed)
+        logger.warning(
+            "sglang_musa_ext cannot choose defaults; start with --attention-backend fa3. %s", listed
+        )
         return
     musa_defaults.install_defaults()
 
@@ -147,8 +159,10 @@ def _require_capability() -> None:
     capability = get_device_capability()
     if capability < MINIMUM_CAPABILITY:
         raise PluginError(
-            f"This GPU has MP version {'.'.join(map(str, capability))}, and MATE's FA3 kernels need "
-            f"{'.'.join(map(str, MINIMUM_CAPABILITY))} or newer. Start the server with --attention-backend triton."
+            f"This GPU has MP version {'.'.join(map(str, capability))}, and MATE's FA3 kernels "
+            "need "
+            f"{'.'.join(map(str, MINIMUM_CAPABILITY))} or newer. Start the server with "
+            "--attention-backend triton."
         )
 
 
@@ -161,7 +175,8 @@ def _take_over(create: Callable[[Any], Any]) -> None:
 
 
 def _take_over_drafts(create: Callable[..., Any]) -> None:
-    """Let ``create`` build the FA3 backends of draft models, which upstream chooses without its registry.
+    """Let ``create`` build the FA3 backends of draft models, which upstream chooses without its
+    registry.
 
     It is called with the method it replaces, then with that method's arguments.
     """
@@ -182,7 +197,9 @@ def _draft_method(original: Callable[..., Any], create: Callable[..., Any]) -> C
     return method
 
 
-def _draft_backend_of_ours(original: Callable[..., Any], factory: Any, *args: Any, **kwargs: Any) -> Any:
+def _draft_backend_of_ours(
+    original: Callable[..., Any], factory: Any, *args: Any, **kwargs: Any
+) -> Any:
     """What upstream's factory method ``original`` returns, built from our classes.
 
     The return value stays upstream's: a backend up to 0.5.17, a name and a backend from 0.5.18 on.
@@ -204,13 +221,16 @@ def _ready_attention() -> Any:
 
 def _refuse(error: Exception, *_: Any, **__: Any) -> Any:
     raise PluginError(
-        f"sglang-musa-ext is installed and could not be loaded, so FA3 attention is not served: {error}\n"
+        "sglang-musa-ext is installed and could not be loaded, so FA3 attention is not served: "
+        f"{error}\n"
         f"Mend that, or set {envs.MODE}=off to leave SGLang as it is without this package."
     ) from error
 
 
 def _refuse_fa4(_: Any) -> Any:
     raise PluginError(
-        "--attention-backend fa4 was asked for, and sglang-musa-ext serves FlashAttention 3 alone. Start the server "
-        f"with --attention-backend fa3, or set {envs.MODE}=off to leave SGLang as it is without this package."
+        "--attention-backend fa4 was asked for, and sglang-musa-ext serves FlashAttention 3 alone. "
+        "Start the server "
+        f"with --attention-backend fa3, or set {envs.MODE}=off to leave SGLang as it is without "
+        "this package."
     )

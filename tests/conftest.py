@@ -24,8 +24,15 @@ _SETTINGS = (
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Let a whole run of the engine tests write the table in docs/plans.md, or run under a check."""
-    parser.addoption("--write-plans", metavar="FILE", type=Path, help="put the table of plans per engine into FILE")
-    parser.addoption("--engine-check", metavar="CHECK", help=f"run every engine under {envs.CHECK}=CHECK")
+    parser.addoption(
+        "--write-plans",
+        metavar="FILE",
+        type=Path,
+        help="put the table of plans per engine into FILE",
+    )
+    parser.addoption(
+        "--engine-check", metavar="CHECK", help=f"run every engine under {envs.CHECK}=CHECK"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -50,7 +57,9 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineServer]:
     server.close()
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
     """Print what the engines computed, if any ran; keep it where ``--write-plans`` says."""
     lines = summary_table()
     if not lines:

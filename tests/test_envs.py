@@ -43,10 +43,17 @@ GOOD = [
     (SIZE, " 007 ", 7),
 ]
 BAD = [
-    *((variable, bad, choices) for variable, choices in CHOICES.items() for bad in ("nonsense", "on,off", "1", "offf")),
+    *(
+        (variable, bad, choices)
+        for variable, choices in CHOICES.items()
+        for bad in ("nonsense", "on,off", "1", "offf")
+    ),
     ("SGLANG_MUSA_EXT", "true", CHOICES["SGLANG_MUSA_EXT"]),
     *((FLAG, bad, (*TRUE, *FALSE)) for bad in ("maybe", "2", "-1", "on", "off")),
-    *((SIZE, bad, ("a whole number of MiB from 1 up",)) for bad in ("0", "-1", "1.5", "1e3", "1 MB", "0x10", "²", "٣")),
+    *(
+        (SIZE, bad, ("a whole number of MiB from 1 up",))
+        for bad in ("0", "-1", "1.5", "1e3", "1 MB", "0x10", "²", "٣")
+    ),
 ]
 
 
@@ -61,13 +68,17 @@ def test_unset_or_empty_means_the_default(variable: str, field: str, value: str 
 
 @pytest.mark.parametrize(("variable", "value", "expected"), GOOD)
 def test_a_good_value_sets_its_field_alone(variable: str, value: str, expected: object) -> None:
-    """Every accepted spelling, in any case and with blanks around it, sets its own field and no other."""
+    """Every accepted spelling, in any case and with blanks around it, sets its own field and no
+    other.
+    """
     settings = Settings.from_environ({variable: value})
     assert dataclasses.asdict(settings) == {**DEFAULTS, FIELDS[variable]: expected}
 
 
 @pytest.mark.parametrize(("variable", "value", "choices"), BAD)
-def test_a_bad_value_names_variable_value_and_choices(variable: str, value: str, choices: tuple[str, ...]) -> None:
+def test_a_bad_value_names_variable_value_and_choices(
+    variable: str, value: str, choices: tuple[str, ...]
+) -> None:
     """The error says which variable holds which value, and what it could be instead."""
     with pytest.raises(SettingsError) as caught:
         Settings.from_environ({variable: value})
@@ -100,7 +111,10 @@ def test_the_process_environment_is_the_default_source(monkeypatch: pytest.Monke
 
 def test_other_variables_are_left_alone() -> None:
     """A variable that is not one of ours is neither read nor refused."""
-    assert Settings.from_environ({"SGLANG_MUSA_EXT_TORCH_INDEX": "x", "SGLANG_USE_MUSA": "y"}) == Settings()
+    assert (
+        Settings.from_environ({"SGLANG_MUSA_EXT_TORCH_INDEX": "x", "SGLANG_USE_MUSA": "y"})
+        == Settings()
+    )
 
 
 def test_settings_are_frozen() -> None:

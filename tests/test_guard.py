@@ -1,4 +1,6 @@
-"""With ``SGLANG_MUSA_EXT=on``, FA3 attention is ours or is refused, however SGLang fails to load this plugin."""
+"""With ``SGLANG_MUSA_EXT=on``, FA3 attention is ours or is refused, however SGLang fails to load
+this plugin.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,9 @@ import pytest
 from sglang_musa_ext import guard, plugin
 from sglang_musa_ext.guard import NotServedByUsError, arm, guard_class
 
-# One process imports SGLang, as a scheduler does, and forks for each case, so that each loads plugins for the
-# first time. The device claims to be one that upstream's own factory would serve with FA3.
+# One process imports SGLang, as a scheduler does, and forks for each case, so that each loads
+# plugins for the first time. The device claims to be one that upstream's own factory would serve
+# with FA3.
 SCHEDULERS = """
 import json, os, sys
 from sglang_musa_ext.cpu.stand_ins import prepare_process
@@ -98,22 +101,36 @@ CONFIG = {
 
 @pytest.fixture(scope="module")
 def schedulers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
-    """What each case's process answers under ``SGLANG_MUSA_EXT=on``, which is read when torch is imported."""
+    """What each case's process answers under ``SGLANG_MUSA_EXT=on``, which is read when torch is
+    imported.
+    """
     folder = tmp_path_factory.mktemp("model")
     (folder / "config.json").write_text(json.dumps(CONFIG))
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("SGLANG")}
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith("SGLANG")
+    }
     environment |= {"SGLANG_MUSA_EXT": "on", "SGLANG_MUSA_EXT_KERNELS": "reference"}
     command = [sys.executable, "-c", SCHEDULERS, json.dumps(list(CASES.values())), str(folder)]
-    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=False)
-    lines = [line.removeprefix("RESULT") for line in done.stdout.splitlines() if line.startswith("RESULT")]
+    done = subprocess.run(
+        command, env=environment, cwd=folder, capture_output=True, text=True, check=False
+    )
+    lines = [
+        line.removeprefix("RESULT")
+        for line in done.stdout.splitlines()
+        if line.startswith("RESULT")
+    ]
     assert len(lines) == len(CASES), done.stdout + done.stderr
     return dict(zip(CASES, map(json.loads, lines), strict=True))
 
 
 @pytest.mark.parametrize("way", ["registry", "class"])
 @pytest.mark.parametrize("case", MISSED)
-def test_a_scheduler_without_the_plugin_refuses_fa3(schedulers: dict[str, dict[str, str]], case: str, way: str) -> None:
-    """A scheduler that never called the plugin builds no FA3 backend, by the registry or by its class."""
+def test_a_scheduler_without_the_plugin_refuses_fa3(
+    schedulers: dict[str, dict[str, str]], case: str, way: str
+) -> None:
+    """A scheduler that never called the plugin builds no FA3 backend, by the registry or by its
+    class.
+    """
     assert schedulers[case][way].startswith("NotServedByUsError: SGLANG_MUSA_EXT=on")
 
 
@@ -126,20 +143,28 @@ def test_a_scheduler_without_the_plugin_refuses_fa3(schedulers: dict[str, dict[s
         ("never loaded", "this process loads no plugins"),
     ],
 )
-def test_the_refusal_says_why_and_what_to_do(schedulers: dict[str, dict[str, str]], case: str, hint: str) -> None:
+def test_the_refusal_says_why_and_what_to_do(
+    schedulers: dict[str, dict[str, str]], case: str, hint: str
+) -> None:
     """The error names what kept the plugin out, and the doctor."""
     assert hint in schedulers[case]["class"]
     assert "python -m sglang_musa_ext.doctor" in schedulers[case]["class"]
 
 
-def test_without_the_guard_upstreams_backend_would_be_built(schedulers: dict[str, dict[str, str]]) -> None:
-    """What stops the cases above is the guard: without it, upstream's constructor runs, on the stand-in runner."""
+def test_without_the_guard_upstreams_backend_would_be_built(
+    schedulers: dict[str, dict[str, str]],
+) -> None:
+    """What stops the cases above is the guard: without it, upstream's constructor runs, on the
+    stand-in runner.
+    """
     assert schedulers["without the guard"]["registry"].startswith("AttributeError: ")
 
 
 @pytest.mark.parametrize("case", ["loaded", "loaded late"])
 def test_a_loaded_plugin_serves(schedulers: dict[str, dict[str, str]], case: str) -> None:
-    """The registry is asked when the model is built, so a plugin that loads after ServerArgs is in time."""
+    """The registry is asked when the model is built, so a plugin that loads after ServerArgs is in
+    time.
+    """
     assert schedulers[case]["fa3"] == "sglang_musa_ext.plugin"
     assert "NotServedByUsError" not in schedulers[case]["registry"]
 
@@ -162,19 +187,24 @@ def test_late_is_after_the_arguments_are_resolved(schedulers: dict[str, dict[str
         "SGLang ",
     ],
 )
-def test_a_backend_says_in_one_line_what_it_serves_with(schedulers: dict[str, dict[str, str]], part: str) -> None:
+def test_a_backend_says_in_one_line_what_it_serves_with(
+    schedulers: dict[str, dict[str, str]], part: str
+) -> None:
     """The log has the effective configuration, for people, in one line."""
     assert part in schedulers["loaded late"]["line"]
     assert "\n" not in schedulers["loaded late"]["line"]
 
 
-# The guard by itself ------------------------------------------------------------------------------------
+# The guard by itself
+# ------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def meta_path(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The import system's finders without a guard, and as they were afterwards."""
-    monkeypatch.setattr(sys, "meta_path", [x for x in sys.meta_path if not isinstance(x, guard._Finder)])
+    monkeypatch.setattr(
+        sys, "meta_path", [x for x in sys.meta_path if not isinstance(x, guard._Finder)]
+    )
     return sys.meta_path
 
 
@@ -215,19 +245,27 @@ def a_backend() -> tuple[type, Callable[[str], type]]:
 
 
 def test_ours_pass_the_guard() -> None:
-    """A class of our attention module, or one made from it, is built with the arguments it was given."""
+    """A class of our attention module, or one made from it, is built with the arguments it was
+    given.
+    """
     _, derive = a_backend()
     ours: Any = derive("sglang_musa_ext.attention.mixin")
     theirs: Any = type("Theirs", (ours,), {"__module__": "elsewhere"})
     assert ours(1, step=2).built == theirs(1, step=2).built == (1, 2)
 
 
-@pytest.mark.parametrize("module", ["sglang.srt.hardware_backend.musa.attention.flashattention_backend", "elsewhere"])
+@pytest.mark.parametrize(
+    "module", ["sglang.srt.hardware_backend.musa.attention.flashattention_backend", "elsewhere"]
+)
 def test_others_do_not_pass_the_guard(module: str) -> None:
-    """The class itself, and one made from it elsewhere, such as the in-tree MUSA one, is named and refused."""
+    """The class itself, and one made from it elsewhere, such as the in-tree MUSA one, is named and
+    refused.
+    """
     base, derive = a_backend()
     for backend in (base, derive(module)):
-        with pytest.raises(NotServedByUsError, match=f"{backend.__module__}.{backend.__qualname__}"):
+        with pytest.raises(
+            NotServedByUsError, match=f"{backend.__module__}.{backend.__qualname__}"
+        ):
             backend(1)
 
 
@@ -241,13 +279,17 @@ def test_torch_finds_the_guard() -> None:
     assert done.stdout.strip() == "1"
 
 
-# One line a process ---------------------------------------------------------------------------------------
+# One line a process
+# ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("variables", "line"),
     [
-        ({"SGLANG_MUSA_EXT": "on", "SGLANG_MUSA_EXT_KERNELS": "reference"}, "sglang_musa_ext is active in process"),
+        (
+            {"SGLANG_MUSA_EXT": "on", "SGLANG_MUSA_EXT_KERNELS": "reference"},
+            "sglang_musa_ext is active in process",
+        ),
         ({"SGLANG_MUSA_EXT": "auto"}, "sglang_musa_ext stays idle in process"),
         ({"SGLANG_MUSA_EXT": "off"}, None),
         ({}, None),
@@ -255,9 +297,14 @@ def test_torch_finds_the_guard() -> None:
     ids=["active", "idle", "off", "idle and not asked for"],
 )
 def test_a_process_says_once_what_it_does(
-    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], line: str | None
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    variables: dict[str, str],
+    line: str | None,
 ) -> None:
-    """SGLang loads plugins before it sets its log up, and the line is seen; off, or idle unasked, says nothing."""
+    """SGLang loads plugins before it sets its log up, and the line is seen; off, or idle unasked,
+    says nothing.
+    """
     for name in ("_take_over", "_take_over_drafts"):
         monkeypatch.setattr(plugin, name, lambda _: None)
     monkeypatch.setattr(plugin, "_on_musa", lambda: False)

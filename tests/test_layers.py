@@ -23,7 +23,9 @@ ENTRANCES = frozenset({"plugin", "doctor"})
 
 @dataclass(frozen=True)
 class Layer:
-    """What a module may import beside the standard library: modules of ours by their own name, others by their root."""
+    """What a module may import beside the standard library: modules of ours by their own name,
+    others by their root.
+    """
 
     eager: frozenset[str] = frozenset()
     """While it is imported itself."""
@@ -54,11 +56,20 @@ LIGHT = ("", "envs", "upstream", "plugin", "guard", "doctor", "kernels.mate_iden
 MAY_TOUCH_THE_ENVIRONMENT = {
     ("envs", "from_environ"): "the one reader of our variables",
     ("envs", "named_platform"): "the same for the platform, before the settings are judged",
-    ("envs", "is_addressed"): "whether anything of ours is set at all, which no setting can tell from its default",
-    ("guard", "arm"): "torch calls it in every process, where a bad value of ours must not be an error",
+    (
+        "envs",
+        "is_addressed",
+    ): "whether anything of ours is set at all, which no setting can tell from its default",
+    (
+        "guard",
+        "arm",
+    ): "torch calls it in every process, where a bad value of ours must not be an error",
     ("guard", "_reason"): "names SGLang's own variables in an error",
     ("doctor.__init__", "main"): "hands what it is to judge to the probes",
-    ("cpu.stand_ins", "prepare_process"): "sets what the CPU engine needs before SGLang's modules read it",
+    (
+        "cpu.stand_ins",
+        "prepare_process",
+    ): "sets what the CPU engine needs before SGLang's modules read it",
 }
 PATHS = sorted(SOURCES.rglob("*.py"))
 MODULES = [".".join(path.relative_to(SOURCES).with_suffix("").parts) for path in PATHS]
@@ -158,7 +169,10 @@ def test_a_module_imports_only_its_layer(module: str) -> None:
 
 def test_imports_are_acyclic() -> None:
     """No module needs itself, not even through an import inside a function."""
-    graph = {module: {x.module for x in imports_of(tree) if x.is_ours} - {"__init__"} for module, tree in TREES.items()}
+    graph = {
+        module: {x.module for x in imports_of(tree) if x.is_ours} - {"__init__"}
+        for module, tree in TREES.items()
+    }
     while leaves := [module for module, needs in graph.items() if not needs & graph.keys()]:
         for leaf in leaves:
             del graph[leaf]
@@ -177,7 +191,9 @@ def test_light_modules_load_neither_torch_nor_sglang(module: str) -> None:
 @pytest.mark.parametrize("module", MODULES)
 def test_no_global_statement(module: str) -> None:
     """State lives on objects that somebody owns."""
-    assert [where(module, node) for node in ast.walk(TREES[module]) if isinstance(node, ast.Global)] == []
+    assert [
+        where(module, node) for node in ast.walk(TREES[module]) if isinstance(node, ast.Global)
+    ] == []
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -189,20 +205,30 @@ def test_no_error_is_swallowed(module: str) -> None:
 def swallows(node: ast.AST) -> bool:
     if not isinstance(node, ast.ExceptHandler):
         return False
-    caught = {x.id for x in ast.walk(node.type) if isinstance(x, ast.Name)} if node.type else {"Exception"}
+    caught = (
+        {x.id for x in ast.walk(node.type) if isinstance(x, ast.Name)}
+        if node.type
+        else {"Exception"}
+    )
     idle = all(isinstance(x, ast.Pass | ast.Continue) or is_ellipsis(x) for x in node.body)
     return bool(caught & {"Exception", "BaseException"}) and idle
 
 
 def is_ellipsis(node: ast.AST) -> bool:
-    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and node.value.value is ...
+    return (
+        isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and node.value.value is ...
+    )
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_the_environment_is_touched_in_one_place(module: str) -> None:
     """Nobody but the named functions reads or sets environment variables."""
     granted = {function for place, function in MAY_TOUCH_THE_ENVIRONMENT if place == module}
-    assert [where(module, node) for node in outside(TREES[module], granted) if touches_environment(node)] == []
+    assert [
+        where(module, node) for node in outside(TREES[module], granted) if touches_environment(node)
+    ] == []
 
 
 def outside(node: ast.AST, functions: set[str]) -> Iterator[ast.AST]:
@@ -217,7 +243,11 @@ def touches_environment(node: ast.AST) -> bool:
     names = {"environ", "environb", "getenv", "putenv", "unsetenv"}
     if isinstance(node, ast.ImportFrom):
         return node.module == "os" and bool(names & {alias.name for alias in node.names})
-    is_of_os = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "os"
+    is_of_os = (
+        isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "os"
+    )
     return is_of_os and isinstance(node, ast.Attribute) and node.attr in names
 
 
@@ -244,7 +274,13 @@ def test_the_check_sees_a_wrong_import(source: str, module: str) -> None:
     [
         ("try:\n    f()\nexcept Exception:\n    pass", swallows),
         ("try:\n    f()\nexcept:\n    ...", swallows),
-        ("for x in y:\n    try:\n        f()\n    except (OSError, BaseException):\n        continue", swallows),
+        (
+            (
+                "for x in y:\n    try:\n        f()\n    except (OSError, BaseException):\n        "
+                "continue"
+            ),
+            swallows,
+        ),
         ("import os\nos.environ['A']", touches_environment),
         ("import os\nos.getenv('A')", touches_environment),
         ("from os import environ", touches_environment),

@@ -21,10 +21,12 @@ from sglang_musa_ext.upstream import SUPPORTED_RELEASES, find_package, read_vers
 
 OVERRIDES = ("sglang.srt.arg_groups.model_override_base", "sglang.srt.arg_groups.overrides")
 LLAMA = SimpleNamespace(hf_config=SimpleNamespace(architectures=["LlamaForCausalLM"]))
-WHISPER = SimpleNamespace(hf_config=SimpleNamespace(architectures=["WhisperForConditionalGeneration"]))
+WHISPER = SimpleNamespace(
+    hf_config=SimpleNamespace(architectures=["WhisperForConditionalGeneration"])
+)
 
-# How upstream's vision attention reaches FA3, by release: 0.5.11-0.5.15 by a name that MUSA has, later by one that
-# CUDA alone has.
+# How upstream's vision attention reaches FA3, by release: 0.5.11-0.5.15 by a name that MUSA has,
+# later by one that CUDA alone has.
 VISION = """
 class VisionFlash3Attention:
     def forward(self, q, k, v, **arguments):
@@ -42,7 +44,9 @@ class ServerArgs:
         vars(self).update(given)
 
     def settle(self) -> None:
-        """Choose what was left open, the way upstream does: ask for a default only where nothing was chosen."""
+        """Choose what was left open, the way upstream does: ask for a default only where nothing
+        was chosen.
+        """
         if self.attention_backend is None:
             self.attention_backend = self.default(self, use_mla_backend=False, model_config=LLAMA)
 
@@ -97,14 +101,17 @@ class Musa:
         self.capability = (3, 1)
         self.out_of_tree = False
         self.backends: dict[str, Callable[[Any], Any]] = {
-            name: functools.partial(self.build, name) for name in ("triton", "flashinfer", "torch_native")
+            name: functools.partial(self.build, name)
+            for name in ("triton", "flashinfer", "torch_native")
         }
         self._monkeypatch = monkeypatch
         platform = SimpleNamespace(is_out_of_tree=lambda: self.out_of_tree)
         self.module("sglang.srt.server_args", ServerArgs=kind)
         self.module("sglang.srt.platforms", current_platform=platform)
         self.module("sglang.srt.utils", get_device_capability=lambda: self.capability)
-        self.module("sglang.srt.layers.attention.attention_registry", ATTENTION_BACKENDS=self.backends)
+        self.module(
+            "sglang.srt.layers.attention.attention_registry", ATTENTION_BACKENDS=self.backends
+        )
         if issubclass(kind, Late):
             for name in OVERRIDES:
                 self.module(name, get_default_attn_backend=flashinfer_or_triton)
@@ -133,20 +140,30 @@ class Musa:
             arguments.resolve_once()
         return arguments
 
-    def choice(self, *, use_mla_backend: bool = False, model_config: Any = LLAMA, **given: Any) -> Any:
+    def choice(
+        self, *, use_mla_backend: bool = False, model_config: Any = LLAMA, **given: Any
+    ) -> Any:
         """What is chosen for these arguments where nothing was."""
         arguments = self.kind(attention_backend="other", **given)
-        return arguments.default(arguments, use_mla_backend=use_mla_backend, model_config=model_config)
+        return arguments.default(
+            arguments, use_mla_backend=use_mla_backend, model_config=model_config
+        )
 
 
 @pytest.fixture(params=[Early, Late], ids=["up to 0.5.18", "from 0.5.19"])
 def musa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Musa]:
-    """SGLang on MUSA, in both forms that its arguments have had; what is installed is taken out again."""
+    """SGLang on MUSA, in both forms that its arguments have had; what is installed is taken out
+    again.
+    """
     for name in [name for name in sys.modules if name.partition(".")[0] == "sglang"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
     # A subclass of its own, because installing replaces methods of the class.
-    methods = {name: vars(request.param)[name] for name in vars(request.param) if not name.startswith("__w")}
+    methods = {
+        name: vars(request.param)[name]
+        for name in vars(request.param)
+        if not name.startswith("__w")
+    }
     yield Musa(type(request.param.__name__, (request.param,), methods), monkeypatch)
     musa_defaults._warn_of_lateness.cache_clear()
     musa_defaults._kernels_of.cache_clear()
@@ -193,7 +210,9 @@ def test_installing_twice_changes_nothing(musa: Musa) -> None:
         ({"dtype": "half"}, True), ({"kv_cache_dtype": "bf16"}, False),
     ],
 )  # fmt: skip
-def test_fa3_is_chosen_for_what_it_serves(musa: Musa, given: dict[str, Any], use_mla_backend: bool) -> None:
+def test_fa3_is_chosen_for_what_it_serves(
+    musa: Musa, given: dict[str, Any], use_mla_backend: bool
+) -> None:
     """Half precision, any page size, and MLA on pages of 64 tokens."""
     install_defaults()
     assert musa.choice(use_mla_backend=use_mla_backend, **given) == "fa3"
@@ -210,7 +229,11 @@ def test_fa3_is_chosen_for_what_it_serves(musa: Musa, given: dict[str, Any], use
     ids=["fp8", "float32", "page", "whisper"],
 )
 def test_what_fa3_cannot_serve_is_left_to_sglang(
-    musa: Musa, caplog: pytest.LogCaptureFixture, given: dict[str, Any], use_mla_backend: bool, reason: str
+    musa: Musa,
+    caplog: pytest.LogCaptureFixture,
+    given: dict[str, Any],
+    use_mla_backend: bool,
+    reason: str,
 ) -> None:
     """A default must not turn a server that starts into one that refuses; the log says why."""
     caplog.set_level(logging.INFO)
@@ -313,7 +336,9 @@ def test_vision_without_the_function_fails(musa: Musa, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("first", ["plugin", "vision"])
-def test_vision_is_mended(musa: Musa, tmp_path: Path, calls: list[dict[str, Any]], first: str) -> None:
+def test_vision_is_mended(
+    musa: Musa, tmp_path: Path, calls: list[dict[str, Any]], first: str
+) -> None:
     """Vision reaches the provider with its cumulative lengths, whichever was imported first."""
     if first == "plugin":
         install_defaults()
@@ -335,7 +360,9 @@ def test_vision_is_not_imported_for_it(musa: Musa, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "source",
     [
-        pytest.param(vision("flash_attn_varlen_func", flash_attn_varlen_func=None), id="up to 0.5.15"),
+        pytest.param(
+            vision("flash_attn_varlen_func", flash_attn_varlen_func=None), id="up to 0.5.15"
+        ),
         pytest.param(vision("flash_attn_func", flash_attn_func="upstream's"), id="mended upstream"),
     ],
 )
@@ -357,7 +384,8 @@ def test_the_import_is_watched_once(musa: Musa, tmp_path: Path) -> None:
 
 # Real releases -----------------------------------------------------------------------------------
 
-# The reference platform lets SGLang be imported without a GPU. Then every module is made to believe in MUSA.
+# The reference platform lets SGLang be imported without a GPU. Then every module is made to believe
+# in MUSA.
 CHILD = """
 import importlib, json, os, pickle, sys, warnings
 warnings.simplefilter("ignore")
@@ -430,7 +458,9 @@ def python_path(version: str) -> str | None:
 
 @pytest.mark.parametrize("version", [release.version for release in SUPPORTED_RELEASES])
 def test_a_release_gets_the_defaults(version: str, tmp_path: Path) -> None:
-    """On MUSA a real release settles on fa3 with pages of 64, keeps what was chosen, and carries the mark along."""
+    """On MUSA a real release settles on fa3 with pages of 64, keeps what was chosen, and carries
+    the mark along.
+    """
     path = python_path(version)
     package = find_package()
     if path is None and (package is None or read_version(package) != version):
@@ -439,8 +469,15 @@ def test_a_release_gets_the_defaults(version: str, tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if "MUSA" not in name}
     environment |= {"PYTHONPATH": path} if path else {}
     done = subprocess.run(
-        [sys.executable, "-c", CHILD, str(tmp_path)], capture_output=True, text=True, env=environment, check=False
+        [sys.executable, "-c", CHILD, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
     )
     results = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     assert results, done.stderr[-2000:]
-    assert json.loads(results[0].removeprefix("RESULT ")) == [["fa3", 64, True], ["triton", 32, True]]
+    assert json.loads(results[0].removeprefix("RESULT ")) == [
+        ["fa3", 64, True],
+        ["triton", 32, True],
+    ]

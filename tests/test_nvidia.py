@@ -1,14 +1,17 @@
-"""On an NVIDIA GPU, SGLang is exactly upstream unless ``SGLANG_MUSA_EXT=on``: installing this package changes nothing.
+"""On an NVIDIA GPU, SGLang is exactly upstream unless ``SGLANG_MUSA_EXT=on``: installing this
+package changes nothing.
 
-Two environments differ in nothing but this package: a folder of links to every installed library, and in one of them
-the unpacked wheel of this package beside it. A process in each (:mod:`tests.nvidia_state`) imports torch, lets SGLang
-load its plugins, builds the FA3 backends that a server with EAGLE builds, and describes them together with the code of
-every module of SGLang that this package may touch. The descriptions must be equal.
+Two environments differ in nothing but this package: a folder of links to every installed library,
+and in one of them the unpacked wheel of this package beside it. A process in each
+(:mod:`tests.nvidia_state`) imports torch, lets SGLang load its plugins, builds the FA3 backends
+that a server with EAGLE builds, and describes them together with the code of every module of SGLang
+that this package may touch. The descriptions must be equal.
 
-On a machine with a Hopper GPU that is all of it. What stands in for one elsewhere, in both alike, once torch is
-imported: ``torch.cuda`` describes an H100 that it does not have, and ``torch.version.cuda`` has a value, so SGLang
-takes its branches for CUDA; ``sgl_kernel``, ``flashinfer`` and ``torchvision`` are modules with any name in them. The
-model runner has what FA3 backends read. No kernel runs.
+On a machine with a Hopper GPU that is all of it. What stands in for one elsewhere, in both alike,
+once torch is imported: ``torch.cuda`` describes an H100 that it does not have, and
+``torch.version.cuda`` has a value, so SGLang takes its branches for CUDA; ``sgl_kernel``,
+``flashinfer`` and ``torchvision`` are modules with any name in them. The model runner has what FA3
+backends read. No kernel runs.
 """
 
 from __future__ import annotations
@@ -66,9 +69,15 @@ def has_hopper() -> bool:
 
 
 def touched_modules() -> list[str]:
-    """The modules that the contract with upstream names for the installed release, which can be imported as such."""
+    """The modules that the contract with upstream names for the installed release, which can be
+    imported as such.
+    """
     version = importlib.metadata.version("sglang")
-    modules = {row.module for row in REQUIREMENTS if row.holds_in(version) and row.module.startswith("sglang.")}
+    modules = {
+        row.module
+        for row in REQUIREMENTS
+        if row.holds_in(version) and row.module.startswith("sglang.")
+    }
     return sorted(modules | {"sglang.srt.server_args"})
 
 
@@ -81,8 +90,15 @@ def link_libraries(target: Path, repository: Path) -> None:
             continue
         for entry in folder.iterdir():
             # Of two releases of one library, the one that would be imported is the first.
-            clash = entry.suffix == ".dist-info" and any(target.glob(f"{entry.name.partition('-')[0]}-*.dist-info"))
-            if NAME not in entry.name and entry.suffix != ".pth" and not clash and not (target / entry.name).exists():
+            clash = entry.suffix == ".dist-info" and any(
+                target.glob(f"{entry.name.partition('-')[0]}-*.dist-info")
+            )
+            if (
+                NAME not in entry.name
+                and entry.suffix != ".pth"
+                and not clash
+                and not (target / entry.name).exists()
+            ):
                 (target / entry.name).symlink_to(entry.resolve())
 
 
@@ -90,7 +106,15 @@ def install(target: Path, repository: Path, scratch: Path) -> None:
     """Unpack this package's wheel into ``target``, which is what installing it does."""
     for name in SOURCES:
         copy(repository / name, scratch / name)
-    pip("wheel", "--no-deps", "--no-index", "--no-build-isolation", "--wheel-dir", scratch / "wheel", scratch)
+    pip(
+        "wheel",
+        "--no-deps",
+        "--no-index",
+        "--no-build-isolation",
+        "--wheel-dir",
+        scratch / "wheel",
+        scratch,
+    )
     (wheel,) = (scratch / "wheel").glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(target)
@@ -105,7 +129,9 @@ def run_process(scratch: Path, path: list[Path], settings: dict[str, str]) -> St
     }  # fmt: skip
     (scratch / "request.json").write_text(json.dumps(request))
     inherited = {
-        name: value for name, value in os.environ.items() if not name.startswith(("SGLANG", "PYTHON", "TORCH"))
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("SGLANG", "PYTHON", "TORCH"))
     }
     done = subprocess.run(
         [sys.executable, "-I", "-S", nvidia_state.__file__, scratch / "request.json"],
@@ -117,13 +143,19 @@ def run_process(scratch: Path, path: list[Path], settings: dict[str, str]) -> St
 
 @pytest.fixture(scope="module")
 def states(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> dict[str, State]:
-    """A process without the package, one with it for each of :data:`IDLE`, and one with it turned on."""
+    """A process without the package, one with it for each of :data:`IDLE`, and one with it turned
+    on.
+    """
     root = tmp_path_factory.mktemp("nvidia")
     libraries, ours, nothing = root / "libraries", root / "ours", root / "nothing"
     nothing.mkdir()
     link_libraries(libraries, repository)
     install(ours, repository, tmp_path_factory.mktemp("sources"))
-    runs = {WITHOUT: (nothing, {}), "on": (ours, ON), **{name: (ours, settings) for name, settings in IDLE.items()}}
+    runs = {
+        WITHOUT: (nothing, {}),
+        "on": (ours, ON),
+        **{name: (ours, settings) for name, settings in IDLE.items()},
+    }
     with ThreadPoolExecutor(2) as pool:
         started = {
             name: pool.submit(run_process, root / name, [libraries, package], settings)
@@ -147,7 +179,9 @@ def compared(state: State) -> dict[str, Any]:
 
 @pytest.mark.parametrize("settings", IDLE)
 def test_nvidia_users_get_upstream(states: dict[str, State], settings: str) -> None:
-    """Classes, attributes, code, hooks, imports and environment are those of a process without the package."""
+    """Classes, attributes, code, hooks, imports and environment are those of a process without the
+    package.
+    """
     assert list(differences(compared(states[WITHOUT]), compared(states[settings]))) == []
 
 
@@ -158,7 +192,9 @@ def test_nvidia_users_read_what_upstream_says(states: dict[str, State], settings
 
 
 def test_who_asks_is_answered_in_one_line(states: dict[str, State]) -> None:
-    """Whoever sets a variable of this package reads why nothing changes, and nothing else that is new."""
+    """Whoever sets a variable of this package reads why nothing changes, and nothing else that is
+    new.
+    """
     without, lines = states[WITHOUT].printed.splitlines(), states["auto"].printed.splitlines()
     (line,) = [line for line in lines if NAME in line]
     assert "stays idle" in line
@@ -166,7 +202,9 @@ def test_who_asks_is_answered_in_one_line(states: dict[str, State]) -> None:
 
 
 def test_the_environments_differ_by_the_package(states: dict[str, State]) -> None:
-    """The package is really absent in one, and in the others SGLang and torch have really called its entry points."""
+    """The package is really absent in one, and in the others SGLang and torch have really called
+    its entry points.
+    """
     assert states[WITHOUT].at("ours") == []
     for name in IDLE:
         assert {f"{NAME}.plugin", f"{NAME}.guard"} <= set(states[name].at("ours"))
@@ -174,7 +212,9 @@ def test_the_environments_differ_by_the_package(states: dict[str, State]) -> Non
 
 
 def test_what_is_compared_is_upstreams_path_for_nvidia(states: dict[str, State]) -> None:
-    """The stand-ins lead to what an NVIDIA GPU gets: upstream's FA3 classes, for the target and for drafts."""
+    """The stand-ins lead to what an NVIDIA GPU gets: upstream's FA3 classes, for the target and for
+    drafts.
+    """
     upstream = "sglang.srt.layers.attention.flashattention_backend"
     backends = {name: made["classes"][0] for name, made in states[WITHOUT].at("backends").items()}
     many = backends.pop("draft decode")
@@ -185,7 +225,9 @@ def test_what_is_compared_is_upstreams_path_for_nvidia(states: dict[str, State])
 
 
 def test_the_comparison_sees_the_package_at_work(states: dict[str, State]) -> None:
-    """With ``SGLANG_MUSA_EXT=on``, every backend is ours, and each place that this package changes shows."""
+    """With ``SGLANG_MUSA_EXT=on``, every backend is ours, and each place that this package changes
+    shows.
+    """
     backends = {name: made["classes"][0] for name, made in states["on"].at("backends").items()}
     assert backends.pop("draft decode") == f"{NAME}.attention.MusaFA3MultiStepDraftBackend"
     assert set(backends.values()) == {f"{NAME}.attention.MusaFA3Backend"}

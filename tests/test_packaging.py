@@ -36,7 +36,9 @@ SOURCES = ("setup.cfg", "pyproject.toml", "README.md", "LICENSE", "sglang_musa_e
 
 @pytest.fixture(scope="session")
 def wheel(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel built from a copy of the sources, so that no left-over of an earlier build can slip in."""
+    """The wheel built from a copy of the sources, so that no left-over of an earlier build can slip
+    in.
+    """
     source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for name in SOURCES:
         copy(repository / name, source / name)
@@ -103,19 +105,25 @@ def files_below(folder: Path) -> set[str]:
 
 
 def test_nothing_is_required_at_run_time(metadata: Message) -> None:
-    """Installing the package cannot replace a vendor's torch: it asks for nothing outside its extras."""
+    """Installing the package cannot replace a vendor's torch: it asks for nothing outside its
+    extras.
+    """
     assert [x for x in requirements(metadata) if "extra ==" not in x] == []
 
 
 def test_no_extra_names_a_package_of_the_stack(metadata: Message) -> None:
-    """No extra lets pip resolve a name that belongs to the vendor, or to somebody else on a public index."""
+    """No extra lets pip resolve a name that belongs to the vendor, or to somebody else on a public
+    index.
+    """
     assert {normal_name(x) for x in requirements(metadata)} & FORBIDDEN.keys() == set()
 
 
 def test_the_extras_are_the_documented_ones(metadata: Message) -> None:
     """There are two extras, and both have something in them."""
     assert sorted(metadata.get_all("Provides-Extra") or []) == ["cpu", "dev"]
-    assert all(any(f'extra == "{name}"' in x for x in requirements(metadata)) for name in ("cpu", "dev"))
+    assert all(
+        any(f'extra == "{name}"' in x for x in requirements(metadata)) for name in ("cpu", "dev")
+    )
 
 
 @pytest.mark.parametrize(
@@ -155,7 +163,10 @@ def _package() -> Path:
 def test_the_licence_is_whole(repository: Path) -> None:
     """The licence file is the full text of Apache-2.0, terms and appendix."""
     text = (repository / "LICENSE").read_text()
-    assert all(part in text for part in ("Version 2.0, January 2004", "END OF TERMS AND CONDITIONS", "APPENDIX"))
+    assert all(
+        part in text
+        for part in ("Version 2.0, January 2004", "END OF TERMS AND CONDITIONS", "APPENDIX")
+    )
 
 
 @pytest.mark.parametrize(
@@ -170,7 +181,9 @@ def test_the_licence_is_whole(repository: Path) -> None:
 def test_entry_points_load_where_nothing_else_is_installed(
     wheel: Path, clean_python: Path, group: str, name: str
 ) -> None:
-    """In an environment without torch and sglang, each entry point is found and leads to a callable."""
+    """In an environment without torch and sglang, each entry point is found and leads to a
+    callable.
+    """
     pip("--python", clean_python, "install", "--no-index", "--no-deps", wheel)
     code = (
         "from importlib.metadata import entry_points\n"

@@ -60,7 +60,11 @@ class Upstream:
 
     def names(self) -> list[object]:
         """Everything that serving FA3 goes through, to be compared by identity."""
-        modules = [vars(module) for name, module in sorted(sys.modules.items()) if name in REPLACEABLE_MODULES]
+        modules = [
+            vars(module)
+            for name, module in sorted(sys.modules.items())
+            if name in REPLACEABLE_MODULES
+        ]
         values = [value for module in modules for _, value in sorted(module.items())]
         return [*values, *self.backends.values(), *vars(self.factory).values()]
 
@@ -72,7 +76,10 @@ class Upstream:
 
     def refusals(self) -> list[str]:
         """The messages with which FA3 is refused, each way that it can be asked for."""
-        ways: list[Callable[[], Any]] = [lambda: self.backends["fa3"](None), lambda: self.backends["fa4"](None)]
+        ways: list[Callable[[], Any]] = [
+            lambda: self.backends["fa3"](None),
+            lambda: self.backends["fa4"](None),
+        ]
         ways += [functools.partial(self.draft, method) for method in DRAFT_METHODS]
         return [str(refused(way)) for way in ways]
 
@@ -138,12 +145,15 @@ def set_environment(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, str]
 
 @pytest.fixture
 def musa(imported: Upstream, monkeypatch: pytest.MonkeyPatch) -> Callable[[tuple[int, int]], None]:
-    """Makes SGLang believe that this machine has a MUSA device of the MP version that it is called with."""
+    """Makes SGLang believe that this machine has a MUSA device of the MP version that it is called
+    with.
+    """
 
     def believe(capability: tuple[int, int]) -> None:
         monkeypatch.setattr("sglang.srt.utils.is_musa", lambda: True)
         monkeypatch.setattr("sglang.srt.utils.get_device_capability", lambda: capability)
-        # They reach further into SGLang than a test puts back; tests/test_musa_defaults.py has their own.
+        # They reach further into SGLang than a test puts back; tests/test_musa_defaults.py has
+        # their own.
         monkeypatch.setattr("sglang_musa_ext.musa_defaults.install_defaults", lambda: None)
 
     return believe
@@ -170,16 +180,22 @@ def attention(monkeypatch: pytest.MonkeyPatch) -> Any:
 # Off and idle ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("others", [{}, NONSENSE, {"SGLANG_PLUGINS": "musa_ext"}], ids=["alone", "nonsense", "named"])
+@pytest.mark.parametrize(
+    "others", [{}, NONSENSE, {"SGLANG_PLUGINS": "musa_ext"}], ids=["alone", "nonsense", "named"]
+)
 def test_off_imports_nothing_and_costs_nothing(others: dict[str, str]) -> None:
-    """``off`` loads neither torch nor sglang, looks at no other variable, and takes less than a second."""
+    """``off`` loads neither torch nor sglang, looks at no other variable, and takes less than a
+    second.
+    """
     script = (
         "import sys, time\nfrom sglang_musa_ext.plugin import register\nregister()\n"
         "heavy = {'torch', 'sglang', 'triton', 'numpy'} & sys.modules.keys()\n"
         "print(sorted(heavy), time.process_time() < 1)"
     )
     environment = clean_environment(**others, SGLANG_MUSA_EXT="off")
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == "[] True"
     assert done.stderr == ""
 
@@ -248,13 +264,17 @@ def test_a_release_outside_the_tested_range_is_warned_of(
     set_environment(OURS[0])
     register()
     assert sglang.backends["fa3"] is create_musa_fa3_backend
-    assert [record.levelname for record in caplog.records if support.message in record.getMessage()] == ["WARNING"]
+    assert [
+        record.levelname for record in caplog.records if support.message in record.getMessage()
+    ] == ["WARNING"]
 
 
 def test_speculative_decoding_makes_our_class_names_known(
     sglang: Upstream, musa: Callable[[tuple[int, int]], None], attention: Any
 ) -> None:
-    """Upstream lists some backends by class name, where it decodes speculatively; only there ours are added."""
+    """Upstream lists some backends by class name, where it decodes speculatively; only there ours
+    are added.
+    """
     create_musa_fa3_backend(RUNNER)
     assert "install_class_names" not in attention.installed
     create_musa_fa3_backend(SimpleNamespace(spec_algorithm=SimpleNamespace(is_none=lambda: False)))
@@ -292,13 +312,20 @@ def test_only_fa3_fa4_and_its_drafts_are_replaced(
     set_environment(OURS[0])
     backends, methods = dict(sglang.backends), dict(vars(sglang.factory))
     register()
-    assert {name for name, create in sglang.backends.items() if create is not backends[name]} == {"fa3", "fa4"}
+    assert {name for name, create in sglang.backends.items() if create is not backends[name]} == {
+        "fa3",
+        "fa4",
+    }
     changed = {name for name, value in vars(sglang.factory).items() if value is not methods[name]}
     assert changed == set(DRAFT_METHODS)
 
 
-def test_registering_twice_changes_nothing(sglang: Upstream, set_environment: Callable[[dict[str, str]], None]) -> None:
-    """A second call leaves our factory, and wraps upstream's own draft methods and not our wrappers."""
+def test_registering_twice_changes_nothing(
+    sglang: Upstream, set_environment: Callable[[dict[str, str]], None]
+) -> None:
+    """A second call leaves our factory, and wraps upstream's own draft methods and not our
+    wrappers.
+    """
     originals = [vars(sglang.factory)[name] for name in DRAFT_METHODS]
     set_environment(OURS[0])
     register()
@@ -309,7 +336,9 @@ def test_registering_twice_changes_nothing(sglang: Upstream, set_environment: Ca
 
 
 def test_a_refusal_is_taken_back_when_the_cause_is_gone(
-    sglang: Upstream, set_environment: Callable[[dict[str, str]], None], monkeypatch: pytest.MonkeyPatch
+    sglang: Upstream,
+    set_environment: Callable[[dict[str, str]], None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Registering again after the environment was mended serves, drafts included."""
     set_environment(OURS[0] | {"SGLANG_MUSA_EXT": "maybe"})
@@ -318,12 +347,16 @@ def test_a_refusal_is_taken_back_when_the_cause_is_gone(
     monkeypatch.delenv("SGLANG_MUSA_EXT")
     register()
     assert sglang.backends["fa3"] is create_musa_fa3_backend
-    monkeypatch.setattr(plugin, "_ready_attention", lambda: (_ for _ in ()).throw(RuntimeError("ours was asked")))
+    monkeypatch.setattr(
+        plugin, "_ready_attention", lambda: (_ for _ in ()).throw(RuntimeError("ours was asked"))
+    )
     with pytest.raises(RuntimeError, match="ours was asked"):
         sglang.draft(DRAFT_METHODS[0])
 
 
-def test_fa4_is_refused_by_name(sglang: Upstream, set_environment: Callable[[dict[str, str]], None]) -> None:
+def test_fa4_is_refused_by_name(
+    sglang: Upstream, set_environment: Callable[[dict[str, str]], None]
+) -> None:
     """``--attention-backend fa4`` is an error that names it and what to use."""
     set_environment(OURS[0])
     register()
@@ -362,7 +395,9 @@ def test_a_bad_value_is_refused_when_a_server_asks(
     value: str,
     choices: str,
 ) -> None:
-    """A value that a variable cannot have stops FA3, naming variable, value and choices, device or not."""
+    """A value that a variable cannot have stops FA3, naming variable, value and choices, device or
+    not.
+    """
     set_environment({variable: value})
     register()
     message = str(refused(lambda: sglang.backends["fa3"](None)))
@@ -375,7 +410,9 @@ def broken_contract(*_: Any, **__: Any) -> Any:
 
 
 def test_a_broken_contract_refuses_every_way_to_fa3(
-    sglang: Upstream, set_environment: Callable[[dict[str, str]], None], monkeypatch: pytest.MonkeyPatch
+    sglang: Upstream,
+    set_environment: Callable[[dict[str, str]], None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """With a SGLang that this package cannot compose with, fa3, fa4 and both draft methods say so."""
     set_environment(OURS[0])
@@ -388,7 +425,9 @@ def test_a_broken_contract_refuses_every_way_to_fa3(
 
 
 def test_a_refusal_carries_its_cause(
-    sglang: Upstream, set_environment: Callable[[dict[str, str]], None], monkeypatch: pytest.MonkeyPatch
+    sglang: Upstream,
+    set_environment: Callable[[dict[str, str]], None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The first error is the cause of the one that stops the server, with its traceback."""
     set_environment(OURS[0])
@@ -400,15 +439,21 @@ def test_a_refusal_carries_its_cause(
 
 
 def test_a_problem_is_logged_as_an_error(
-    sglang: Upstream, set_environment: Callable[[dict[str, str]], None], caplog: pytest.LogCaptureFixture
+    sglang: Upstream,
+    set_environment: Callable[[dict[str, str]], None],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Whoever reads the log of a server that was given another backend still sees the problem."""
     set_environment({"SGLANG_MUSA_EXT": "maybe"})
     register()
-    assert [record.levelname for record in caplog.records if "maybe" in record.getMessage()] == ["ERROR"]
+    assert [record.levelname for record in caplog.records if "maybe" in record.getMessage()] == [
+        "ERROR"
+    ]
 
 
-def test_a_broken_contract_is_nothing_where_it_stays_idle(sglang: Upstream, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_contract_is_nothing_where_it_stays_idle(
+    sglang: Upstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On a machine without MUSA, a SGLang that is too new is served as it is."""
     monkeypatch.setattr(upstream, "require_upstream", broken_contract)
     register()
@@ -416,7 +461,9 @@ def test_a_broken_contract_is_nothing_where_it_stays_idle(sglang: Upstream, monk
 
 
 def test_a_problem_on_a_musa_device_leaves_nothing_half_installed(
-    sglang: Upstream, set_environment: Callable[[dict[str, str]], None], monkeypatch: pytest.MonkeyPatch
+    sglang: Upstream,
+    set_environment: Callable[[dict[str, str]], None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """When taking over stops half way, what was taken over refuses too."""
     set_environment(OURS[0])
@@ -441,7 +488,9 @@ def test_a_draft_factory_that_is_gone_does_not_let_fa3_through(
     monkeypatch: pytest.MonkeyPatch,
     missing: str,
 ) -> None:
-    """Nothing escapes ``register``, and fa3 refuses, even where upstream moved what else would be replaced."""
+    """Nothing escapes ``register``, and fa3 refuses, even where upstream moved what else would be
+    replaced.
+    """
     set_environment(OURS[0])
     if missing == "module":
         monkeypatch.setitem(sys.modules, "sglang.srt.speculative.draft_utils", None)
@@ -463,7 +512,9 @@ def test_an_old_musa_device_is_refused(
     attention: Any,
     capability: tuple[int, int],
 ) -> None:
-    """A GPU that MATE has no kernels for is refused with its version, the least version and another backend."""
+    """A GPU that MATE has no kernels for is refused with its version, the least version and another
+    backend.
+    """
     musa(capability)
     message = str(refused(lambda: create_musa_fa3_backend(RUNNER)))
     for part in (".".join(map(str, capability)), "3.1", "--attention-backend triton"):
@@ -497,7 +548,9 @@ def test_an_old_musa_device_is_refused_for_drafts(
 def test_the_capability_of_other_devices_is_not_asked_for(
     sglang: Upstream, monkeypatch: pytest.MonkeyPatch, attention: Any
 ) -> None:
-    """Without a MUSA device the reference and NVIDIA's kernels are served; a CPU has no capability to compare."""
+    """Without a MUSA device the reference and NVIDIA's kernels are served; a CPU has no capability
+    to compare.
+    """
     monkeypatch.setattr("sglang.srt.utils.get_device_capability", lambda: (None, None))
     assert create_musa_fa3_backend(RUNNER).runner is RUNNER
 
@@ -505,7 +558,9 @@ def test_the_capability_of_other_devices_is_not_asked_for(
 def test_building_a_backend_installs_what_it_needs_first(sglang: Upstream, attention: Any) -> None:
     """Dispatch and report are in place before the first backend exists."""
     attention.MusaFA3Backend = lambda runner: list(attention.installed)
-    assert {"install_kernel_dispatch", "install_state_report"} <= set(create_musa_fa3_backend(RUNNER))
+    assert {"install_kernel_dispatch", "install_state_report"} <= set(
+        create_musa_fa3_backend(RUNNER)
+    )
 
 
 # Draft models ------------------------------------------------------------------------------------
@@ -520,7 +575,9 @@ class Built(SimpleNamespace):
 
 @pytest.fixture
 def our_classes(sglang: Upstream, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The real attention module, with classes that build nothing, and with nothing that stays installed."""
+    """The real attention module, with classes that build nothing, and with nothing that stays
+    installed.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         real: Any = importlib.import_module("sglang_musa_ext.attention.mixin")
@@ -530,13 +587,17 @@ def our_classes(sglang: Upstream, monkeypatch: pytest.MonkeyPatch) -> Iterator[A
         monkeypatch.setattr(real, name, type(name, (Built,), {}))
     before = (real.upstream.FlashAttentionBackend, real.upstream.FlashAttentionMultiStepBackend)
     yield real
-    assert (real.upstream.FlashAttentionBackend, real.upstream.FlashAttentionMultiStepBackend) == before
+    assert (
+        real.upstream.FlashAttentionBackend,
+        real.upstream.FlashAttentionMultiStepBackend,
+    ) == before
     assert real.IN_TREE_MODULE not in sys.modules
 
 
 @pytest.mark.parametrize("on_musa", [False, True], ids=["upstream", "in-tree"])
 @pytest.mark.parametrize(
-    ("method", "cls"), [(DRAFT_METHODS[0], "MusaFA3MultiStepDraftBackend"), (DRAFT_METHODS[1], "MusaFA3Backend")]
+    ("method", "cls"),
+    [(DRAFT_METHODS[0], "MusaFA3MultiStepDraftBackend"), (DRAFT_METHODS[1], "MusaFA3Backend")],
 )
 def test_drafts_are_ours_and_returned_as_upstream_returns_them(
     sglang: Upstream,
@@ -547,7 +608,9 @@ def test_drafts_are_ours_and_returned_as_upstream_returns_them(
     method: str,
     cls: str,
 ) -> None:
-    """The draft factory returns a name and our class, whichever of its classes upstream would have taken."""
+    """The draft factory returns a name and our class, whichever of its classes upstream would have
+    taken.
+    """
     monkeypatch.setattr(sglang.draft_utils, "is_musa", lambda: on_musa)
     set_environment(OURS[0])
     register()
@@ -585,7 +648,10 @@ def test_a_draft_method_keeps_its_name_and_signature(
     register()
     for name in DRAFT_METHODS:
         assert getattr(sglang.factory, name).__name__ == name
-        assert getattr(sglang.factory, name).__wrapped__ is getattr(sglang.factory, name)._musa_ext_original
+        assert (
+            getattr(sglang.factory, name).__wrapped__
+            is getattr(sglang.factory, name)._musa_ext_original
+        )
 
 
 # The platform ------------------------------------------------------------------------------------
@@ -596,7 +662,9 @@ def test_a_draft_method_keeps_its_name_and_signature(
 def test_the_platform_is_inactive_unless_named(
     monkeypatch: pytest.MonkeyPatch, platform: str | None, mode: str
 ) -> None:
-    """A second platform plugin that activates itself would be a start-up error, so this one waits to be named."""
+    """A second platform plugin that activates itself would be a start-up error, so this one waits
+    to be named.
+    """
     monkeypatch.setenv("SGLANG_MUSA_EXT", mode)
     if platform is not None:
         monkeypatch.setenv("SGLANG_PLATFORM", platform)
@@ -636,7 +704,8 @@ def test_the_platform_refuses_bad_values(monkeypatch: pytest.MonkeyPatch) -> Non
 
 # SGLang's own loader -----------------------------------------------------------------------------
 
-# One process imports SGLang and forks for each environment, so that each loads plugins for the first time.
+# One process imports SGLang and forks for each environment, so that each loads plugins for the
+# first time.
 LOADER = """
 import json, os, sys
 from sglang_musa_ext.cpu.stand_ins import prepare_process
@@ -676,11 +745,19 @@ LOADED: dict[str, dict[str, str]] = {
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What SGLang's ``load_plugins`` did through the installed entry point, for each environment of ``LOADED``."""
+    """What SGLang's ``load_plugins`` did through the installed entry point, for each environment of
+    ``LOADED``.
+    """
     command = [sys.executable, "-c", LOADER, json.dumps(list(LOADED.values()))]
     folder = tmp_path_factory.mktemp("loader")  # so that the checkout is not importable by chance
-    done = subprocess.run(command, env=clean_environment(), cwd=folder, capture_output=True, text=True, check=True)
-    lines = [line.removeprefix("RESULT") for line in done.stdout.splitlines() if line.startswith("RESULT")]
+    done = subprocess.run(
+        command, env=clean_environment(), cwd=folder, capture_output=True, text=True, check=True
+    )
+    lines = [
+        line.removeprefix("RESULT")
+        for line in done.stdout.splitlines()
+        if line.startswith("RESULT")
+    ]
     return dict(zip(LOADED, map(json.loads, lines), strict=True))
 
 
@@ -697,7 +774,10 @@ def test_the_loader_leaves_fa3_alone(loaded: dict[str, Any], case: str) -> None:
 
 @pytest.mark.parametrize(
     ("case", "parts"),
-    [("bad", ["SGLANG_MUSA_EXT='maybe'", "auto, on, off"]), ("absent", ["no MUSA device", "torchada"])],
+    [
+        ("bad", ["SGLANG_MUSA_EXT='maybe'", "auto, on, off"]),
+        ("absent", ["no MUSA device", "torchada"]),
+    ],
 )
 def test_a_refusal_survives_the_loader(loaded: dict[str, Any], case: str, parts: list[str]) -> None:
     """SGLang swallows what a plugin raises; fa3 refuses all the same."""
@@ -710,7 +790,11 @@ def test_a_refusal_survives_the_loader(loaded: dict[str, Any], case: str, parts:
 def test_registering_imports_no_kernels(loaded: dict[str, Any], case: str) -> None:
     """Plugins load in the HTTP process too, which must not pull in attention kernels."""
     new = set(loaded[case]["new"])
-    assert not {name for name in new if name.partition(".")[0] in ("sgl_kernel", "mate", "flash_attn_interface")}
+    assert not {
+        name
+        for name in new
+        if name.partition(".")[0] in ("sgl_kernel", "mate", "flash_attn_interface")
+    }
     assert not {name for name in new if name.endswith("flashattention_backend")}
     assert "sglang_musa_ext.attention.mixin" not in new
     assert "sglang_musa_ext.kernels.provider" not in new
@@ -744,10 +828,21 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("model"))
 
 
-# Each costs a server start, so these are the two that differ in where they are found out; test_engine.py has more.
+# Each costs a server start, so these are the two that differ in where they are found out;
+# test_engine.py has more.
 BAD_SERVERS = [
-    pytest.param({"SGLANG_MUSA_EXT": "maybe"}, [], ["SGLANG_MUSA_EXT='maybe'", "auto, on, off"], id="bad-value"),
-    pytest.param({}, ["--attention-backend", "fa4"], ["--attention-backend fa4", "--attention-backend fa3"], id="fa4"),
+    pytest.param(
+        {"SGLANG_MUSA_EXT": "maybe"},
+        [],
+        ["SGLANG_MUSA_EXT='maybe'", "auto, on, off"],
+        id="bad-value",
+    ),
+    pytest.param(
+        {},
+        ["--attention-backend", "fa4"],
+        ["--attention-backend fa4", "--attention-backend fa3"],
+        id="fa4",
+    ),
 ]
 
 
@@ -756,12 +851,37 @@ BAD_SERVERS = [
 def test_a_server_with_bad_input_exits_before_it_serves(
     model: Path, tmp_path: Path, variables: dict[str, str], options: list[str], parts: list[str]
 ) -> None:
-    """SGLang's own server process exits with an error that says what is wrong, and answers no request."""
-    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), "--skip-tokenizer-init"]
-    command += ["--device", "cpu", "--dtype", "float32", "--host", "127.0.0.1", "--port", "0", *options]
+    """SGLang's own server process exits with an error that says what is wrong, and answers no
+    request.
+    """
+    command = [
+        sys.executable,
+        "-m",
+        "sglang.launch_server",
+        "--model-path",
+        str(model),
+        "--skip-tokenizer-init",
+    ]
+    command += [
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        "0",
+        *options,
+    ]
     environment = clean_environment(SGLANG_PLATFORM="musa_reference", **variables)
     done = subprocess.run(
-        command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=240
+        command,
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
     )
     output = done.stdout + done.stderr
     assert done.returncode != 0
@@ -779,7 +899,9 @@ def test_a_musa_device_gets_the_defaults(
     """Registering beside a MUSA device puts its defaults in place."""
     installed: list[bool] = []
     musa((3, 1))
-    monkeypatch.setattr("sglang_musa_ext.musa_defaults.install_defaults", lambda: installed.append(True))
+    monkeypatch.setattr(
+        "sglang_musa_ext.musa_defaults.install_defaults", lambda: installed.append(True)
+    )
     register()
     assert installed
 
@@ -790,10 +912,14 @@ def test_a_broken_contract_of_defaults_costs_them_alone(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Where upstream chooses its backend some other way, fa3 is served all the same, to those who ask for it."""
+    """Where upstream chooses its backend some other way, fa3 is served all the same, to those who
+    ask for it.
+    """
     installed: list[bool] = []
     musa((3, 1))
-    monkeypatch.setattr("sglang_musa_ext.musa_defaults.install_defaults", lambda: installed.append(True))
+    monkeypatch.setattr(
+        "sglang_musa_ext.musa_defaults.install_defaults", lambda: installed.append(True)
+    )
     monkeypatch.setattr(upstream, "check_upstream", lambda *, used_by: [f"moved: {used_by}"])
     register()
     assert not installed

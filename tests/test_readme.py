@@ -17,7 +17,9 @@ OURS = {envs.MODE, envs.KERNELS, envs.MLA_WORKSPACE_MB, envs.CHECK, envs.FORCE_U
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_the_files_that_a_readme_names_exist(repository: Path, document: str) -> None:
     """A row of the support table points at a test file that is there, and a command at its script."""
-    named = re.findall(r"(?<![\w/.])(?:tests|scripts|docs)/[\w.-]*\w", (repository / document).read_text())
+    named = re.findall(
+        r"(?<![\w/.])(?:tests|scripts|docs)/[\w.-]*\w", (repository / document).read_text()
+    )
     assert named
     assert sorted({name for name in named if not (repository / name).exists()}) == []
 
@@ -30,7 +32,9 @@ def test_a_readme_documents_every_variable(repository: Path, document: str) -> N
 
 
 def test_both_readmes_have_the_same_table_rows(repository: Path) -> None:
-    """The translation has the rows of the original, in the same order, with the same marks and code."""
+    """The translation has the rows of the original, in the same order, with the same marks and
+    code.
+    """
     rows = [table_marks((repository / document).read_text()) for document in DOCUMENTS]
     assert rows[0] == rows[1]
 

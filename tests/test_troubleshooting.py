@@ -1,4 +1,6 @@
-"""docs/troubleshooting.md against the sources: each message that can be printed has an entry, and no entry is stale."""
+"""docs/troubleshooting.md against the sources: each message that can be printed has an entry, and
+no entry is stale.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ def layer_of(path: Path) -> str:
 
 
 def text_of(node: ast.AST) -> str | None:
-    """The text that an expression has when it runs, with a gap for each part that it fills in; None: it is no text."""
+    """The text that an expression has when it runs, with a gap for each part that it fills in;
+    None: it is no text.
+    """
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         return node.value
     if isinstance(node, ast.Attribute) and ast.unparse(node).startswith("envs."):
@@ -45,7 +49,9 @@ def text_of(node: ast.AST) -> str | None:
 
 def printed(tree: ast.AST) -> Iterator[str]:
     """The texts of errors, of warnings in a log, and of problems with MATE."""
-    constants = {ast.unparse(x.targets[0]): x.value for x in ast.walk(tree) if isinstance(x, ast.Assign)}
+    constants = {
+        ast.unparse(x.targets[0]): x.value for x in ast.walk(tree) if isinstance(x, ast.Assign)
+    }
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and node.args and _prints(node):
             first = node.args[0]
@@ -53,28 +59,40 @@ def printed(tree: ast.AST) -> Iterator[str]:
                 first = constants.get(ast.unparse(node.args[-1]), first)
             yield text_of(first) or ""
         elif isinstance(node, ast.FunctionDef) and node.name in PRINTED_BY_RETURN:
-            yield from (text_of(x.value) or "" for x in ast.walk(node) if isinstance(x, ast.Return) and x.value)
+            yield from (
+                text_of(x.value) or ""
+                for x in ast.walk(node)
+                if isinstance(x, ast.Return) and x.value
+            )
 
 
 def _prints(call: ast.Call) -> bool:
     name = ast.unparse(call.func)
     return (
         name in ("super().__init__", "Problem", "logger.warning", "logger.error")
-        or name.endswith(("Error", "Unavailable", "ByKernels", "KernelArgument", "Version", "Exhausted"))
+        or name.endswith(
+            ("Error", "Unavailable", "ByKernels", "KernelArgument", "Version", "Exhausted")
+        )
     ) and name not in INNER
 
 
 def pieces(message: str) -> list[str]:
-    """The parts of a message that stay the same, of its first sentence if that has any of some length."""
+    """The parts of a message that stay the same, of its first sentence if that has any of some
+    length.
+    """
     sentence = re.split(r"(?<=[a-z0-9)…])[.:;] ", message.replace("\n", " "))[0]
     for text in (sentence, message):
-        found = [piece.strip() for piece in re.split(f"{GAP}|%[sdr]", text) if len(piece.strip()) >= 12]
+        found = [
+            piece.strip() for piece in re.split(f"{GAP}|%[sdr]", text) if len(piece.strip()) >= 12
+        ]
         if found:
             return found
     return []
 
 
-TEXTS = sorted({(layer_of(path), text) for path in SOURCES for text in printed(ast.parse(path.read_text()))})
+TEXTS = sorted(
+    {(layer_of(path), text) for path in SOURCES for text in printed(ast.parse(path.read_text()))}
+)
 MESSAGES = [(module, text) for module, text in TEXTS if pieces(text)]
 
 
@@ -96,10 +114,14 @@ def test_the_messages_are_found() -> None:
     assert raising <= {module for module, _ in MESSAGES}
 
 
-@pytest.mark.parametrize(("module", "message"), MESSAGES, ids=[f"{name}: {text[:40]}" for name, text in MESSAGES])
+@pytest.mark.parametrize(
+    ("module", "message"), MESSAGES, ids=[f"{name}: {text[:40]}" for name, text in MESSAGES]
+)
 def test_a_message_has_an_entry(page: str, module: str, message: str) -> None:
     """What the package can print is in one line of the page, as far as it is always the same."""
-    assert any(all(piece in line for piece in pieces(message)) for line in page.splitlines()), pieces(message)
+    assert any(all(piece in line for piece in pieces(message)) for line in page.splitlines()), (
+        pieces(message)
+    )
 
 
 def test_no_entry_is_stale(page: str) -> None:
@@ -130,7 +152,11 @@ def test_each_language_leads_to_the_other() -> None:
 def test_a_message_without_an_entry_is_noticed() -> None:
     """The comparison can fail: a new error in the sources is found, and is in no page."""
     (message,) = printed(
-        ast.parse("raise PluginError(f'The moon at {place} is not made of cheese. Eat something else.')")
+        ast.parse(
+            "raise PluginError(f'The moon at {place} is not made of cheese. Eat something else.')"
+        )
     )
     assert pieces(message) == ["The moon at", "is not made of cheese"][1:]
-    assert all("is not made of cheese" not in path.read_text(encoding="utf-8") for path in PAGES.values())
+    assert all(
+        "is not made of cheese" not in path.read_text(encoding="utf-8") for path in PAGES.values()
+    )

@@ -1,8 +1,9 @@
 """Composition: upstream's ``FlashAttentionBackend`` on the kernels of this package.
 
-``MusaFA3Backend(MusaFA3Mixin, FlashAttentionBackend)`` runs upstream's own forwards. While one of them runs, the
-kernel names that it calls lead here, where each call gets the plan of its pass and geometry and goes to the
-selected kernels. No forward and no metadata method of upstream is copied or re-implemented.
+``MusaFA3Backend(MusaFA3Mixin, FlashAttentionBackend)`` runs upstream's own forwards. While one of
+them runs, the kernel names that it calls lead here, where each call gets the plan of its pass and
+geometry and goes to the selected kernels. No forward and no metadata method of upstream is copied
+or re-implemented.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ from typing import Any, NamedTuple
 import sglang
 import torch
 from sglang.srt.layers.attention import flashattention_backend as upstream
-from sglang.srt.layers.attention.flashattention_backend import FlashAttentionBackend, FlashAttentionMultiStepBackend
+from sglang.srt.layers.attention.flashattention_backend import (
+    FlashAttentionBackend,
+    FlashAttentionMultiStepBackend,
+)
 
 from sglang_musa_ext.attention.plans import (
     NOT_REMEMBERED,
@@ -32,7 +36,12 @@ from sglang_musa_ext.attention.plans import (
     stream_probe,
 )
 from sglang_musa_ext.envs import Settings
-from sglang_musa_ext.kernels.provider import FA3Kernels, UnsupportedByKernels, reference_kernels, select_kernels
+from sglang_musa_ext.kernels.provider import (
+    FA3Kernels,
+    UnsupportedByKernels,
+    reference_kernels,
+    select_kernels,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +49,9 @@ KERNEL_PARAMETERS = {
     "flash_attn_with_kvcache": ("q", "k_cache", "v_cache"),
     "flash_attn_varlen_func": ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k"),
 }
-"""The module globals through which upstream's forwards call FA3, with the parameters they may pass by position."""
+"""The module globals through which upstream's forwards call FA3, with the parameters they may pass
+by position.
+"""
 
 PASS_METHODS = (
     "init_forward_metadata",
@@ -54,7 +65,9 @@ PASS_METHODS = (
     "prepare_forward_metadata_for_breakable_cuda_graph_replay",
     "prepare_full_cuda_graph_chunked_prefix",
 )
-"""Upstream methods that prepare metadata for a forward pass, over all releases: none of a pass's plans outlives one."""
+"""Upstream methods that prepare metadata for a forward pass, over all releases: none of a pass's
+plans outlives one.
+"""
 
 IN_TREE_MODULE = "sglang.srt.hardware_backend.musa.attention.flashattention_backend"
 """Upstream's own MUSA backend, which the draft factory imports by this name on a MUSA device."""
@@ -71,8 +84,9 @@ class ForeignBackendError(TypeError):
 class _RunningLayers(threading.local):
     """The backends whose layers run on this thread, innermost last.
 
-    Per thread, so that two engines in two threads do not meet. A ``ContextVar`` would do the same, but Dynamo
-    cannot trace one (checked on torch 2.13), and upstream traces its models under ``--enable-torch-compile``.
+    Per thread, so that two engines in two threads do not meet. A ``ContextVar`` would do the same,
+    but Dynamo cannot trace one (checked on torch 2.13), and upstream traces its models under
+    ``--enable-torch-compile``.
     """
 
     def __init__(self) -> None:
@@ -97,18 +111,21 @@ class MusaFA3Mixin:
     forward_metadata: object
 
     def __init__(self, model_runner: Any, *args: Any, fa_impl_ver: int = 3, **kwargs: Any) -> None:
-        """Build upstream's backend for ``model_runner``, then put it on the kernels that the settings select.
+        """Build upstream's backend for ``model_runner``, then put it on the kernels that the
+        settings select.
 
         Takes the arguments of upstream's ``FlashAttentionBackend``.
 
         Raises:
             UnsupportedAttentionVersion: ``fa_impl_ver`` is not 3.
             KernelsUnavailable: the kernel library is missing, or is another one.
-            UnsupportedByKernels: page size, KV-cache dtype or speculative tree are not for these kernels.
+            UnsupportedByKernels: page size, KV-cache dtype or speculative tree are not for these
+                kernels.
         """
         if fa_impl_ver != 3:
             raise UnsupportedAttentionVersion(
-                f"FlashAttention {fa_impl_ver} was asked for (fa_impl_ver={fa_impl_ver}), and this backend has "
+                f"FlashAttention {fa_impl_ver} was asked for (fa_impl_ver={fa_impl_ver}), and this "
+                "backend has "
                 "FlashAttention 3 alone. Start the server with --attention-backend fa3."
             )
         self._settings = Settings.from_environ()
@@ -117,21 +134,28 @@ class MusaFA3Mixin:
         self._kernels = select_kernels(self._settings, self._pool_device)
         with _importable_fa3(self._kernels):
             super().__init__(model_runner, *args, fa_impl_ver=fa_impl_ver, **kwargs)  # type: ignore[call-arg]
-        self._kernels.require(page_size=self.page_size, kv_cache_dtype=self.kv_cache_dtype, use_mla=self.use_mla)
+        self._kernels.require(
+            page_size=self.page_size, kv_cache_dtype=self.kv_cache_dtype, use_mla=self.use_mla
+        )
         if not model_runner.is_draft_worker:
             self._refuse_trees_over_latent_pages()
         self._replace_upstream_kernels()
         self._plans = SchedulerMetadataCache(stream_probe(self._pool_device))
         self._workspace = self._mla_workspace()
         self._sites: dict[tuple[str, ...], _CallSite] = {}
-        # A check sees every call, a plan for every call reuses none, and a plan in a workspace is its slot's.
+        # A check sees every call, a plan for every call reuses none, and a plan in a workspace is
+        # its slot's.
         self._recalls = (
-            self._settings.check == "off" and not self._settings.force_update_metadata and self._workspace is None
+            self._settings.check == "off"
+            and not self._settings.force_update_metadata
+            and self._workspace is None
         )
         _BACKENDS.add(self)
         logger.info("sglang_musa_ext serves attention: %s", self._configuration())
 
-    def forward_extend(self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
+    def forward_extend(
+        self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         """Upstream's forward for prefill, verify and draft-extend, on the selected kernels."""
         self._plans.begin_layer(layer, forward_batch, self.forward_metadata)
         running = _RUNNING.stack
@@ -141,7 +165,9 @@ class MusaFA3Mixin:
         finally:
             running.pop()
 
-    def forward_decode(self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
+    def forward_decode(
+        self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         """Upstream's forward for decode, on the selected kernels."""
         self._plans.begin_layer(layer, forward_batch, self.forward_metadata)
         running = _RUNNING.stack
@@ -158,15 +184,18 @@ class MusaFA3Mixin:
         return self._call_flash_attn_with_kvcache(arguments)
 
     def flash_attn_varlen_func(self, **arguments: Any) -> Any:
-        """FA3's function of this name over raw keys and values; it takes no plan, as upstream passes none."""
+        """FA3's function of this name over raw keys and values; it takes no plan, as upstream
+        passes none.
+        """
         return self._call_flash_attn_varlen_func(arguments)
 
     def _call_flash_attn_with_kvcache(self, arguments: dict[str, Any]) -> Any:
         plans = self._plans
         plans.statistics.calls += 1
         if arguments.get("k") is None:
-            # Upstream passes the cumulative lengths of all keys under this name. FA3 reads it as lengths of keys
-            # still to be appended, which a plan then counts twice, so it goes only where new keys go.
+            # Upstream passes the cumulative lengths of all keys under this name. FA3 reads it as
+            # lengths of keys still to be appended, which a plan then counts twice, so it goes only
+            # where new keys go.
             arguments.pop("cu_seqlens_k_new", None)
         names = tuple(arguments)
         site = self._sites.get(names) or self._new_site(names)
@@ -199,12 +228,15 @@ class MusaFA3Mixin:
 
     def _configuration(self) -> str:
         """What this backend serves with, as one line for a log."""
-        versions = ", ".join(f"{name} {version}" for name, version in self._kernels.versions.items())
+        versions = ", ".join(
+            f"{name} {version}" for name, version in self._kernels.versions.items()
+        )
         workspace = "none" if self._workspace is None else f"{self._settings.mla_workspace_mb} MiB"
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         return (
             f"{type(self).__name__} on {self._kernels.name} kernels ({versions}), rank "
-            f"{torch.distributed.get_rank() if distributed else 0}, device {self._pool_device}, page size "
+            f"{torch.distributed.get_rank() if distributed else 0}, device {self._pool_device}, "
+            "page size "
             f"{self.page_size}, MLA workspace {workspace}, checks {self._settings.check}, plans "
             f"{'for every call' if self._settings.force_update_metadata else 'reused within a pass'}, "
             f"SGLang {sglang.__version__}"
@@ -223,7 +255,9 @@ class MusaFA3Mixin:
         return site
 
     def _scheduler_metadata(self, arguments: dict[str, Any], signature: object) -> Any:
-        """The ``scheduler_metadata`` of a call: a tensor, for MLA on MATE ``(workspace, reuse)``, or ``None``."""
+        """The ``scheduler_metadata`` of a call: a tensor, for MLA on MATE ``(workspace, reuse)``,
+        or ``None``.
+        """
         tensors = tuple(arguments.get(name) for name in _PLANNED_TENSORS)
         if not self._takes_plan(arguments):
             self._plans.remember(signature, None, tensors)
@@ -236,27 +270,36 @@ class MusaFA3Mixin:
         compute = functools.partial(self._compute_plan, geometry, arguments)
         plan, reused = self._plans.plan(geometry, tensors, compute)
         if reused and self._checking:
-            used, fresh = (self._kernels.plan_contents(p, geometry.batch_size) for p in (plan, compute()))
+            used, fresh = (
+                self._kernels.plan_contents(p, geometry.batch_size) for p in (plan, compute())
+            )
             _require_same_plan(used, fresh, geometry, self._plans)
         self._plans.remember(signature, plan, tensors)
         return plan
 
     def _takes_plan(self, arguments: dict[str, Any]) -> bool:
-        """Whether a call gets a plan: where the kernels have one for it, and where theirs would not do as well."""
+        """Whether a call gets a plan: where the kernels have one for it, and where theirs would not
+        do as well.
+        """
         if self._kernels.plans_for_itself and self._plans.most_calls == 1:
-            # A draft model of one layer, say: nothing would reuse a plan, and the host takes long to compute one.
+            # A draft model of one layer, say: nothing would reuse a plan, and the host takes long
+            # to compute one.
             return False
         return self._kernels.plans_unequal_queries or _has_equal_queries(arguments)
 
     @property
     def _checking(self) -> bool:
-        """Whether reused plans are to be recomputed. A comparison waits for the device, which a capture forbids."""
+        """Whether reused plans are to be recomputed. A comparison waits for the device, which a
+        capture forbids.
+        """
         return self._settings.check != "off" and not self._plans.capturing
 
     def _compute_plan(self, geometry: CallGeometry, arguments: dict[str, Any]) -> torch.Tensor:
         fields = geometry._asdict()
         del fields["has_qv"], fields["device"]
-        tensors = {name: arguments[name] for name in _PLANNED_TENSORS if arguments.get(name) is not None}
+        tensors = {
+            name: arguments[name] for name in _PLANNED_TENSORS if arguments.get(name) is not None
+        }
         return self._kernels.get_scheduler_metadata(**fields, **tensors)
 
     def _mla_plan(
@@ -273,10 +316,15 @@ class MusaFA3Mixin:
         slot = self._workspace.slot(self, role, size)
         reuse = self._plans.plan_in_place(role, geometry, tensors)
         if reuse and self._checking:
-            # The kernel writes its plan itself, so a fresh one takes a call. Bytes it leaves alone stay equal.
+            # The kernel writes its plan itself, so a fresh one takes a call. Bytes it leaves alone
+            # stay equal.
             fresh = slot.clone()
-            self._kernels.flash_attn_with_kvcache(**arguments | {"scheduler_metadata": (fresh, False), "out": None})
-            _require_same_plan(slot.view(torch.int32), fresh.view(torch.int32), geometry, self._plans)
+            self._kernels.flash_attn_with_kvcache(
+                **arguments | {"scheduler_metadata": (fresh, False), "out": None}
+            )
+            _require_same_plan(
+                slot.view(torch.int32), fresh.view(torch.int32), geometry, self._plans
+            )
         return slot, reuse
 
     def _mla_workspace(self) -> MLAWorkspace | None:
@@ -286,18 +334,24 @@ class MusaFA3Mixin:
         return MLAWorkspace.of_device(self._pool_device, self._settings.mla_workspace_mb << 20)
 
     def _refuse_trees_over_latent_pages(self) -> None:
-        """Refuse what upstream's verify of an MLA model gets wrong: a table of tokens over pages of many tokens."""
+        """Refuse what upstream's verify of an MLA model gets wrong: a table of tokens over pages of
+        many tokens.
+        """
         if self.use_mla and self.topk > 1 and self.page_size > 1:
             raise UnsupportedByKernels(
-                f"--speculative-eagle-topk {self.topk} does not work with an MLA model at --page-size "
-                f"{self.page_size}: to verify a tree, SGLang passes a table of tokens for one of pages, and kernels "
+                f"--speculative-eagle-topk {self.topk} does not work with an MLA model at "
+                "--page-size "
+                f"{self.page_size}: to verify a tree, SGLang passes a table of tokens for one of "
+                "pages, and kernels "
                 "then read elsewhere. Start the server with --speculative-eagle-topk 1."
             )
 
     def _replace_upstream_kernels(self) -> None:
-        """Let the methods above be found under the names of upstream's instance attributes, and turn off its plans.
+        """Let the methods above be found under the names of upstream's instance attributes, and
+        turn off its plans.
 
-        Upstream precomputes metadata for plain decode layers alone, with its own kernels; ours covers every call.
+        Upstream precomputes metadata for plain decode layers alone, with its own kernels; ours
+        covers every call.
         """
         self._get_scheduler_metadata = None
         for name in KERNEL_PARAMETERS:
@@ -305,7 +359,9 @@ class MusaFA3Mixin:
 
 
 class MusaFA3Backend(MusaFA3Mixin, FlashAttentionBackend):  # type: ignore[misc]
-    """Upstream's FlashAttention backend on the kernels of this package; what ``--attention-backend fa3`` builds."""
+    """Upstream's FlashAttention backend on the kernels of this package; what
+    ``--attention-backend fa3`` builds.
+    """
 
 
 class MusaFA3MultiStepDraftBackend(FlashAttentionMultiStepBackend):  # type: ignore[misc]
@@ -329,7 +385,9 @@ _PLANNED_VALUES = (
 
 
 class _CallSite(NamedTuple):
-    """What ``flash_attn_with_kvcache`` calls with the same argument names share, worked out once a backend."""
+    """What ``flash_attn_with_kvcache`` calls with the same argument names share, worked out once a
+    backend.
+    """
 
     names: tuple[str, ...]
     attention: Callable[..., Any]
@@ -370,13 +428,19 @@ def _geometry(arguments: dict[str, Any], kernels: FA3Kernels) -> CallGeometry:
 
 
 def _signature(arguments: dict[str, Any], site: _CallSite) -> tuple[Any, ...] | None:
-    """What is equal for two calls of a pass only if their plans are; ``None`` for calls that are told apart otherwise.
+    """What is equal for two calls of a pass only if their plans are; ``None`` for calls that are
+    told apart otherwise.
 
-    The geometry and the tensors' identities say the same, and are worked out where no call before had this signature.
-    Doing so for every layer would take the host longer than the kernel that reuse spares.
+    The geometry and the tensors' identities say the same, and are worked out where no call before
+    had this signature. Doing so for every layer would take the host longer than the kernel that
+    reuse spares.
     """
     get = arguments.get
-    cache_seqlens, cu_seqlens_q, page_table = get("cache_seqlens"), get("cu_seqlens_q"), get("page_table")
+    cache_seqlens, cu_seqlens_q, page_table = (
+        get("cache_seqlens"),
+        get("cu_seqlens_q"),
+        get("page_table"),
+    )
     if cache_seqlens is None or cu_seqlens_q is None or page_table is None:
         return None
     if get("cache_leftpad") is not None or get("cu_seqlens_k_new") is not None:
@@ -392,7 +456,9 @@ def _signature(arguments: dict[str, Any], site: _CallSite) -> tuple[Any, ...] | 
 
 
 def _has_equal_queries(arguments: dict[str, Any]) -> bool:
-    """Whether every request of a call has as many queries as the one with the most: known without the device."""
+    """Whether every request of a call has as many queries as the one with the most: known without
+    the device.
+    """
     cu_seqlens_q = arguments.get("cu_seqlens_q")
     if cu_seqlens_q is None:
         return True
@@ -413,7 +479,8 @@ def _require_same_plan(
 ) -> None:
     if not torch.equal(used, fresh):
         raise StalePlanError(
-            f"A reused plan is not the plan of its call: {_place(plans)}, {geometry}.\nreused: {used.tolist()}\n"
+            f"A reused plan is not the plan of its call: {_place(plans)}, {geometry}.\nreused: "
+            f"{used.tolist()}\n"
             f"fresh:  {fresh.tolist()}\nThis is a fault of sglang-musa-ext. Please report it; "
             "SGLANG_MUSA_FA3_FORCE_UPDATE_METADATA=1 serves without reuse."
         )
@@ -436,17 +503,24 @@ def _require_reference_output(
     if arguments.get("qv") is not None:
         assert kernels.mla_plan_bytes is not None
         geometry = _geometry(arguments, kernels)
-        size = kernels.mla_plan_bytes(geometry.batch_size, geometry.max_seqlen_q, geometry.num_heads_q, device)
+        size = kernels.mla_plan_bytes(
+            geometry.batch_size, geometry.max_seqlen_q, geometry.num_heads_q, device
+        )
         plan = (torch.zeros(size, dtype=torch.uint8, device=device), False)
-    expected = kernels.flash_attn_with_kvcache(**arguments | {"scheduler_metadata": plan, "out": None})
-    expected, output = (value[0] if isinstance(value, tuple) else value for value in (expected, result))
+    expected = kernels.flash_attn_with_kvcache(
+        **arguments | {"scheduler_metadata": plan, "out": None}
+    )
+    expected, output = (
+        value[0] if isinstance(value, tuple) else value for value in (expected, result)
+    )
     tolerance = _OUTPUT_TOLERANCE[output.dtype]
     # Rows that no query owns are NaN in the reference.
     wrong = ~torch.isclose(output, expected, rtol=tolerance, atol=tolerance) & ~expected.isnan()
     if wrong.any():
         raise WrongOutputError(
             f"The output of {_place(plans)} differs from the reference in "
-            f"{int(wrong.sum())} of {wrong.numel()} values (tolerance {tolerance}): {_geometry(arguments, kernels)}. "
+            f"{int(wrong.sum())} of {wrong.numel()} values (tolerance {tolerance}): "
+            f"{_geometry(arguments, kernels)}. "
             "Please report this with the model and the versions of the kernels."
         )
 
@@ -454,8 +528,8 @@ def _require_reference_output(
 class _KernelDispatcher:
     """Stands in upstream's module for one FA3 function.
 
-    While a layer of our backend runs on this thread, the call is that backend's; otherwise it is the original's,
-    so that other users of the module notice nothing.
+    While a layer of our backend runs on this thread, the call is that backend's; otherwise it is
+    the original's, so that other users of the module notice nothing.
     """
 
     def __init__(self, name: str, original: Callable[..., Any]) -> None:
@@ -474,7 +548,8 @@ class _KernelDispatcher:
 
 
 def install_kernel_dispatch() -> Callable[[], None]:
-    """Put a dispatcher under each kernel name of upstream's module; returns what takes this call's back out.
+    """Put a dispatcher under each kernel name of upstream's module; returns what takes this call's
+    back out.
 
     Names that have one already are left alone.
     """
@@ -494,7 +569,9 @@ def _restore(module: ModuleType, originals: dict[str, Any]) -> None:
 
 
 def _ends_pass(name: str) -> Callable[..., Any]:
-    """An override of the upstream method ``name`` that also ends the pass, whose plans are void from here on."""
+    """An override of the upstream method ``name`` that also ends the pass, whose plans are void
+    from here on.
+    """
 
     @functools.wraps(getattr(FlashAttentionBackend, name))
     def method(self: MusaFA3Mixin, *args: Any, **kwargs: Any) -> Any:
@@ -514,8 +591,8 @@ for _name in PASS_METHODS:
 def _importable_fa3(kernels: FA3Kernels) -> Iterator[None]:
     """Let ``from sgl_kernel.flash_attn import ...`` succeed while upstream's constructor runs.
 
-    Public MUSA builds of ``sgl_kernel`` come without it. The constructor only stores what it imports, and
-    :meth:`MusaFA3Mixin._replace_upstream_kernels` removes that again.
+    Public MUSA builds of ``sgl_kernel`` come without it. The constructor only stores what it
+    imports, and :meth:`MusaFA3Mixin._replace_upstream_kernels` removes that again.
     """
     module: Any = ModuleType("sgl_kernel.flash_attn")
     module.flash_attn_with_kvcache = kernels.flash_attn_with_kvcache
@@ -527,8 +604,13 @@ def _importable_fa3(kernels: FA3Kernels) -> Iterator[None]:
 
 @contextmanager
 def upstream_builds_ours() -> Iterator[None]:
-    """While active, code of upstream that names an FA3 backend class, its own or the in-tree MUSA one, gets ours."""
-    ours = {"FlashAttentionBackend": MusaFA3Backend, "FlashAttentionMultiStepBackend": MusaFA3MultiStepDraftBackend}
+    """While active, code of upstream that names an FA3 backend class, its own or the in-tree MUSA
+    one, gets ours.
+    """
+    ours = {
+        "FlashAttentionBackend": MusaFA3Backend,
+        "FlashAttentionMultiStepBackend": MusaFA3MultiStepDraftBackend,
+    }
     in_tree: Any = ModuleType(IN_TREE_MODULE)
     in_tree.MusaFlashAttentionBackend = MusaFA3Backend
     in_tree.MusaFlashAttentionMultiStepBackend = MusaFA3MultiStepDraftBackend
@@ -556,7 +638,8 @@ def _module_as(name: str, module: ModuleType) -> Iterator[None]:
 
 
 def install_construction_guard() -> Callable[[], None]:
-    """Refuse every FA3 backend that is not ours, upstream's and the in-tree MUSA one alike; returns what undoes it.
+    """Refuse every FA3 backend that is not ours, upstream's and the in-tree MUSA one alike; returns
+    what undoes it.
 
     For code of upstream that builds one by a way this package does not know.
     """
@@ -568,9 +651,12 @@ def install_construction_guard() -> Callable[[], None]:
     def guarded(self: Any, *args: Any, **kwargs: Any) -> None:
         if not isinstance(self, MusaFA3Mixin):
             raise ForeignBackendError(
-                f"{type(self).__module__}.{type(self).__qualname__} was about to serve FA3 attention in place of "
-                "MusaFA3Backend. sglang-musa-ext serves --attention-backend fa3 and its draft models; the option that "
-                "led here is not supported with it. Choose --attention-backend fa3, or set SGLANG_MUSA_EXT=off."
+                f"{type(self).__module__}.{type(self).__qualname__} was about to serve FA3 "
+                "attention in place of "
+                "MusaFA3Backend. sglang-musa-ext serves --attention-backend fa3 and its draft "
+                "models; the option that "
+                "led here is not supported with it. Choose --attention-backend fa3, or set "
+                "SGLANG_MUSA_EXT=off."
             )
         original(self, *args, **kwargs)
 
@@ -580,21 +666,27 @@ def install_construction_guard() -> Callable[[], None]:
 
 
 def install_class_names() -> Callable[[], None]:
-    """Add our backend to upstream's list, by class name, of backends that need no custom mask in DFlash's verify.
+    """Add our backend to upstream's list, by class name, of backends that need no custom mask in
+    DFlash's verify.
 
-    Returns what undoes it. Imports a speculative-decoding module, so call it only where a model is speculated on.
+    Returns what undoes it. Imports a speculative-decoding module, so call it only where a model is
+    speculated on.
     """
     from sglang.srt.speculative import dflash_utils
 
     names = dflash_utils._DFLASH_VERIFY_SKIP_CUSTOM_MASK_BACKENDS
     dflash_utils._DFLASH_VERIFY_SKIP_CUSTOM_MASK_BACKENDS = names | {MusaFA3Backend.__name__}
-    return functools.partial(setattr, dflash_utils, "_DFLASH_VERIFY_SKIP_CUSTOM_MASK_BACKENDS", names)
+    return functools.partial(
+        setattr, dflash_utils, "_DFLASH_VERIFY_SKIP_CUSTOM_MASK_BACKENDS", names
+    )
 
 
 def install_state_report() -> Callable[[], None]:
-    """Add the reports of this process's backends to the scheduler's internal state; returns what undoes it.
+    """Add the reports of this process's backends to the scheduler's internal state; returns what
+    undoes it.
 
-    They are then part of ``/server_info`` and of ``Engine.get_server_info()``, as ``sglang_musa_ext``.
+    They are then part of ``/server_info`` and of ``Engine.get_server_info()``, as
+    ``sglang_musa_ext``.
     """
     from sglang.srt.managers.scheduler import Scheduler
 
@@ -605,7 +697,9 @@ def install_state_report() -> Callable[[], None]:
     @functools.wraps(original)
     def get_internal_state(self: Any, recv_req: Any) -> Any:
         reply = original(self, recv_req)
-        reply.internal_state["sglang_musa_ext"] = [backend.musa_fa3_report() for backend in _BACKENDS]
+        reply.internal_state["sglang_musa_ext"] = [
+            backend.musa_fa3_report() for backend in _BACKENDS
+        ]
         return reply
 
     get_internal_state._reports_musa_ext = True  # type: ignore[attr-defined]

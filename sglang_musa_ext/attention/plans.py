@@ -1,10 +1,11 @@
-"""How long a plan lives: scheduler metadata per forward pass, and the workspace that holds MLA plans.
+"""How long a plan lives: scheduler metadata per forward pass, and the workspace that holds MLA
+plans.
 
-A *plan* is FlashAttention-3's scheduler metadata: how the work of one call geometry is split and ordered.
-It is a function of the *values* of ``cache_seqlens`` and ``cu_seqlens_q``, which change with every forward
-pass, so a plan is valid for one pass of one backend instance and one geometry. Reusing it any further gives
-wrong output without any error; computing it once too often costs one small kernel. Every rule below errs on
-that side.
+A *plan* is FlashAttention-3's scheduler metadata: how the work of one call geometry is split and
+ordered. It is a function of the *values* of ``cache_seqlens`` and ``cu_seqlens_q``, which change
+with every forward pass, so a plan is valid for one pass of one backend instance and one geometry.
+Reusing it any further gives wrong output without any error; computing it once too often costs one
+small kernel. Every rule below errs on that side.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ class CallGeometry(NamedTuple):
     batch_size: int
     max_seqlen_q: int
     max_seqlen_k: int
-    """Capacity of the page table in tokens: the bound that the kernel itself uses, so that splits never exceed it."""
+    """Capacity of the page table in tokens: the bound that the kernel itself uses, so that splits
+    never exceed it.
+    """
     num_heads_q: int
     num_heads_kv: int
     headdim: int
@@ -51,8 +54,9 @@ class CallGeometry(NamedTuple):
 class TensorIdentity(NamedTuple):
     """Stands for a tensor's contents in a key: the same storage, unchanged since.
 
-    The version is -1 for tensors made under ``inference_mode``, which count no versions; a change of their
-    contents within a pass is then visible only through the pass rules of :class:`SchedulerMetadataCache`.
+    The version is -1 for tensors made under ``inference_mode``, which count no versions; a change
+    of their contents within a pass is then visible only through the pass rules of
+    :class:`SchedulerMetadataCache`.
     """
 
     data_ptr: int
@@ -64,7 +68,8 @@ class TensorIdentity(NamedTuple):
     def of(cls, tensor: torch.Tensor) -> TensorIdentity:
         """The identity of ``tensor`` now; whoever stores it must keep ``tensor`` alive."""
         version = -1 if tensor.is_inference() else tensor._version
-        # Tensors without storage (meta, empty) all have pointer 0: there the object itself is the identity.
+        # Tensors without storage (meta, empty) all have pointer 0: there the object itself is the
+        # identity.
         return cls(tensor.data_ptr() or id(tensor), tuple(tensor.shape), tensor.stride(), version)
 
 
@@ -98,8 +103,8 @@ def stream_probe(device: torch.device) -> Callable[[], tuple[int, bool]]:
 def _stream_id(device: torch.device, module: Any) -> Callable[[], int]:
     """A call that returns what tells the current stream of ``device`` from its other streams.
 
-    PyTorch's own name for it, where it has one, as for CUDA: every layer asks, and making a ``Stream`` object takes
-    longer than everything else that is asked here.
+    PyTorch's own name for it, where it has one, as for CUDA: every layer asks, and making a
+    ``Stream`` object takes longer than everything else that is asked here.
     """
     raw = getattr(torch._C, f"_{device.type}_getCurrentRawStream", None)
     if raw is None or device.index is None:
@@ -118,11 +123,14 @@ class PlanStatistics:
     reuses: int = 0
     """Planned calls served by a plan computed earlier in the same pass."""
     passes_by_plans: Counter[int] = field(default_factory=Counter)
-    """Number of passes by how many plans each computed; a pass is counted from its first plan on."""
+    """Number of passes by how many plans each computed; a pass is counted from its first plan on.
+    """
 
     @property
     def planned_calls(self) -> int:
-        """Calls that take a plan; attention over raw keys and values needs none, and some calls no kernels can plan."""
+        """Calls that take a plan; attention over raw keys and values needs none, and some calls no
+        kernels can plan.
+        """
         return self.plans + self.reuses
 
     @property
@@ -132,13 +140,22 @@ class PlanStatistics:
 
     def report(self) -> dict[str, Any]:
         """The counts as plain data that JSON can carry."""
-        counts = {name: getattr(self, name) for name in ("passes", "calls", "planned_calls", "plans", "reuses")}
-        return counts | {"passes_by_plans": {str(n): passes for n, passes in sorted((+self.passes_by_plans).items())}}
+        counts = {
+            name: getattr(self, name)
+            for name in ("passes", "calls", "planned_calls", "plans", "reuses")
+        }
+        return counts | {
+            "passes_by_plans": {
+                str(n): passes for n, passes in sorted((+self.passes_by_plans).items())
+            }
+        }
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """One plan of the current pass. ``keeps_alive`` holds the tensors that ``key`` names by address."""
+    """One plan of the current pass. ``keeps_alive`` holds the tensors that ``key`` names by
+    address.
+    """
 
     key: PlanKey
     value: Any
@@ -146,21 +163,23 @@ class _Plan:
 
 
 NOT_REMEMBERED = object()
-"""What a pass gives for a signature that it does not know; ``None`` says that a call takes no plan."""
+"""What a pass gives for a signature that it does not know; ``None`` says that a call takes no plan.
+"""
 
 
 class SchedulerMetadataCache:
     """The plans of one backend instance, for its current forward pass only.
 
-    Lifetime: everything here is dropped when the next pass begins, and with the backend that owns the cache.
-    A pass begins at the first call over a paged cache after any of these:
+    Lifetime: everything here is dropped when the next pass begins, and with the backend that owns
+    the cache. A pass begins at the first call over a paged cache after any of these:
 
     * :meth:`end_pass` was called (upstream prepared new metadata);
     * upstream's metadata object, the forward batch, the stream or the capture state is another one;
-    * a layer comes again for the same call role. Identity of the metadata is not enough: the two warm-up
-      runs of a graph and its capture share one metadata object and one forward batch.
+    * a layer comes again for the same call role. Identity of the metadata is not enough: the two
+      warm-up runs of a graph and its capture share one metadata object and one forward batch.
 
-    Not thread-safe, as upstream's backend is not: a backend belongs to the thread that runs its model.
+    Not thread-safe, as upstream's backend is not: a backend belongs to the thread that runs its
+    model.
     """
 
     def __init__(self, stream_state: Callable[[], tuple[int, bool]]) -> None:
@@ -208,7 +227,8 @@ class SchedulerMetadataCache:
             self._ended = True
 
     def begin_call(self, signature: object = None) -> Any:
-        """Note the layer's next call over a paged cache, and give what this pass remembers for ``signature``.
+        """Note the layer's next call over a paged cache, and give what this pass remembers for
+        ``signature``.
 
         Returns:
             What was given to :meth:`remember`, or :data:`NOT_REMEMBERED`.
@@ -227,9 +247,13 @@ class SchedulerMetadataCache:
         return NOT_REMEMBERED
 
     def plan(
-        self, geometry: CallGeometry, tensors: tuple[torch.Tensor | None, ...], compute: Callable[[], torch.Tensor]
+        self,
+        geometry: CallGeometry,
+        tensors: tuple[torch.Tensor | None, ...],
+        compute: Callable[[], torch.Tensor],
     ) -> tuple[torch.Tensor, bool]:
-        """The plan of this pass for ``geometry`` and the contents of ``tensors``; and whether it is a reuse.
+        """The plan of this pass for ``geometry`` and the contents of ``tensors``; and whether it is
+        a reuse.
 
         Args:
             geometry: what the plan depends on besides tensor contents.
@@ -244,11 +268,13 @@ class SchedulerMetadataCache:
         self.statistics.reuses += 1
         return known.value, True
 
-    def plan_in_place(self, place: int, geometry: CallGeometry, tensors: tuple[torch.Tensor | None, ...]) -> bool:
+    def plan_in_place(
+        self, place: int, geometry: CallGeometry, tensors: tuple[torch.Tensor | None, ...]
+    ) -> bool:
         """Whether the plan that ``place`` holds is this pass's for ``geometry`` and ``tensors``.
 
-        For plans that the kernel writes where it is told to: when the answer is ``False``, the caller's kernel
-        writes one now, and ``place`` holds that from here on.
+        For plans that the kernel writes where it is told to: when the answer is ``False``, the
+        caller's kernel writes one now, and ``place`` holds that from here on.
         """
         key = self._key(geometry, tensors)
         held = self._places.get(place)
@@ -258,11 +284,14 @@ class SchedulerMetadataCache:
         self.statistics.reuses += 1
         return True
 
-    def remember(self, signature: object, plan: Any, tensors: tuple[torch.Tensor | None, ...]) -> None:
+    def remember(
+        self, signature: object, plan: Any, tensors: tuple[torch.Tensor | None, ...]
+    ) -> None:
         """Have :meth:`begin_call` give ``plan`` for ``signature`` until the pass ends.
 
         Args:
-            signature: says of a call everything that its plan depends on; ``None``: of a call that has none.
+            signature: says of a call everything that its plan depends on; ``None``: of a call that
+                has none.
             plan: its plan; ``None``: it takes none.
             tensors: what ``signature`` names by address, which is kept alive as long.
         """
@@ -276,10 +305,14 @@ class SchedulerMetadataCache:
         self._places.clear()
 
     def _key(self, geometry: CallGeometry, tensors: tuple[torch.Tensor | None, ...]) -> PlanKey:
-        identities = tuple(None if tensor is None else TensorIdentity.of(tensor) for tensor in tensors)
+        identities = tuple(
+            None if tensor is None else TensorIdentity.of(tensor) for tensor in tensors
+        )
         return PlanKey(geometry, identities)
 
-    def _computed_plan(self, key: PlanKey, value: Any, tensors: tuple[torch.Tensor | None, ...]) -> _Plan:
+    def _computed_plan(
+        self, key: PlanKey, value: Any, tensors: tuple[torch.Tensor | None, ...]
+    ) -> _Plan:
         self.statistics.plans += 1
         passes = self.statistics.passes_by_plans
         if self._computed:
@@ -297,7 +330,9 @@ class SchedulerMetadataCache:
 
 
 def _holder(batch: object) -> Callable[[], object]:
-    """A call that returns ``batch`` while it lives: weak where possible, because a batch may hold images."""
+    """A call that returns ``batch`` while it lives: weak where possible, because a batch may hold
+    images.
+    """
     try:
         return weakref.ref(batch)
     except TypeError:  # A SimpleNamespace view of a batch (graph replay) has no weak references.
@@ -307,12 +342,17 @@ def _holder(batch: object) -> Callable[[], object]:
 class MLAWorkspaceExhausted(MemoryError):
     """The workspace of a device has no room for one more MLA plan."""
 
-    def __init__(self, device: torch.device, needed: int, free: int, capacity: int, slots: int) -> None:
+    def __init__(
+        self, device: torch.device, needed: int, free: int, capacity: int, slots: int
+    ) -> None:
         self.device, self.needed, self.free, self.capacity = device, needed, free, capacity
         super().__init__(
-            f"The MLA workspace of {device} has no room for one more plan: {needed} bytes are needed, the largest "
-            f"free piece has {free} of {capacity} bytes, and {slots} slots are in use (a slot belongs to one backend "
-            "and one call role, and is never shared). Set SGLANG_MUSA_EXT_MLA_WORKSPACE_MB to a larger number."
+            f"The MLA workspace of {device} has no room for one more plan: {needed} bytes are "
+            "needed, the largest "
+            f"free piece has {free} of {capacity} bytes, and {slots} slots are in use (a slot "
+            "belongs to one backend "
+            "and one call role, and is never shared). Set SGLANG_MUSA_EXT_MLA_WORKSPACE_MB to a "
+            "larger number."
         )
 
 
@@ -325,13 +365,14 @@ class _Slot:
 class MLAWorkspace:
     """One device's memory for MLA plans, carved into slots.
 
-    MATE writes an MLA plan *into* the tensor it is given, so two plans that are alive at once need two
-    places. A slot belongs to one backend and one call role: prefix and suffix of a cascade, the micro-batches
-    of an overlap, target and draft each have their own.
+    MATE writes an MLA plan *into* the tensor it is given, so two plans that are alive at once need
+    two places. A slot belongs to one backend and one call role: prefix and suffix of a cascade, the
+    micro-batches of an overlap, target and draft each have their own.
 
-    Lifetime: the workspace lives as long as a backend that uses it (:meth:`of_device`); a slot lives as long
-    as its owner, because a captured graph holds its address. A slot that must grow stays reserved for the same
-    reason, and is replaced by one twice as large where that fits, so that growth wastes less than what it gains.
+    Lifetime: the workspace lives as long as a backend that uses it (:meth:`of_device`); a slot
+    lives as long as its owner, because a captured graph holds its address. A slot that must grow
+    stays reserved for the same reason, and is replaced by one twice as large where that fits, so
+    that growth wastes less than what it gains.
     """
 
     # Weak: a workspace is kept by the backends that use it, and by nothing else.
@@ -347,8 +388,9 @@ class MLAWorkspace:
         self._lock = threading.Lock()
         self._slots: dict[tuple[int, int], _Slot] = {}
         self._taken: dict[int, list[_Slot]] = {}
-        # Ids of owners that died. A finalizer can run anywhere, also inside a method that holds the lock, so it
-        # only appends here; the next slot() returns what they held before it looks anything up by id.
+        # Ids of owners that died. A finalizer can run anywhere, also inside a method that holds the
+        # lock, so it only appends here; the next slot() returns what they held before it looks
+        # anything up by id.
         self._dead: list[int] = []
 
     @classmethod
@@ -375,7 +417,9 @@ class MLAWorkspace:
         return self.buffer[slot.start : slot.start + slot.size]
 
     def _grown(self, owner: object, old: _Slot | None, size: int) -> _Slot:
-        """A slot of at least ``size`` bytes in place of ``old``: twice as large where there is room for that."""
+        """A slot of at least ``size`` bytes in place of ``old``: twice as large where there is room
+        for that.
+        """
         if old is not None and 2 * old.size > size:
             with contextlib.suppress(MLAWorkspaceExhausted):
                 return self._reserve(owner, 2 * old.size)
@@ -392,7 +436,9 @@ class MLAWorkspace:
 
     def _first_fit(self, size: int) -> int:
         end, largest = 0, 0
-        taken = sorted((slot for slots in self._taken.values() for slot in slots), key=lambda slot: slot.start)
+        taken = sorted(
+            (slot for slots in self._taken.values() for slot in slots), key=lambda slot: slot.start
+        )
         for slot in [*taken, _Slot(self.capacity, 0)]:
             if slot.start - end >= size:
                 return end

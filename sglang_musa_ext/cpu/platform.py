@@ -28,26 +28,30 @@ DEFAULTS: dict[str, Any] = {
     "attention_backend": "fa3",
     "page_size": 64,
     "disable_cuda_graph": True,
-    # The machine's memory is not ours to fill: a pool for short conversations is enough for a reference.
+    # The machine's memory is not ours to fill: a pool for short conversations is enough for a
+    # reference.
     "mem_fraction_static": 0.3,
     "max_total_tokens": 8192,
 }
 if not hasattr(SRTPlatform, "get_kv_pool_cls"):
-    # Up to 0.5.21 an out-of-tree platform always gets the plain pool, where the prefix cache of models with sliding
-    # windows expects the pool that frees what the windows have left behind.
+    # Up to 0.5.21 an out-of-tree platform always gets the plain pool, where the prefix cache of
+    # models with sliding windows expects the pool that frees what the windows have left behind.
     DEFAULTS["disable_hybrid_swa_memory"] = True
 
-# Before it asks the platform, SGLang has chosen this attention backend for a CPU that is not ARM. It has none
-# for an out-of-tree platform and would fall back to torch_native, so nobody can have meant it here.
+# Before it asks the platform, SGLang has chosen this attention backend for a CPU that is not ARM.
+# It has none for an out-of-tree platform and would fall back to torch_native, so nobody can have
+# meant it here.
 UPSTREAM_CPU_CHOICE = "intel_amx"
 # For ARM it has chosen torch_native, which the user may have meant as well.
 TORCH_NATIVE_ON_ARM = (
-    "This server runs on torch_native, which is SGLang's own choice for ARM where no attention backend is named. "
+    "This server runs on torch_native, which is SGLang's own choice for ARM where no attention "
+    "backend is named. "
     "Start it with --attention-backend fa3 to run on the composed FA3 backend."
 )
 
-# Modules of upstream that choose kernels of speculative decoding by flags of known devices, and know no way for
-# another one. MUSA's way takes them from ``sgl_kernel`` and Triton, which both have stand-ins here.
+# Modules of upstream that choose kernels of speculative decoding by flags of known devices, and
+# know no way for another one. MUSA's way takes them from ``sgl_kernel`` and Triton, which both have
+# stand-ins here.
 MUSA_KERNEL_MODULES = (
     "sglang.srt.speculative.eagle_utils",
     "sglang.srt.speculative.triton_ops.cache_locs",
@@ -66,11 +70,16 @@ class CpuReferencePlatform(SRTPlatform):  # type: ignore[misc]
     device_type = "cpu"
 
     def apply_server_args_defaults(self, server_args: Any) -> None:
-        """Set what the user left open; ``server_args`` is SGLang's ``ServerArgs`` or a recorder of its fields."""
+        """Set what the user left open; ``server_args`` is SGLang's ``ServerArgs`` or a recorder of
+        its fields.
+        """
         for name, value in DEFAULTS.items():
             if getattr(server_args, name) in (None, False, UPSTREAM_CPU_CHOICE):
                 setattr(server_args, name, value)
-        if server_args.attention_backend == "torch_native" and platform.machine() in ("aarch64", "arm64"):
+        if server_args.attention_backend == "torch_native" and platform.machine() in (
+            "aarch64",
+            "arm64",
+        ):
             logger.warning("%s", TORCH_NATIVE_ON_ARM)
 
     def get_default_attention_backend(self) -> str:
@@ -81,8 +90,9 @@ class CpuReferencePlatform(SRTPlatform):  # type: ignore[misc]
         """Adjust SGLang in a worker, before its model is built."""
         from sglang.srt.layers.rotary_embedding import base
 
-        # Up to 0.5.12, rotary embeddings do not know out-of-tree platforms and take vllm's kernel on a device they
-        # do not know. The flag is read for that one choice, and leads to the PyTorch implementation.
+        # Up to 0.5.12, rotary embeddings do not know out-of-tree platforms and take vllm's kernel
+        # on a device they do not know. The flag is read for that one choice, and leads to the
+        # PyTorch implementation.
         if not hasattr(base, "current_platform"):
             base._is_mps = True
         _take_kernels_of_musa()
@@ -143,8 +153,8 @@ class CpuReferencePlatform(SRTPlatform):  # type: ignore[misc]
         """Whether drafts by ``algorithm`` were seen to give here what plain decoding gives."""
         return algorithm in SPECULATIVE_ALGORITHMS
 
-    # Memory pools: SGLang's own serve any torch device. Up to 0.5.21 an out-of-tree platform must name
-    # them; from 0.5.22 on the first hook is asked instead, and None means SGLang's own.
+    # Memory pools: SGLang's own serve any torch device. Up to 0.5.21 an out-of-tree platform must
+    # name them; from 0.5.22 on the first hook is asked instead, and None means SGLang's own.
 
     def get_kv_pool_cls(self, *, kind: str) -> type | None:
         """Return None: SGLang's own pool for keys and values of ``kind``."""
@@ -177,13 +187,17 @@ def _take_kernels_of_musa() -> None:
 
 
 def _exists(module: str) -> bool:
-    """Whether this release has ``module``; asking for one in a package that is not there would raise."""
+    """Whether this release has ``module``; asking for one in a package that is not there would
+    raise.
+    """
     package = module.rpartition(".")[0]
     return (not package or _exists(package)) and importlib.util.find_spec(module) is not None
 
 
 def _mla_pool(*args: Any, index_head_dim: int | None = None, **kwargs: Any) -> Any:
-    """Build SGLang's MLA pool; core passes ``index_head_dim``, which that class does not take, to a foreign one."""
+    """Build SGLang's MLA pool; core passes ``index_head_dim``, which that class does not take, to a
+    foreign one.
+    """
     from sglang.srt.mem_cache.memory_pool import MLATokenToKVPool
 
     return MLATokenToKVPool(*args, **kwargs)

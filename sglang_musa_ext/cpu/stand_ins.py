@@ -33,14 +33,16 @@ ENVIRONMENT = {
     "TRITON_INTERPRET": "1",
     # A reference on the CPU must not be half on a GPU that happens to be there.
     "CUDA_VISIBLE_DEVICES": "",
-    # Accepted drafts are moved in the KV cache by a kernel that reads raw addresses, unless this is set.
+    # Accepted drafts are moved in the KV cache by a kernel that reads raw addresses, unless this is
+    # set.
     "SGLANG_NATIVE_MOVE_KV_CACHE": "1",
 }
 
 
 @functools.cache
 def prepare_process() -> None:
-    """Put everything in place that SGLang's imports and kernels need on a CPU; call it again freely.
+    """Put everything in place that SGLang's imports and kernels need on a CPU; call it again
+    freely.
 
     SGLang reaches this through the platform entry point, early in its own import. Up to 0.5.20 it
     imports ``torchvision``, and up to 0.5.12 ``sgl_kernel``, before it looks for platforms: there,
@@ -71,7 +73,9 @@ def _is_available(name: str) -> bool:
 def _install(name: str, contents: dict[str, dict[str, Any]]) -> None:
     """Create the modules of ``contents`` (dotted name -> attributes), parents first."""
     for dotted, attributes in contents.items():
-        module = ModuleType(dotted, f"Stand-in of {name} for the CPU reference platform of sglang_musa_ext.")
+        module = ModuleType(
+            dotted, f"Stand-in of {name} for the CPU reference platform of sglang_musa_ext."
+        )
         # Without a spec, importlib.util.find_spec raises for whoever probes for the library.
         module.__spec__ = ModuleSpec(dotted, loader=None, is_package=True)
         module.__path__ = []
@@ -83,10 +87,11 @@ def _install(name: str, contents: dict[str, dict[str, Any]]) -> None:
 
 
 def ignore_waits_for_cuda() -> None:
-    """Let ``torch.cuda.synchronize()`` return at once, where it would raise because there is no CUDA device.
+    """Let ``torch.cuda.synchronize()`` return at once, where it would raise because there is no
+    CUDA device.
 
-    Why: models that share their embeddings with a draft model call it after that, whatever the device.
-    Until: 0.5.15.
+    Why: models that share their embeddings with a draft model call it after that, whatever the
+    device. Until: 0.5.15.
     """
     if not torch.cuda.is_available():
         torch.cuda.synchronize = _nothing_to_wait_for
@@ -97,17 +102,22 @@ def _nothing_to_wait_for(device: object = None) -> None:
 
 
 def torchvision_modules() -> dict[str, dict[str, Any]]:
-    """Return the import-only ``torchvision``: the names taken from it at import on the way to a text model.
+    """Return the import-only ``torchvision``: the names taken from it at import on the way to a
+    text model.
 
-    Why: PyPI has only builds for CUDA, which do not load beside a CPU build of torch; and SGLang registers image
-    processors with transformers, which transformers allows only where ``torchvision`` can be found.
-    Since: transformers 5 and every SGLang (``io.decode_jpeg`` up to 0.5.20; ``transforms`` from 0.5.16).
-    Remove when: SGLang starts a text model without torchvision.
+    Why: PyPI has only builds for CUDA, which do not load beside a CPU build of torch; and SGLang
+    registers image processors with transformers, which transformers allows only where
+    ``torchvision`` can be found. Since: transformers 5 and every SGLang (``io.decode_jpeg`` up to
+    0.5.20; ``transforms`` from 0.5.16). Remove when: SGLang starts a text model without
+    torchvision.
     """
     return {
         # transformers compares the version, for features that are not used here.
         "torchvision": {"__version__": "0.0.0"},
-        "torchvision.io": {"ImageReadMode": object, **_absent("torchvision", "decode_image", "decode_jpeg")},
+        "torchvision.io": {
+            "ImageReadMode": object,
+            **_absent("torchvision", "decode_image", "decode_jpeg"),
+        },
         "torchvision.transforms": {"InterpolationMode": InterpolationMode},
         "torchvision.transforms.functional": {
             "InterpolationMode": InterpolationMode,
@@ -137,28 +147,40 @@ def _absent(library: str, *names: str) -> dict[str, Callable[..., Any]]:
 
 def _refuse(library: str, name: str, *_args: Any, **_kwargs: Any) -> NoReturn:
     raise NotImplementedError(
-        f"{library}.{name} was called, and the CPU reference platform has only a stand-in of {library} "
-        f"without it. Install a {library} that works on this machine, or serve a model that does not need it."
+        f"{library}.{name} was called, and the CPU reference platform has only a stand-in of "
+        f"{library} "
+        f"without it. Install a {library} that works on this machine, or serve a model that does "
+        "not need it."
     )
 
 
 def sgl_kernel_modules() -> dict[str, dict[str, Any]]:
     """Return the ``sgl_kernel`` of the CPU reference: dotted module name -> attributes.
 
-    Why: ``sgl_kernel`` exists for CUDA, ROCm and MUSA; upstream's attention backend imports it at module level.
-    No module answers to names it lacks: SGLang probes ``sgl_kernel`` for optional parts.
+    Why: ``sgl_kernel`` exists for CUDA, ROCm and MUSA; upstream's attention backend imports it at
+    module level. No module answers to names it lacks: SGLang probes ``sgl_kernel`` for optional
+    parts.
     """
     return {
         "sgl_kernel": {
             "merge_state_v2": merge_state_v2,
             "build_tree_kernel_efficient": trees.build_tree_kernel_efficient,
             "verify_tree_greedy": trees.verify_tree_greedy,
-            # For sampling among drafts, which upstream imports together with the greedy one up to 0.5.13.
-            **_absent("sgl_kernel", "top_k_renorm_prob", "top_p_renorm_prob", "tree_speculative_sampling_target_only"),
+            # For sampling among drafts, which upstream imports together with the greedy one up to
+            # 0.5.13.
+            **_absent(
+                "sgl_kernel",
+                "top_k_renorm_prob",
+                "top_p_renorm_prob",
+                "tree_speculative_sampling_target_only",
+            ),
         },
-        "sgl_kernel.speculative": {"reconstruct_indices_from_tree_mask": trees.reconstruct_indices_from_tree_mask},
+        "sgl_kernel.speculative": {
+            "reconstruct_indices_from_tree_mask": trees.reconstruct_indices_from_tree_mask
+        },
         "sgl_kernel.flash_attn": {name: _reference_kernel(name) for name in _FLASH_ATTN},
-        # Up to 0.5.12 the host pools import these unconditionally; they serve hierarchical caches on a GPU.
+        # Up to 0.5.12 the host pools import these unconditionally; they serve hierarchical caches
+        # on a GPU.
         "sgl_kernel.kvcacheio": _absent("sgl_kernel", *_KVCACHEIO),
     }
 
@@ -205,18 +227,21 @@ def merge_state_v2(
 
     Args:
         v_a, v_b: outputs, ``(tokens, heads, head_dim)``, any floating dtype.
-        s_a, s_b: log-sum-exp of the scores, ``(tokens, heads)`` float32; ``-inf`` (or ``+inf``, as some
+        s_a, s_b: log-sum-exp of the scores, ``(tokens, heads)`` float32; ``-inf`` (or ``+inf``, as
+        some
             kernels write) where there was no key.
         v_merged, s_merged: written in place when given, else allocated.
 
     Returns:
-        The merged output (dtype of ``v_a``) and log-sum-exp (float32). A row without any key is zero and ``-inf``.
+        The merged output (dtype of ``v_a``) and log-sum-exp (float32). A row without any key is
+        zero and ``-inf``.
     """
     scores = torch.stack([s_a, s_b]).float()
     scores = scores.masked_fill(scores == torch.inf, -torch.inf)
     total = torch.logsumexp(scores, dim=0)
     weights = torch.exp(scores - total).nan_to_num(0.0).unsqueeze(-1)
-    # Rows without keys may hold anything, NaN included, so they are replaced and not multiplied by zero.
+    # Rows without keys may hold anything, NaN included, so they are replaced and not multiplied by
+    # zero.
     values = torch.stack([v_a, v_b]).float().masked_fill(weights == 0, 0.0)
     merged = (weights * values).sum(dim=0).to(v_a.dtype)
     return _deliver(merged, v_merged), _deliver(total, s_merged)
@@ -237,10 +262,12 @@ def interpret_triton() -> None:
 
 
 def _reinterpret_standard_library() -> None:
-    """Decorate Triton's own device functions again if it was imported before ``TRITON_INTERPRET`` was set.
+    """Decorate Triton's own device functions again if it was imported before ``TRITON_INTERPRET``
+    was set.
 
     SGLang imports Triton shortly before it looks for platforms. Kernels are decorated later and see
-    the variable, but ``tl.sum``, ``tl.cdiv`` and their like would remain functions for the compiler.
+    the variable, but ``tl.sum``, ``tl.cdiv`` and their like would remain functions for the
+    compiler.
     """
     import triton.language as tl
     from triton.runtime.interpreter import InterpretedFunction
@@ -252,7 +279,8 @@ def _reinterpret_standard_library() -> None:
     importlib.reload(tl)
 
 
-# libdevice's names of what the interpreter can compute with NumPy. ``fast_*`` are approximations on a GPU.
+# libdevice's names of what the interpreter can compute with NumPy. ``fast_*`` are approximations on
+# a GPU.
 LIBDEVICE: dict[str, Callable[..., Array]] = {
     "tanh": np.tanh,
     "exp": np.exp,
@@ -289,7 +317,9 @@ def _elementwise(name: str, function: Callable[..., Array]) -> Callable[..., Any
         first = args[0]
         # bfloat16 has no NumPy type: the interpreter keeps its bits in integers.
         if first.dtype == tl.bfloat16:
-            raise TypeError(f"libdevice.{name} takes float32 or float64 under the interpreter, got bfloat16")
+            raise TypeError(
+                f"libdevice.{name} takes float32 or float64 under the interpreter, got bfloat16"
+            )
         result = function(*(arg.handle.data for arg in args)).astype(first.handle.data.dtype)
         return tl.core.tensor(TensorHandle(result, first.handle.dtype), first.type)
 
@@ -298,7 +328,9 @@ def _elementwise(name: str, function: Callable[..., Array]) -> Callable[..., Any
 
 
 def _take_first_config() -> None:
-    """Let the autotuner take its first configuration: it times on a GPU's clock, and here all are equal."""
+    """Let the autotuner take its first configuration: it times on a GPU's clock, and here all are
+    equal.
+    """
     from triton.runtime.autotuner import Autotuner
 
     def first_config(self: Any, *_args: Any, config: Any, **_kwargs: Any) -> list[float]:

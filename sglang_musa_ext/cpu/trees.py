@@ -1,8 +1,10 @@
-"""Draft trees of speculative decoding in PyTorch, under the names that SGLang calls in ``sgl_kernel``.
+"""Draft trees of speculative decoding in PyTorch, under the names that SGLang calls in
+``sgl_kernel``.
 
-A request's draft is a tree of ``n`` nodes. Node 0 is the last token that the target model chose; every other
-node is a drafted token below its parent, which has a smaller number. SGLang passes trees as links: to the first
-child and to the next sibling of each node, ``-1`` where there is none. All results are written in place.
+A request's draft is a tree of ``n`` nodes. Node 0 is the last token that the target model chose;
+every other node is a drafted token below its parent, which has a smaller number. SGLang passes
+trees as links: to the first child and to the next sibling of each node, ``-1`` where there is none.
+All results are written in place.
 """
 
 from __future__ import annotations
@@ -11,7 +13,11 @@ from collections.abc import Sequence
 
 import torch
 
-__all__ = ["build_tree_kernel_efficient", "reconstruct_indices_from_tree_mask", "verify_tree_greedy"]
+__all__ = [
+    "build_tree_kernel_efficient",
+    "reconstruct_indices_from_tree_mask",
+    "verify_tree_greedy",
+]
 
 FULL_MASK, MASK_OF_DRAFT = 0, 1
 """Layouts of a tree mask, as upstream's ``TreeMaskMode`` numbers them; its third packs bits."""
@@ -33,20 +39,25 @@ def build_tree_kernel_efficient(
 ) -> None:
     """Write the tree of the tokens that a draft model's beam search selected.
 
-    The search numbers its candidates: group ``g`` holds ``g * topk`` to ``g * topk + topk - 1``. Those of group 0
-    are below the root, those of another group below candidate ``parent_list[:, g]``.
+    The search numbers its candidates: group ``g`` holds ``g * topk`` to ``g * topk + topk - 1``.
+    Those of group 0 are below the root, those of another group below candidate
+    ``parent_list[:, g]``.
 
     Args:
-        parent_list: ``(batch, groups)`` int64; entry 0 is not read, and ``depth`` 1 may leave none at all.
-        selected_index: ``(batch, n - 1)`` int64, the candidates that became nodes 1 to n - 1, ascending.
+        parent_list: ``(batch, groups)`` int64; entry 0 is not read, and ``depth`` 1 may leave none
+            at all.
+        selected_index: ``(batch, n - 1)`` int64, the candidates that became nodes 1 to n - 1,
+            ascending.
         verified_seq_len: ``(batch,)``, tokens before the root.
-        tree_mask: bool, flat, written: for each request and node, who is attended to. With ``FULL_MASK`` a row
-            holds the request's verified tokens, which are left as they are, and then its ``n`` nodes; with
-            ``MASK_OF_DRAFT`` the nodes alone. A node attends to the root, its ancestors and itself.
+        tree_mask: bool, flat, written: for each request and node, who is attended to. With
+            ``FULL_MASK`` a row holds the request's verified tokens, which are left as they are, and
+            then its ``n`` nodes; with ``MASK_OF_DRAFT`` the nodes alone. A node attends to the
+            root, its ancestors and itself.
         positions: ``(batch * n,)`` int64, written: of each node in its sequence.
         retrive_index: ``(batch, n)`` int64, written: the number of each node in the whole batch.
         retrive_next_token: ``(batch, n)`` int64, filled with -1, written: each node's first child.
-        retrive_next_sibling: ``(batch, n)`` int64, filled with -1, written: each node's next sibling.
+        retrive_next_sibling: ``(batch, n)`` int64, filled with -1, written: each node's next
+            sibling.
         topk: candidates in a group.
         depth: of the search; not read, as ``parent_list`` tells it.
         draft_token_num: ``n``.
@@ -57,8 +68,10 @@ def build_tree_kernel_efficient(
     """
     if tree_mask_mode not in (FULL_MASK, MASK_OF_DRAFT):
         raise NotImplementedError(
-            f"A tree mask of mode {int(tree_mask_mode)} was asked for, and the CPU reference platform writes modes "
-            f"{FULL_MASK} and {MASK_OF_DRAFT}. Serve with --attention-backend fa3, which asks for those."
+            f"A tree mask of mode {int(tree_mask_mode)} was asked for, and the CPU reference "
+            "platform writes modes "
+            f"{FULL_MASK} and {MASK_OF_DRAFT}. Serve with --attention-backend fa3, which asks for "
+            "those."
         )
     n, start = draft_token_num, 0
     for request, verified in enumerate(verified_seq_len.tolist()):
@@ -113,15 +126,18 @@ def verify_tree_greedy(
     retrive_next_sibling: torch.Tensor,
     target_predict: torch.Tensor,
 ) -> None:
-    """Follow each tree from its root along the tokens that the target model would have chosen itself.
+    """Follow each tree from its root along the tokens that the target model would have chosen
+    itself.
 
     Args:
-        predicts: ``(batch * n,)`` or longer, int32, written where the way leads: the target's choice there.
-        accept_index: ``(batch, most)`` int32, filled with -1, written: the numbers in the batch of the accepted
-            nodes, the root first. ``most`` limits the way.
+        predicts: ``(batch * n,)`` or longer, int32, written where the way leads: the target's
+            choice there.
+        accept_index: ``(batch, most)`` int32, filled with -1, written: the numbers in the batch of
+            the accepted nodes, the root first. ``most`` limits the way.
         accept_token_num: ``(batch,)`` int32, written: accepted nodes without the root.
         candidates: ``(batch, n)``, the token of each node.
-        retrive_index, retrive_next_token, retrive_next_sibling: ``(batch, n)`` int64, the trees' links.
+        retrive_index, retrive_next_token, retrive_next_sibling: ``(batch, n)`` int64, the trees'
+        links.
         target_predict: ``(batch, n)``, the target model's choice after each node.
     """
     for request in range(candidates.shape[0]):
@@ -139,14 +155,18 @@ def verify_tree_greedy(
 
 
 def _parents(selected: Sequence[int], parent_list: Sequence[int], topk: int) -> list[int]:
-    """The parent of each node: another node, or -1 for the root and for a node whose parent was not selected."""
+    """The parent of each node: another node, or -1 for the root and for a node whose parent was not
+    selected.
+    """
     node_of = {candidate: node for node, candidate in enumerate(selected, start=1)}
     groups = [candidate // topk for candidate in selected]
     return [-1, *(node_of.get(parent_list[group], -1) if group else 0 for group in groups)]
 
 
 def _attended(parents: Sequence[int]) -> torch.Tensor:
-    """``(n, n)`` bool: whether a node (row) attends to another, which the root, ancestors and the node itself are."""
+    """``(n, n)`` bool: whether a node (row) attends to another, which the root, ancestors and the
+    node itself are.
+    """
     seen = torch.eye(len(parents), dtype=torch.bool)
     seen[:, 0] = True
     for node, parent in enumerate(parents):
@@ -157,7 +177,11 @@ def _attended(parents: Sequence[int]) -> torch.Tensor:
 
 
 def _write_links(
-    parents: Sequence[int], request: int, index: torch.Tensor, first_child: torch.Tensor, next_sibling: torch.Tensor
+    parents: Sequence[int],
+    request: int,
+    index: torch.Tensor,
+    first_child: torch.Tensor,
+    next_sibling: torch.Tensor,
 ) -> None:
     """Write the links of one request's tree; a later child is a later sibling."""
     n = len(parents)
@@ -166,15 +190,23 @@ def _write_links(
     for node, parent in enumerate(parents):
         if parent < 0:
             continue
-        links, at = (next_sibling, last_child[parent]) if parent in last_child else (first_child, parent)
+        links, at = (
+            (next_sibling, last_child[parent]) if parent in last_child else (first_child, parent)
+        )
         links[request, at] = node
         last_child[parent] = node
 
 
 def _accepted(
-    tokens: Sequence[int], chosen: Sequence[int], first_child: Sequence[int], next_sibling: Sequence[int], most: int
+    tokens: Sequence[int],
+    chosen: Sequence[int],
+    first_child: Sequence[int],
+    next_sibling: Sequence[int],
+    most: int,
 ) -> list[int]:
-    """The way from the root on which every node is what the target model chose after the node before it."""
+    """The way from the root on which every node is what the target model chose after the node
+    before it.
+    """
     way = [0]
     while len(way) < most:
         child = first_child[way[-1]]

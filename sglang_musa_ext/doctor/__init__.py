@@ -1,8 +1,10 @@
-"""``python -m sglang_musa_ext.doctor``: what this environment would serve, and what stands in its way.
+"""``python -m sglang_musa_ext.doctor``: what this environment would serve, and what stands in its
+way.
 
-Each check is a row of :data:`CHECKS`; its probe answers with a :class:`CheckResult`, and a probe that fails is an
-answer too. Nothing is changed, no port is opened, and torch is imported only to ask a device, in a process of its
-own: a driver that hangs or crashes takes no more than that process with it.
+Each check is a row of :data:`CHECKS`; its probe answers with a :class:`CheckResult`, and a probe
+that fails is an answer too. Nothing is changed, no port is opened, and torch is imported only to
+ask a device, in a process of its own: a driver that hangs or crashes takes no more than that
+process with it.
 """
 
 from __future__ import annotations
@@ -96,7 +98,10 @@ class Surroundings:
     @cached_property
     def has_musa_stack(self) -> bool:
         """Whether PyTorch's MUSA backend is installed: there is no MUSA device without it."""
-        return _distribution("torch_musa") is not None or importlib.util.find_spec("torch_musa") is not None
+        return (
+            _distribution("torch_musa") is not None
+            or importlib.util.find_spec("torch_musa") is not None
+        )
 
     @cached_property
     def kernels(self) -> str:
@@ -111,12 +116,20 @@ class Surroundings:
             return "reference" if settings.kernels == "auto" else settings.kernels
         if self.has_musa_stack:
             return "mate" if settings.kernels == "auto" else settings.kernels
-        return settings.kernels if settings.mode == "on" and settings.kernels in ("hopper", "reference") else ""
+        return (
+            settings.kernels
+            if settings.mode == "on" and settings.kernels in ("hopper", "reference")
+            else ""
+        )
 
     @cached_property
     def has_our_defaults(self) -> bool:
-        """Whether this package chooses what a command line leaves open: on MUSA and on its own CPU platform."""
-        return bool(self.kernels) and (self.has_musa_stack or self.settings.platform == PLATFORM_PLUGIN)
+        """Whether this package chooses what a command line leaves open: on MUSA and on its own CPU
+        platform.
+        """
+        return bool(self.kernels) and (
+            self.has_musa_stack or self.settings.platform == PLATFORM_PLUGIN
+        )
 
     @cached_property
     def devices(self) -> dict[str, Any]:
@@ -137,18 +150,23 @@ class Surroundings:
         )
         if done.returncode != 0:
             last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-            raise RuntimeError(f"torch does not answer for {kind!r} (exit status {done.returncode}): {last}")
+            raise RuntimeError(
+                f"torch does not answer for {kind!r} (exit status {done.returncode}): {last}"
+            )
         report: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
         return report
 
 
 def print_devices(kind: str) -> None:
-    """Print, as one line of JSON, what torch says of itself and of the devices of ``kind`` (``musa`` or ``cuda``)."""
+    """Print, as one line of JSON, what torch says of itself and of the devices of ``kind``
+    (``musa`` or ``cuda``).
+    """
     import torch
 
     if kind == "musa":
         importlib.import_module("torch_musa")
-        # SGLang takes a device for MUSA only where this imports; it also maps torch.cuda to torch.musa.
+        # SGLang takes a device for MUSA only where this imports; it also maps torch.cuda to
+        # torch.musa.
         importlib.import_module("torchada")
     module: Any = getattr(torch, kind)
     devices = []
@@ -174,14 +192,17 @@ def failed(finding: str, next_step: str, **details: Any) -> CheckResult:
     return CheckResult(Status.FAIL, finding, next_step, details)
 
 
-# --- SGLang and this plugin -----------------------------------------------------------------------------
+# --- SGLang and this plugin -----------------------------------------------------------------------
 
 
 def _probe_sglang(_: Surroundings) -> CheckResult:
     tested = f"{upstream.OLDEST} to {upstream.NEWEST}"
     package = upstream.find_package()
     if package is None:
-        return failed("SGLang is not installed.", f"Install a release from {tested}, with --no-deps on a MUSA machine.")
+        return failed(
+            "SGLang is not installed.",
+            f"Install a release from {tested}, with --no-deps on a MUSA machine.",
+        )
     try:
         version = upstream.read_version(package)
         support = upstream.classify_version(version)
@@ -190,7 +211,9 @@ def _probe_sglang(_: Surroundings) -> CheckResult:
     details = {"version": version, "location": str(package), "standing": support.standing.value}
     if support.standing is upstream.Standing.TOO_OLD:
         step = f"Install a release from {tested}."
-        return failed(f"SGLang {version} has no plugin loader: it never calls this package.", step, **details)
+        return failed(
+            f"SGLang {version} has no plugin loader: it never calls this package.", step, **details
+        )
     if support.standing is upstream.Standing.NEWER:
         step = f"Compare with SGLang {upstream.NEWEST} if something is wrong."
         return warned(f"SGLang {version} is newer than what is tested ({tested}).", step, **details)
@@ -201,14 +224,18 @@ def _probe_contract(_: Surroundings) -> CheckResult:
     violations = upstream.check_upstream()
     serving = [str(x) for x in violations if x.requirement.used_by in upstream.SERVING]
     others = [str(x) for x in violations if x.requirement.used_by not in upstream.SERVING]
-    step = f"Install a SGLang from {upstream.OLDEST} to {upstream.NEWEST}, or a newer sglang-musa-ext."
+    step = (
+        f"Install a SGLang from {upstream.OLDEST} to {upstream.NEWEST}, or a newer sglang-musa-ext."
+    )
     if serving:
         text = f"SGLang lacks {len(serving)} things that serving needs: {_some(serving)}"
         return failed(text, step, violations=serving + others)
     if others:
         text = f"SGLang lacks {len(others)} things, none of which serving needs: {_some(others)}"
         return warned(text, step, violations=others)
-    return passed(f"SGLang's sources have all that {len(upstream.REQUIREMENTS)} rows of the contract ask for.")
+    return passed(
+        f"SGLang's sources have all that {len(upstream.REQUIREMENTS)} rows of the contract ask for."
+    )
 
 
 def _probe_settings(s: Surroundings) -> CheckResult:
@@ -216,19 +243,34 @@ def _probe_settings(s: Surroundings) -> CheckResult:
         settings = s.settings
     except SettingsError as error:
         choices = ", ".join(error.choices)
-        return failed(str(error), f"Set {error.variable} to one of: {choices}; or unset it.", variable=error.variable)
+        return failed(
+            str(error),
+            f"Set {error.variable} to one of: {choices}; or unset it.",
+            variable=error.variable,
+        )
     effective = {
-        variable: {"value": getattr(settings, name), "source": "environment" if s.environ.get(variable) else "default"}
+        variable: {
+            "value": getattr(settings, name),
+            "source": "environment" if s.environ.get(variable) else "default",
+        }
         for name, variable in VARIABLES.items()
     }
-    chosen = [f"{variable}={s.environ[variable]}" for variable in effective if s.environ.get(variable)]
+    chosen = [
+        f"{variable}={s.environ[variable]}" for variable in effective if s.environ.get(variable)
+    ]
     finding = f"From the environment: {', '.join(chosen) or 'nothing'}; the rest are defaults."
-    unknown = sorted(x for x in s.environ if x.startswith(envs.MODE) and x not in VARIABLES.values())
+    unknown = sorted(
+        x for x in s.environ if x.startswith(envs.MODE) and x not in VARIABLES.values()
+    )
     unknown = [name for name in unknown if name not in OTHER_VARIABLES]
     if unknown:
         close = difflib.get_close_matches(unknown[0], list(VARIABLES.values()), 1)
         step = f"Unset {', '.join(unknown)}" + (f", or did you mean {close[0]}?" if close else ".")
-        return warned(f"{', '.join(unknown)} is no variable of this package. {finding}", step, settings=effective)
+        return warned(
+            f"{', '.join(unknown)} is no variable of this package. {finding}",
+            step,
+            settings=effective,
+        )
     return passed(finding, settings=effective)
 
 
@@ -251,8 +293,10 @@ def _probe_plugin(s: Surroundings) -> CheckResult:
     ours = {x.value for x in entries if x.name == PLUGIN}
     if ours != {"sglang_musa_ext.plugin:register"}:
         return failed(
-            f"SGLang cannot find this plugin: the entry point {PLUGIN!r} is {_listed(ours)} in this environment.",
-            "Install it as a package (pip install --no-deps .): a search path alone brings no entry points.",
+            f"SGLang cannot find this plugin: the entry point {PLUGIN!r} is {_listed(ours)} in "
+            "this environment.",
+            "Install it as a package (pip install --no-deps .): a search path alone brings no "
+            "entry points.",
         )
     loaded = [x.strip() for x in s.environ.get("SGLANG_PLUGINS", "").split(",") if x.strip()]
     named = envs.named_platform(s.environ)
@@ -260,20 +304,25 @@ def _probe_plugin(s: Surroundings) -> CheckResult:
     if loaded and not needed <= set(loaded):
         wanted = ",".join(dict.fromkeys([*loaded, *sorted(needed)]))
         return failed(
-            f"SGLANG_PLUGINS={','.join(loaded)} keeps SGLang from loading {_listed(needed - set(loaded))}.",
+            f"SGLANG_PLUGINS={','.join(loaded)} keeps SGLang from loading "
+            f"{_listed(needed - set(loaded))}.",
             f"Set SGLANG_PLUGINS={wanted}, or unset it.",
         )
     if named and named != PLATFORM_PLUGIN:
         return failed(
-            f"{envs.PLATFORM}={named} names another package's platform, so SGLang loads nothing of this one.",
+            f"{envs.PLATFORM}={named} names another package's platform, so SGLang loads nothing of "
+            "this one.",
             f"Unset {envs.PLATFORM}, or set {envs.MODE}=off if that platform is meant to serve.",
         )
     mode = s.environ.get(envs.MODE, "").strip().lower()
     if mode == "off":
-        return warned(f"{envs.MODE}=off: SGLang runs without this package.", f"Unset {envs.MODE} to use it.")
+        return warned(
+            f"{envs.MODE}=off: SGLang runs without this package.", f"Unset {envs.MODE} to use it."
+        )
     if mode == "on" and s.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD") == "0":
         return warned(
-            f"{envs.MODE}=on, and TORCH_DEVICE_BACKEND_AUTOLOAD=0 keeps torch from arming its guard.",
+            f"{envs.MODE}=on, and TORCH_DEVICE_BACKEND_AUTOLOAD=0 keeps torch from arming its "
+            "guard.",
             "Unset TORCH_DEVICE_BACKEND_AUTOLOAD.",
         )
     others = sorted(x.name for x in entries if x.name != PLUGIN)
@@ -282,7 +331,10 @@ def _probe_plugin(s: Surroundings) -> CheckResult:
 
 def _probe_command(s: Surroundings) -> CheckResult:
     if s.command is None:
-        return passed("No command line was given; give a server's arguments after -- to see what they lead to.")
+        return passed(
+            "No command line was given; give a server's arguments after -- to see what they lead "
+            "to."
+        )
     options, rest = _server_parser().parse_known_args(s.command)
     resolved = _resolve(options, s)
     words = [f"{name} {value} ({why})" for name, (value, why) in resolved.items()]
@@ -302,7 +354,9 @@ UNKNOWABLE = "Not known here: what SGLang sets for a model's architecture, and w
 
 def _server_parser() -> argparse.ArgumentParser:
     """The options of a SGLang server that decide what this package is asked for."""
-    parser = argparse.ArgumentParser(prog="sglang.launch_server", add_help=False, exit_on_error=False)
+    parser = argparse.ArgumentParser(
+        prog="sglang.launch_server", add_help=False, exit_on_error=False
+    )
     parser.add_argument("--model-path", "--model", dest="model_path")
     parser.add_argument("--attention-backend")
     parser.add_argument("--prefill-attention-backend")
@@ -320,7 +374,9 @@ def _resolve(options: argparse.Namespace, s: Surroundings) -> dict[str, tuple[An
     resolved: dict[str, tuple[Any, str]] = {}
     for phase in ("prefill", "decode"):
         named = getattr(options, f"{phase}_attention_backend")
-        resolved[f"{phase} attention"] = (named, f"--{phase}-attention-backend") if named else attention
+        resolved[f"{phase} attention"] = (
+            (named, f"--{phase}-attention-backend") if named else attention
+        )
     if named := options.speculative_draft_attention_backend:
         resolved["draft attention"] = named, "--speculative-draft-attention-backend"
     if options.page_size is not None:
@@ -356,13 +412,21 @@ def _problems_of_command(
     backends = {name: value for name, (value, _) in resolved.items() if name.endswith("attention")}
     found = []
     if kernels and "fa4" in backends.values():
-        found.append(failed("fa4 is refused while this package serves.", "Use --attention-backend fa3."))
+        found.append(
+            failed("fa4 is refused while this package serves.", "Use --attention-backend fa3.")
+        )
     if not kernels or "fa3" not in backends.values():
-        step = "Use --attention-backend fa3 where this package serves." if kernels else "See the check 'device'."
+        step = (
+            "Use --attention-backend fa3 where this package serves."
+            if kernels
+            else "See the check 'device'."
+        )
         return [*found, warned("This package would not be used.", step)]
     if kernels != "reference" and "fp8" in options.kv_cache_dtype:
         step = "Leave --kv-cache-dtype at auto, or take another --attention-backend."
-        found.append(failed(f"--kv-cache-dtype {options.kv_cache_dtype}: these kernels take no fp8.", step))
+        found.append(
+            failed(f"--kv-cache-dtype {options.kv_cache_dtype}: these kernels take no fp8.", step)
+        )
     if _is_mla(options.model_path) and kernels != "hopper" and resolved["page size"][0] != 64:
         step = "Leave --page-size unset, or set it to 64."
         found.append(failed(f"--page-size {options.page_size}: MLA's kernels take 64 alone.", step))
@@ -370,14 +434,16 @@ def _problems_of_command(
 
 
 def _is_mla(model_path: str | None) -> bool:
-    """Whether a model's own configuration names MLA's latent rank; False where it is not on this machine."""
+    """Whether a model's own configuration names MLA's latent rank; False where it is not on this
+    machine.
+    """
     path = Path(model_path or "", "config.json")
     if not model_path or not path.is_file():
         return False
     return bool(json.loads(path.read_text(encoding="utf-8")).get("kv_lora_rank"))
 
 
-# --- the machine ----------------------------------------------------------------------------------------
+# --- the machine ----------------------------------------------------------------------------------
 
 
 def _probe_device(s: Surroundings) -> CheckResult:
@@ -403,9 +469,8 @@ def _probe_device(s: Surroundings) -> CheckResult:
 
 def _no_musa(s: Surroundings) -> CheckResult:
     text = "There is no MUSA device here: torch_musa is not installed"
-    step = (
-        f"{_INSTALL} Without such a device, {envs.PLATFORM}={PLATFORM_PLUGIN} serves on the CPU with reference kernels."
-    )
+    without = f"{envs.PLATFORM}={PLATFORM_PLUGIN} serves on the CPU with reference kernels."
+    step = f"{_INSTALL} Without such a device, {without}"
     if s.environ.get(envs.MODE, "").strip().lower() == "on":
         return failed(f"{text}, and {envs.MODE}=on demands one.", step)
     return warned(f"{text}. This package stays idle.", step)
@@ -421,10 +486,16 @@ def _probe_driver(s: Surroundings) -> CheckResult:
         return _not_needed("driver")
     tool = shutil.which("mthreads-gmi", path=s.environ.get("PATH"))
     if tool is None:
-        return warned("The driver's tool mthreads-gmi is not on PATH.", "Install the driver of this GPU, or add it.")
+        return warned(
+            "The driver's tool mthreads-gmi is not on PATH.",
+            "Install the driver of this GPU, or add it.",
+        )
     done = subprocess.run([tool], capture_output=True, text=True, check=False, timeout=TOOL_TIMEOUT)
     if done.returncode != 0:
-        return failed(f"{tool} exits with status {done.returncode}.", "Run it, and mend the driver's installation.")
+        return failed(
+            f"{tool} exits with status {done.returncode}.",
+            "Run it, and mend the driver's installation.",
+        )
     found = re.search(r"driver[ _]version\s*:?\s*([\w.+-]+)", done.stdout, re.IGNORECASE)
     return passed(f"Driver {found.group(1) if found else 'of unknown version'}.", tool=tool)
 
@@ -436,15 +507,24 @@ def _probe_toolkit(s: Surroundings) -> CheckResult:
     header = home / "include" / "musa.h"
     needed = f"MATE needs {_dotted(OLDEST_TOOLKIT)} or newer"
     if not header.is_file():
-        return warned(f"No MUSA toolkit at {home} ({needed}).", "Set MUSA_HOME to where the toolkit is.")
-    found = re.search(r"#\s*define\s+MUSA_VERSION\s+(\d+)", header.read_text(encoding="utf-8", errors="replace"))
+        return warned(
+            f"No MUSA toolkit at {home} ({needed}).", "Set MUSA_HOME to where the toolkit is."
+        )
+    found = re.search(
+        r"#\s*define\s+MUSA_VERSION\s+(\d+)", header.read_text(encoding="utf-8", errors="replace")
+    )
     if found is None:
-        return warned(f"{header} does not say its version ({needed}).", "Compare it with the toolkit's release notes.")
+        return warned(
+            f"{header} does not say its version ({needed}).",
+            "Compare it with the toolkit's release notes.",
+        )
     number = int(found.group(1))
     version = (number // 10000, number // 100 % 100, number % 100)
     text = f"MUSA toolkit {_dotted(version)} at {home}"
     if version < OLDEST_TOOLKIT:
-        return failed(f"{text}; {needed}.", "Install a newer MUSA SDK, with the torch that belongs to it.")
+        return failed(
+            f"{text}; {needed}.", "Install a newer MUSA SDK, with the torch that belongs to it."
+        )
     if version < TOOLKIT_OF_CHUNKS:
         step = f"Install {_dotted(TOOLKIT_OF_CHUNKS)} or newer to serve models such as Llama-4."
         return warned(f"{text}: attention in chunks with a window does not work.", step)
@@ -458,39 +538,60 @@ def _probe_python(s: Surroundings) -> CheckResult:
     if package is not None and sys.version_info < (3, 11):
         release = upstream.read_version(package)
         if upstream.version_key(release) >= upstream.version_key("0.5.22"):
-            return failed(f"{text}: SGLang {release} needs Python 3.11 or newer.", "Use CPython 3.12.")
+            return failed(
+                f"{text}: SGLang {release} needs Python 3.11 or newer.", "Use CPython 3.12."
+            )
     wrong = [name for name in VENDOR if _built_for_another_python(name)]
     if wrong:
-        return failed(f"{text}, and these wheels are for another: {_listed(wrong)}.", _INSTALL, wrong=wrong)
+        return failed(
+            f"{text}, and these wheels are for another: {_listed(wrong)}.", _INSTALL, wrong=wrong
+        )
     if s.has_musa_stack and (version not in ("3.10", "3.12") or machine != "x86_64"):
         step = "Use CPython 3.10 or, from SGLang 0.5.22 on, 3.12."
         return warned(f"{text}; the vendor publishes wheels for 3.10 and 3.12 on x86_64.", step)
     return passed(f"{text}.")
 
 
-VENDOR = ("torch", "torch_musa", "mate", "mate-mubin", "flash_attn_3", "deep-gemm", "triton", "apache-tvm-ffi")
+VENDOR = (
+    "torch",
+    "torch_musa",
+    "mate",
+    "mate-mubin",
+    "flash_attn_3",
+    "deep-gemm",
+    "triton",
+    "apache-tvm-ffi",
+)
 
 
 def _built_for_another_python(name: str) -> bool:
-    """Whether the installed wheel of ``name`` has a binary interface, and not the one of this interpreter."""
+    """Whether the installed wheel of ``name`` has a binary interface, and not the one of this
+    interpreter.
+    """
     distribution = _distribution(name)
     lines = (distribution.read_text("WHEEL") or "").splitlines() if distribution else []
     tags = [line.partition(":")[2].strip().split("-") for line in lines if line.startswith("Tag:")]
     ours = f"cp{sys.version_info.major}{sys.version_info.minor}"
-    return bool(tags) and not any(abi in ("none", "abi3") or python == ours for python, abi, *_ in tags)
+    return bool(tags) and not any(
+        abi in ("none", "abi3") or python == ours for python, abi, *_ in tags
+    )
 
 
-# --- the vendor's packages ------------------------------------------------------------------------------
+# --- the vendor's packages ------------------------------------------------------------------------
 
 
 def _probe_torch(s: Surroundings) -> CheckResult:
     versions = _versions("torch", "torch_musa", "torchada", "torchvision")
     if "torch" not in versions:
-        return failed("PyTorch is not installed.", _INSTALL if s.has_musa_stack else "Install torch.")
+        return failed(
+            "PyTorch is not installed.", _INSTALL if s.has_musa_stack else "Install torch."
+        )
     listed = ", ".join(f"{name} {version}" for name, version in versions.items())
     if s.has_musa_stack:
         for problem in _problems_of_torch(versions):
-            return replace(problem, finding=f"{problem.finding} Installed: {listed}.", details=versions)
+            return replace(
+                problem, finding=f"{problem.finding} Installed: {listed}.", details=versions
+            )
     pinned = _pinned_torch()
     if pinned is not None and _release(versions["torch"]) != pinned:
         step = "Prefer a SGLang release of the same torch, or check with scripts/validate-musa before you rely on it."
@@ -506,7 +607,9 @@ def _problems_of_torch(versions: Mapping[str, str]) -> list[CheckResult]:
         found.append(failed("torch_musa and torch are of different releases.", _INSTALL))
     if "torchada" not in versions:
         step = "pip install --no-deps torchada"
-        found.append(failed("torchada is missing: SGLang takes no device for MUSA without it.", step))
+        found.append(
+            failed("torchada is missing: SGLang takes no device for MUSA without it.", step)
+        )
     if "musa" in theirs and "musa" not in versions["torch"]:
         step = f"A public torch has probably replaced the vendor's. {_INSTALL}"
         found.append(failed("torch_musa is the vendor's build, and torch is not.", step))
@@ -528,7 +631,14 @@ def _probe_mate(s: Surroundings) -> CheckResult:
     found = identify_mate()
     details = {
         name: getattr(found, name)
-        for name in ("distribution", "version", "location", "wrapper", "wrapper_version", "wrapper_location")
+        for name in (
+            "distribution",
+            "version",
+            "location",
+            "wrapper",
+            "wrapper_version",
+            "wrapper_location",
+        )
     }
     if s.kernels != "mate" and not s.has_musa_stack:
         if found.location is None or not found.problems:
@@ -563,15 +673,23 @@ def _probe_collisions(s: Surroundings) -> CheckResult:
         return _not_needed("vendor's builds of public names")
     versions = _versions(*COLLIDING)
     foreign = {name: version for name, version in versions.items() if not COLLIDING[name](version)}
-    cuda = sorted({x.name for x in importlib.metadata.distributions() if (x.name or "").startswith("nvidia-")})
+    cuda = sorted(
+        {x.name for x in importlib.metadata.distributions() if (x.name or "").startswith("nvidia-")}
+    )
     if foreign:
         listed = ", ".join(f"{name} {version}" for name, version in foreign.items())
         step = f"pip uninstall {' '.join(foreign)}. {_INSTALL}"
-        return failed(f"Public builds stand in the place of the vendor's: {listed}.", step, foreign=foreign)
+        return failed(
+            f"Public builds stand in the place of the vendor's: {listed}.", step, foreign=foreign
+        )
     if cuda:
         step = "They show that pip resolved dependencies here; check 'torch' and 'triton', and use --no-deps."
-        return warned(f"CUDA packages are installed beside torch_musa: {_some(cuda)}.", step, cuda=cuda)
-    return passed("None of the vendor's packages is shadowed by a public one of its name.", **versions)
+        return warned(
+            f"CUDA packages are installed beside torch_musa: {_some(cuda)}.", step, cuda=cuda
+        )
+    return passed(
+        "None of the vendor's packages is shadowed by a public one of its name.", **versions
+    )
 
 
 def _of_musa(version: str) -> bool:
@@ -579,7 +697,9 @@ def _of_musa(version: str) -> bool:
 
 
 def _of_mate(version: str) -> bool:
-    """Whether a wrapper's version is one of MATE's: from 0.2.7 on they say musa, before that they are 0.x."""
+    """Whether a wrapper's version is one of MATE's: from 0.2.7 on they say musa, before that they
+    are 0.x.
+    """
     return _of_musa(version) or version.startswith("0.")
 
 
@@ -591,18 +711,24 @@ COLLIDING: Mapping[str, Callable[[str], bool]] = {
     "flash_mla": _of_mate,
     "sageattention": _of_mate,
 }
-"""Names that the vendor shares with public packages, and how the vendor's versions look. MATE and Triton have checks
-of their own, which look at contents."""
+"""Names that the vendor shares with public packages, and how the vendor's versions look. MATE and
+Triton have checks of their own, which look at contents."""
 
 
-# --- the whole ------------------------------------------------------------------------------------------
+# --- the whole ------------------------------------------------------------------------------------
 
 CHECKS = (
     Check("sglang", "Is there a SGLang release that this package works with?", _probe_sglang),
     Check("contract", "Does SGLang have what this package relies on?", _probe_contract),
-    Check("settings", "Which settings are effective, and where do they come from?", _probe_settings),
+    Check(
+        "settings", "Which settings are effective, and where do they come from?", _probe_settings
+    ),
     Check("plugin", "Will SGLang load this plugin?", _probe_plugin),
-    Check("command", "What attention backend and page size does a command line lead to?", _probe_command),
+    Check(
+        "command",
+        "What attention backend and page size does a command line lead to?",
+        _probe_command,
+    ),
     Check("python", "Do interpreter and wheels fit?", _probe_python),
     Check("device", "Is there a device with the needed version and free memory?", _probe_device),
     Check("driver", "Does the driver answer?", _probe_driver),
@@ -610,7 +736,9 @@ CHECKS = (
     Check("torch", "Do torch, torch_musa and torchada belong together?", _probe_torch),
     Check("triton", "Does Triton have a backend for MUSA?", _probe_triton),
     Check("mate", "Is MATE Moore Threads', and does its wrapper fit?", _probe_mate),
-    Check("collisions", "Does a public package stand in the place of a vendor's?", _probe_collisions),
+    Check(
+        "collisions", "Does a public package stand in the place of a vendor's?", _probe_collisions
+    ),
 )
 
 
@@ -624,7 +752,9 @@ def _guarded(check: Check, surroundings: Surroundings) -> CheckResult:
         return check.probe(surroundings)
     except (Exception, SystemExit) as error:
         finding = f"This could not be found out: {type(error).__name__}: {error}"
-        return failed(finding, "Mend what it names; if it names nothing of yours, please report it.")
+        return failed(
+            finding, "Mend what it names; if it names nothing of yours, please report it."
+        )
 
 
 def worst(results: Sequence[CheckResult]) -> Status:
@@ -659,8 +789,11 @@ def as_text(results: Sequence[CheckResult], width: int = 110) -> str:
     counts = {status: sum(result.status is status for result in results) for status in Status}
     supported = ", ".join(release.version for release in upstream.SUPPORTED_RELEASES)
     lines = [
-        f"sglang-musa-ext {__version__}: " + ", ".join(f"{count} {status.value}" for status, count in counts.items()),
-        *textwrap.wrap(f"SGLang releases it is tested with: {supported}", width, break_on_hyphens=False),
+        f"sglang-musa-ext {__version__}: "
+        + ", ".join(f"{count} {status.value}" for status, count in counts.items()),
+        *textwrap.wrap(
+            f"SGLang releases it is tested with: {supported}", width, break_on_hyphens=False
+        ),
         "",
     ]
     for result in results:
@@ -731,5 +864,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(given[:split])
     command = given[split + 1 :] if split < len(given) else None
     results = run_checks(Surroundings(dict(os.environ), command))
-    print(as_json(results) if options.json else as_text(results, min(shutil.get_terminal_size().columns, 120)))
+    print(
+        as_json(results)
+        if options.json
+        else as_text(results, min(shutil.get_terminal_size().columns, 120))
+    )
     return EXIT_CODES[worst(results)]

@@ -1,8 +1,9 @@
 """Whose MATE is installed: read off metadata and files on disk, without importing any of it.
 
-Public package indexes have an unrelated distribution called ``mate``, and NVIDIA's FlashAttention-3 has the
-distribution name and the module name of Moore Threads' wrapper. So a name or a version proves nothing here: ``mate``
-has to contain MATE's attention interface, and the wrapper has to be written on top of ``mate``.
+Public package indexes have an unrelated distribution called ``mate``, and NVIDIA's FlashAttention-3
+has the distribution name and the module name of Moore Threads' wrapper. So a name or a version
+proves nothing here: ``mate`` has to contain MATE's attention interface, and the wrapper has to be
+written on top of ``mate``.
 """
 
 from __future__ import annotations
@@ -27,12 +28,21 @@ CHECKED = "0.1.3, 0.2.0, 0.2.1 and 0.2.2"
 """The releases whose sources the adapter was written against."""
 
 INSTALL = (
-    "Install MATE and its flash_attn_3 wrapper of the same version from Moore Threads' own package index, with "
+    "Install MATE and its flash_attn_3 wrapper of the same version from Moore Threads' own package "
+    "index, with "
     "--no-deps (never 'mate' from a public index, which is another project)."
 )
 
 _VENDOR = re.compile(r"moore\s*threads|\bmusa\b", re.IGNORECASE)
-_VENDOR_FIELDS = ("Summary", "Author", "Author-email", "Maintainer", "Maintainer-email", "Home-page", "Project-URL")
+_VENDOR_FIELDS = (
+    "Summary",
+    "Author",
+    "Author-email",
+    "Maintainer",
+    "Maintainer-email",
+    "Home-page",
+    "Project-URL",
+)
 
 
 class Generation(NamedTuple):
@@ -64,12 +74,16 @@ class MateIdentity:
     """What is installed under the names of MATE and of its wrapper."""
 
     distribution: str | None = None
-    """The distribution that the module ``mate`` belongs to; ``None``: there is no module, or nothing claims it."""
+    """The distribution that the module ``mate`` belongs to; ``None``: there is no module, or
+    nothing claims it.
+    """
     version: str | None = None
     location: str | None = None
     """The file or folder of the module ``mate``."""
     wrapper: str | None = None
-    """The generation of the wrapper: ``flash_attn_3``, ``mate-flash-attention``, or ``None`` without one."""
+    """The generation of the wrapper: ``flash_attn_3``, ``mate-flash-attention``, or ``None``
+    without one.
+    """
     wrapper_module: str | None = None
     """The module to import the functions from."""
     wrapper_distribution: str | None = None
@@ -83,7 +97,9 @@ class MateIdentity:
 
     @property
     def release(self) -> tuple[int, ...]:
-        """MATE's release as numbers; where nothing says it, the first or the newest one with this wrapper."""
+        """MATE's release as numbers; where nothing says it, the first or the newest one with this
+        wrapper.
+        """
         return _release(self.version) or (OLDEST if self.wrapper == LEGACY.distribution else NEWEST)
 
 
@@ -93,7 +109,10 @@ def identify_mate() -> MateIdentity:
     generation, wrapper = _find_wrapper()
     owner = _owner("mate", mate)
     wrapper_owner = _owner(generation.module, wrapper) if generation else None
-    problems = [*_problems_of_mate(mate, owner), *_problems_of_wrapper(generation, wrapper, wrapper_owner)]
+    problems = [
+        *_problems_of_mate(mate, owner),
+        *_problems_of_wrapper(generation, wrapper, wrapper_owner),
+    ]
     version, wrapper_version = _version(owner), _version(wrapper_owner)
     warnings: list[Problem] = []
     if not problems:
@@ -114,23 +133,29 @@ def identify_mate() -> MateIdentity:
 
 
 def is_wrapper(module: str) -> bool:
-    """Whether the top-level module of this name is there and written on top of ``mate``; it is not imported."""
+    """Whether the top-level module of this name is there and written on top of ``mate``; it is not
+    imported.
+    """
     spec = _find(module)
     return spec is not None and _is_over_mate(spec)
 
 
-# --- what is right ------------------------------------------------------------------------------------
+# --- what is right --------------------------------------------------------------------------------
 
 
 def _problems_of_mate(spec: ModuleSpec | None, owner: Distribution | None) -> Iterator[Problem]:
     if spec is None:
-        yield Problem("MATE is not installed: there is no module 'mate'.", "Moore Threads' MATE.", INSTALL)
+        yield Problem(
+            "MATE is not installed: there is no module 'mate'.", "Moore Threads' MATE.", INSTALL
+        )
         return
     missing = [name for name in ("mate.mha_interface", "mate.jit") if _inside(spec, name) is None]
-    # MATE says whose it is in its metadata, or shows it by its just-in-time compiler; its interface it always has.
+    # MATE says whose it is in its metadata, or shows it by its just-in-time compiler; its interface
+    # it always has.
     if "mate.mha_interface" in missing or (missing and not _is_vendors(owner)):
         yield Problem(
-            f"The module 'mate' at {_location(spec)} is not Moore Threads' MATE: it has no {_quoted(missing)}. "
+            f"The module 'mate' at {_location(spec)} is not Moore Threads' MATE: it has no "
+            f"{_quoted(missing)}. "
             f"{_said(owner)}",
             "a 'mate' with MATE's attention interface, 'mate.mha_interface'.",
             f"Uninstall it (pip uninstall {_name(owner) or 'mate'}). {INSTALL}",
@@ -142,13 +167,15 @@ def _problems_of_wrapper(
 ) -> Iterator[Problem]:
     if generation is None or spec is None:
         yield Problem(
-            "MATE's FlashAttention-3 wrapper is not installed: there is no module 'flash_attn_interface'.",
+            "MATE's FlashAttention-3 wrapper is not installed: there is no module "
+            "'flash_attn_interface'.",
             "the module 'flash_attn_interface' of Moore Threads' distribution flash_attn_3.",
             INSTALL,
         )
     elif not _is_over_mate(spec):
         yield Problem(
-            f"The module {generation.module!r} at {_location(spec)} is not Moore Threads' wrapper: nothing in it "
+            f"The module {generation.module!r} at {_location(spec)} is not Moore Threads' wrapper: "
+            "nothing in it "
             f"imports 'mate'. {_said(owner)}",
             "a wrapper that calls MATE's kernels.",
             f"Uninstall it (pip uninstall {_name(owner) or generation.distribution}). {INSTALL}",
@@ -163,7 +190,8 @@ def _misfits(generation: Generation | None, version: str | None) -> Iterator[Pro
     if release < OLDEST:
         yield Problem(f"MATE {version} is too old.", f"MATE {_dotted(OLDEST)} or newer.", INSTALL)
     elif generation == LEGACY and release >= (0, 2):
-        # It passes MATE an argument that MATE 0.2 removed, and every call of varlen attention is a TypeError.
+        # It passes MATE an argument that MATE 0.2 removed, and every call of varlen attention is a
+        # TypeError.
         yield Problem(
             f"MATE {version} is installed with the wrapper of MATE 0.1, {LEGACY.distribution}.",
             f"the wrapper {CURRENT.distribution}.",
@@ -178,31 +206,43 @@ def _misfits(generation: Generation | None, version: str | None) -> Iterator[Pro
         )
 
 
-def _oddities(generation: Generation | None, version: str | None, wrapper_version: str | None) -> Iterator[Problem]:
+def _oddities(
+    generation: Generation | None, version: str | None, wrapper_version: str | None
+) -> Iterator[Problem]:
     """What to mention of an installation that is Moore Threads' and may work."""
     release, wrapper = _release(version), _release(wrapper_version)
     if release is None:
         yield Problem(
             "No distribution says which version of MATE this is.",
             f"a version from {_dotted(OLDEST)} to {_dotted(NEWEST)}.",
-            "Install MATE as a package rather than by a search path, so that its version can be checked.",
+            "Install MATE as a package rather than by a search path, so that its version can be "
+            "checked.",
         )
     elif release[:3] > NEWEST:
         yield Problem(
             f"MATE {version} is newer than what this package knows.",
-            f"a version from {_dotted(OLDEST)} to {_dotted(NEWEST)} (the sources of {CHECKED} were read).",
+            f"a version from {_dotted(OLDEST)} to {_dotted(NEWEST)} (the sources of {CHECKED} were "
+            "read).",
             "Check its numbers with scripts/validate-musa before you rely on it.",
         )
     # From 0.2.1 on the wrapper is released with MATE and asks for the very same version.
-    if release and wrapper and generation == CURRENT and wrapper >= (0, 2, 1) and wrapper[:3] != release[:3]:
+    if (
+        release
+        and wrapper
+        and generation == CURRENT
+        and wrapper >= (0, 2, 1)
+        and wrapper[:3] != release[:3]
+    ):
         yield Problem(
-            f"MATE {version} is installed with the wrapper {CURRENT.distribution} {wrapper_version}.",
+            f"MATE {version} is installed with the wrapper {CURRENT.distribution} "
+            f"{wrapper_version}.",
             "the same version of both.",
             INSTALL,
         )
     if generation == CURRENT and _distribution(LEGACY.distribution) is not None:
         yield Problem(
-            f"The wrapper of MATE 0.1, {LEGACY.distribution}, is installed beside {CURRENT.distribution}.",
+            f"The wrapper of MATE 0.1, {LEGACY.distribution}, is installed beside "
+            f"{CURRENT.distribution}.",
             f"{CURRENT.distribution} alone.",
             f"pip uninstall {LEGACY.distribution}.",
         )
@@ -212,7 +252,11 @@ def _is_vendors(owner: Distribution | None) -> bool:
     """Whether a distribution's own metadata name Moore Threads or MUSA."""
     if owner is None:
         return False
-    return any(_VENDOR.search(value) for field in _VENDOR_FIELDS for value in owner.metadata.get_all(field) or ())
+    return any(
+        _VENDOR.search(value)
+        for field in _VENDOR_FIELDS
+        for value in owner.metadata.get_all(field) or ()
+    )
 
 
 def _is_over_mate(spec: ModuleSpec) -> bool:
@@ -232,14 +276,17 @@ def _is_over_mate(spec: ModuleSpec) -> bool:
     return False
 
 
-# --- what is there ------------------------------------------------------------------------------------
+# --- what is there --------------------------------------------------------------------------------
 
 
 def _find_wrapper() -> tuple[Generation | None, ModuleSpec | None]:
-    """The newest generation whose module is there; one that is over MATE comes before one that is not."""
+    """The newest generation whose module is there; one that is over MATE comes before one that is
+    not.
+    """
     found = [(item, spec) for item in GENERATIONS if (spec := _find(item.module)) is not None]
     ours = [(item, spec) for item, spec in found if _is_over_mate(spec)]
-    # NVIDIA's FlashAttention-2 is called flash_attn too: without MATE in it, it says nothing of MATE.
+    # NVIDIA's FlashAttention-2 is called flash_attn too: without MATE in it, it says nothing of
+    # MATE.
     foreign = [(item, spec) for item, spec in found if item != LEGACY]
     return next(iter([*ours, *foreign]), (None, None))
 
@@ -253,13 +300,17 @@ def _find(name: str) -> ModuleSpec | None:
 
 
 def _inside(package: ModuleSpec, name: str) -> ModuleSpec | None:
-    """The module ``name`` directly inside ``package``, which is not imported for it: it may not even import."""
+    """The module ``name`` directly inside ``package``, which is not imported for it: it may not
+    even import.
+    """
     places = package.submodule_search_locations
     return PathFinder.find_spec(name, list(places)) if places else None
 
 
 def _chain(name: str) -> Iterator[ModuleSpec]:
-    """The modules that the dotted ``name`` leads through; what is an attribute rather than a module ends it."""
+    """The modules that the dotted ``name`` leads through; what is an attribute rather than a module
+    ends it.
+    """
     first, *rest = name.split(".")
     spec = _find(first)
     for part in rest:
@@ -284,7 +335,9 @@ def _imported(spec: ModuleSpec) -> Iterator[str]:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            parents = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            parents = (
+                package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            )
             origin = ".".join([*parents, *filter(None, [node.module])])
             yield from (f"{origin}.{alias.name}" for alias in node.names)
 
@@ -307,8 +360,12 @@ def _owner(module: str, spec: ModuleSpec | None) -> Distribution | None:
         if _contains(distribution, path) or _checkout(distribution) in path.parents:
             return distribution
     # Some installers leave no list of files behind.
-    unlisted = (item for item in named if item.read_text("RECORD") is None and _root(item) in path.parents)
-    anybody = (item for item in importlib.metadata.distributions() if _name(item) and _contains(item, path))
+    unlisted = (
+        item for item in named if item.read_text("RECORD") is None and _root(item) in path.parents
+    )
+    anybody = (
+        item for item in importlib.metadata.distributions() if _name(item) and _contains(item, path)
+    )
     return next(unlisted, None) or next(anybody, None)
 
 

@@ -4,8 +4,9 @@ SGLang's sources are read with :mod:`ast` and never imported, so every release c
 environment, and the installed one before anything heavy is loaded. There are two families of rows:
 
 * *Needs* (:data:`NEEDS`): a symbol must be there, with the parameters relied on.
-* *Allowances* (:data:`ALLOWANCES`): what a part of upstream may do, because this package knows how to
-  follow it there. The rows of one symbol add up; whatever upstream does beyond them is a violation.
+* *Allowances* (:data:`ALLOWANCES`): what a part of upstream may do, because this package knows how
+  to follow it there. The rows of one symbol add up; whatever upstream does beyond them is a
+  violation.
 
 A row holds from ``since`` to ``until``, both included. Outside these bounds a need is absent and an
 allowance unused, which the tests verify over all releases: a row that can go cannot stay unnoticed.
@@ -22,7 +23,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
 
-# --- versions ---------------------------------------------------------------------------------------
+# --- versions -------------------------------------------------------------------------------------
 
 
 class UpstreamVersionError(ValueError):
@@ -31,13 +32,15 @@ class UpstreamVersionError(ValueError):
     def __init__(self, version: str) -> None:
         self.version = version
         super().__init__(
-            f"SGLang's version {version!r} cannot be read. Expected something like 0.5.21, 0.5.15.post1 or "
+            f"SGLang's version {version!r} cannot be read. Expected something like 0.5.21, "
+            "0.5.15.post1 or "
             "0.5.24.dev3+g1a2b3c4. Install a released SGLang, or name the version to check against."
         )
 
 
 _VERSION = re.compile(
-    r"v?(\d+)\.(\d+)\.(\d+)(?:\.?(a|b|rc)(\d+))?(?:\.post(\d+))?(?:\.dev(\d+))?(?:\+[a-z0-9.]+)?", re.IGNORECASE
+    r"v?(\d+)\.(\d+)\.(\d+)(?:\.?(a|b|rc)(\d+))?(?:\.post(\d+))?(?:\.dev(\d+))?(?:\+[a-z0-9.]+)?",
+    re.IGNORECASE,
 )
 _NO_SUFFIX = "~"  # sorts after "a", "b" and "rc": a release comes after its candidates
 _NOT_DEV = 2**31
@@ -56,7 +59,9 @@ def version_key(version: str) -> _VersionKey:
         raise UpstreamVersionError(version)
     major, minor, patch, letter, candidate, post, dev = match.groups()
     # 0.5.24.dev3 comes before 0.5.24rc1, which is why an otherwise bare dev version sorts as "".
-    stage = (letter.lower(), int(candidate)) if letter else ("" if dev and not post else _NO_SUFFIX, 0)
+    stage = (
+        (letter.lower(), int(candidate)) if letter else ("" if dev and not post else _NO_SUFFIX, 0)
+    )
     return (
         (int(major), int(minor), int(patch)),
         stage,
@@ -129,21 +134,26 @@ def classify_version(version: str) -> Support:
 
 
 def _too_old(version: str) -> str:
-    unknown = "0.0.0 is what a checkout without tags calls itself: fetch its tags and reinstall it, or "
+    unknown = (
+        "0.0.0 is what a checkout without tags calls itself: fetch its tags and reinstall it, or "
+    )
     return (
         f"SGLang {version} is too old: expected {OLDEST} or newer, the first with a plugin loader. "
-        f"To go on, {unknown if version.startswith('0.0.0') else ''}install a release from {OLDEST} to {NEWEST}."
+        f"To go on, {unknown if version.startswith('0.0.0') else ''}install a release from "
+        f"{OLDEST} to {NEWEST}."
     )
 
 
 def _newer(version: str) -> str:
     return (
-        f"SGLang {version} is newer than what sglang-musa-ext is tested with ({OLDEST} to {NEWEST}). Every symbol "
-        f"it relies on was found, so it goes on; if something is wrong, compare with SGLang {NEWEST}."
+        f"SGLang {version} is newer than what sglang-musa-ext is tested with ({OLDEST} to "
+        f"{NEWEST}). Every symbol "
+        "it relies on was found, so it goes on; if something is wrong, compare with SGLang "
+        f"{NEWEST}."
     )
 
 
-# --- the contract -----------------------------------------------------------------------------------
+# --- the contract ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -191,17 +201,27 @@ _SPECULATIVE = "sglang.srt.speculative"
 
 _NEVER = "Never: composition rests on it; adapt the mixin if upstream renames it."
 _OLD_GRAPH_HOOKS = "The oldest supported release is 0.5.13 or newer."
-_KERNEL_PLUGIN = "Upstream offers a registry for FA3 kernel providers, so that no name needs replacing."
+_KERNEL_PLUGIN = (
+    "Upstream offers a registry for FA3 kernel providers, so that no name needs replacing."
+)
 
 _FORWARD_PARAMETERS = ("self", "q", "k", "v", "layer", "forward_batch", "save_kv_cache")
 _KERNELS = ("flash_attn_with_kvcache", "flash_attn_varlen_func")
 
 
 def _hook(
-    name: str, parameters: tuple[str, ...], purpose: str, since: str | None = None, until: str | None = None
+    name: str,
+    parameters: tuple[str, ...],
+    purpose: str,
+    since: str | None = None,
+    until: str | None = None,
 ) -> Requirement:
     """A row about a method of SGLang's platform classes that the CPU reference platform overrides."""
-    going = "is gone" if until is None else f"is gone, or the oldest supported release is newer than {until}"
+    going = (
+        "is gone"
+        if until is None
+        else f"is gone, or the oldest supported release is newer than {until}"
+    )
     return Requirement(
         "method",
         _PLATFORM if name.startswith("SRTPlatform.") else _DEVICE,
@@ -321,9 +341,36 @@ REQUIREMENTS: tuple[Requirement, ...] = (
         _FA,
         "FlashAttentionBackend",
         (
-            *("q", "k", "v", "k_cache", "v_cache", "qv", "page_table", "cache_seqlens", "cu_seqlens_q", "cu_seqlens_k"),
-            *("cu_seqlens_k_new", "max_seqlen_q", "max_seqlen_k", "softmax_scale", "causal", "window_size", "softcap"),
-            *("k_descale", "v_descale", "return_softmax_lse", "num_splits", "sinks", "scheduler_metadata", "out"),
+            *(
+                "q",
+                "k",
+                "v",
+                "k_cache",
+                "v_cache",
+                "qv",
+                "page_table",
+                "cache_seqlens",
+                "cu_seqlens_q",
+                "cu_seqlens_k",
+            ),
+            *(
+                "cu_seqlens_k_new",
+                "max_seqlen_q",
+                "max_seqlen_k",
+                "softmax_scale",
+                "causal",
+                "window_size",
+                "softcap",
+            ),
+            *(
+                "k_descale",
+                "v_descale",
+                "return_softmax_lse",
+                "num_splits",
+                "sinks",
+                "scheduler_metadata",
+                "out",
+            ),
             "ver",
         ),
         why="Plans depend on what a call asks for, so a new keyword must be understood before it is served.",
@@ -369,7 +416,14 @@ REQUIREMENTS: tuple[Requirement, ...] = (
         _FA,
         "FlashAttentionBackend.__init__",
         (
-            *("self", "model_runner", "skip_prefill", "speculative_step_id", "topk", "speculative_num_steps"),
+            *(
+                "self",
+                "model_runner",
+                "skip_prefill",
+                "speculative_step_id",
+                "topk",
+                "speculative_num_steps",
+            ),
             "fa_impl_ver",
         ),
         why="The mixin's constructor has the same parameters and refuses fa_impl_ver 4.",
@@ -429,11 +483,23 @@ REQUIREMENTS: tuple[Requirement, ...] = (
         )
         for attribute, why in (
             ("forward_metadata", "A new object in it begins a new pass."),
-            ("page_size", "The kernels bound the key length by the page table's capacity, in pages of this size."),
+            (
+                "page_size",
+                (
+                    "The kernels bound the key length by the page table's capacity, in pages of this "
+                    "size."
+                ),
+            ),
             ("use_mla", "MLA plans live in a workspace, others in a tensor of their own."),
             ("kv_cache_dtype", "The kernels refuse an fp8 KV cache by its name."),
-            ("flash_attn_with_kvcache", "The instance attribute is removed, so that the mixin's method is found."),
-            ("flash_attn_varlen_func", "The instance attribute is removed, so that the mixin's method is found."),
+            (
+                "flash_attn_with_kvcache",
+                "The instance attribute is removed, so that the mixin's method is found.",
+            ),
+            (
+                "flash_attn_varlen_func",
+                "The instance attribute is removed, so that the mixin's method is found.",
+            ),
         )
     ),
     Requirement(
@@ -526,8 +592,16 @@ REQUIREMENTS: tuple[Requirement, ...] = (
             remove_when="Upstream prepares graphs through another method.",
         )
         for method, parameters, since in (
-            ("init_forward_metadata_for_breakable_cuda_graph_capture", ("forward_batch",), "0.5.13"),
-            ("prepare_forward_metadata_for_breakable_cuda_graph_replay", ("capture_metadata",), "0.5.13"),
+            (
+                "init_forward_metadata_for_breakable_cuda_graph_capture",
+                ("forward_batch",),
+                "0.5.13",
+            ),
+            (
+                "prepare_forward_metadata_for_breakable_cuda_graph_replay",
+                ("capture_metadata",),
+                "0.5.13",
+            ),
             ("prepare_full_cuda_graph_chunked_prefix", ("forward_batch",), "0.5.17"),
         )
     ),
@@ -538,7 +612,8 @@ REQUIREMENTS: tuple[Requirement, ...] = (
         why="The device of the kernels is read off this tensor, because the runner's device name has no index.",
         remove_when="The runner's device names its index in every release.",
     ),
-    # Where upstream constructs the backend: each place is a selection point, or known not to be one.
+    # Where upstream constructs the backend: each place is a selection point, or known not to be
+    # one.
     Requirement(
         "constructors",
         "sglang.srt",
@@ -653,13 +728,18 @@ REQUIREMENTS: tuple[Requirement, ...] = (
             "module_global" if module.endswith("overrides") else "function",
             module,
             "get_default_attn_backend",
-            () if module.endswith("overrides") else ("server_args", "use_mla_backend", "model_config"),
+            ()
+            if module.endswith("overrides")
+            else ("server_args", "use_mla_backend", "model_config"),
             "0.5.19",
             used_by="defaults",
             why="It names the attention backend where none was chosen; fa3 is put in its place on MUSA.",
             remove_when="Upstream chooses fa3 on MUSA by itself.",
         )
-        for module in ("sglang.srt.arg_groups.model_override_base", "sglang.srt.arg_groups.overrides")
+        for module in (
+            "sglang.srt.arg_groups.model_override_base",
+            "sglang.srt.arg_groups.overrides",
+        )
     ),
     Requirement(
         "method",
@@ -762,29 +842,54 @@ REQUIREMENTS: tuple[Requirement, ...] = (
         why="The vision tower's FA3 reaches its kernel through this module global.",
         remove_when="Upstream's vision attention runs on MUSA unaided.",
     ),
-    # The CPU reference platform overrides these; an override of a hook that is gone is never called.
-    _hook("SRTPlatform.apply_server_args_defaults", ("self", "server_args"), "sets page size and backend"),
+    # The CPU reference platform overrides these; an override of a hook that is gone is never
+    # called.
+    _hook(
+        "SRTPlatform.apply_server_args_defaults",
+        ("self", "server_args"),
+        "sets page size and backend",
+    ),
     _hook("SRTPlatform.get_default_attention_backend", ("self",), "names fa3"),
     _hook("SRTPlatform.get_paged_allocator_cls", ("self",), "names the page allocator"),
     _hook("SRTPlatform.get_mha_kv_pool_cls", ("self",), "names the KV pool", None, "0.5.21"),
     _hook("SRTPlatform.get_mla_kv_pool_cls", ("self",), "names the MLA pool", None, "0.5.21"),
     _hook("SRTPlatform.get_kv_pool_cls", ("self", "kind"), "names every KV pool", "0.5.22"),
     _hook("SRTPlatform.init_backend", ("self",), "adjusts SGLang in a worker"),
-    _hook("SRTPlatform.is_pin_memory_available", ("self",), "declines pinned memory", None, "0.5.15.post1"),
-    _hook("DeviceMixin.is_pin_memory_available", ("self", "device"), "declines pinned memory", "0.5.16"),
+    _hook(
+        "SRTPlatform.is_pin_memory_available",
+        ("self",),
+        "declines pinned memory",
+        None,
+        "0.5.15.post1",
+    ),
+    _hook(
+        "DeviceMixin.is_pin_memory_available",
+        ("self", "device"),
+        "declines pinned memory",
+        "0.5.16",
+    ),
     _hook("DeviceMixin.get_device", ("self",), "names the device"),
     _hook("DeviceMixin.set_device", ("self", "device"), "leaves the one CPU alone"),
     _hook("DeviceMixin.get_device_name", ("self", "device_id"), "names the processor"),
     _hook("DeviceMixin.get_device_uuid", ("self", "device_id"), "identifies the device"),
-    _hook("DeviceMixin.get_device_capability", ("self", "device_id"), "says that there is no compute capability"),
+    _hook(
+        "DeviceMixin.get_device_capability",
+        ("self", "device_id"),
+        "says that there is no compute capability",
+    ),
     _hook("DeviceMixin.get_available_memory", ("self", "device_id"), "reports memory"),
     _hook("DeviceMixin.get_torch_distributed_backend_str", ("self",), "names gloo"),
-    _hook("DeviceMixin.get_torch_profiler_activity_str", ("self",), "names what is profiled", "0.5.16"),
+    _hook(
+        "DeviceMixin.get_torch_profiler_activity_str", ("self",), "names what is profiled", "0.5.16"
+    ),
     _hook("DeviceMixin.get_torch_profiler_activity", ("self",), "names what is profiled", "0.5.16"),
     _hook("DeviceMixin.get_device_total_memory", ("self", "device_id"), "reports memory"),
     _hook("DeviceMixin.get_current_memory_usage", ("self", "device"), "reports memory"),
     _hook(
-        "SRTPlatform.supports_speculative_algorithm", ("self", "algorithm"), "says which algorithms it runs", "0.5.21"
+        "SRTPlatform.supports_speculative_algorithm",
+        ("self", "algorithm"),
+        "says which algorithms it runs",
+        "0.5.21",
     ),
     Requirement(
         "module_global",
@@ -816,9 +921,21 @@ REQUIREMENTS: tuple[Requirement, ...] = (
         for module, name, purpose in (
             (_PLATFORM, "SRTPlatform", "derives from it"),
             (_PLATFORM, "PlatformEnum", "says by it that it is out of tree"),
-            ("sglang.srt.mem_cache.memory_pool", "MHATokenToKVPool", "names it as the KV pool up to 0.5.21"),
-            ("sglang.srt.mem_cache.memory_pool", "MLATokenToKVPool", "builds it as the MLA pool up to 0.5.21"),
-            ("sglang.srt.mem_cache.allocator", "PagedTokenToKVPoolAllocator", "names it as the page allocator"),
+            (
+                "sglang.srt.mem_cache.memory_pool",
+                "MHATokenToKVPool",
+                "names it as the KV pool up to 0.5.21",
+            ),
+            (
+                "sglang.srt.mem_cache.memory_pool",
+                "MLATokenToKVPool",
+                "builds it as the MLA pool up to 0.5.21",
+            ),
+            (
+                "sglang.srt.mem_cache.allocator",
+                "PagedTokenToKVPoolAllocator",
+                "names it as the page allocator",
+            ),
         )
     ),
     *(
@@ -844,7 +961,9 @@ REQUIREMENTS: tuple[Requirement, ...] = (
 
 
 SERVING = ("plugin", "attention", "report")
-"""The users of those rows without which ``fa3`` cannot be served; a broken row of another user concerns it alone."""
+"""The users of those rows without which ``fa3`` cannot be served; a broken row of another user
+concerns it alone.
+"""
 
 
 @dataclass(frozen=True)
@@ -857,7 +976,9 @@ class Violation:
 
     def __str__(self) -> str:
         row = self.requirement
-        return f"{row.symbol}: needed {_needed(row)}; SGLang {self.version} has {self.seen}. {row.why}"
+        return (
+            f"{row.symbol}: needed {_needed(row)}; SGLang {self.version} has {self.seen}. {row.why}"
+        )
 
 
 def _needed(row: Requirement) -> str:
@@ -871,22 +992,30 @@ class UpstreamContractError(RuntimeError):
 
     def __init__(self, violations: Sequence[Violation]) -> None:
         self.violations = tuple(violations)
-        listed = "\n".join(f"  {number}. {violation}" for number, violation in enumerate(violations, 1))
+        listed = "\n".join(
+            f"  {number}. {violation}" for number, violation in enumerate(violations, 1)
+        )
         super().__init__(
-            f"SGLang does not have what sglang-musa-ext relies on ({len(self.violations)} differences):\n{listed}\n"
-            f"Install a SGLang from {OLDEST} to {NEWEST}, or a newer sglang-musa-ext, or set SGLANG_MUSA_EXT=off."
+            f"SGLang does not have what sglang-musa-ext relies on ({len(self.violations)} "
+            f"differences):\n{listed}\n"
+            f"Install a SGLang from {OLDEST} to {NEWEST}, or a newer sglang-musa-ext, or set "
+            "SGLANG_MUSA_EXT=off."
         )
 
 
 def check_upstream(
-    source_root: Path | None = None, version: str | None = None, *, used_by: Iterable[str] | None = None
+    source_root: Path | None = None,
+    version: str | None = None,
+    *,
+    used_by: Iterable[str] | None = None,
 ) -> list[Violation]:
     """Compare a SGLang source with the contract, and return every difference.
 
     Args:
-        source_root: The directory that holds ``sglang/`` (or ``python/sglang/``, as a checkout does);
-            ``None``: the installed SGLang, which is found but not imported.
-        version: The version the source is taken for; ``None``: what the source or its metadata says.
+        source_root: The directory that holds ``sglang/`` (or ``python/sglang/``, as a checkout
+            does); ``None``: the installed SGLang, which is found but not imported.
+        version: The version the source is taken for; ``None``: what the source or its metadata
+            says.
         used_by: Check only the rows of these users; ``None``: all of them.
     """
     package = find_package(source_root)
@@ -896,16 +1025,25 @@ def check_upstream(
     version = read_version(package) if version is None else version
     if classify_version(version).standing is Standing.TOO_OLD:
         # Every row would differ; the version alone says what is wrong.
-        return [Violation(PLUGIN_SUPPORT, version, f"version {version}, where {OLDEST} or newer is needed")]
+        return [
+            Violation(
+                PLUGIN_SUPPORT, version, f"version {version}, where {OLDEST} or newer is needed"
+            )
+        ]
     users = None if used_by is None else frozenset(used_by)
-    rows = [row for row in REQUIREMENTS if row.holds_in(version) and (users is None or row.used_by in users)]
+    rows = [
+        row
+        for row in REQUIREMENTS
+        if row.holds_in(version) and (users is None or row.used_by in users)
+    ]
     return check_rows(rows, SourceTree(package.parent), version)
 
 
 def require_upstream(
     source_root: Path | None = None, version: str | None = None, *, used_by: Iterable[str] = SERVING
 ) -> Support:
-    """Raise what :func:`check_upstream` finds, all of it at once; else say where the version stands.
+    """Raise what :func:`check_upstream` finds, all of it at once; else say where the version
+    stands.
 
     Returns:
         The version's standing; its ``message``, if any, is a warning to be logged.
@@ -934,7 +1072,8 @@ def find_package(source_root: Path | None = None) -> Path | None:
 def read_version(package: Path) -> str:
     """The version of the SGLang in ``package``, from the source itself before any metadata.
 
-    Metadata may belong to another copy than the one that is imported, for example under ``PYTHONPATH``.
+    Metadata may belong to another copy than the one that is imported, for example under
+    ``PYTHONPATH``.
 
     Raises:
         UpstreamVersionError: if neither source nor metadata names one.
@@ -952,7 +1091,7 @@ def read_version(package: Path) -> str:
         raise UpstreamVersionError("none found") from None
 
 
-# --- reading sources --------------------------------------------------------------------------------
+# --- reading sources ------------------------------------------------------------------------------
 
 _Function = (ast.FunctionDef, ast.AsyncFunctionDef)
 _Scope = (ast.Module, ast.ClassDef)
@@ -977,7 +1116,10 @@ class SourceTree:
 
     def _parse(self, name: str) -> ast.Module:
         base = self.root.joinpath(*name.split("."))
-        path = next((path for path in (base.with_suffix(".py"), base / "__init__.py") if path.is_file()), None)
+        path = next(
+            (path for path in (base.with_suffix(".py"), base / "__init__.py") if path.is_file()),
+            None,
+        )
         if path is None:
             raise _Unreadable(f"no module {name}")
         try:
@@ -986,7 +1128,9 @@ class SourceTree:
             raise _Unreadable(f"a module {name} that this Python cannot parse ({error})") from error
 
     def definition(self, module: str, name: str) -> ast.AST:
-        """The node that ``name`` (dotted: a member of a class) is bound by; the module itself if empty."""
+        """The node that ``name`` (dotted: a member of a class) is bound by; the module itself if
+        empty.
+        """
         node: ast.AST = self.module(module)
         for part in filter(None, name.split(".")):
             found = dict(_bindings(node.body)).get(part) if isinstance(node, _Scope) else None
@@ -1039,7 +1183,9 @@ def _imports(node: ast.AST) -> set[str]:
     found: set[str] = set()
     for item in ast.walk(node):
         if isinstance(item, ast.ImportFrom):
-            found.update(f"{'.' * item.level}{item.module or ''}.{alias.name}" for alias in item.names)
+            found.update(
+                f"{'.' * item.level}{item.module or ''}.{alias.name}" for alias in item.names
+            )
         elif isinstance(item, ast.Import):
             found.update(alias.name for alias in item.names)
     return found
@@ -1047,7 +1193,11 @@ def _imports(node: ast.AST) -> set[str]:
 
 def _locally_bound(function: ast.AST) -> set[str]:
     """Names that are local to ``function``: a call of one does not reach the module's global."""
-    stored = {item.id for item in ast.walk(function) if isinstance(item, ast.Name) and isinstance(item.ctx, ast.Store)}
+    stored = {
+        item.id
+        for item in ast.walk(function)
+        if isinstance(item, ast.Name) and isinstance(item.ctx, ast.Store)
+    }
     parameters = {item.arg for item in ast.walk(function) if isinstance(item, ast.arg)}
     imported = {name.rpartition(".")[2] for name in _imports(function)}
     return stored | parameters | imported
@@ -1066,14 +1216,18 @@ def _self_attributes(node: ast.AST, context: type[ast.expr_context]) -> set[str]
 
 
 def _strings(node: ast.AST) -> set[str]:
-    return {item.value for item in ast.walk(node) if isinstance(item, ast.Constant) and isinstance(item.value, str)}
+    return {
+        item.value
+        for item in ast.walk(node)
+        if isinstance(item, ast.Constant) and isinstance(item.value, str)
+    }
 
 
 def _listed(items: Iterable[str]) -> str:
     return ", ".join(sorted(items)) or "nothing"
 
 
-# --- needs: each check says what is seen where that is not what the row needs -------------------------
+# --- needs: each check says what is seen where that is not what the row needs ---------------------
 
 
 def _check_global(tree: SourceTree, row: Requirement) -> str | None:
@@ -1110,7 +1264,9 @@ def _check_attribute(tree: SourceTree, row: Requirement) -> str | None:
     body = {name for name, _ in _bindings(getattr(node, "body", ()))}
     constructors = [method for method in _methods(node) if method.name == "__init__"]
     stored = {name for method in constructors for name in _self_attributes(method, ast.Store)}
-    return None if attribute in body | stored else f"no {attribute} set by {owner} or its constructor"
+    return (
+        None if attribute in body | stored else f"no {attribute} set by {owner} or its constructor"
+    )
 
 
 def _check_strings(tree: SourceTree, row: Requirement) -> str | None:
@@ -1177,7 +1333,7 @@ NEEDS: dict[str, Callable[[SourceTree, Requirement], str | None]] = {
 }
 
 
-# --- allowances: each finder returns all that upstream does -------------------------------------------
+# --- allowances: each finder returns all that upstream does ---------------------------------------
 
 
 def _kernel_calls(method: ast.FunctionDef) -> list[ast.Call]:
@@ -1203,7 +1359,9 @@ def _find_kernel_calls(tree: SourceTree, module: str, name: str) -> set[str]:
 
 
 def _find_kernel_keywords(tree: SourceTree, module: str, name: str) -> set[str]:
-    """The keywords that the methods of a class pass to FA3 functions, those in ``**kwargs`` included."""
+    """The keywords that the methods of a class pass to FA3 functions, those in ``**kwargs``
+    included.
+    """
     owner = tree.definition(module, name)
     found: set[str] = set()
     for method in _methods(owner):
@@ -1231,10 +1389,16 @@ def _expanded(value: ast.expr, method: ast.FunctionDef, owner: ast.AST) -> set[s
     return {f"**{ast.unparse(value)}"}
 
 
-def _dict_item(key: ast.expr | None, item: ast.expr, method: ast.FunctionDef, owner: ast.AST) -> set[str]:
+def _dict_item(
+    key: ast.expr | None, item: ast.expr, method: ast.FunctionDef, owner: ast.AST
+) -> set[str]:
     if key is None:
         return _expanded(item, method, owner)
-    return {key.value if isinstance(key, ast.Constant) and isinstance(key.value, str) else f"[{ast.unparse(key)}]"}
+    return {
+        key.value
+        if isinstance(key, ast.Constant) and isinstance(key.value, str)
+        else f"[{ast.unparse(key)}]"
+    }
 
 
 def _keyword_item(keyword: ast.keyword, method: ast.FunctionDef, owner: ast.AST) -> set[str]:
@@ -1246,7 +1410,9 @@ def _returned_keys(callee: str, owner: ast.AST) -> set[str]:
     for method in _methods(owner):
         if f"self.{method.name}" == callee:
             returns = (node.value for node in ast.walk(method) if isinstance(node, ast.Return))
-            return set().union(*(_expanded(value, method, owner) for value in returns if value is not None))
+            return set().union(
+                *(_expanded(value, method, owner) for value in returns if value is not None)
+            )
     return {f"**{callee}()"}
 
 
@@ -1272,7 +1438,11 @@ def _variable_keys(variable: str, method: ast.FunctionDef, owner: ast.AST) -> se
 
 def _find_forward_imports(tree: SourceTree, module: str, name: str) -> set[str]:
     """What the forwards of a class import when called: ``method: dotted name``."""
-    forwards = (method for method in _methods(tree.definition(module, name)) if method.name.startswith("forward"))
+    forwards = (
+        method
+        for method in _methods(tree.definition(module, name))
+        if method.name.startswith("forward")
+    )
     return {f"{method.name}: {imported}" for method in forwards for imported in _imports(method)}
 
 
@@ -1285,13 +1455,17 @@ def _find_imports_from(tree: SourceTree, module: str, name: str) -> set[str]:
 def _find_metadata_writers(tree: SourceTree, module: str, name: str) -> set[str]:
     """The methods by which ``forward_metadata`` is assigned from outside the class.
 
-    A private method that assigns it counts as the public methods it is called by; the constructor does
-    not count, because nothing was planned before it.
+    A private method that assigns it counts as the public methods it is called by; the constructor
+    does not count, because nothing was planned before it.
     """
     methods = {method.name: method for method in _methods(tree.definition(module, name))}
     uses = {caller: _self_attributes(method, ast.Load) for caller, method in methods.items()}
     found: set[str] = set()
-    pending = [name for name, method in methods.items() if "forward_metadata" in _self_attributes(method, ast.Store)]
+    pending = [
+        name
+        for name, method in methods.items()
+        if "forward_metadata" in _self_attributes(method, ast.Store)
+    ]
     seen: set[str] = set()
     while pending:
         writer = pending.pop()
@@ -1326,7 +1500,9 @@ ALLOWANCES: dict[str, Callable[[SourceTree, str, str], set[str]]] = {
 
 
 def check_rows(rows: Iterable[Requirement], tree: SourceTree, version: str) -> list[Violation]:
-    """Compare ``rows``, all of which are taken to hold in ``version``, with the sources in ``tree``."""
+    """Compare ``rows``, all of which are taken to hold in ``version``, with the sources in
+    ``tree``.
+    """
     checked = ((row, _seen(row, tree)) for row in _joined(rows))
     return [Violation(row, version, seen) for row, seen in checked if seen is not None]
 
@@ -1337,7 +1513,9 @@ def _joined(rows: Iterable[Requirement]) -> list[Requirement]:
     for row in rows:
         key = (row.kind, row.module, row.name) if row.kind in ALLOWANCES else row
         first = joined.get(key)
-        joined[key] = row if first is None else replace(first, parameters=first.parameters + row.parameters)
+        joined[key] = (
+            row if first is None else replace(first, parameters=first.parameters + row.parameters)
+        )
     return list(joined.values())
 
 

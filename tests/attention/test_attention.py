@@ -1,4 +1,5 @@
-"""The composed backend over upstream's real one: right output, and one plan a geometry and pass, in every mode.
+"""The composed backend over upstream's real one: right output, and one plan a geometry and pass, in
+every mode.
 
 Each expected count of plans is derived by hand from the layers of its test.
 """
@@ -47,7 +48,9 @@ FORWARD_PARAMETERS = inspect.signature(upstream.FlashAttentionBackend.forward_ex
 
 def needs_keyword(name: str) -> pytest.MarkDecorator:
     """Skip a test where this release's forwards have no such keyword."""
-    return pytest.mark.skipif(name not in FORWARD_PARAMETERS, reason=f"this SGLang has no {name}= in its forwards")
+    return pytest.mark.skipif(
+        name not in FORWARD_PARAMETERS, reason=f"this SGLang has no {name}= in its forwards"
+    )
 
 
 def uniform_layers(count: int = 3, **options: Any) -> list[Any]:
@@ -60,7 +63,7 @@ def mla_model(layers: int = 2, **options: Any) -> Model:
     return Model([mla_layer(index) for index in range(layers)], mla=True, **options)
 
 
-# --- plans of a pass ----------------------------------------------------------------------------------
+# --- plans of a pass ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mla", [False, True], ids=["mha", "mla"])
@@ -77,7 +80,9 @@ def test_decode_of_uniform_layers_computes_one_plan_a_pass(mla: bool) -> None:
 @pytest.mark.parametrize("mla", [False, True], ids=["mha", "mla"])
 @pytest.mark.parametrize("prefixes", [(0, 0), (64, 0), (100, 30)])
 def test_prefill_is_right_with_and_without_prefix(mla: bool, prefixes: tuple[int, ...]) -> None:
-    """Requests of a prefill batch may or may not have cached tokens; layers share the plan in any case."""
+    """Requests of a prefill batch may or may not have cached tokens; layers share the plan in any
+    case.
+    """
     model = mla_model() if mla else Model(uniform_layers(2))
     backend = model.backend()
     with counted(backend) as counts:
@@ -113,7 +118,9 @@ def test_long_context_decode_is_split() -> None:
 @pytest.mark.parametrize("window_pages", [False, True], ids=["one pool", "window pool"])
 @pytest.mark.parametrize("mode", ["decode", "prefill"])
 @pytest.mark.parametrize("order", ["full first", "window first"])
-def test_window_layers_and_full_layers_have_plans_of_their_own(mode: str, order: str, window_pages: bool) -> None:
+def test_window_layers_and_full_layers_have_plans_of_their_own(
+    mode: str, order: str, window_pages: bool
+) -> None:
     """A plan made for one window is not used under another, in whichever order the layers come.
 
     With a pool of their own, upstream translates the page table of window layers.
@@ -130,10 +137,13 @@ def test_window_layers_and_full_layers_have_plans_of_their_own(mode: str, order:
 
 
 @pytest.mark.skipif(
-    "prefill_aware_swa" not in inspect.getsource(upstream), reason="this SGLang has no prefill-aware windows"
+    "prefill_aware_swa" not in inspect.getsource(upstream),
+    reason="this SGLang has no prefill-aware windows",
 )
 def test_prefill_aware_windows() -> None:
-    """Decode sees the whole prompt and a window of what came after: a shorter page table with its own lengths."""
+    """Decode sees the whole prompt and a window of what came after: a shorter page table with its
+    own lengths.
+    """
     model = Model(uniform_layers(2), page_size=1, window=WINDOW, context_len=256)
     attention.install_kernel_dispatch()
     runner = model.runner()
@@ -187,9 +197,12 @@ def test_layers_with_another_value_head_dim_have_plans_of_their_own() -> None:
 
 
 def test_chunked_local_layers_then_a_global_one() -> None:
-    """Llama-4: local layers run on virtual batches, so their plan fits no global layer, nor the reverse."""
+    """Llama-4: local layers run on virtual batches, so their plan fits no global layer, nor the
+    reverse.
+    """
     layers = [attention_layer(i, use_irope=i % 2 == 0) for i in range(4)]
-    # Up to 0.5.19 upstream's virtual batches take token slots for pages, which is right for pages of one token alone.
+    # Up to 0.5.19 upstream's virtual batches take token slots for pages, which is right for pages
+    # of one token alone.
     source = inspect.getsource(sys.modules[upstream.FlashAttentionBackend.__module__])
     paged = "local_attn_builder" in source or "[:, :: self.page_size] // self.page_size" in source
     model = Model(layers, chunk=128, page_size=64 if paged else 1)
@@ -202,7 +215,9 @@ def test_chunked_local_layers_then_a_global_one() -> None:
 
 
 def test_first_attention_layer_need_not_be_layer_0() -> None:
-    """Hybrid models: passes are told apart though no layer 0 announces them, and whatever the interval."""
+    """Hybrid models: passes are told apart though no layer 0 announces them, and whatever the
+    interval.
+    """
     model = Model([attention_layer(index) for index in (3, 4, 9)])
     backend, requests = model.backend(), model.requests(100, 5, 300)
     with counted(backend) as counts:
@@ -243,7 +258,9 @@ def _one_shot_prefill(model: Model, backend: Any, step: Step) -> None:
 
 
 def test_chunked_prefix_of_mla_returns_its_log_sum_exp() -> None:
-    """MLA's prefill in pieces: new keys, then prefix keys, each with a log-sum-exp to merge by; none takes a plan."""
+    """MLA's prefill in pieces: new keys, then prefix keys, each with a log-sum-exp to merge by;
+    none takes a plan.
+    """
     model = mla_model(1)
     backend = model.backend()
     step = model.extend(model.requests(90, 20), [30, 7])
@@ -269,31 +286,40 @@ def _require_pieces(
     result: Any, layer: Any, q: Any, k: Any, v: Any, rows: list[int], keys: list[int], causal: bool
 ) -> None:
     """Output and log-sum-exp of attention over the requests' own raw keys, against float64."""
-    parts = [tensor.double().split(sizes) for tensor, sizes in ((q.view(-1, 4, 192), rows), (k, keys), (v, keys))]
+    parts = [
+        tensor.double().split(sizes)
+        for tensor, sizes in ((q.view(-1, 4, 192), rows), (k, keys), (v, keys))
+    ]
     wanted = []
     for queries, piece, values in zip(*parts, strict=True):
         visible = torch.ones(len(queries), len(piece), dtype=torch.bool)
-        wanted.append(dense_attention(queries, piece, values, visible.tril() if causal else visible, layer.scaling))
+        wanted.append(
+            dense_attention(
+                queries, piece, values, visible.tril() if causal else visible, layer.scaling
+            )
+        )
     for got, exact in zip(result, map(torch.cat, zip(*wanted, strict=True)), strict=True):
         torch.testing.assert_close(got.view(exact.shape).double(), exact, rtol=1e-5, atol=1e-5)
 
 
-# --- data-parallel attention --------------------------------------------------------------------------
+# --- data-parallel attention ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mla", [False, True], ids=["mha", "mla"])
 def test_passes_of_a_rank_of_data_parallel_attention(mla: bool) -> None:
-    """Batches padded to another rank's size, passes in which this rank is idle, and batches of other sizes.
+    """Batches padded to another rank's size, passes in which this rank is idle, and batches of
+    other sizes.
 
-    A padded batch has more requests in its metadata than it has real ones, with rows that nobody reads. The plan is
-    computed from the very tensors that the call passes, so it covers them.
+    A padded batch has more requests in its metadata than it has real ones, with rows that nobody
+    reads. The plan is computed from the very tensors that the call passes, so it covers them.
     """
     model = mla_model(table_rows=8) if mla else Model(uniform_layers(2), table_rows=8)
     backend, requests = model.backend(), model.requests(300, 5, 64)
     idle = SimpleNamespace(forward_mode=ForwardMode.IDLE, batch_size=0)
     with counted(backend) as counts:
         model.run_pass(backend, model.decode(requests))
-        # An idle rank runs its layers without attention, as RadixAttention's backend does for an idle batch.
+        # An idle rank runs its layers without attention, as RadixAttention's backend does for an
+        # idle batch.
         for layer in model.layers:
             backend.forward(model.normal(0, 4 * layer.head_dim), None, None, layer, idle)
         model.run_pass(backend, _padded(model, requests[:1], 4))
@@ -307,7 +333,7 @@ def _padded(model: Model, requests: list[Request], size: int) -> Step:
     return model.decode([*requests, *model.requests(*[0] * (size - len(requests)))])
 
 
-# --- what a pass is -----------------------------------------------------------------------------------
+# --- what a pass is -------------------------------------------------------------------------------
 
 
 def test_passes_that_reuse_one_metadata_object_are_passes_of_their_own() -> None:
@@ -335,10 +361,11 @@ def test_the_same_layer_object_twice_is_right() -> None:
 @pytest.mark.parametrize("inference_mode", [False, True])
 @pytest.mark.parametrize("mla", [False, True], ids=["mha", "mla"])
 def test_metadata_rewritten_in_place_after_an_init_method(inference_mode: bool, mla: bool) -> None:
-    """Upstream may refill its tensors for the next pass while batch and metadata objects stay the same.
+    """Upstream may refill its tensors for the next pass while batch and metadata objects stay the
+    same.
 
-    The second pass runs another layer than the first, so that nothing but the method tells them apart; and under
-    ``inference_mode`` tensors count no versions.
+    The second pass runs another layer than the first, so that nothing but the method tells them
+    apart; and under ``inference_mode`` tensors count no versions.
     """
     model = mla_model() if mla else Model(uniform_layers(2), context_len=2048)
     with torch.inference_mode(inference_mode):
@@ -362,13 +389,17 @@ def test_metadata_rewritten_in_place_after_an_init_method(inference_mode: bool, 
 def _widen(backend: Any, model: Model) -> None:
     """Give the metadata a page table of the full context, as a graph's static one has."""
     metadata = backend.forward_metadata
-    table = torch.zeros(metadata.page_table.shape[0], model.context_len // model.page_size, dtype=torch.int32)
+    table = torch.zeros(
+        metadata.page_table.shape[0], model.context_len // model.page_size, dtype=torch.int32
+    )
     table[:, : metadata.page_table.shape[1]] = metadata.page_table
     metadata.page_table = table
 
 
 def _refill(backend: Any, step: Step, later: Step, model: Model) -> None:
-    """Put the lengths and pages of ``later`` into the tensors of ``step``, within a method that prepares metadata."""
+    """Put the lengths and pages of ``later`` into the tensors of ``step``, within a method that
+    prepares metadata.
+    """
     metadata = backend.forward_metadata
     metadata.cache_seqlens_int32.copy_(later.batch.seq_lens)
     pages = model.table[later.batch.req_pool_indices] // model.page_size
@@ -383,8 +414,14 @@ def _refill(backend: Any, step: Step, later: Step, model: Model) -> None:
 
 
 def test_every_init_method_of_this_release_ends_the_pass() -> None:
-    """Each method of upstream's backend that prepares metadata, by its name, voids the plans there are."""
-    named = {name for name in dir(upstream.FlashAttentionBackend) if name.startswith("init_forward_metadata")}
+    """Each method of upstream's backend that prepares metadata, by its name, voids the plans there
+    are.
+    """
+    named = {
+        name
+        for name in dir(upstream.FlashAttentionBackend)
+        if name.startswith("init_forward_metadata")
+    }
     assert named <= set(attention.PASS_METHODS)
     backend = Model(uniform_layers(1)).backend()
     for name in attention.PASS_METHODS:
@@ -442,17 +479,27 @@ def test_everything_runs_under_inference_mode(mla: bool) -> None:
     assert (counts.passes, counts.plans, counts.reuses) == (4, 4, 4)
 
 
-# --- speculative decoding -----------------------------------------------------------------------------
+# --- speculative decoding -------------------------------------------------------------------------
 
 
 def draft_of(model: Model, steps: int = 4, topk: int = 1) -> Any:
     """Our multi-step draft backend over a one-layer draft model with the page size of ``model``."""
     layers = [mla_layer(0)] if model.mla else uniform_layers(1, heads=2, kv_heads=1)
-    draft = Model(layers, mla=model.mla, draft_worker=True, arguments=model.arguments, context_len=model.context_len)
+    draft = Model(
+        layers,
+        mla=model.mla,
+        draft_worker=True,
+        arguments=model.arguments,
+        context_len=model.context_len,
+    )
     return draft, attention.MusaFA3MultiStepDraftBackend(draft.runner(), topk, steps)
 
 
-SPEC = {"speculative_algorithm": "EAGLE", "speculative_eagle_topk": 1, "speculative_num_draft_tokens": 4}
+SPEC = {
+    "speculative_algorithm": "EAGLE",
+    "speculative_eagle_topk": 1,
+    "speculative_num_draft_tokens": 4,
+}
 
 
 @pytest.mark.parametrize("mla", [False, True], ids=["mha", "mla"])
@@ -467,7 +514,9 @@ def test_target_verify_after_draft_backend_exists(mla: bool, mode: str) -> None:
     draft.init_forward_metadata(drafting.batch)
     draft_model.check(draft.attn_backends[0], drafting, draft_model.layers[0])
     with counted(backend) as counts:
-        step = model.verify(requests, 4) if mode == "verify" else model.extend(requests, [70, 1, 20])
+        step = (
+            model.verify(requests, 4) if mode == "verify" else model.extend(requests, [70, 1, 20])
+        )
         model.run_pass(backend, step)
     assert (counts.passes, counts.plans, counts.reuses) == (1, 1, 1)
 
@@ -476,7 +525,9 @@ def test_target_verify_after_draft_backend_exists(mla: bool, mode: str) -> None:
 def test_multi_step_draft_decodes_with_backends_of_ours(mla: bool) -> None:
     """Three draft steps of a chain, each on its own child, each a pass with a plan of its own."""
     arguments = SPEC
-    model = mla_model(1, arguments=arguments) if mla else Model(uniform_layers(1), arguments=arguments)
+    model = (
+        mla_model(1, arguments=arguments) if mla else Model(uniform_layers(1), arguments=arguments)
+    )
     attention.install_kernel_dispatch()
     draft: Any = attention.MusaFA3MultiStepDraftBackend(model.runner(), 1, 4)
     assert [type(child) for child in draft.attn_backends] == [attention.MusaFA3Backend] * 3
@@ -496,7 +547,9 @@ TOPK = {**SPEC, "speculative_eagle_topk": 2}
 
 
 def test_mha_cascade_verify_with_topk_above_one() -> None:
-    """Verify of a draft tree: prefix and tree are two calls a layer, each with a plan that all layers share."""
+    """Verify of a draft tree: prefix and tree are two calls a layer, each with a plan that all
+    layers share.
+    """
     model = Model(uniform_layers(3), arguments=TOPK)
     backend, requests = model.backend(), model.requests(100, 5, 300)
     with counted(backend) as counts:
@@ -507,7 +560,9 @@ def test_mha_cascade_verify_with_topk_above_one() -> None:
 @pytest.mark.parametrize("mla", [False, True], ids=["mha", "mla"])
 @pytest.mark.parametrize("step", [0, 2])
 def test_cascade_draft_decode_keeps_prefix_and_suffix_apart(mla: bool, step: int) -> None:
-    """Draft of a tree: two calls a layer; MLA plans, written in place, must not overwrite one another."""
+    """Draft of a tree: two calls a layer; MLA plans, written in place, must not overwrite one
+    another.
+    """
     model = (
         mla_model(3, table_rows=10, arguments=TOPK, draft_worker=True)
         if mla
@@ -526,27 +581,34 @@ def test_cascade_draft_decode_keeps_prefix_and_suffix_apart(mla: bool, step: int
 
 
 def test_a_tree_over_pages_of_a_latent_cache_is_refused() -> None:
-    """Upstream's verify of an MLA model passes a table of tokens for one of pages, so only chains can be verified."""
-    with pytest.raises(kernels.UnsupportedByKernels, match=r"--speculative-eagle-topk 2 .* --page-size 64"):
+    """Upstream's verify of an MLA model passes a table of tokens for one of pages, so only chains
+    can be verified.
+    """
+    with pytest.raises(
+        kernels.UnsupportedByKernels, match=r"--speculative-eagle-topk 2 .* --page-size 64"
+    ):
         mla_model(1, arguments=TOPK).backend()
 
 
 def test_draft_extend_without_lengths_on_the_host() -> None:
     """Draft-extend v2: upstream's overlap scheduler leaves the host copies of the lengths unset."""
-    # From 0.5.16 on upstream takes the number of draft tokens where there are no lengths on the host.
+    # From 0.5.16 on upstream takes the number of draft tokens where there are no lengths on the
+    # host.
     if "GPU-only" not in inspect.getsource(upstream.FlashAttentionBackend.init_forward_metadata):
         pytest.skip("this SGLang reads the host copies of the lengths")
     model = Model(uniform_layers(1), arguments=SPEC)
     backend, requests = model.backend(skip_prefill=False), model.requests(100, 5, 300)
     step = model.extend(requests, [4, 4, 4], ForwardMode.DRAFT_EXTEND_V2)
-    step.batch.spec_info = Draft(num_tokens_per_req=4, num_accepted_tokens=None, num_accepted_tokens_cpu=None)
+    step.batch.spec_info = Draft(
+        num_tokens_per_req=4, num_accepted_tokens=None, num_accepted_tokens_cpu=None
+    )
     step.batch.extend_prefix_lens_cpu = step.batch.extend_seq_lens_cpu = None
     with counted(backend) as counts:
         model.run_pass(backend, step)
     assert (counts.passes, counts.plans) == (1, 1)
 
 
-# --- two-batch overlap, draft and target, threads -----------------------------------------------------
+# --- two-batch overlap, draft and target, threads -------------------------------------------------
 
 
 @pytest.mark.parametrize("mla", [False, True], ids=["mha", "mla"])
@@ -589,7 +651,9 @@ def often_switching() -> Iterator[None]:
 @pytest.mark.usefixtures("often_switching")
 @pytest.mark.parametrize("mla", [False, True], ids=["mha", "mla"])
 def test_two_models_in_two_threads(mla: bool) -> None:
-    """Two engines of one process, layer by layer at the same time: neither sees the other's plan or kernels."""
+    """Two engines of one process, layer by layer at the same time: neither sees the other's plan or
+    kernels.
+    """
     models = (
         [mla_model(4, seed=1), mla_model(4, seed=2)]
         if mla
@@ -605,7 +669,9 @@ def test_two_models_in_two_threads(mla: bool) -> None:
 
 
 def _meet_inside_kernels(backend: Any, barrier: threading.Barrier) -> None:
-    """Make each forward of ``backend`` wait, before its kernel call, for a forward of the other thread."""
+    """Make each forward of ``backend`` wait, before its kernel call, for a forward of the other
+    thread.
+    """
     prepare = backend._plans.begin_layer
 
     def begin_layer(*arguments: Any) -> None:
@@ -642,12 +708,13 @@ def _in_threads(jobs: list[Callable[[], Any]]) -> list[Any]:
         return [future.result() for future in [pool.submit(job) for job in jobs]]
 
 
-# --- kinds of attention -------------------------------------------------------------------------------
+# --- kinds of attention ---------------------------------------------------------------------------
 
 
 BIDIRECTIONAL = {"attn_type": AttentionType.DECODER_BIDIRECTIONAL}
 needs_both_ways = pytest.mark.skipif(
-    "DECODER_BIDIRECTIONAL" not in inspect.getsource(upstream), reason="this SGLang's decoders look back alone"
+    "DECODER_BIDIRECTIONAL" not in inspect.getsource(upstream),
+    reason="this SGLang's decoders look back alone",
 )
 
 
@@ -659,12 +726,18 @@ needs_both_ways = pytest.mark.skipif(
         pytest.param({"attn_type": AttentionType.ENCODER_ONLY}, id="encoder-only"),
         pytest.param({"sliding_window_size": WINDOW, "logit_cap": 3.0}, id="window and softcap"),
         pytest.param(BIDIRECTIONAL, id="bidirectional decoder", marks=needs_both_ways),
-        pytest.param(BIDIRECTIONAL | {"sliding_window_size": WINDOW}, id="bidirectional window", marks=needs_both_ways),
+        pytest.param(
+            BIDIRECTIONAL | {"sliding_window_size": WINDOW},
+            id="bidirectional window",
+            marks=needs_both_ways,
+        ),
     ],
 )
 @pytest.mark.parametrize("mode", ["decode", "prefill without prefix", "prefill with prefix"])
 def test_mask_and_softcap_reach_the_kernels(options: dict[str, Any], mode: str) -> None:
-    """Windows, softcap and encoder-only attention act in prefill without a prefix as in every other mode."""
+    """Windows, softcap and encoder-only attention act in prefill without a prefix as in every other
+    mode.
+    """
     if mode == "decode" and options.get("attn_type") == AttentionType.ENCODER_ONLY:
         pytest.skip("encoder-only layers do not decode")
     model = Model(uniform_layers(2, **options), window=options.get("sliding_window_size"))
@@ -679,7 +752,11 @@ def test_mask_and_softcap_reach_the_kernels(options: dict[str, Any], mode: str) 
 @pytest.mark.parametrize("mode", ["decode", "prefill"])
 def test_causal_and_full_layers_have_plans_of_their_own(mode: str) -> None:
     """A causal layer and one that sees all keys, in one pass."""
-    layers = [attention_layer(0), attention_layer(1, attn_type=AttentionType.ENCODER_ONLY), attention_layer(2)]
+    layers = [
+        attention_layer(0),
+        attention_layer(1, attn_type=AttentionType.ENCODER_ONLY),
+        attention_layer(2),
+    ]
     model = Model(layers, context_len=1024)
     backend, requests = model.backend(), model.requests(500, 3)
     step = model.decode(requests) if mode == "decode" else model.extend(requests, [150, 60])
@@ -690,7 +767,9 @@ def test_causal_and_full_layers_have_plans_of_their_own(mode: str) -> None:
 
 @pytest.mark.parametrize("mode", ["decode", "prefill"])
 def test_layers_that_share_keys_and_values(mode: str) -> None:
-    """Gemma-3n's later layers have no keys of their own: ``k`` is None, and the cache of another layer is read."""
+    """Gemma-3n's later layers have no keys of their own: ``k`` is None, and the cache of another
+    layer is read.
+    """
     model = Model([attention_layer(0), attention_layer(1), attention_layer(1)])
     backend, requests = model.backend(), model.requests(100, 0)
     step = model.decode(requests) if mode == "decode" else model.extend(requests, [40, 90])
@@ -708,9 +787,13 @@ def test_cross_attention_beside_self_attention(mode: str) -> None:
     # Upstream reads encoder pages of one token only.
     model = Model(layers, page_size=1, context_len=128, encoder_decoder=True)
     backend = model.backend()
-    several = "Only encoder size 1" not in inspect.getsource(upstream.FlashAttentionBackend.init_forward_metadata)
+    several = "Only encoder size 1" not in inspect.getsource(
+        upstream.FlashAttentionBackend.init_forward_metadata
+    )
     count = 2 if several else 1
-    step = _with_encoder(model, mode, encoder_lens=[20, 7][:count], prefixes=[30, 3][:count], new=[10, 20][:count])
+    step = _with_encoder(
+        model, mode, encoder_lens=[20, 7][:count], prefixes=[30, 3][:count], new=[10, 20][:count]
+    )
     backend.init_forward_metadata(step.batch)
     with counted(backend) as counts:
         model.check(backend, step, layers[0])
@@ -719,9 +802,14 @@ def test_cross_attention_beside_self_attention(mode: str) -> None:
     assert (counts.passes, counts.plans, counts.reuses) == (1, 2, 1)
 
 
-def _with_encoder(model: Model, mode: str, encoder_lens: list[int], prefixes: list[int], new: list[int]) -> Step:
+def _with_encoder(
+    model: Model, mode: str, encoder_lens: list[int], prefixes: list[int], new: list[int]
+) -> Step:
     """A step of requests whose rows in the table begin with the encoder's tokens."""
-    requests = [model.request(length + prefix) for length, prefix in zip(encoder_lens, prefixes, strict=True)]
+    requests = [
+        model.request(length + prefix)
+        for length, prefix in zip(encoder_lens, prefixes, strict=True)
+    ]
     step = model.decode(requests) if mode == "decode" else model.extend(requests, new)
     for queries, length in zip(step.queries, encoder_lens, strict=True):
         queries.encoder_slots, queries.slots = queries.slots[:length], queries.slots[length:]
@@ -745,7 +833,9 @@ def test_embedding_without_a_kv_cache_runs_on_raw_keys_and_values() -> None:
 
 def test_deterministic_inference_uses_one_split() -> None:
     """Upstream's ``num_splits=1`` reaches plan and kernel."""
-    model = Model(uniform_layers(1), context_len=2048, arguments={"enable_deterministic_inference": True})
+    model = Model(
+        uniform_layers(1), context_len=2048, arguments={"enable_deterministic_inference": True}
+    )
     backend = model.backend()
     calls = recorded(backend)
     model.run_pass(backend, model.decode(model.requests(1500)))
@@ -766,7 +856,15 @@ def test_sinks_reach_the_kernels(mode: str) -> None:
 @pytest.mark.parametrize("mode", ["decode", "prefill"])
 def test_models_may_pass_the_newer_keywords_as_none(mode: str) -> None:
     """Every keyword that this release's forwards take, given as what stands for "not used"."""
-    known = ("q_descale", "k_descale", "v_descale", "score_mod", "aux_tensors", "rel_bias", "rel_bias_event")
+    known = (
+        "q_descale",
+        "k_descale",
+        "v_descale",
+        "score_mod",
+        "aux_tensors",
+        "rel_bias",
+        "rel_bias_event",
+    )
     model = Model(uniform_layers(2))
     backend, requests = model.backend(), model.requests(200, 5)
     step = model.decode(requests) if mode == "decode" else model.extend(requests, [30, 60])
@@ -815,12 +913,14 @@ def test_a_strided_page_table_is_made_dense() -> None:
         model.check(backend, step, layer)
 
 
-# --- context parallelism ------------------------------------------------------------------------------
+# --- context parallelism --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mla", [False, True], ids=["mha", "mla"])
 def test_context_parallel_calls_a_layer_twice(mla: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Upstream's zigzag strategy: the rank's two pieces of the prompt are two calls, each with its own plan."""
+    """Upstream's zigzag strategy: the rank's two pieces of the prompt are two calls, each with its
+    own plan.
+    """
     if mla and not hasattr(upstream, "get_cp_strategy"):
         pytest.skip("this SGLang has no context parallelism for MLA here")
     from sglang.srt.layers.utils import cp_utils
@@ -837,14 +937,18 @@ def test_context_parallel_calls_a_layer_twice(mla: bool, monkeypatch: pytest.Mon
     assert counts.passes == 1
     assert counts.planned_calls == 6
     # Up to 0.5.12 each layer makes its tensors of offsets anew, and new tensors are new lengths.
-    anew = not hasattr(upstream, "get_cp_strategy") and "cu_seqlens_q_prev_tensor" not in inspect.getsource(cp_utils)
+    anew = not hasattr(
+        upstream, "get_cp_strategy"
+    ) and "cu_seqlens_q_prev_tensor" not in inspect.getsource(cp_utils)
     assert (counts.plans, counts.reuses) == ((6, 0) if anew else (2, 4))
 
 
 def _context_parallel(
     model: Model, step: Step, monkeypatch: pytest.MonkeyPatch, piece: int, ends: tuple[int, int]
 ) -> Any:
-    """A backend that believes to be rank 0 of 2; gathering from the other rank is left out, attention is upstream's."""
+    """A backend that believes to be rank 0 of 2; gathering from the other rank is left out,
+    attention is upstream's.
+    """
     backend = model.backend()
     backend.attn_cp_size = 2
     offsets = [torch.tensor([0, piece], dtype=torch.int32) for _ in ends]
@@ -878,17 +982,22 @@ def _context_parallel(
     return backend
 
 
-# --- other versions of FlashAttention ------------------------------------------------------------------
+# --- other versions of FlashAttention -------------------------------------------------------------
 
 
 @pytest.mark.parametrize("version", [2, 4])
 def test_another_version_of_flash_attention_is_refused(version: int) -> None:
-    """The choice by ``fa_impl_ver`` is kept, also for who constructs the class by itself: there is FA3 alone."""
-    with pytest.raises(attention.UnsupportedAttentionVersion, match=f"fa_impl_ver={version}.*--attention-backend fa3"):
+    """The choice by ``fa_impl_ver`` is kept, also for who constructs the class by itself: there is
+    FA3 alone.
+    """
+    with pytest.raises(
+        attention.UnsupportedAttentionVersion,
+        match=f"fa_impl_ver={version}.*--attention-backend fa3",
+    ):
         Model(uniform_layers(1)).backend(fa_impl_ver=version)
 
 
-# --- what reaches the kernels -------------------------------------------------------------------------
+# --- what reaches the kernels ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mla", [False, True], ids=["mha", "mla"])
@@ -927,7 +1036,9 @@ def test_new_keys_keep_their_offsets() -> None:
 
 @pytest.mark.parametrize("mode", ["decode", "prefill"])
 def test_a_plan_is_bounded_by_the_capacity_of_the_page_table(mode: str) -> None:
-    """``max_seqlen_k`` is what the kernel derives for itself, not a length that upstream may leave unset."""
+    """``max_seqlen_k`` is what the kernel derives for itself, not a length that upstream may leave
+    unset.
+    """
     model = Model(uniform_layers(1), context_len=1024)
     backend, requests = model.backend(), model.requests(300, 5)
     calls = recorded(backend)
@@ -936,7 +1047,9 @@ def test_a_plan_is_bounded_by_the_capacity_of_the_page_table(mode: str) -> None:
     _widen(backend, model)
     backend.forward_metadata.max_seq_len_k = 1
     model.check(backend, step, model.layers[0])
-    planned = [call.arguments["max_seqlen_k"] for call in calls if call.name == "get_scheduler_metadata"]
+    planned = [
+        call.arguments["max_seqlen_k"] for call in calls if call.name == "get_scheduler_metadata"
+    ]
     assert planned == [1024]
 
 
@@ -983,18 +1096,25 @@ def test_a_call_outside_of_any_layer_leaves_no_plan_to_layers() -> None:
 
 
 def test_a_failing_layer_leaves_no_trace() -> None:
-    """An exception inside a forward takes its layer off the stack, so that the next call is not its."""
+    """An exception inside a forward takes its layer off the stack, so that the next call is not
+    its.
+    """
     model = Model(uniform_layers(1))
     backend, requests = model.backend(), model.requests(300, 5)
     step = model.decode(requests)
     backend.init_forward_metadata(step.batch)
     with pytest.raises(RuntimeError):
-        model.forward(backend, step, model.layers[0], {**model.inputs(step, model.layers[0]), "q": torch.zeros(3)})
+        model.forward(
+            backend,
+            step,
+            model.layers[0],
+            {**model.inputs(step, model.layers[0]), "q": torch.zeros(3)},
+        )
     assert not attention._RUNNING.stack
     model.check(backend, step, model.layers[0])
 
 
-# --- the dispatcher -----------------------------------------------------------------------------------
+# --- the dispatcher -------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -1002,12 +1122,16 @@ def originals(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
     """Upstream's kernel names with recorders under them, and no dispatcher yet; the calls by name."""
     calls: dict[str, list[Any]] = {name: [] for name in attention.KERNEL_PARAMETERS}
     for name, seen in calls.items():
-        monkeypatch.setattr(upstream, name, lambda *args, seen=seen, **kwargs: seen.append((args, kwargs)))
+        monkeypatch.setattr(
+            upstream, name, lambda *args, seen=seen, **kwargs: seen.append((args, kwargs))
+        )
     return calls
 
 
 @pytest.mark.parametrize("name", attention.KERNEL_PARAMETERS)
-def test_other_users_of_upstreams_module_are_untouched(name: str, originals: dict[str, list[Any]]) -> None:
+def test_other_users_of_upstreams_module_are_untouched(
+    name: str, originals: dict[str, list[Any]]
+) -> None:
     """With no layer of ours running, a kernel name is upstream's function."""
     undo = attention.install_kernel_dispatch()
     getattr(upstream, name)(1, causal=True)
@@ -1016,7 +1140,9 @@ def test_other_users_of_upstreams_module_are_untouched(name: str, originals: dic
 
 
 def test_installing_twice_is_installing_once(originals: dict[str, list[Any]]) -> None:
-    """A second installation finds the first; undoing it changes nothing, undoing the first restores upstream."""
+    """A second installation finds the first; undoing it changes nothing, undoing the first restores
+    upstream.
+    """
     before = upstream.flash_attn_with_kvcache
     undo = attention.install_kernel_dispatch()
     installed = upstream.flash_attn_with_kvcache
@@ -1028,7 +1154,9 @@ def test_installing_twice_is_installing_once(originals: dict[str, list[Any]]) ->
     assert upstream.flash_attn_with_kvcache is before
 
 
-def test_another_thread_reaches_upstream_while_a_layer_runs(originals: dict[str, list[Any]]) -> None:
+def test_another_thread_reaches_upstream_while_a_layer_runs(
+    originals: dict[str, list[Any]],
+) -> None:
     """Which backend runs is known per thread."""
     undo = attention.install_kernel_dispatch()
     attention._RUNNING.stack.append(Model(uniform_layers(1)).backend())
@@ -1040,7 +1168,7 @@ def test_another_thread_reaches_upstream_while_a_layer_runs(originals: dict[str,
     assert originals["flash_attn_varlen_func"] == [((1,), {})]
 
 
-# --- checks and switches ------------------------------------------------------------------------------
+# --- checks and switches --------------------------------------------------------------------------
 
 
 def test_force_update_computes_a_plan_for_every_call(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1055,7 +1183,9 @@ def test_force_update_computes_a_plan_for_every_call(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("check", ["metadata", "output"])
 @pytest.mark.parametrize("mla", [False, True], ids=["mha", "mla"])
-def test_the_checks_pass_what_is_right(check: str, mla: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_checks_pass_what_is_right(
+    check: str, mla: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Prefill, decode and verify under each check: no complaint, and the same counts as without."""
     monkeypatch.setenv(envs.CHECK, check)
     model = mla_model(arguments=SPEC) if mla else Model(uniform_layers(2), arguments=SPEC)
@@ -1068,7 +1198,9 @@ def test_the_checks_pass_what_is_right(check: str, mla: bool, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("mla", [False, True], ids=["mha", "mla"])
-def test_a_corrupted_plan_is_caught_before_it_is_reused(mla: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_corrupted_plan_is_caught_before_it_is_reused(
+    mla: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The error names layer, call, key and both plans."""
     monkeypatch.setenv(envs.CHECK, "metadata")
     model = mla_model() if mla else Model([attention_layer(3), attention_layer(17)])
@@ -1082,7 +1214,13 @@ def test_a_corrupted_plan_is_caught_before_it_is_reused(mla: bool, monkeypatch: 
     with pytest.raises(attention.StalePlanError) as caught:
         model.check(backend, step, layer)
     text = str(caught.value)
-    for part in (f"layer {layer.layer_id}", "call 0", "CallGeometry(batch_size=2", "reused: [", "fresh:  ["):
+    for part in (
+        f"layer {layer.layer_id}",
+        "call 0",
+        "CallGeometry(batch_size=2",
+        "reused: [",
+        "fresh:  [",
+    ):
         assert part in text
 
 
@@ -1108,31 +1246,50 @@ def test_a_wrong_output_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Model([attention_layer(5)])
     backend, requests = model.backend(), model.requests(300, 5)
     right = backend._kernels.flash_attn_with_kvcache
-    object.__setattr__(backend._kernels, "flash_attn_with_kvcache", lambda **arguments: right(**arguments) * 1.01)
+    object.__setattr__(
+        backend._kernels, "flash_attn_with_kvcache", lambda **arguments: right(**arguments) * 1.01
+    )
     with pytest.raises(attention.WrongOutputError, match="layer 5, call 0"):
         model.run_pass(backend, model.decode(requests))
 
 
-# --- kernels that plan some calls alone ---------------------------------------------------------------
+# --- kernels that plan some calls alone -----------------------------------------------------------
 
 
-@pytest.mark.parametrize(("new", "planned"), [((5, 5), True), ((5, 3), False), ((1, 2), False), ((3,), True)])
-def test_unequal_queries_get_no_plan_where_kernels_plan_none(new: tuple[int, ...], planned: bool) -> None:
-    """Such kernels plan an extend for themselves if its requests differ in length, and outputs are right either way."""
+@pytest.mark.parametrize(
+    ("new", "planned"), [((5, 5), True), ((5, 3), False), ((1, 2), False), ((3,), True)]
+)
+def test_unequal_queries_get_no_plan_where_kernels_plan_none(
+    new: tuple[int, ...], planned: bool
+) -> None:
+    """Such kernels plan an extend for themselves if its requests differ in length, and outputs are
+    right either way.
+    """
     model = Model(uniform_layers(2))
     backend = model.backend()
     backend._kernels = dataclasses.replace(backend._kernels, plans_unequal_queries=False)
     calls, requests = recorded(backend), model.requests(300, 70)[: len(new)]
     with counted(backend) as counts:
         model.run_pass(backend, model.extend(requests, new))
-    attended = [call.arguments["scheduler_metadata"] for call in calls if call.name == "flash_attn_with_kvcache"]
+    attended = [
+        call.arguments["scheduler_metadata"]
+        for call in calls
+        if call.name == "flash_attn_with_kvcache"
+    ]
     assert [plan is not None for plan in attended] == [planned, planned]
-    assert (counts.calls, counts.planned_calls, counts.plans, counts.reuses) == (2, 2 * planned, planned, planned)
+    assert (counts.calls, counts.planned_calls, counts.plans, counts.reuses) == (
+        2,
+        2 * planned,
+        planned,
+        planned,
+    )
 
 
 @pytest.mark.parametrize("by_itself", [True, False])
 def test_a_plan_that_nothing_reuses_is_left_to_kernels_that_make_it(by_itself: bool) -> None:
-    """Where passes make one call, kernels that plan for themselves do so from the second pass on; others never do."""
+    """Where passes make one call, kernels that plan for themselves do so from the second pass on;
+    others never do.
+    """
     model = Model(uniform_layers(3))
     backend = model.backend()
     backend._kernels = dataclasses.replace(backend._kernels, plans_for_itself=by_itself)
@@ -1146,7 +1303,9 @@ def test_a_plan_that_nothing_reuses_is_left_to_kernels_that_make_it(by_itself: b
 
 
 def test_queries_are_counted_once_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    """That calls take no plan is remembered as a plan is: for the layers of one pass, whose lengths are the same."""
+    """That calls take no plan is remembered as a plan is: for the layers of one pass, whose lengths
+    are the same.
+    """
     model = Model(uniform_layers(3))
     backend, requests = model.backend(), model.requests(300, 70)
     backend._kernels = dataclasses.replace(backend._kernels, plans_unequal_queries=False)
@@ -1168,7 +1327,9 @@ def test_every_call_has_a_plan_where_kernels_plan_all() -> None:
 
 
 def test_a_pass_without_plans_leaves_none_to_the_next() -> None:
-    """An unplanned extend between two decodes: the second decode has other lengths, and a plan of its own."""
+    """An unplanned extend between two decodes: the second decode has other lengths, and a plan of
+    its own.
+    """
     model = Model(uniform_layers(2))
     backend, requests = model.backend(), model.requests(300, 70)
     backend._kernels = dataclasses.replace(backend._kernels, plans_unequal_queries=False)
@@ -1179,12 +1340,14 @@ def test_a_pass_without_plans_leaves_none_to_the_next() -> None:
     assert (counts.passes, counts.plans, counts.reuses) == (1, 1, 1)
 
 
-# --- lifetime and memory ------------------------------------------------------------------------------
+# --- lifetime and memory --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mla", [False, True], ids=["mha", "mla"])
 def test_dropping_a_backend_frees_what_it_held(mla: bool) -> None:
-    """A model reload: cache, planned tensors, batch and workspace slots of the old backend are gone."""
+    """A model reload: cache, planned tensors, batch and workspace slots of the old backend are
+    gone.
+    """
     model = mla_model() if mla else Model(uniform_layers(2))
     backend = model.backend()
     step = model.decode(model.requests(300, 5))
@@ -1199,7 +1362,9 @@ def test_dropping_a_backend_frees_what_it_held(mla: bool) -> None:
 
 
 def test_slots_of_a_dropped_backend_serve_the_next() -> None:
-    """While another backend keeps the workspace, a reloaded model takes over the room of the old one."""
+    """While another backend keeps the workspace, a reloaded model takes over the room of the old
+    one.
+    """
     model = mla_model()
     keeper, old = model.backend(), model.backend()
     requests = model.requests(300)
@@ -1211,10 +1376,14 @@ def test_slots_of_a_dropped_backend_serve_the_next() -> None:
     new = model.backend()
     assert new._workspace is keeper._workspace
     model.run_pass(new, model.decode(requests))
-    assert sorted(slot.start for slots in keeper._workspace._taken.values() for slot in slots) == sorted(taken)
+    assert sorted(
+        slot.start for slots in keeper._workspace._taken.values() for slot in slots
+    ) == sorted(taken)
 
 
-def test_an_exhausted_workspace_is_an_error_and_never_a_shared_slot(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_exhausted_workspace_is_an_error_and_never_a_shared_slot(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """The backend that finds no room refuses, naming the setting; the one that has a slot goes on."""
     model = mla_model()
     small = MLAWorkspace(torch.device("cpu"), 4096)
@@ -1235,7 +1404,7 @@ def test_a_workspace_belongs_to_one_device() -> None:
     assert MLAWorkspace.of_device(torch.device("cpu"), 1 << 20) is here
 
 
-# --- geometry -----------------------------------------------------------------------------------------
+# --- geometry -------------------------------------------------------------------------------------
 
 BASE_CALL = {
     "q": torch.zeros(6, 8, 64), "k_cache": torch.zeros(9, 16, 2, 64), "v_cache": torch.zeros(9, 16, 2, 64),
@@ -1276,7 +1445,10 @@ BASE_CALL = {
 )
 def test_geometry_is_read_off_the_call(change: dict[str, Any], field: str, value: Any) -> None:
     """Every field of the key comes from what the kernel itself gets."""
-    assert getattr(attention._geometry(BASE_CALL | change, kernels.reference_kernels()), field) == value
+    assert (
+        getattr(attention._geometry(BASE_CALL | change, kernels.reference_kernels()), field)
+        == value
+    )
 
 
 @pytest.mark.parametrize("uses", [False, True])
@@ -1295,7 +1467,10 @@ OTHER_ARGUMENTS: dict[str, dict[str, Any]] = {
     "head dim": {"q": torch.zeros(6, 8, 128)},
     "value head dim": {"v_cache": torch.zeros(9, 16, 2, 32)},
     "dtype": {"q": torch.zeros(6, 8, 64, dtype=torch.bfloat16)},
-    "page size": {"k_cache": torch.zeros(9, 80, 2, 64), "page_table": torch.zeros(3, 1, dtype=torch.int32)},
+    "page size": {
+        "k_cache": torch.zeros(9, 80, 2, 64),
+        "page_table": torch.zeros(3, 1, dtype=torch.int32),
+    },
     "causal": {"causal": False},
     "window": {"window_size": (8, 0)},
     "chunk": {"attention_chunk": 64},
@@ -1310,8 +1485,15 @@ OTHER_ARGUMENTS: dict[str, dict[str, Any]] = {
     "padding": {"cache_leftpad": torch.zeros(3, dtype=torch.int32)},
     "new keys": {"k": torch.zeros(1), "cu_seqlens_k_new": torch.zeros(4)},
 }
-NEUTRAL: dict[str, Any] = {"softcap": 0.0, "sm_margin": 0, "k": torch.zeros(1), "cu_seqlens_k_new": torch.ones(4)}
-"""What a call without these changes has under their names, where that is not ``None``; names tell calls apart, too."""
+NEUTRAL: dict[str, Any] = {
+    "softcap": 0.0,
+    "sm_margin": 0,
+    "k": torch.zeros(1),
+    "cu_seqlens_k_new": torch.ones(4),
+}
+"""What a call without these changes has under their names, where that is not ``None``; names tell
+calls apart, too.
+"""
 
 
 def in_layer(backend: Any, batch: Any, calls: Callable[[], None]) -> None:
@@ -1326,7 +1508,9 @@ def in_layer(backend: Any, batch: Any, calls: Callable[[], None]) -> None:
 
 @pytest.mark.parametrize("what", OTHER_ARGUMENTS)
 def test_calls_of_a_layer_that_differ_in_one_thing_have_plans_of_their_own(what: str) -> None:
-    """Each thing that a plan depends on is enough, alone, to tell two calls of a pass apart; and likeness to share."""
+    """Each thing that a plan depends on is enough, alone, to tell two calls of a pass apart; and
+    likeness to share.
+    """
     backend = Model(uniform_layers(1)).backend()
     replace_kernels(backend, lambda *_: lambda **arguments: torch.zeros(1))
     backend._kernels = dataclasses.replace(backend._kernels, metadata_uses_softcap=True)
@@ -1344,11 +1528,15 @@ def test_calls_of_a_layer_that_differ_in_one_thing_have_plans_of_their_own(what:
 
 
 def test_calls_with_equal_values_under_other_names_are_told_apart() -> None:
-    """One asks for a single split, another, without such an argument, for packed heads: 1 and ``True`` are equal."""
+    """One asks for a single split, another, without such an argument, for packed heads: 1 and
+    ``True`` are equal.
+    """
     backend = Model(uniform_layers(1)).backend()
     replace_kernels(backend, lambda *_: lambda **arguments: torch.zeros(1))
     first = {**BASE_CALL, "cache_seqlens": torch.zeros(3, dtype=torch.int32)}
-    second = {name: value for name, value in first.items() if name != "num_splits"} | {"pack_gqa": True}
+    second = {name: value for name, value in first.items() if name != "num_splits"} | {
+        "pack_gqa": True
+    }
 
     def calls() -> None:
         for arguments in (first, second, first, second):
@@ -1359,9 +1547,13 @@ def test_calls_with_equal_values_under_other_names_are_told_apart() -> None:
     assert (counts.passes, counts.plans, counts.reuses) == (1, 2, 2)
 
 
-@pytest.mark.parametrize("second", ["another view", "an equal view after a change", "the same tensor after a change"])
+@pytest.mark.parametrize(
+    "second", ["another view", "an equal view after a change", "the same tensor after a change"]
+)
 def test_lengths_of_a_pass_are_told_apart_by_their_contents(second: str) -> None:
-    """Lengths that are changed in place between two calls, or that only look alike, are other lengths."""
+    """Lengths that are changed in place between two calls, or that only look alike, are other
+    lengths.
+    """
     backend = Model(uniform_layers(1)).backend()
     replace_kernels(backend, lambda *_: lambda **arguments: torch.zeros(1))
     lengths = torch.zeros(6, dtype=torch.int32)
@@ -1396,7 +1588,9 @@ def test_equal_lengths_in_other_tensors_have_nothing_remembered_and_share_a_plan
 
 
 def test_a_plan_is_recalled_without_its_geometry(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a call looks like is enough to find the plan of one before it; its geometry is worked out once."""
+    """What a call looks like is enough to find the plan of one before it; its geometry is worked
+    out once.
+    """
     backend = Model(uniform_layers(1)).backend()
     replace_kernels(backend, lambda *_: lambda **arguments: torch.zeros(1))
     geometry = Mock(wraps=attention._geometry)

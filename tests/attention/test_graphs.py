@@ -1,7 +1,9 @@
-"""Graph capture: every graph computes its plans itself, from the buffers that replay refills; nothing leaks in or out.
+"""Graph capture: every graph computes its plans itself, from the buffers that replay refills;
+nothing leaks in or out.
 
-The cases are written against :class:`Graphs`, whose stand-in here records what a function runs on the CPU and runs it
-again. A device's own graphs need ``serve``, ``capture`` and ``replay`` alone to go through the same cases.
+The cases are written against :class:`Graphs`, whose stand-in here records what a function runs on
+the CPU and runs it again. A device's own graphs need ``serve``, ``capture`` and ``replay`` alone to
+go through the same cases.
 """
 
 from __future__ import annotations
@@ -52,12 +54,14 @@ class Graphs(Protocol):
         """A graph of what ``function`` runs, and what it returned."""
 
 
-# --- the stand-in -------------------------------------------------------------------------------------
+# --- the stand-in ---------------------------------------------------------------------------------
 
 
 @dataclass
 class Recorded:
-    """One operation: a function of PyTorch or a kernel, its arguments, and the tensors that its result went to."""
+    """One operation: a function of PyTorch or a kernel, its arguments, and the tensors that its
+    result went to.
+    """
 
     name: str
     function: Callable[..., Any]
@@ -90,21 +94,29 @@ class CpuGraph:
 
 
 class _Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Writes down each operation of PyTorch that runs, except while a kernel does, which is one operation itself."""
+    """Writes down each operation of PyTorch that runs, except while a kernel does, which is one
+    operation itself.
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.graph = CpuGraph()
         self.inside_kernel = False
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         result = function(*args, **(kwargs or {}))
         if self.inside_kernel:
             return result
         if function is torch.ops.aten._local_scalar_dense.default:
-            raise AssertionError("a value was read on the host, which a device forbids during a capture")
+            raise AssertionError(
+                "a value was read on the host, which a device forbids during a capture"
+            )
         if not _is_view(args, result) and "empty" not in function.__name__:
-            self.graph.operations.append(Recorded(function.__name__, function, args, kwargs or {}, result))
+            self.graph.operations.append(
+                Recorded(function.__name__, function, args, kwargs or {}, result)
+            )
         return result
 
 
@@ -117,7 +129,9 @@ def _is_view(args: Any, result: Any) -> bool:
         return False
     inputs = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
     written = any(leaf is result for leaf in inputs)
-    return not written and result.untyped_storage().data_ptr() in [x.untyped_storage().data_ptr() for x in inputs]
+    return not written and result.untyped_storage().data_ptr() in [
+        x.untyped_storage().data_ptr() for x in inputs
+    ]
 
 
 class CpuGraphs:
@@ -167,7 +181,7 @@ class CpuGraphs:
         return call
 
 
-# --- what upstream's graph runner does ----------------------------------------------------------------
+# --- what upstream's graph runner does ------------------------------------------------------------
 
 
 def prepare(backend: Any, batch: Any, capturing: bool) -> None:
@@ -184,18 +198,29 @@ def prepare(backend: Any, batch: Any, capturing: bool) -> None:
     else:
         total, host = int(lengths.sum()), lengths.clone()
         backend.init_forward_metadata_replay_cuda_graph(
-            batch.batch_size, rows, lengths, total, None, mode, batch.spec_info, host, batch.out_cache_loc
+            batch.batch_size,
+            rows,
+            lengths,
+            total,
+            None,
+            mode,
+            batch.spec_info,
+            host,
+            batch.out_cache_loc,
         )
 
 
 class GraphRunner:
-    """Captures a model's decode or verify pass for several batch sizes, as upstream does, and replays them.
+    """Captures a model's decode or verify pass for several batch sizes, as upstream does, and
+    replays them.
 
-    Two warm-up runs, then the capture, from the largest batch to the smallest, with all lengths 1 and all static
-    buffers shared by the graphs.
+    Two warm-up runs, then the capture, from the largest batch to the smallest, with all lengths 1
+    and all static buffers shared by the graphs.
     """
 
-    def __init__(self, model: Model, backend: Any, graphs: Graphs, sizes: Sequence[int], tokens: int = 1) -> None:
+    def __init__(
+        self, model: Model, backend: Any, graphs: Graphs, sizes: Sequence[int], tokens: int = 1
+    ) -> None:
         self.model, self.backend, self.tokens = model, backend, tokens
         largest = max(sizes)
         rows = largest * tokens
@@ -213,7 +238,10 @@ class GraphRunner:
             self._capture(size, graphs)
 
     def _buffers(self, layer: Any, rows: int) -> dict[str, Tensor]:
-        shapes = {"q": (rows, layer.tp_q_head_num * layer.head_dim), "k": (rows, layer.tp_k_head_num, layer.head_dim)}
+        shapes = {
+            "q": (rows, layer.tp_q_head_num * layer.head_dim),
+            "k": (rows, layer.tp_k_head_num, layer.head_dim),
+        }
         shapes["v"] = (rows, layer.tp_v_head_num, layer.v_head_dim)
         if self.model.mla:
             shapes["k"] = (rows, 1, layer.v_head_dim)
@@ -290,14 +318,16 @@ def graphs() -> CpuGraphs:
     return CpuGraphs()
 
 
-def captured(model: Model, graphs: CpuGraphs, sizes: Sequence[int] = SIZES, tokens: int = 1) -> GraphRunner:
+def captured(
+    model: Model, graphs: CpuGraphs, sizes: Sequence[int] = SIZES, tokens: int = 1
+) -> GraphRunner:
     """A runner with its graphs captured."""
     backend = model.backend()
     graphs.serve(backend)
     return GraphRunner(model, backend, graphs, sizes, tokens)
 
 
-# --- cases --------------------------------------------------------------------------------------------
+# --- cases ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -313,7 +343,9 @@ def test_graphs_from_large_to_small_replay_right(kind: str, graphs: CpuGraphs) -
 
 @pytest.mark.parametrize("kind", ["mha", "hybrid"])
 def test_each_graph_contains_its_plan_from_static_buffers(kind: str, graphs: CpuGraphs) -> None:
-    """One plan a graph, computed inside it, before what uses it, from the lengths that replay refills."""
+    """One plan a graph, computed inside it, before what uses it, from the lengths that replay
+    refills.
+    """
     runner = captured(MODELS[kind](), graphs)
     seen = set()
     for size, graph in runner.graphs.items():
@@ -336,7 +368,9 @@ def test_each_graph_of_an_mla_model_writes_its_plan_once(graphs: CpuGraphs) -> N
 
 @pytest.mark.parametrize("kind", ["mha", "hybrid"])
 def test_replay_at_long_context_is_split(kind: str, graphs: CpuGraphs) -> None:
-    """A graph captured with all lengths 1 has room for splits, and its plan asks for them when contexts are long."""
+    """A graph captured with all lengths 1 has room for splits, and its plan asks for them when
+    contexts are long.
+    """
     model = MODELS[kind]()
     runner = captured(model, graphs, sizes=(1,))
     [plan] = runner.graphs[1].kernels("get_scheduler_metadata")
@@ -349,7 +383,9 @@ def test_replay_at_long_context_is_split(kind: str, graphs: CpuGraphs) -> None:
 
 
 @pytest.mark.parametrize("window_pages", [False, True], ids=["one pool", "window pool"])
-def test_window_and_full_layers_have_plans_of_their_own_in_a_graph(window_pages: bool, graphs: CpuGraphs) -> None:
+def test_window_and_full_layers_have_plans_of_their_own_in_a_graph(
+    window_pages: bool, graphs: CpuGraphs
+) -> None:
     """Two geometries, two plans, in every graph; also where window layers have pages of their own."""
     layers = [attention_layer(i, sliding_window_size=40 if i % 2 else -1) for i in range(4)]
     model = Model(layers, window=40, window_pages=window_pages, context_len=1024)
@@ -364,7 +400,11 @@ def test_window_and_full_layers_have_plans_of_their_own_in_a_graph(window_pages:
 @pytest.mark.parametrize("kind", ["mha", "mla"])
 def test_target_verify_in_graphs(kind: str, graphs: CpuGraphs) -> None:
     """Verify of four draft tokens a request, captured and replayed."""
-    arguments = {"speculative_algorithm": "EAGLE", "speculative_eagle_topk": 1, "speculative_num_draft_tokens": 4}
+    arguments = {
+        "speculative_algorithm": "EAGLE",
+        "speculative_eagle_topk": 1,
+        "speculative_num_draft_tokens": 4,
+    }
     model = MODELS[kind]()
     model.arguments = arguments
     runner = captured(model, graphs, sizes=(2, 1), tokens=4)
@@ -380,9 +420,15 @@ def test_target_verify_in_graphs(kind: str, graphs: CpuGraphs) -> None:
 def test_draft_extend_prepares_its_metadata_inside_the_graph(
     graphs: CpuGraphs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Draft-extend's lengths and pages are written by a kernel of the graph, and its plan is computed after that."""
+    """Draft-extend's lengths and pages are written by a kernel of the graph, and its plan is
+    computed after that.
+    """
     model = MODELS["mha"]()
-    model.arguments = {"speculative_algorithm": "EAGLE", "speculative_eagle_topk": 1, "speculative_num_draft_tokens": 4}
+    model.arguments = {
+        "speculative_algorithm": "EAGLE",
+        "speculative_eagle_topk": 1,
+        "speculative_num_draft_tokens": 4,
+    }
     backend = model.backend(skip_prefill=False)
     graphs.serve(backend)
     name = "draft_extend_set_metadata"
@@ -393,14 +439,18 @@ def test_draft_extend_prepares_its_metadata_inside_the_graph(
 
     def run() -> list[Tensor]:
         backend.init_forward_metadata_in_graph(step.batch)
-        return [model.forward(backend, step, *one) for one in zip(model.layers, inputs, strict=True)]
+        return [
+            model.forward(backend, step, *one) for one in zip(model.layers, inputs, strict=True)
+        ]
 
     backend.init_forward_metadata_out_graph(step.batch, in_capture=True)
     for _ in range(2):
         run()
         backend.on_after_cuda_graph_warmup()
     graph, outputs = graphs.capture(run)
-    assert [one.name for one in graph.kernels()] == ["get_scheduler_metadata"] + ["flash_attn_with_kvcache"] * 2
+    assert [one.name for one in graph.kernels()] == ["get_scheduler_metadata"] + [
+        "flash_attn_with_kvcache"
+    ] * 2
     later = _draft_extend(model, 1500, 64)
     for what in ("seq_lens", "req_pool_indices", "extend_seq_lens", "out_cache_loc"):
         getattr(step.batch, what).copy_(getattr(later.batch, what))
@@ -415,13 +465,17 @@ def test_draft_extend_prepares_its_metadata_inside_the_graph(
 def _draft_extend(model: Model, *lengths: int) -> Step:
     """A draft model's reading of four tokens for each of new requests."""
     step = model.extend(model.requests(*lengths), [4] * len(lengths), ForwardMode.DRAFT_EXTEND_V2)
-    step.batch.spec_info = Draft(num_tokens_per_req=4, num_accepted_tokens=None, num_accepted_tokens_cpu=None)
+    step.batch.spec_info = Draft(
+        num_tokens_per_req=4, num_accepted_tokens=None, num_accepted_tokens_cpu=None
+    )
     return step
 
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_eager_passes_between_replays(kind: str, graphs: CpuGraphs) -> None:
-    """Prefill runs outside of graphs, between their replays, on the same backend; neither disturbs the other."""
+    """Prefill runs outside of graphs, between their replays, on the same backend; neither disturbs
+    the other.
+    """
     model = MODELS[kind]()
     runner = captured(model, graphs, sizes=(2, 1))
     first, second = model.request(0), model.request(600)
@@ -434,7 +488,9 @@ def test_eager_passes_between_replays(kind: str, graphs: CpuGraphs) -> None:
 
 
 def test_a_capture_takes_no_plan_from_before_it(graphs: CpuGraphs) -> None:
-    """Graphs of single layers: an eager layer's plan is not for the captured layer that comes next in the pass."""
+    """Graphs of single layers: an eager layer's plan is not for the captured layer that comes next
+    in the pass.
+    """
     model, backend, step = _eager_pass(graphs)
     model.check(backend, step, model.layers[0])
     inputs = model.inputs(step, model.layers[1])
@@ -444,7 +500,9 @@ def test_a_capture_takes_no_plan_from_before_it(graphs: CpuGraphs) -> None:
 
 
 def test_a_capture_leaves_no_plan_behind(graphs: CpuGraphs) -> None:
-    """An eager layer after a captured one plans for itself: the captured plan is computed only at replay."""
+    """An eager layer after a captured one plans for itself: the captured plan is computed only at
+    replay.
+    """
     model, backend, step = _eager_pass(graphs)
     inputs = model.inputs(step, model.layers[0])
     graphs.capture(lambda: model.forward(backend, step, model.layers[0], inputs))
@@ -486,8 +544,12 @@ def _eager_pass(graphs: CpuGraphs) -> tuple[Model, Any, Step]:
 
 
 @pytest.mark.parametrize("kind", ["mha", "mla"])
-def test_checks_do_not_disturb_a_capture(kind: str, graphs: CpuGraphs, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Comparing waits for the device, so that a capture compares nothing; the graph is the same as without."""
+def test_checks_do_not_disturb_a_capture(
+    kind: str, graphs: CpuGraphs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Comparing waits for the device, so that a capture compares nothing; the graph is the same as
+    without.
+    """
     monkeypatch.setenv(envs.CHECK, "metadata")
     model = MODELS[kind]()
     runner = captured(model, graphs, sizes=(2, 1))
@@ -496,7 +558,9 @@ def test_checks_do_not_disturb_a_capture(kind: str, graphs: CpuGraphs, monkeypat
     runner.replay(model.decode(model.requests(300, 5)))
 
 
-def test_force_update_plans_every_layer_of_a_graph(graphs: CpuGraphs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_force_update_plans_every_layer_of_a_graph(
+    graphs: CpuGraphs, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Upstream's switch holds inside captures."""
     monkeypatch.setenv(envs.FORCE_UPDATE_METADATA, "1")
     model = MODELS["mha"]()
@@ -506,7 +570,9 @@ def test_force_update_plans_every_layer_of_a_graph(graphs: CpuGraphs, monkeypatc
 
 
 def test_captures_leave_no_more_than_one_pass_in_the_cache(graphs: CpuGraphs) -> None:
-    """A graph keeps its own plan alive; the backend holds only those of the last pass, however many there are."""
+    """A graph keeps its own plan alive; the backend holds only those of the last pass, however many
+    there are.
+    """
     runner = captured(MODELS["mha"](), graphs, sizes=range(1, 9))
     assert len(runner.backend._plans._plans) == 1
     plans = [graph.kernels("get_scheduler_metadata")[0].result for graph in runner.graphs.values()]
@@ -514,17 +580,21 @@ def test_captures_leave_no_more_than_one_pass_in_the_cache(graphs: CpuGraphs) ->
 
 
 def test_graphs_of_an_mla_model_share_one_slot(graphs: CpuGraphs) -> None:
-    """From large to small, all graphs plan into one slot, each anew at its replay: memory does not grow with graphs."""
+    """From large to small, all graphs plan into one slot, each anew at its replay: memory does not
+    grow with graphs.
+    """
     runner = captured(MODELS["mla"](), graphs, sizes=range(1, 9))
     [taken] = runner.backend._workspace._taken.values()
     assert len(taken) == 1
     addresses = {
-        call.kwargs["scheduler_metadata"][0].data_ptr() for g in runner.graphs.values() for call in g.kernels()
+        call.kwargs["scheduler_metadata"][0].data_ptr()
+        for g in runner.graphs.values()
+        for call in g.kernels()
     }
     assert len(addresses) == 1
 
 
-# --- the stand-in itself ------------------------------------------------------------------------------
+# --- the stand-in itself --------------------------------------------------------------------------
 
 
 def test_the_stand_in_replays_on_changed_buffers() -> None:

@@ -72,7 +72,9 @@ OTHER_VALUES: dict[str, Any] = {
 
 
 class Thing:
-    """A batch, a metadata object, a layer or an owner: something with an identity and weak references."""
+    """A batch, a metadata object, a layer or an owner: something with an identity and weak
+    references.
+    """
 
 
 @dataclass
@@ -88,7 +90,9 @@ class Server:
     def __post_init__(self) -> None:
         self.cache = SchedulerMetadataCache(lambda: self.state)
 
-    def call(self, layer: object, role: int = 0, geometry: CallGeometry = DECODE) -> tuple[torch.Tensor, bool]:
+    def call(
+        self, layer: object, role: int = 0, geometry: CallGeometry = DECODE
+    ) -> tuple[torch.Tensor, bool]:
         """One planned call of ``layer`` in the current surroundings."""
         self.begin(layer, role)
         return self.cache.plan(geometry, (self.lengths,), lambda: torch.zeros(1))
@@ -164,7 +168,9 @@ def test_two_views_of_the_same_elements_are_one_identity() -> None:
     assert TensorIdentity.of(tensor[:4]) == TensorIdentity.of(tensor[:4])
 
 
-@pytest.mark.parametrize("make", [lambda: torch.empty(0), lambda: torch.empty(2, device="meta")], ids=["empty", "meta"])
+@pytest.mark.parametrize(
+    "make", [lambda: torch.empty(0), lambda: torch.empty(2, device="meta")], ids=["empty", "meta"]
+)
 def test_tensors_without_storage_differ_as_objects(make: Callable[[], torch.Tensor]) -> None:
     """Two tensors whose address is 0 are told apart all the same."""
     one, other = make(), make()
@@ -248,7 +254,9 @@ def test_another_metadata_object_begins_a_pass() -> None:
 
 
 def test_a_metadata_object_is_not_confused_with_a_dead_one() -> None:
-    """The cache holds the metadata object it compares with, so that its address cannot be given away."""
+    """The cache holds the metadata object it compares with, so that its address cannot be given
+    away.
+    """
     server = Server()
     server.call(Thing())
     first = weakref.ref(server.metadata)
@@ -256,7 +264,9 @@ def test_a_metadata_object_is_not_confused_with_a_dead_one() -> None:
     assert first() is not None
 
 
-@pytest.mark.parametrize("state", [StreamState(7, False), StreamState(0, True)], ids=["stream", "capture"])
+@pytest.mark.parametrize(
+    "state", [StreamState(7, False), StreamState(0, True)], ids=["stream", "capture"]
+)
 def test_another_stream_or_capture_state_begins_a_pass(state: StreamState) -> None:
     """A plan made on another stream, or outside a capture, is not used on this side."""
     server = Server()
@@ -276,7 +286,9 @@ def test_leaving_a_capture_begins_a_pass() -> None:
 
 
 def test_the_same_layer_again_begins_a_pass() -> None:
-    """A graph's warm-up runs and its capture share batch and metadata; only the layers tell them apart."""
+    """A graph's warm-up runs and its capture share batch and metadata; only the layers tell them
+    apart.
+    """
     server = Server()
     first, last = Thing(), Thing()
     reuses = [server.call(layer)[1] for layer in (first, last, first, last)]
@@ -294,9 +306,13 @@ def test_another_role_of_the_same_layer_stays_in_the_pass() -> None:
 
 
 @pytest.mark.parametrize(
-    ("roles", "expected"), [((0, 1, 0, 1), [False, True, False, True]), ((1, 1), [False, False])], ids=str
+    ("roles", "expected"),
+    [((0, 1, 0, 1), [False, True, False, True]), ((1, 1), [False, False])],
+    ids=str,
 )
-def test_the_same_role_of_the_same_layer_begins_a_pass(roles: tuple[int, ...], expected: list[bool]) -> None:
+def test_the_same_role_of_the_same_layer_begins_a_pass(
+    roles: tuple[int, ...], expected: list[bool]
+) -> None:
     """A call that is run twice is two passes, whichever of its layer's calls it is."""
     server = Server()
     layer = Thing()
@@ -336,7 +352,9 @@ def test_the_other_values_are_those_of_every_field() -> None:
 
 @pytest.mark.parametrize("name", CallGeometry._fields)
 def test_another_geometry_gets_its_own_plan(name: str) -> None:
-    """A call that differs in any field of the geometry does not reuse the plan, and gets its own back later."""
+    """A call that differs in any field of the geometry does not reuse the plan, and gets its own
+    back later.
+    """
     server = Server()
     other = DECODE._replace(**{name: OTHER_VALUES[name]})
     geometries = (DECODE, other, DECODE, other)
@@ -361,12 +379,21 @@ def test_lengths_are_known_by_their_place_among_the_tensors() -> None:
     server = Server()
     one, other = torch.tensor([1]), torch.tensor([1])
     server.call(Thing())
-    keys: list[tuple[torch.Tensor | None, ...]] = [(one, other), (other, one), (one, None), (None, one)]
-    assert [server.cache.plan(DECODE, tensors, lambda: torch.zeros(1))[1] for tensors in keys] == [False] * 4
+    keys: list[tuple[torch.Tensor | None, ...]] = [
+        (one, other),
+        (other, one),
+        (one, None),
+        (None, one),
+    ]
+    assert [server.cache.plan(DECODE, tensors, lambda: torch.zeros(1))[1] for tensors in keys] == [
+        False
+    ] * 4
 
 
 def test_the_tensors_of_a_plan_outlive_their_owner() -> None:
-    """What a key names by address stays alive with the plan, so the address cannot be given away in the pass."""
+    """What a key names by address stays alive with the plan, so the address cannot be given away in
+    the pass.
+    """
     server = Server()
     server.call(Thing())
     lengths = weakref.ref(server.lengths)
@@ -377,7 +404,9 @@ def test_the_tensors_of_a_plan_outlive_their_owner() -> None:
 
 @pytest.mark.parametrize("in_place", [False, True])
 def test_the_next_pass_releases_what_the_last_one_held(in_place: bool) -> None:
-    """Plans and their tensors are gone when the next pass begins: memory does not grow with the passes."""
+    """Plans and their tensors are gone when the next pass begins: memory does not grow with the
+    passes.
+    """
     server = Server()
     held: list[weakref.ref[torch.Tensor]] = []
     for _ in range(5):
@@ -434,7 +463,9 @@ def test_alternating_geometries_in_one_place_never_report_reuse() -> None:
     server.begin(Thing())
     other = DECODE._replace(batch_size=3)
     geometries = (DECODE, other, DECODE, other)
-    assert not any(server.cache.plan_in_place(0, geometry, (server.lengths,)) for geometry in geometries)
+    assert not any(
+        server.cache.plan_in_place(0, geometry, (server.lengths,)) for geometry in geometries
+    )
 
 
 def test_places_hold_plans_of_their_own() -> None:
@@ -443,7 +474,9 @@ def test_places_hold_plans_of_their_own() -> None:
     server.begin(Thing())
     suffix = DECODE._replace(causal=False)
     calls = [(0, DECODE), (1, suffix)] * 3
-    answers = [server.cache.plan_in_place(place, geometry, (server.lengths,)) for place, geometry in calls]
+    answers = [
+        server.cache.plan_in_place(place, geometry, (server.lengths,)) for place, geometry in calls
+    ]
     assert answers == [False, False, True, True, True, True]
 
 
@@ -471,7 +504,9 @@ def test_nothing_outlives_the_cache() -> None:
     layer = Thing()
     plan, _ = server.call(layer)
     server.cache.plan_in_place(0, DECODE, (server.lengths,))
-    held = [weakref.ref(thing) for thing in (plan, server.lengths, server.metadata, layer, server.cache)]
+    held = [
+        weakref.ref(thing) for thing in (plan, server.lengths, server.metadata, layer, server.cache)
+    ]
     del server, layer, plan
     gc.collect()
     assert [ref() for ref in held] == [None] * 5
@@ -490,7 +525,12 @@ def test_statistics_count_passes_by_their_plans() -> None:
             server.call(Thing(), geometry=geometry)
     report = server.cache.statistics.report()
     assert report["passes_by_plans"] == {"1": 2, "2": 1}
-    assert (report["passes"], report["planned_calls"], report["plans"], report["reuses"]) == (3, 7, 4, 3)
+    assert (report["passes"], report["planned_calls"], report["plans"], report["reuses"]) == (
+        3,
+        7,
+        4,
+        3,
+    )
 
 
 def test_statistics_count_plans_in_place_alike() -> None:
@@ -525,7 +565,8 @@ def test_the_report_is_plain_data(statistics: PlanStatistics | None) -> None:
     assert json.loads(json.dumps(report)) == report
 
 
-# What is remembered ----------------------------------------------------------------------------------
+# What is remembered
+# ----------------------------------------------------------------------------------
 
 
 def test_a_remembered_plan_is_recalled_and_counted() -> None:
@@ -534,7 +575,9 @@ def test_a_remembered_plan_is_recalled_and_counted() -> None:
     server.begin(Thing())
     server.cache.remember("like this", "the plan", ())
     server.cache.remember(None, "of no signature", ())
-    found = [server.begin(Thing(), signature=signature) for signature in ("like this", "like that", None)]
+    found = [
+        server.begin(Thing(), signature=signature) for signature in ("like this", "like that", None)
+    ]
     assert found == ["the plan", NOT_REMEMBERED, NOT_REMEMBERED]
     assert server.cache.statistics.reuses == 1
 
@@ -550,7 +593,9 @@ def test_the_next_pass_forgets_what_was_remembered() -> None:
 
 
 def test_a_remembered_plan_keeps_what_it_names() -> None:
-    """A signature names tensors by address, so no other tensor may get these addresses while it is known."""
+    """A signature names tensors by address, so no other tensor may get these addresses while it is
+    known.
+    """
     cache, tensor = Server().cache, torch.zeros(3)
     alive = weakref.ref(tensor)
     cache.remember("like this", "the plan", (tensor,))
@@ -570,7 +615,9 @@ def test_a_device_without_streams_has_one_state(kind: str) -> None:
 
 
 def test_a_device_with_streams_is_asked_at_every_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The probe reads the current stream of its own device, and the capture state, when it is called."""
+    """The probe reads the current stream of its own device, and the capture state, when it is
+    called.
+    """
     device = torch.device("cuda", 1)
     streams, captures, asked = [11, 22], [False, True], []
 
@@ -578,7 +625,9 @@ def test_a_device_with_streams_is_asked_at_every_call(monkeypatch: pytest.Monkey
         asked.append(which)
         return SimpleNamespace(stream_id=streams.pop(0))
 
-    module = SimpleNamespace(current_stream=current_stream, is_current_stream_capturing=lambda: captures.pop(0))
+    module = SimpleNamespace(
+        current_stream=current_stream, is_current_stream_capturing=lambda: captures.pop(0)
+    )
     monkeypatch.setattr(torch, "get_device_module", lambda which: {device: module}[which])
     probe = stream_probe(device)
     assert [probe(), probe()] == [StreamState(11, False), StreamState(22, True)]
@@ -586,7 +635,9 @@ def test_a_device_with_streams_is_asked_at_every_call(monkeypatch: pytest.Monkey
 
 
 def test_a_stream_is_told_by_its_handle_where_torch_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """PyTorch's own way to name the current stream of the probe's device is taken where there is one."""
+    """PyTorch's own way to name the current stream of the probe's device is taken where there is
+    one.
+    """
     handles = {1: 55}
     module = SimpleNamespace(is_current_stream_capturing=lambda: False)
     monkeypatch.setattr(torch, "get_device_module", lambda which: module)
@@ -632,7 +683,9 @@ def test_a_slot_is_large_enough_and_aligned(size: int) -> None:
 
 
 def test_a_slot_stays_where_it_is() -> None:
-    """The same owner and role get the same memory, also for a smaller plan: a graph holds its address."""
+    """The same owner and role get the same memory, also for a smaller plan: a graph holds its
+    address.
+    """
     workspace = MLAWorkspace(CPU, 4096)
     owner = Thing()
     slot = workspace.slot(owner, 0, 512)
@@ -714,7 +767,9 @@ def test_an_owner_may_die_while_a_slot_is_being_reserved(monkeypatch: pytest.Mon
     monkeypatch.setattr(scheduler_metadata, "_aligned", aligned_while_an_owner_dies)
     living = Thing()
     results: list[torch.Tensor] = []
-    thread = threading.Thread(target=lambda: results.append(workspace.slot(living, 0, 256)), daemon=True)
+    thread = threading.Thread(
+        target=lambda: results.append(workspace.slot(living, 0, 256)), daemon=True
+    )
     thread.start()
     thread.join(timeout=10)
     assert not thread.is_alive(), "slot() waits for a lock that it holds"
@@ -724,7 +779,9 @@ def test_an_owner_may_die_while_a_slot_is_being_reserved(monkeypatch: pytest.Mon
 
 
 def test_exhaustion_names_numbers_and_the_remedy() -> None:
-    """The error says what was needed, what is free, of how much, and which variable makes it larger."""
+    """The error says what was needed, what is free, of how much, and which variable makes it
+    larger.
+    """
     workspace = MLAWorkspace(CPU, 1024)
     owner = Thing()
     workspace.slot(owner, 0, 512)
@@ -780,7 +837,9 @@ def test_an_unused_workspace_is_freed() -> None:
 
 
 def test_threads_never_get_overlapping_slots(often_switching: None) -> None:
-    """Micro-batches on several threads, whose backends come and go, each keep their bytes to themselves."""
+    """Micro-batches on several threads, whose backends come and go, each keep their bytes to
+    themselves.
+    """
     workspace = MLAWorkspace(CPU, 1 << 16)
     clashes: list[int] = []
     start = threading.Barrier(4)
@@ -794,7 +853,9 @@ def test_threads_never_get_overlapping_slots(often_switching: None) -> None:
             for role, slot in enumerate(slots):
                 slot.fill_(2 * mark + role)
             again = [workspace.slot(owner, role, 1) for role in range(2)]
-            clashes.extend(mark for role, slot in enumerate(again) if not bool((slot == 2 * mark + role).all()))
+            clashes.extend(
+                mark for role, slot in enumerate(again) if not bool((slot == 2 * mark + role).all())
+            )
             del owner
 
     threads = [threading.Thread(target=hammer, args=(mark,)) for mark in range(4)]

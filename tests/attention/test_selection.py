@@ -1,8 +1,10 @@
-"""Every way by which upstream comes to an FA3 backend: with the plugin on, each leads to ours, or is refused.
+"""Every way by which upstream comes to an FA3 backend: with the plugin on, each leads to ours, or
+is refused.
 
-The ways are those of SGLang's own code in the installed release. That there is no other is checked on the sources of
-every release: the rows of kind ``constructors`` in :mod:`sglang_musa_ext.upstream` list the modules that may construct
-a ``FlashAttentionBackend``, and a release with one more violates the contract.
+The ways are those of SGLang's own code in the installed release. That there is no other is checked
+on the sources of every release: the rows of kind ``constructors`` in
+:mod:`sglang_musa_ext.upstream` list the modules that may construct a ``FlashAttentionBackend``, and
+a release with one more violates the contract.
 """
 
 from __future__ import annotations
@@ -28,7 +30,11 @@ from tests.support.backend import (
     upstream,
 )
 
-SPEC = {"speculative_algorithm": "EAGLE", "speculative_eagle_topk": 1, "speculative_num_draft_tokens": 4}
+SPEC = {
+    "speculative_algorithm": "EAGLE",
+    "speculative_eagle_topk": 1,
+    "speculative_num_draft_tokens": 4,
+}
 
 
 @pytest.fixture
@@ -68,7 +74,9 @@ def ready_runner(**arguments: Any) -> Any:
 
 @pytest.mark.usefixtures("plugin_on")
 def test_the_registry_builds_ours() -> None:
-    """``--attention-backend fa3``; also what PD-multiplexing groups and overlap children are built by."""
+    """``--attention-backend fa3``; also what PD-multiplexing groups and overlap children are built
+    by.
+    """
     from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 
     backend = ATTENTION_BACKENDS["fa3"](ready_runner())
@@ -79,16 +87,28 @@ def test_the_registry_builds_ours() -> None:
 @pytest.mark.usefixtures("plugin_on")
 @pytest.mark.parametrize("musa", [False, True], ids=["no MUSA", "MUSA"])
 @pytest.mark.parametrize("phase", ["decode", "extend"])
-def test_draft_factories_build_ours(musa: bool, phase: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Draft decode and draft-extend, on a machine where upstream would take the in-tree MUSA classes and elsewhere."""
+def test_draft_factories_build_ours(
+    musa: bool, phase: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Draft decode and draft-extend, on a machine where upstream would take the in-tree MUSA
+    classes and elsewhere.
+    """
     from sglang.srt.speculative import draft_utils
 
     if hasattr(draft_utils, "is_musa"):
         monkeypatch.setattr(draft_utils, "is_musa", lambda: musa)
     factory = object.__new__(draft_utils.DraftBackendFactory)
-    factory.draft_model_runner, factory.topk, factory.speculative_num_steps = ready_runner(**SPEC), 1, 4
+    factory.draft_model_runner, factory.topk, factory.speculative_num_steps = (
+        ready_runner(**SPEC),
+        1,
+        4,
+    )
     factory.server_args = factory.draft_model_runner.server_args
-    create = factory._create_fa3_decode_backend if phase == "decode" else factory._create_fa3_prefill_backend
+    create = (
+        factory._create_fa3_decode_backend
+        if phase == "decode"
+        else factory._create_fa3_prefill_backend
+    )
     made = create()
     backend = made[1] if isinstance(made, tuple) else made
     if phase == "extend":
@@ -124,15 +144,21 @@ def test_registering_twice_is_registering_once(plugin_on: None) -> None:
     """SGLang loads plugins more than once in some processes."""
     from sglang.srt.speculative.draft_utils import DraftBackendFactory
 
-    methods = [getattr(DraftBackendFactory, name)._musa_ext_original for name in plugin._DRAFT_METHODS]
+    methods = [
+        getattr(DraftBackendFactory, name)._musa_ext_original for name in plugin._DRAFT_METHODS
+    ]
     plugin.register()
-    assert [getattr(DraftBackendFactory, name)._musa_ext_original for name in plugin._DRAFT_METHODS] == methods
+    assert [
+        getattr(DraftBackendFactory, name)._musa_ext_original for name in plugin._DRAFT_METHODS
+    ] == methods
 
 
-# --- upstream's own set-up of a model runner's backends -------------------------------------------------
+# --- upstream's own set-up of a model runner's backends -------------------------------------------
 
 
-def upstream_runner(layers: tuple[int, ...] = (0,), config: Any = None, **arguments: Any) -> tuple[Any, Model]:
+def upstream_runner(
+    layers: tuple[int, ...] = (0,), config: Any = None, **arguments: Any
+) -> tuple[Any, Model]:
     """A runner of upstream's own class, as far as the set-up of attention reads it, and its model.
 
     ``layers`` are the numbers of its attention layers, ``config`` its model's configuration.
@@ -142,7 +168,10 @@ def upstream_runner(layers: tuple[int, ...] = (0,), config: Any = None, **argume
         from sglang.srt.configs.linear_attn_model_registry import get_linear_attn_config
         from sglang.srt.model_executor.model_runner import ModelRunner
 
-    model = Model([attention_layer(index) for index in layers], arguments={"attention_backend": "fa3", **arguments})
+    model = Model(
+        [attention_layer(index) for index in layers],
+        arguments={"attention_backend": "fa3", **arguments},
+    )
     runner = object.__new__(ModelRunner)
     vars(runner).update(vars(model.runner()))
     runner.spec_algorithm = SpeculativeAlgorithm.from_string(None)
@@ -152,7 +181,8 @@ def upstream_runner(layers: tuple[int, ...] = (0,), config: Any = None, **argume
     config = PretrainedConfig() if config is None else config
     config.num_attention_heads = model.layers[0].tp_q_head_num
     runner.model_config.hf_config = runner.model_config.hf_text_config = config
-    # Upstream's own look-up, kept by its runner or, from 0.5.16 on, by its configuration of a model.
+    # Upstream's own look-up, kept by its runner or, from 0.5.16 on, by its configuration of a
+    # model.
     runner.model_config.linear_attn_registry_result = get_linear_attn_config(config)
     runner.model_config.full_attention_layer_ids = getattr(config, "full_attention_layer_ids", None)
     runner._linear_attn_registry_cache = runner.model_config.linear_attn_registry_result
@@ -180,7 +210,9 @@ def test_a_model_runner_gets_ours() -> None:
 @pytest.mark.usefixtures("plugin_on")
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 def test_a_split_of_prefill_and_decode_gets_ours(phase: str) -> None:
-    """``--prefill-attention-backend`` and ``--decode-attention-backend``: the one that says fa3 is ours."""
+    """``--prefill-attention-backend`` and ``--decode-attention-backend``: the one that says fa3 is
+    ours.
+    """
     other = "decode" if phase == "prefill" else "prefill"
     split: dict[str, Any] = {f"{other}_attention_backend": "torch_native"}
     backend, _ = backends_of(upstream_runner(**split)[0])
@@ -193,20 +225,29 @@ def test_a_split_of_prefill_and_decode_gets_ours(phase: str) -> None:
 def test_two_batch_overlap_gets_ours() -> None:
     """``--enable-two-batch-overlap``: the primary and both children."""
     backend, _ = backends_of(upstream_runner(enable_two_batch_overlap=True)[0])
-    assert [type(one) for one in (backend.primary, *backend.children)] == [attention.MusaFA3Backend] * 3
+    assert [type(one) for one in (backend.primary, *backend.children)] == [
+        attention.MusaFA3Backend
+    ] * 3
 
 
 @pytest.mark.usefixtures("plugin_on")
 def test_pd_multiplexing_groups_get_ours() -> None:
-    """``--enable-pdmux``: prefill's backend, and one for each group of multiprocessors that decodes."""
+    """``--enable-pdmux``: prefill's backend, and one for each group of multiprocessors that
+    decodes.
+    """
     backend, groups = backends_of(
-        upstream_runner(enable_pdmux=True, sm_group_num=3, chunked_prefill_size=-1, disable_overlap_schedule=True)[0]
+        upstream_runner(
+            enable_pdmux=True,
+            sm_group_num=3,
+            chunked_prefill_size=-1,
+            disable_overlap_schedule=True,
+        )[0]
     )
     assert [type(one) for one in (backend, *groups)] == [attention.MusaFA3Backend] * 4
     assert len({id(one) for one in (backend, *groups)}) == 4
 
 
-# --- hybrid models --------------------------------------------------------------------------------------
+# --- hybrid models --------------------------------------------------------------------------------
 
 
 class HybridConfig(PretrainedConfig):  # type: ignore[misc]
@@ -239,7 +280,9 @@ def linear_models(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_full_attention_layers_of_a_hybrid_model_run_on_ours(
     interval: int | None, attending: tuple[int, ...], mode: str
 ) -> None:
-    """Upstream's wrapper keeps ours for the layers that attend by softmax, none of which is layer 0."""
+    """Upstream's wrapper keeps ours for the layers that attend by softmax, none of which is layer
+    0.
+    """
     config = HybridConfig()
     config.full_attention_layer_ids = attending
     if interval is not None:
@@ -251,26 +294,34 @@ def test_full_attention_layers_of_a_hybrid_model_run_on_ours(
     requests = model.requests(100, 5, 300)
     with counted(hybrid.full_attn_backend) as counts:
         for _ in range(2):
-            step = model.decode(requests) if mode == "decode" else model.extend(requests, [30, 1, 9])
+            step = (
+                model.decode(requests) if mode == "decode" else model.extend(requests, [30, 1, 9])
+            )
             hybrid.init_forward_metadata(step.batch)
             for number in range(max(attending) + 1):
                 _run_layer(hybrid, model, step, number)
     assert (counts.passes, counts.plans, counts.reuses) == (2, 2, 4)
-    assert hybrid.linear_attn_backend.layers == 2 * [i for i in range(max(attending) + 1) if i not in attending]
+    assert hybrid.linear_attn_backend.layers == 2 * [
+        i for i in range(max(attending) + 1) if i not in attending
+    ]
 
 
 def _run_layer(hybrid: Any, model: Model, step: Any, number: int) -> None:
     """One layer of a hybrid model, its output checked where it attends by softmax."""
     attending = {layer.layer_id: layer for layer in model.layers}
     if number not in attending:
-        hybrid.forward(layer=attention_layer(number), forward_batch=step.batch, q=None, k=None, v=None)
+        hybrid.forward(
+            layer=attention_layer(number), forward_batch=step.batch, q=None, k=None, v=None
+        )
         return
     layer = attending[number]
     inputs = model.inputs(step, layer)
-    model.require(hybrid.forward(layer=layer, forward_batch=step.batch, **inputs), step, layer, inputs)
+    model.require(
+        hybrid.forward(layer=layer, forward_batch=step.batch, **inputs), step, layer, inputs
+    )
 
 
-# --- what is refused ------------------------------------------------------------------------------------
+# --- what is refused ------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("plugin_on")
@@ -300,12 +351,19 @@ def test_fa4_is_refused() -> None:
 
 @pytest.mark.usefixtures("plugin_on")
 def test_the_in_tree_musa_classes_cannot_be_built(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Code that imports upstream's MUSA backend and constructs it is refused as any other foreign one."""
+    """Code that imports upstream's MUSA backend and constructs it is refused as any other foreign
+    one.
+    """
     from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 
     ATTENTION_BACKENDS["fa3"](ready_runner())
     interface: Any = ModuleType("flash_attn_interface")
-    for name in ("flash_attn_varlen_func", "flash_attn_with_kvcache", "get_scheduler_metadata", "flash_attn_func"):
+    for name in (
+        "flash_attn_varlen_func",
+        "flash_attn_with_kvcache",
+        "get_scheduler_metadata",
+        "flash_attn_func",
+    ):
         setattr(interface, name, None)
     monkeypatch.setitem(sys.modules, "flash_attn_interface", interface)
     package = attention.IN_TREE_MODULE.rpartition(".")[0]
@@ -314,7 +372,11 @@ def test_the_in_tree_musa_classes_cannot_be_built(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setitem(sys.modules, name, None)
         del sys.modules[name]
     module = import_module(attention.IN_TREE_MODULE)
-    with pytest.raises(attention.ForeignBackendError, match="MusaFlashAttentionBackend was about to serve"):
+    with pytest.raises(
+        attention.ForeignBackendError, match="MusaFlashAttentionBackend was about to serve"
+    ):
         module.MusaFlashAttentionBackend(ready_runner())
-    with pytest.raises(attention.ForeignBackendError, match="MusaFlashAttentionBackend was about to serve"):
+    with pytest.raises(
+        attention.ForeignBackendError, match="MusaFlashAttentionBackend was about to serve"
+    ):
         module.MusaFlashAttentionMultiStepBackend(ready_runner(**SPEC), 1, 4)

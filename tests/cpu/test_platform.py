@@ -1,6 +1,7 @@
 """The CPU platform and its stand-ins, without an engine.
 
-What changes a process (SGLang's platform, Triton's interpreter, ``sys.modules``) is tried in processes of its own.
+What changes a process (SGLang's platform, Triton's interpreter, ``sys.modules``) is tried in
+processes of its own.
 """
 
 from __future__ import annotations
@@ -42,11 +43,15 @@ def exact_merge(
     """Two softmax numerators over their common denominator, in float64."""
     weight_a, weight_b = s_a.double().exp(), s_b.double().exp()
     total = weight_a + weight_b
-    merged = (v_a.double() * weight_a[..., None] + v_b.double() * weight_b[..., None]) / total[..., None]
+    merged = (v_a.double() * weight_a[..., None] + v_b.double() * weight_b[..., None]) / total[
+        ..., None
+    ]
     return merged, total.log()
 
 
-def states(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def states(
+    dtype: torch.dtype = torch.float32,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Outputs ``(5, 3, 8)`` and log-sum-exp ``(5, 3)`` of two attentions, drawn at random."""
     generator = torch.Generator().manual_seed(0)
     outputs = torch.randn(2, 5, 3, 8, generator=generator).to(dtype)
@@ -98,7 +103,11 @@ def test_merging_writes_where_it_is_told() -> None:
 def only_ours(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """A copy of ``sys.modules`` without the libraries we stand in for; the original comes back."""
     libraries = ("sgl_kernel", "torchvision")
-    kept = {name: module for name, module in sys.modules.items() if name.partition(".")[0] not in libraries}
+    kept = {
+        name: module
+        for name, module in sys.modules.items()
+        if name.partition(".")[0] not in libraries
+    }
     monkeypatch.setattr(sys, "modules", kept)
     return monkeypatch
 
@@ -112,15 +121,21 @@ def test_a_library_that_can_be_imported_is_left_alone(only_ours: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("name", ["sgl_kernel", "torchvision"])
-def test_a_missing_library_gets_modules_that_can_be_probed(only_ours: pytest.MonkeyPatch, name: str) -> None:
+def test_a_missing_library_gets_modules_that_can_be_probed(
+    only_ours: pytest.MonkeyPatch, name: str
+) -> None:
     """The stand-in has a spec, so that looking for the library does not raise."""
     only_ours.setattr(importlib.util, "find_spec", lambda name: None)
     stand_ins.install_missing_modules()
     assert sys.modules[name].__spec__ is not None
 
 
-@pytest.mark.parametrize(("module", "name"), [("sgl_kernel", "scalar_type"), ("sgl_kernel.flash_attn", "flash_mla")])
-def test_a_stand_in_has_only_what_it_provides(only_ours: pytest.MonkeyPatch, module: str, name: str) -> None:
+@pytest.mark.parametrize(
+    ("module", "name"), [("sgl_kernel", "scalar_type"), ("sgl_kernel.flash_attn", "flash_mla")]
+)
+def test_a_stand_in_has_only_what_it_provides(
+    only_ours: pytest.MonkeyPatch, module: str, name: str
+) -> None:
     """SGLang probes for optional names, which must be missing."""
     only_ours.setattr(importlib.util, "find_spec", lambda name: None)
     stand_ins.install_missing_modules()
@@ -130,7 +145,9 @@ def test_a_stand_in_has_only_what_it_provides(only_ours: pytest.MonkeyPatch, mod
 def test_an_absent_function_says_what_to_do() -> None:
     """A function that exists for its import alone refuses by name."""
     transfer = stand_ins.sgl_kernel_modules()["sgl_kernel.kvcacheio"]["transfer_kv_direct"]
-    with pytest.raises(NotImplementedError, match=r"sgl_kernel\.transfer_kv_direct .* Install a sgl_kernel"):
+    with pytest.raises(
+        NotImplementedError, match=r"sgl_kernel\.transfer_kv_direct .* Install a sgl_kernel"
+    ):
         transfer(1, page=2)
 
 
@@ -216,7 +233,9 @@ import kernels, torch
         ("fast_logf", torch.log),
     ],
 )
-def test_libdevice_computes_what_torch_computes(libdevice: dict[str, list[float]], name: str, function: Any) -> None:
+def test_libdevice_computes_what_torch_computes(
+    libdevice: dict[str, list[float]], name: str, function: Any
+) -> None:
     """Each function of libdevice that the interpreter lacks equals PyTorch's."""
     x = torch.tensor(libdevice["x"])
     positive = name in ("log", "fast_logf", "sqrt", "log1p")
@@ -226,7 +245,9 @@ def test_libdevice_computes_what_torch_computes(libdevice: dict[str, list[float]
 
 @pytest.fixture(scope="module")
 def libdevice() -> dict[str, list[float]]:
-    """Eight arguments ``x``, and what an interpreted kernel makes of them (of their magnitudes for logs and roots)."""
+    """Eight arguments ``x``, and what an interpreted kernel makes of them (of their magnitudes for
+    logs and roots).
+    """
     code = """
     x = torch.tensor([-2.5, -1.5, -0.7, 0.5, 0.3, 1.5, 2.5, 3.25])
     found = {"x": x.tolist()}
@@ -242,7 +263,9 @@ def libdevice() -> dict[str, list[float]]:
 
 
 def test_tritons_own_functions_are_interpreted() -> None:
-    """``tl.sum`` and ``tl.cdiv`` work although Triton was imported before the platform was asked for."""
+    """``tl.sum`` and ``tl.cdiv`` work although Triton was imported before the platform was asked
+    for.
+    """
     code = """
     out = torch.empty(1)
     kernels.total[(1,)](torch.arange(8.0), out, 8)
@@ -323,15 +346,20 @@ def platform_facts() -> dict[str, Any]:
         ("algorithms", [True, True, False]),
     ],
 )
-def test_sglang_finds_a_cpu_outside_its_tree(platform_facts: dict[str, Any], fact: str, expected: Any) -> None:
+def test_sglang_finds_a_cpu_outside_its_tree(
+    platform_facts: dict[str, Any], fact: str, expected: Any
+) -> None:
     """The platform answers SGLang's questions with the CPU and SGLang's own pools."""
     assert platform_facts[fact] == expected
 
 
 @pytest.mark.parametrize(
-    ("name", "expected"), [("attention_backend", "fa3"), ("page_size", 64), ("disable_cuda_graph", True)]
+    ("name", "expected"),
+    [("attention_backend", "fa3"), ("page_size", 64), ("disable_cuda_graph", True)],
 )
-def test_open_arguments_get_the_platforms_defaults(platform_facts: dict[str, Any], name: str, expected: Any) -> None:
+def test_open_arguments_get_the_platforms_defaults(
+    platform_facts: dict[str, Any], name: str, expected: Any
+) -> None:
     """What the user left to SGLang is chosen for FA3 on a CPU."""
     assert platform_facts["defaults"]["open"][name] == expected
 
@@ -342,7 +370,9 @@ def test_the_users_arguments_win(platform_facts: dict[str, Any]) -> None:
 
 
 def test_speculative_decoding_takes_the_kernels_of_musa(platform_facts: dict[str, Any]) -> None:
-    """Every module of this release that chooses among known devices takes the way that leads to the stand-ins."""
+    """Every module of this release that chooses among known devices takes the way that leads to the
+    stand-ins.
+    """
     assert platform_facts["kernels_of_musa"]
     assert all(platform_facts["kernels_of_musa"])
     assert set(platform_facts["trees"]) == {"sglang_musa_ext.cpu.trees"}
@@ -369,10 +399,15 @@ def test_sglangs_choice_for_arm_is_pointed_out(machine: str, warned: bool) -> No
     platform.apply_server_args_defaults(arguments)
     print(json.dumps([arguments.attention_backend, any("--attention-backend fa3" in line for line in said)]))
     """
-    assert run_python(PLATFORM + textwrap.dedent(code), UNDER_THE_PLATFORM) == ["torch_native", warned]
+    assert run_python(PLATFORM + textwrap.dedent(code), UNDER_THE_PLATFORM) == [
+        "torch_native",
+        warned,
+    ]
 
 
-@pytest.mark.skipif(importlib.util.find_spec("sgl_kernel") is not None, reason="sgl_kernel is installed")
+@pytest.mark.skipif(
+    importlib.util.find_spec("sgl_kernel") is not None, reason="sgl_kernel is installed"
+)
 def test_the_stand_in_of_sgl_kernel_is_what_sglang_imports(platform_facts: dict[str, Any]) -> None:
     """Under the platform, where ``sgl_kernel`` is missing, ours is imported."""
     assert "Stand-in" in platform_facts["sgl_kernel"]

@@ -24,7 +24,9 @@ class Tree:
 
     def children(self, node: int) -> list[int]:
         """In the order of their numbers."""
-        return [other for other, path in enumerate(self.paths) if path and path[:-1] == self.paths[node]]
+        return [
+            other for other, path in enumerate(self.paths) if path and path[:-1] == self.paths[node]
+        ]
 
     def sees(self, node: int, other: int) -> bool:
         """Whether ``other`` is on the way from the root to ``node``."""
@@ -34,7 +36,9 @@ class Tree:
 
 @dataclass(frozen=True)
 class Beam:
-    """What a beam search gives: the trees of its requests, and the numbers by which it speaks of them."""
+    """What a beam search gives: the trees of its requests, and the numbers by which it speaks of
+    them.
+    """
 
     trees: list[Tree]
     parent_list: torch.Tensor
@@ -42,11 +46,14 @@ class Beam:
 
 
 def beam(topk: int, depth: int, n: int, requests: int, seed: int) -> Beam:
-    """A search that keeps ``topk`` of its candidates at each step at random, and ``n - 1`` of all in the end."""
+    """A search that keeps ``topk`` of its candidates at each step at random, and ``n - 1`` of all
+    in the end.
+    """
     choose = random.Random(seed)
     trees, parent_lists, selections = [], [], []
     for _ in range(requests):
-        # Candidates in the order in which the search meets them; a group's are the children of one that it kept.
+        # Candidates in the order in which the search meets them; a group's are the children of one
+        # that it kept.
         paths: list[tuple[int, ...]] = [(choice,) for choice in range(topk)]
         parents, kept = [-1], list(range(topk))
         for _ in range(depth - 1):
@@ -56,7 +63,11 @@ def beam(topk: int, depth: int, n: int, requests: int, seed: int) -> Beam:
             kept = sorted(choose.sample(range(first, len(paths)), topk))
         selected: list[int] = []
         while len(selected) < min(n - 1, len(paths)):
-            below = [c for c in range(len(paths)) if c not in selected and _has_parent(c, paths, selected)]
+            below = [
+                c
+                for c in range(len(paths))
+                if c not in selected and _has_parent(c, paths, selected)
+            ]
             selected.append(choose.choice(below))
         selected.sort()
         trees.append(Tree(((), *(paths[candidate] for candidate in selected))))
@@ -88,11 +99,21 @@ class Links:
         return self.positions, self.index, self.first_child, self.next_sibling
 
 
-def built(search: Beam, lengths: torch.Tensor, topk: int, depth: int, mask: torch.Tensor, mode: int) -> Links:
+def built(
+    search: Beam, lengths: torch.Tensor, topk: int, depth: int, mask: torch.Tensor, mode: int
+) -> Links:
     n = search.selected_index.shape[1] + 1
     links = Links.empty(len(search.trees), n)
     cpu_trees.build_tree_kernel_efficient(
-        search.parent_list, search.selected_index, lengths, mask, *links.arguments(), topk, depth, n, mode
+        search.parent_list,
+        search.selected_index,
+        lengths,
+        mask,
+        *links.arguments(),
+        topk,
+        depth,
+        n,
+        mode,
     )
     return links
 
@@ -118,11 +139,22 @@ def linked(links: Links, request: int, node: int) -> list[int]:
 
 @pytest.mark.parametrize(("topk", "depth", "n"), SHAPES)
 @pytest.mark.parametrize("seed", range(3))
-def test_links_and_positions_are_those_of_the_search(topk: int, depth: int, n: int, seed: int) -> None:
-    """The children of each node are found in the order of their numbers, and positions count the steps."""
+def test_links_and_positions_are_those_of_the_search(
+    topk: int, depth: int, n: int, seed: int
+) -> None:
+    """The children of each node are found in the order of their numbers, and positions count the
+    steps.
+    """
     search, lengths = beam(topk, depth, n, requests=3, seed=seed), torch.tensor([5, 0, 9])
     n = len(search.trees[0].paths)
-    links = built(search, lengths, topk, depth, torch.ones(3 * n * n, dtype=torch.bool), cpu_trees.MASK_OF_DRAFT)
+    links = built(
+        search,
+        lengths,
+        topk,
+        depth,
+        torch.ones(3 * n * n, dtype=torch.bool),
+        cpu_trees.MASK_OF_DRAFT,
+    )
     assert_links_are(links, search.trees, lengths)
 
 
@@ -173,7 +205,9 @@ def test_a_draft_of_one_step_has_no_parents() -> None:
 def test_a_packed_mask_is_refused() -> None:
     """A mask of bits is refused by name before anything is written."""
     with pytest.raises(NotImplementedError, match="mode 2"):
-        built(beam(2, 2, 4, 1, 0), torch.tensor([3]), 2, 2, torch.ones(16, dtype=torch.bool), mode=2)
+        built(
+            beam(2, 2, 4, 1, 0), torch.tensor([3]), 2, 2, torch.ones(16, dtype=torch.bool), mode=2
+        )
 
 
 @pytest.mark.parametrize(("topk", "depth", "n"), SHAPES)
@@ -181,7 +215,9 @@ def test_links_follow_from_a_mask(topk: int, depth: int, n: int) -> None:
     """A tree's mask alone gives its links and positions, whatever the buffers held."""
     search, lengths = beam(topk, depth, n, requests=3, seed=2), torch.tensor([5, 0, 9])
     n = len(search.trees[0].paths)
-    mask = torch.tensor([tree.sees(i, j) for tree in search.trees for i in range(n) for j in range(n)])
+    mask = torch.tensor(
+        [tree.sees(i, j) for tree in search.trees for i in range(n) for j in range(n)]
+    )
     links = Links(*(torch.full_like(tensor, 3) for tensor in Links.empty(3, n).arguments()))
     cpu_trees.reconstruct_indices_from_tree_mask(mask, lengths, *links.arguments(), 3, n)
     assert_links_are(links, search.trees, lengths)
@@ -206,7 +242,9 @@ class Verified:
 
 
 def verify(trees: list[Tree], choices: list[Choice], most: int) -> Verified:
-    """Verify ``trees`` whose tokens are the last choices of their paths, against a target that chooses by path."""
+    """Verify ``trees`` whose tokens are the last choices of their paths, against a target that
+    chooses by path.
+    """
     n = len(trees[0].paths)
     links = Links.empty(len(trees), n)
     mask = torch.tensor([tree.sees(i, j) for tree in trees for i in range(n) for j in range(n)])
@@ -222,12 +260,17 @@ def verify(trees: list[Tree], choices: list[Choice], most: int) -> Verified:
         predicts=result.predicts,
         accept_index=result.accepted,
         accept_token_num=result.count,
-        candidates=torch.tensor([[path[-1] if path else 99 for path in tree.paths] for tree in trees]),
+        candidates=torch.tensor(
+            [[path[-1] if path else 99 for path in tree.paths] for tree in trees]
+        ),
         retrive_index=links.index,
         retrive_next_token=links.first_child,
         retrive_next_sibling=links.next_sibling,
         target_predict=torch.tensor(
-            [[choose(path) for path in tree.paths] for tree, choose in zip(trees, choices, strict=True)]
+            [
+                [choose(path) for path in tree.paths]
+                for tree, choose in zip(trees, choices, strict=True)
+            ]
         ),
     )
     return result
@@ -236,10 +279,16 @@ def verify(trees: list[Tree], choices: list[Choice], most: int) -> Verified:
 @pytest.mark.parametrize("most", [2, 5])
 @pytest.mark.parametrize(("topk", "depth", "n"), SHAPES)
 @pytest.mark.parametrize("seed", range(5))
-def test_the_longest_way_of_the_target_is_accepted(topk: int, depth: int, n: int, most: int, seed: int) -> None:
-    """Accepted is the longest path of the tree that the target itself would have generated, up to the limit."""
+def test_the_longest_way_of_the_target_is_accepted(
+    topk: int, depth: int, n: int, most: int, seed: int
+) -> None:
+    """Accepted is the longest path of the tree that the target itself would have generated, up to
+    the limit.
+    """
     trees = beam(topk, depth, n, requests=3, seed=seed).trees
-    choices: list[Choice] = [partial(arbitrary_choice, topk, f"{seed} {request}") for request in range(len(trees))]
+    choices: list[Choice] = [
+        partial(arbitrary_choice, topk, f"{seed} {request}") for request in range(len(trees))
+    ]
     result = verify(trees, choices, most)
     for request, (tree, choose) in enumerate(zip(trees, choices, strict=True)):
         generated: tuple[int, ...] = ()
@@ -249,12 +298,18 @@ def test_the_longest_way_of_the_target_is_accepted(topk: int, depth: int, n: int
             way.append(tree.paths.index(generated))
         n = len(tree.paths)
         assert result.count[request] == len(way) - 1
-        assert result.accepted[request].tolist() == [request * n + node for node in way] + [-1] * (most - len(way))
-        assert [int(result.predicts[request * n + node]) for node in way] == [choose(tree.paths[node]) for node in way]
+        assert result.accepted[request].tolist() == [request * n + node for node in way] + [-1] * (
+            most - len(way)
+        )
+        assert [int(result.predicts[request * n + node]) for node in way] == [
+            choose(tree.paths[node]) for node in way
+        ]
 
 
 def test_nothing_is_predicted_off_the_way() -> None:
-    """Predictions of nodes that were not accepted are left alone, for SGLang reads them through accepted nodes only."""
+    """Predictions of nodes that were not accepted are left alone, for SGLang reads them through
+    accepted nodes only.
+    """
     tree = Tree(((), (0,), (1,), (1, 0)))
     result = verify([tree], [lambda path: 1], most=4)
     assert result.predicts.tolist() == [1, -9, 1, -9, -9]

@@ -1,4 +1,6 @@
-"""The doctor, on stand-in machines: folders of packages with the vendor's names, versions and wheel tags."""
+"""The doctor, on stand-in machines: folders of packages with the vendor's names, versions and wheel
+tags.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,15 @@ from typing import Any
 import pytest
 
 from sglang_musa_ext import doctor, upstream
-from sglang_musa_ext.doctor import CHECKS, Check, CheckResult, Status, Surroundings, main, run_checks
+from sglang_musa_ext.doctor import (
+    CHECKS,
+    Check,
+    CheckResult,
+    Status,
+    Surroundings,
+    main,
+    run_checks,
+)
 
 BY_NAME = {check.name: check for check in CHECKS}
 TORCH = """
@@ -37,7 +47,10 @@ class Machine:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.environ: dict[str, str] = {"PATH": str(folder / "bin"), "MUSA_HOME": str(folder / "musa")}
+        self.environ: dict[str, str] = {
+            "PATH": str(folder / "bin"),
+            "MUSA_HOME": str(folder / "musa"),
+        }
 
     def write(self, path: str, text: str = "") -> None:
         """Write a file of the machine."""
@@ -46,7 +59,13 @@ class Machine:
         target.write_text(text)
         importlib.invalidate_caches()
 
-    def install(self, name: str, version: str, files: dict[str, str] | None = None, tag: str = "py3-none-any") -> None:
+    def install(
+        self,
+        name: str,
+        version: str,
+        files: dict[str, str] | None = None,
+        tag: str = "py3-none-any",
+    ) -> None:
         """Install a distribution with its files, in place of another version of it."""
         self.uninstall(name)
         info = f"{name.replace('-', '_')}-{version}.dist-info"
@@ -54,7 +73,10 @@ class Machine:
             self.write(path, text)
         self.write(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
         self.write(f"{info}/WHEEL", f"Wheel-Version: 1.0\nTag: {tag}\n")
-        self.write(f"{info}/RECORD", "".join(f"{path},,\n" for path in [*(files or {}), f"{info}/METADATA"]))
+        self.write(
+            f"{info}/RECORD",
+            "".join(f"{path},,\n" for path in [*(files or {}), f"{info}/METADATA"]),
+        )
 
     def uninstall(self, name: str) -> None:
         """Remove the distribution's metadata."""
@@ -78,7 +100,8 @@ class Machine:
 @pytest.fixture
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
     """A machine with nothing of the vendor's on it."""
-    # What other tests have imported would be found where it was imported from, and not on this machine's path.
+    # What other tests have imported would be found where it was imported from, and not on this
+    # machine's path.
     for name in ("sglang", "triton"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -87,7 +110,9 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
 
 @pytest.fixture
 def musa(machine: Machine) -> Machine:
-    """A machine with a complete stack for MUSA, of the torch that the installed SGLang is released with."""
+    """A machine with a complete stack for MUSA, of the torch that the installed SGLang is released
+    with.
+    """
     torch = f"{doctor._pinned_torch()}.post2+musa5.2.0"
     machine.install("torch", torch, {"torch/__init__.py": TORCH})
     machine.install("torch_musa", torch, {"torch_musa/__init__.py": ""})
@@ -95,7 +120,9 @@ def musa(machine: Machine) -> Machine:
     machine.install("torchvision", "0.26.0.post2+musa5.2.0")
     machine.install("apache-tvm-ffi", "0.1.11.post1+musa.1")
     machine.install("deep-gemm", "0.2.7+musa")
-    machine.install("triton", "3.2.0", {"triton/__init__.py": "", "triton/backends/mtgpu/driver.py": ""})
+    machine.install(
+        "triton", "3.2.0", {"triton/__init__.py": "", "triton/backends/mtgpu/driver.py": ""}
+    )
     files = dict.fromkeys(("mate/__init__.py", "mate/mha_interface.py", "mate/jit/__init__.py"), "")
     machine.install("mate", "0.2.7", files)
     machine.install("flash_attn_3", "0.2.7+musa", {"flash_attn_interface.py": "import mate\n"})
@@ -105,10 +132,13 @@ def musa(machine: Machine) -> Machine:
 
 
 def change_devices(machine: Machine, devices: str) -> None:
-    machine.write("torch/__init__.py", TORCH.replace('[("MTT S5000", (3, 1), 60 << 30, 80 << 30)]', devices))
+    machine.write(
+        "torch/__init__.py", TORCH.replace('[("MTT S5000", (3, 1), 60 << 30, 80 << 30)]', devices)
+    )
 
 
-# The checks, each on a machine with one thing wrong ------------------------------------------------------
+# The checks, each on a machine with one thing wrong
+# ------------------------------------------------------
 
 
 @pytest.mark.parametrize("check", [name for name in BY_NAME if name != "python"])
@@ -127,7 +157,12 @@ WRONG: dict[str, tuple[str, Status, Change, list[str]]] = {
         ["mthreads-gmi"],
     ),
     "driver broken": ("driver", Status.FAIL, lambda m: m.tool("exit 9"), ["status 9"]),
-    "driver tool crashes": ("driver", Status.FAIL, lambda m: m.tool("kill -9 $$"), ["mthreads-gmi"]),
+    "driver tool crashes": (
+        "driver",
+        Status.FAIL,
+        lambda m: m.tool("kill -9 $$"),
+        ["mthreads-gmi"],
+    ),
     "toolkit too old": (
         "toolkit",
         Status.FAIL,
@@ -140,8 +175,18 @@ WRONG: dict[str, tuple[str, Status, Change, list[str]]] = {
         lambda m: m.write("musa/include/musa.h", "#define MUSA_VERSION 40306\n"),
         ["4.3.6", "chunks"],
     ),
-    "toolkit missing": ("toolkit", Status.WARN, lambda m: m.environ.update(MUSA_HOME="/nowhere"), ["/nowhere"]),
-    "toolkit unreadable": ("toolkit", Status.WARN, lambda m: m.write("musa/include/musa.h", "\n"), ["musa.h"]),
+    "toolkit missing": (
+        "toolkit",
+        Status.WARN,
+        lambda m: m.environ.update(MUSA_HOME="/nowhere"),
+        ["/nowhere"],
+    ),
+    "toolkit unreadable": (
+        "toolkit",
+        Status.WARN,
+        lambda m: m.write("musa/include/musa.h", "\n"),
+        ["musa.h"],
+    ),
     "no device": ("device", Status.FAIL, lambda m: change_devices(m, "[]"), ["no device"]),
     "old device": (
         "device",
@@ -167,7 +212,12 @@ WRONG: dict[str, tuple[str, Status, Change, list[str]]] = {
         lambda m: m.write("torch_musa/__init__.py", "raise OSError('libmusa.so: cannot open')\n"),
         ["libmusa.so"],
     ),
-    "another torch": ("torch", Status.FAIL, lambda m: m.install("torch", "2.7.0+musa5.2.0"), ["different releases"]),
+    "another torch": (
+        "torch",
+        Status.FAIL,
+        lambda m: m.install("torch", "2.7.0+musa5.2.0"),
+        ["different releases"],
+    ),
     "public torch": (
         "torch",
         Status.FAIL,
@@ -177,7 +227,9 @@ WRONG: dict[str, tuple[str, Status, Change, list[str]]] = {
     "public triton": (
         "triton",
         Status.FAIL,
-        lambda m: (m.folder / "triton/backends/mtgpu/driver.py").rename(m.folder / "triton/driver.py"),  # type: ignore[dict-item]
+        lambda m: (m.folder / "triton/backends/mtgpu/driver.py").rename(
+            m.folder / "triton/driver.py"
+        ),  # type: ignore[dict-item]
         ["none for MUSA"],
     ),
     "squatting mate": (
@@ -252,7 +304,12 @@ WRONG: dict[str, tuple[str, Status, Change, list[str]]] = {
         lambda m: m.environ.update(SGLANG_PLATFORM="kunlun"),
         ["SGLANG_PLATFORM=kunlun"],
     ),
-    "off": ("plugin", Status.WARN, lambda m: m.environ.update(SGLANG_MUSA_EXT="off"), ["SGLANG_MUSA_EXT=off"]),
+    "off": (
+        "plugin",
+        Status.WARN,
+        lambda m: m.environ.update(SGLANG_MUSA_EXT="off"),
+        ["SGLANG_MUSA_EXT=off"],
+    ),
     "guard turned off": (
         "plugin",
         Status.WARN,
@@ -263,7 +320,9 @@ WRONG: dict[str, tuple[str, Status, Change, list[str]]] = {
 
 
 @pytest.mark.parametrize(("check", "status", "change", "parts"), WRONG.values(), ids=WRONG)
-def test_what_is_wrong_is_found(musa: Machine, check: str, status: Status, change: Change, parts: list[str]) -> None:
+def test_what_is_wrong_is_found(
+    musa: Machine, check: str, status: Status, change: Change, parts: list[str]
+) -> None:
     """One change to a complete machine is found, named, and has a next step."""
     change(musa)
     result = musa.ask(check)
@@ -310,10 +369,13 @@ def test_a_squatting_mate_is_mentioned_where_it_does_no_harm_yet(machine: Machin
 def test_the_cpu_platform_needs_no_device(machine: Machine) -> None:
     """The reference platform passes without anything of the vendor's."""
     machine.environ["SGLANG_PLATFORM"] = "musa_reference"
-    assert {check: machine.ask(check).status for check in BY_NAME} == dict.fromkeys(BY_NAME, Status.PASS)
+    assert {check: machine.ask(check).status for check in BY_NAME} == dict.fromkeys(
+        BY_NAME, Status.PASS
+    )
 
 
-# SGLang --------------------------------------------------------------------------------------------------
+# SGLang
+# --------------------------------------------------------------------------------------------------
 
 
 def release_folder(machine: Machine, version: str) -> None:
@@ -332,8 +394,12 @@ def release_folder(machine: Machine, version: str) -> None:
         ("nonsense", Status.FAIL, "nonsense"),
     ],
 )
-def test_a_release_of_sglang_is_judged(machine: Machine, version: str, status: Status, part: str) -> None:
-    """Too old is a failure, tested passes, newer is a warning, and what cannot be read is a failure."""
+def test_a_release_of_sglang_is_judged(
+    machine: Machine, version: str, status: Status, part: str
+) -> None:
+    """Too old is a failure, tested passes, newer is a warning, and what cannot be read is a
+    failure.
+    """
     release_folder(machine, version)
     result = machine.ask("sglang")
     assert result.status is status
@@ -341,7 +407,9 @@ def test_a_release_of_sglang_is_judged(machine: Machine, version: str, status: S
 
 
 def test_a_release_without_what_is_relied_on(machine: Machine) -> None:
-    """A SGLang of a good version with nothing in it fails the contract, with every difference in the details."""
+    """A SGLang of a good version with nothing in it fails the contract, with every difference in
+    the details.
+    """
     release_folder(machine, upstream.NEWEST)
     result = machine.ask("contract")
     assert result.status is Status.FAIL
@@ -352,10 +420,15 @@ def test_sglang_may_be_missing(machine: Machine, monkeypatch: pytest.MonkeyPatch
     """Without SGLang its checks fail, and no other raises."""
     monkeypatch.setattr(upstream, "find_package", lambda *_: None)
     statuses = {check: machine.ask(check).status for check in BY_NAME}
-    assert {name for name, status in statuses.items() if status is Status.FAIL} == {"sglang", "contract"}
+    assert {name for name, status in statuses.items() if status is Status.FAIL} == {
+        "sglang",
+        "contract",
+    }
 
 
-def test_a_checkout_on_the_search_path_is_no_installation(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkout_on_the_search_path_is_no_installation(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Without entry points SGLang cannot find the plugin, however importable it is."""
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda **_: [])
     result = machine.ask("plugin")
@@ -371,7 +444,8 @@ def test_settings_say_where_they_come_from(machine: Machine) -> None:
     assert settings["SGLANG_MUSA_EXT_MLA_WORKSPACE_MB"] == {"value": 1, "source": "default"}
 
 
-# Command lines -------------------------------------------------------------------------------------------
+# Command lines
+# -------------------------------------------------------------------------------------------
 
 REFERENCE = {"SGLANG_PLATFORM": "musa_reference"}
 
@@ -380,15 +454,27 @@ REFERENCE = {"SGLANG_PLATFORM": "musa_reference"}
     ("command", "expected"),
     [
         ([], {"prefill attention": "fa3", "decode attention": "fa3", "page size": 64}),
-        (["--attention-backend", "fa3", "--page-size=16"], {"decode attention": "fa3", "page size": 16}),
-        (["--attention-backend", "triton"], {"prefill attention": "triton", "decode attention": "triton"}),
-        (["--decode-attention-backend", "triton"], {"prefill attention": "fa3", "decode attention": "triton"}),
+        (
+            ["--attention-backend", "fa3", "--page-size=16"],
+            {"decode attention": "fa3", "page size": 16},
+        ),
+        (
+            ["--attention-backend", "triton"],
+            {"prefill attention": "triton", "decode attention": "triton"},
+        ),
+        (
+            ["--decode-attention-backend", "triton"],
+            {"prefill attention": "fa3", "decode attention": "triton"},
+        ),
         (["--speculative-draft-attention-backend", "fa3"], {"draft attention": "fa3"}),
     ],
 )
 @pytest.mark.parametrize("machine_name", ["musa", "reference"])
 def test_a_command_line_is_resolved(
-    request: pytest.FixtureRequest, command: list[str], expected: dict[str, object], machine_name: str
+    request: pytest.FixtureRequest,
+    command: list[str],
+    expected: dict[str, object],
+    machine_name: str,
 ) -> None:
     """What is named wins; the rest are the defaults of MUSA and of the CPU platform."""
     machine: Machine = request.getfixturevalue("musa" if machine_name == "musa" else "machine")
@@ -404,13 +490,19 @@ def test_a_command_line_is_resolved(
         (["--attention-backend", "fa4"], Status.FAIL, "fa4"),
         (["--attention-backend", "triton"], Status.WARN, "would not be used"),
         (["--kv-cache-dtype", "fp8_e4m3", "--attention-backend", "fa3"], Status.FAIL, "fp8"),
-        (["--kv-cache-dtype", "fp8_e4m3"], Status.WARN, "MATE cannot read --kv-cache-dtype fp8_e4m3"),
+        (
+            ["--kv-cache-dtype", "fp8_e4m3"],
+            Status.WARN,
+            "MATE cannot read --kv-cache-dtype fp8_e4m3",
+        ),
         (["--dtype", "float32"], Status.WARN, "MATE cannot read --dtype float32"),
         (["--page-size", "many"], Status.FAIL, "page-size"),
         (["--page-size", "32"], Status.PASS, "page size 32"),
     ],
 )
-def test_a_command_line_that_cannot_serve(musa: Machine, options: list[str], status: Status, part: str) -> None:
+def test_a_command_line_that_cannot_serve(
+    musa: Machine, options: list[str], status: Status, part: str
+) -> None:
     """What the kernels or the plugin would refuse is refused here."""
     result = musa.ask("command", *options)
     assert result.status is status
@@ -426,8 +518,12 @@ def test_a_command_line_that_cannot_serve(musa: Machine, options: list[str], sta
         (None, [], Status.PASS),
     ],
 )
-def test_mla_models_take_one_page_size(musa: Machine, rank: int | None, options: list[str], status: Status) -> None:
-    """A model on this machine says itself whether it is MLA, which takes pages of 64, or gets no fa3 by default."""
+def test_mla_models_take_one_page_size(
+    musa: Machine, rank: int | None, options: list[str], status: Status
+) -> None:
+    """A model on this machine says itself whether it is MLA, which takes pages of 64, or gets no
+    fa3 by default.
+    """
     musa.write("model/config.json", json.dumps({"kv_lora_rank": rank}))
     model = str(musa.folder / "model")
     assert musa.ask("command", "--model", model, "--page-size", "32", *options).status is status
@@ -442,7 +538,10 @@ def test_the_defaults_are_the_plugins() -> None:
 def test_kernels_on_a_foreign_device_bring_no_defaults(machine: Machine) -> None:
     """For validation on another device SGLang chooses as ever, and fa3 has to be named."""
     machine.environ |= {"SGLANG_MUSA_EXT": "on", "SGLANG_MUSA_EXT_KERNELS": "reference"}
-    assert machine.ask("command", "--model", "m").details["decode attention"]["value"] == "SGLang's choice"
+    assert (
+        machine.ask("command", "--model", "m").details["decode attention"]["value"]
+        == "SGLang's choice"
+    )
     assert machine.ask("command", "--attention-backend", "fa3").status is Status.PASS
 
 
@@ -453,7 +552,8 @@ def test_without_a_device_nothing_is_promised(machine: Machine) -> None:
     assert result.details["decode attention"]["value"] == "SGLang's choice"
 
 
-# The report ----------------------------------------------------------------------------------------------
+# The report
+# ----------------------------------------------------------------------------------------------
 
 
 def give_up(_: Surroundings) -> CheckResult:
@@ -464,7 +564,9 @@ def trip(_: Surroundings) -> CheckResult:
     raise ZeroDivisionError("by nothing")
 
 
-@pytest.mark.parametrize(("probe", "part"), [(trip, "ZeroDivisionError: by nothing"), (give_up, "SystemExit: 3")])
+@pytest.mark.parametrize(
+    ("probe", "part"), [(trip, "ZeroDivisionError: by nothing"), (give_up, "SystemExit: 3")]
+)
 def test_a_failing_probe_is_a_result(probe: Any, part: str) -> None:
     """Whatever a probe raises, the others are asked too."""
     results = run_checks(Surroundings({}), [Check("bad", "?", probe), BY_NAME["command"]])
@@ -482,20 +584,26 @@ def test_a_device_that_hangs_is_a_result(musa: Machine, monkeypatch: pytest.Monk
     assert "TimeoutExpired" in result.finding
 
 
-@pytest.mark.parametrize("statuses", [["pass"], ["pass", "warn"], ["warn", "fail", "pass"], ["fail"]])
+@pytest.mark.parametrize(
+    "statuses", [["pass"], ["pass", "warn"], ["warn", "fail", "pass"], ["fail"]]
+)
 def test_the_exit_code_is_the_worst_of_all(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], statuses: list[str]
 ) -> None:
     """0: all passed; 1: a warning; 2: a failure."""
     probes = [lambda _, s=status: CheckResult(Status(s), "seen", "do this") for status in statuses]
-    monkeypatch.setattr(doctor.run_checks, "__defaults__", ([Check("c", "?", probe) for probe in probes],))
+    monkeypatch.setattr(
+        doctor.run_checks, "__defaults__", ([Check("c", "?", probe) for probe in probes],)
+    )
     assert main([]) == (2 if "fail" in statuses else 1 if "warn" in statuses else 0)
     assert capsys.readouterr().out.count("-> do this") == len(statuses)
 
 
 def test_every_check_has_its_row_and_stays_in_width() -> None:
     """The text has a row a check, each with its verdict, and no line is longer than asked for."""
-    results = [CheckResult(Status.WARN, "word " * 60, "step " * 60, name=check.name) for check in CHECKS]
+    results = [
+        CheckResult(Status.WARN, "word " * 60, "step " * 60, name=check.name) for check in CHECKS
+    ]
     lines = doctor.as_text(results, 80).splitlines()
     assert [line.split()[1] for line in lines if line.startswith("WARN")] == list(BY_NAME)
     assert max(map(len, lines)) <= 80
@@ -505,7 +613,17 @@ def test_every_check_has_its_row_and_stays_in_width() -> None:
 def report() -> tuple[dict[str, Any], float, int]:
     """The JSON of the doctor's own process here, the seconds it took, and its exit code."""
     environment = {**os.environ, "SGLANG_PLATFORM": "musa_reference"}
-    command = [sys.executable, "-X", "importtime", "-m", "sglang_musa_ext.doctor", "--json", "--", "--page-size", "64"]
+    command = [
+        sys.executable,
+        "-X",
+        "importtime",
+        "-m",
+        "sglang_musa_ext.doctor",
+        "--json",
+        "--",
+        "--page-size",
+        "64",
+    ]
     start = time.monotonic()
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     seconds = time.monotonic() - start
@@ -515,7 +633,9 @@ def report() -> tuple[dict[str, Any], float, int]:
 
 
 def test_the_report_is_json(report: tuple[dict[str, Any], float, int]) -> None:
-    """Programs get every check with its status, finding and next step, and the releases that are supported."""
+    """Programs get every check with its status, finding and next step, and the releases that are
+    supported.
+    """
     found, _, code = report
     assert [check["name"] for check in found["checks"]] == list(BY_NAME)
     assert {"status", "finding", "next_step", "details"} <= set(found["checks"][0])
@@ -534,4 +654,6 @@ def test_help_says_what_the_exit_codes_mean(capsys: pytest.CaptureFixture[str]) 
     """The help is enough to use it in a script."""
     with pytest.raises(SystemExit):
         main(["--help"])
-    assert "0 all passed, 1 there is a warning, 2 there is a failure" in " ".join(capsys.readouterr().out.split())
+    assert "0 all passed, 1 there is a warning, 2 there is a failure" in " ".join(
+        capsys.readouterr().out.split()
+    )

@@ -1,8 +1,10 @@
-"""The real, unmodified SGLang engine through the composed backend, on a CPU with tiny random models.
+"""The real, unmodified SGLang engine through the composed backend, on a CPU with tiny random
+models.
 
-What is right is known from two others: transformers' own greedy search, and SGLang's ``torch_native`` backend. How
-many forward passes an engine needs, and how many plans a pass needs, is derived here from requests and model. The
-kernels are the reference ones, in which a plan of another pass or geometry leaves rows at NaN.
+What is right is known from two others: transformers' own greedy search, and SGLang's
+``torch_native`` backend. How many forward passes an engine needs, and how many plans a pass needs,
+is derived here from requests and model. The kernels are the reference ones, in which a plan of
+another pass or geometry leaves rows at NaN.
 """
 
 from __future__ import annotations
@@ -39,7 +41,9 @@ pytestmark = pytest.mark.engine
 
 LOGPROB_TOLERANCE = 1e-3
 STEPWISE = {"disable_overlap_schedule": True}
-"""Without overlap the scheduler runs no pass whose tokens it then drops, so passes can be counted by hand."""
+"""Without overlap the scheduler runs no pass whose tokens it then drops, so passes can be counted
+by hand.
+"""
 
 
 @dataclass(frozen=True)
@@ -78,16 +82,28 @@ CASES = [
     DenseCase("GQA", (requests(5, 70, 200),), passes=1 + 7),
     DenseCase("MQA", (requests(5, 70, 200),), passes=1 + 7, model=llama(num_key_value_heads=1)),
     DenseCase(
-        "MHA, head dim 64", (requests(5, 70, 200),), passes=1 + 7, model=llama(num_key_value_heads=4, head_dim=64)
+        "MHA, head dim 64",
+        (requests(5, 70, 200),),
+        passes=1 + 7,
+        model=llama(num_key_value_heads=4, head_dim=64),
     ),
-    DenseCase("three layers", (requests(5, 70),), passes=1 + 7, model=llama(num_hidden_layers=3), layers=3),
+    DenseCase(
+        "three layers", (requests(5, 70),), passes=1 + 7, model=llama(num_hidden_layers=3), layers=3
+    ),
     DenseCase("page boundaries", (requests(63), requests(64), requests(65)), passes=3 * (1 + 7)),
     REVERSED,
     # The scheduler runs one decode ahead, so each phase ends with a pass whose tokens are dropped.
     DenseCase("overlap schedule", (requests(5, 70, 200),), passes=1 + 7 + 1, arguments={}),
     # 700 tokens in chunks of 128 are 6 passes; keys beyond 256 are enough to be split.
-    DenseCase("chunked prefill", (requests(700), requests(300)), passes=(6 + 7) + (3 + 7), arguments=CHUNKS),
-    DenseCase("chunked prefill, three prompts", (requests(300, 520, 700),), passes=None, arguments=CHUNKS),
+    DenseCase(
+        "chunked prefill",
+        (requests(700), requests(300)),
+        passes=(6 + 7) + (3 + 7),
+        arguments=CHUNKS,
+    ),
+    DenseCase(
+        "chunked prefill, three prompts", (requests(300, 520, 700),), passes=None, arguments=CHUNKS
+    ),
     DenseCase(
         "shared prefix",
         ((Request(SHARED),), (Request(SHARED + tokens(30, 2)), Request(SHARED + tokens(100, 3)))),
@@ -104,13 +120,25 @@ CASES = [
     ),
     DenseCase(
         "arrival while others decode",
-        ((Request(tokens(90, 5), 24), Request(tokens(300, 6), 8, after=4), Request(tokens(20, 7), 8, after=9)),),
+        (
+            (
+                Request(tokens(90, 5), 24),
+                Request(tokens(300, 6), 8, after=4),
+                Request(tokens(20, 7), 8, after=9),
+            ),
+        ),
         passes=None,
         arguments=CHUNKS,
     ),
     DenseCase(
         "arrival in mixed chunks",
-        ((Request(tokens(90, 5), 24), Request(tokens(300, 6), 8, after=4), Request(tokens(20, 7), 8, after=9)),),
+        (
+            (
+                Request(tokens(90, 5), 24),
+                Request(tokens(300, 6), 8, after=4),
+                Request(tokens(20, 7), 8, after=9),
+            ),
+        ),
         passes=None,
         arguments=MIXED,
     ),
@@ -127,7 +155,9 @@ def case(request: pytest.FixtureRequest) -> DenseCase:
 @pytest.fixture(scope="module")
 def ours(engines: EngineServer, case: DenseCase) -> EngineRun:
     """What the composed backend answers."""
-    run = engines.run(EngineCase(engines.model(case.model), case.phases, {**OURS, **case.arguments}))
+    run = engines.run(
+        EngineCase(engines.model(case.model), case.phases, {**OURS, **case.arguments})
+    )
     SUMMARY.append(SummaryRow(case.name, 1, run.statistics()))
     return run
 
@@ -135,7 +165,9 @@ def ours(engines: EngineServer, case: DenseCase) -> EngineRun:
 @pytest.fixture(scope="module")
 def torch_native(engines: EngineServer, case: DenseCase) -> EngineRun:
     """What SGLang's own ``torch_native`` backend answers."""
-    return engines.run(EngineCase(engines.model(case.model), case.phases, {**case.arguments, **TORCH_NATIVE}))
+    return engines.run(
+        EngineCase(engines.model(case.model), case.phases, {**case.arguments, **TORCH_NATIVE})
+    )
 
 
 def test_tokens_equal_torch_native(ours: EngineRun, torch_native: EngineRun) -> None:
@@ -154,9 +186,15 @@ def test_tokens_equal_transformers(ours: EngineRun, engines: EngineServer, case:
 
 
 def test_one_plan_per_pass(ours: EngineRun, case: DenseCase) -> None:
-    """The composed backend makes every attention call, and each pass computes the one plan its layers share."""
+    """The composed backend makes every attention call, and each pass computes the one plan its
+    layers share.
+    """
     report, statistics = ours.report(), ours.statistics()
-    assert (report["backend"], report["kernels"], report["page_size"]) == ("MusaFA3Backend", "reference", 64)
+    assert (report["backend"], report["kernels"], report["page_size"]) == (
+        "MusaFA3Backend",
+        "reference",
+        64,
+    )
     passes = statistics["passes"]
     if case.passes is not None:
         assert passes == case.passes
@@ -181,7 +219,8 @@ def all_requests(case: DenseCase) -> list[Request]:
     return [request for phase in case.phases for request in phase]
 
 
-# The tests can fail ---------------------------------------------------------------------------------
+# The tests can fail
+# ---------------------------------------------------------------------------------
 
 
 def keep_plans_for_ever() -> None:
@@ -200,10 +239,14 @@ def keep_plans_for_ever() -> None:
 
 
 def test_stale_plans_are_noticed(engines: EngineServer) -> None:
-    """An engine that keeps its plans from pass to pass gives other tokens: the tests above are not blind."""
+    """An engine that keeps its plans from pass to pass gives other tokens: the tests above are not
+    blind.
+    """
     model = engines.model(REVERSED.model)
     unchecked = {envs.CHECK: "off"}
-    sabotaged = EngineCase(model, REVERSED.phases, STEPWISE, unchecked, before_boot=keep_plans_for_ever)
+    sabotaged = EngineCase(
+        model, REVERSED.phases, STEPWISE, unchecked, before_boot=keep_plans_for_ever
+    )
     expected = [engines.greedy(model, request)[0] for request in all_requests(REVERSED)]
     assert engines.run(sabotaged).tokens != expected
 
@@ -212,40 +255,68 @@ def test_stale_plans_are_refused_under_check(engines: EngineServer) -> None:
     """With SGLANG_MUSA_EXT_CHECK=metadata the same engine stops, and says that a plan is stale."""
     model = engines.model(REVERSED.model)
     environ = {envs.CHECK: "metadata"}
-    sabotaged = EngineCase(model, REVERSED.phases, STEPWISE, environ, before_boot=keep_plans_for_ever)
+    sabotaged = EngineCase(
+        model, REVERSED.phases, STEPWISE, environ, before_boot=keep_plans_for_ever
+    )
     with pytest.raises(EngineFailed, match="A reused plan is not the plan of its call"):
         engines.run(sabotaged)
 
 
-# Bad input ------------------------------------------------------------------------------------------
+# Bad input
+# ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("arguments", "environ", "words"),
     [
-        pytest.param({"kv_cache_dtype": "fp8_e4m3"}, {}, ["--kv-cache-dtype", "float8_e4m3fn", "bfloat16"], id="fp8"),
         pytest.param(
-            {"attention_backend": "fa4"}, {}, ["--attention-backend fa4", "--attention-backend fa3"], id="fa4"
+            {"kv_cache_dtype": "fp8_e4m3"},
+            {},
+            ["--kv-cache-dtype", "float8_e4m3fn", "bfloat16"],
+            id="fp8",
         ),
-        pytest.param({}, {envs.KERNELS: "cuda"}, [envs.KERNELS, "'cuda'", "mate, hopper, reference"], id="kernels"),
-        pytest.param({}, {envs.KERNELS: "mate"}, ["'mate'", "MUSA device", f"{envs.KERNELS}=auto"], id="no MATE"),
-        pytest.param({}, {envs.CHECK: "all"}, [envs.CHECK, "'all'", "off, metadata, output"], id="check"),
+        pytest.param(
+            {"attention_backend": "fa4"},
+            {},
+            ["--attention-backend fa4", "--attention-backend fa3"],
+            id="fa4",
+        ),
+        pytest.param(
+            {},
+            {envs.KERNELS: "cuda"},
+            [envs.KERNELS, "'cuda'", "mate, hopper, reference"],
+            id="kernels",
+        ),
+        pytest.param(
+            {},
+            {envs.KERNELS: "mate"},
+            ["'mate'", "MUSA device", f"{envs.KERNELS}=auto"],
+            id="no MATE",
+        ),
+        pytest.param(
+            {}, {envs.CHECK: "all"}, [envs.CHECK, "'all'", "off, metadata, output"], id="check"
+        ),
     ],
 )
 def test_engine_refuses_to_start(
     engines: EngineServer, arguments: dict[str, Any], environ: dict[str, str], words: list[str]
 ) -> None:
-    """What cannot be served stops the engine before a request, and the message names option, value and choices."""
+    """What cannot be served stops the engine before a request, and the message names option, value
+    and choices.
+    """
     with pytest.raises(EngineFailed) as failure:
         engines.run(EngineCase(engines.model(llama()), (), arguments, environ))
     assert [word for word in words if word not in failure.value.log] == []
 
 
-# Fresh processes ------------------------------------------------------------------------------------
+# Fresh processes
+# ------------------------------------------------------------------------------------
 
 
 def test_spawned_engine(engines: EngineServer) -> None:
-    """An engine whose processes each start Python anew finds the plugin in each, and answers the same."""
+    """An engine whose processes each start Python anew finds the plugin in each, and answers the
+    same.
+    """
     model, (request,) = engines.model(llama()), requests(70)
     run = engines.spawn(EngineCase(model, ((request,),), STEPWISE))
     assert run.tokens == [engines.greedy(model, request)[0]]
@@ -253,7 +324,9 @@ def test_spawned_engine(engines: EngineServer) -> None:
 
 
 def test_http_server(engines: EngineServer, tmp_path: Path) -> None:
-    """``python -m sglang.launch_server`` answers a chat request and raw tokens as transformers does."""
+    """``python -m sglang.launch_server`` answers a chat request and raw tokens as transformers
+    does.
+    """
     model, (request,) = engines.model(llama()), requests(70)
     engines.call(tiny_models.add_tokenizer, model)
     with socket.socket() as probe:
@@ -281,7 +354,9 @@ def test_http_server(engines: EngineServer, tmp_path: Path) -> None:
             },
         )
     assert raw["output_ids"] == engines.greedy(model, request)[0]
-    assert chat["choices"][0]["message"]["content"] == engines.call(tiny_models.chat, model, question, 8)
+    assert chat["choices"][0]["message"]["content"] == engines.call(
+        tiny_models.chat, model, question, 8
+    )
 
 
 def post(url: str, body: dict[str, Any]) -> Any:

@@ -1,8 +1,10 @@
-"""The real engine in the modes that a plan's lifetime depends on: windows, sinks, MLA, MoE, ranks, speculation.
+"""The real engine in the modes that a plan's lifetime depends on: windows, sinks, MLA, MoE, ranks,
+speculation.
 
-Tokens are compared with transformers' own greedy search, which shares no code with SGLang. How many calls take a
-plan, and how many plans a pass computes, is derived from each model here: a *geometry* is one combination of window,
-head counts and head dims among its layers. ``NOT_ON_A_CPU`` says what no engine on a CPU can show.
+Tokens are compared with transformers' own greedy search, which shares no code with SGLang. How many
+calls take a plan, and how many plans a pass computes, is derived from each model here: a *geometry*
+is one combination of window, head counts and head dims among its layers. ``NOT_ON_A_CPU`` says what
+no engine on a CPU can show.
 """
 
 from __future__ import annotations
@@ -16,7 +18,16 @@ import pytest
 
 from sglang_musa_ext import envs
 from tests.support import tiny_models
-from tests.support.engine import SUMMARY, EngineCase, EngineFailed, EngineRun, EngineServer, Request, SummaryRow, embed
+from tests.support.engine import (
+    SUMMARY,
+    EngineCase,
+    EngineFailed,
+    EngineRun,
+    EngineServer,
+    Request,
+    SummaryRow,
+    embed,
+)
 from tests.support.tiny_models import EagleDraft, TinyModel, llama, tokens
 
 pytestmark = pytest.mark.engine
@@ -74,7 +85,10 @@ def requests(*lengths: int) -> tuple[Request, ...]:
 
 def mode(name: str, model: TinyModel, **fields: Any) -> Mode:
     """A mode asked twice: 5 and 60 tokens in one prefill, then 300 tokens in chunks of 128."""
-    usual: dict[str, Any] = {"phases": (requests(5, 60), requests(300)), "passes": (1 + 7) + (3 + 7)}
+    usual: dict[str, Any] = {
+        "phases": (requests(5, 60), requests(300)),
+        "passes": (1 + 7) + (3 + 7),
+    }
     return Mode(name, model, **usual | fields)
 
 
@@ -110,7 +124,8 @@ GEMMA_3N = TinyModel(
         "layer_types": [WINDOW, FULL] * 3,
         # The last two layers read what the two before them wrote.
         "num_kv_shared_layers": 2,
-        # Wider than any request here: SGLang lets this model see one key more than transformers does.
+        # Wider than any request here: SGLang lets this model see one key more than transformers
+        # does.
         "sliding_window": 512,
         "vocab_size_per_layer_input": tiny_models.VOCABULARY,
         "hidden_size_per_layer_input": 16,
@@ -122,7 +137,8 @@ GEMMA_3N = TinyModel(
     "Gemma3nForCausalLM",
 )
 GPT_OSS = TinyModel(
-    "GptOssConfig", FOUR_LAYERS | {"swiglu_limit": 7.0, "num_local_experts": 4, "num_experts_per_tok": 2}
+    "GptOssConfig",
+    FOUR_LAYERS | {"swiglu_limit": 7.0, "num_local_experts": 4, "num_experts_per_tok": 2},
 )
 OLMO_3 = TinyModel("Olmo3Config", FOUR_LAYERS | {"layer_types": [FULL, WINDOW, FULL, WINDOW]})
 DEEPSEEK = tiny_models.SMALL | {
@@ -157,7 +173,12 @@ DEEPSEEK = tiny_models.SMALL | {
 MLA = TinyModel("DeepseekV3Config", DEEPSEEK)
 MLA_DENSE = TinyModel("DeepseekV3Config", DEEPSEEK | {"first_k_dense_replace": 2})
 QWEN_2 = TinyModel("Qwen2Config", tiny_models.SMALL)
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
+EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "norm_topk_prob": True,
+}
 OPT = TinyModel(
     "OPTConfig",
     {
@@ -186,7 +207,9 @@ def run_without_batch_invariant_operators() -> None:
 
 
 def accept_one_intermediate_size_a_layer() -> None:
-    """Skip a check of sizes against tensor parallelism on CPUs, which takes Gemma-3n's list of sizes for a number."""
+    """Skip a check of sizes against tensor parallelism on CPUs, which takes Gemma-3n's list of
+    sizes for a number.
+    """
     from sglang.srt.model_executor import model_runner
 
     model_runner.adjust_config_with_unaligned_cpu_tp = lambda model_config, *_, **__: model_config
@@ -203,15 +226,30 @@ MODES = [
     mode("GPT-OSS, sinks", GPT_OSS, layers=4, geometries=2, arguments=ONE_POOL),
     # Full layers of 4 and of 2 heads, and window layers that all have 8.
     mode("Laguna, head counts by layer", LAGUNA, layers=4, geometries=3, arguments=ONE_POOL),
-    mode("Gemma-3n, shared KV", GEMMA_3N, layers=6, geometries=2, before_boot=accept_one_intermediate_size_a_layer),
-    # A prefill without prefix attends over raw keys: two calls without a plan. With a prefix it is absorbed.
-    mode("MLA", MLA_DENSE, phases=SHORT_THEN_AGAIN, passes=7 + (1 + 7), unplanned_calls=2, arguments=STEPWISE),
+    mode(
+        "Gemma-3n, shared KV",
+        GEMMA_3N,
+        layers=6,
+        geometries=2,
+        before_boot=accept_one_intermediate_size_a_layer,
+    ),
+    # A prefill without prefix attends over raw keys: two calls without a plan. With a prefix it is
+    # absorbed.
+    mode(
+        "MLA",
+        MLA_DENSE,
+        phases=SHORT_THEN_AGAIN,
+        passes=7 + (1 + 7),
+        unplanned_calls=2,
+        arguments=STEPWISE,
+    ),
     mode("MLA, MoE after a dense layer", MLA, passes=7 + (2 + 7), unplanned_calls=2 + 2),
     mode(
         "MLA, one-shot prefix",
         MLA,
         phases=LONG_THEN_AGAIN,
-        # Every prefill, three chunks and later one with 256 cached tokens, gathers its prefix into raw keys.
+        # Every prefill, three chunks and later one with 256 cached tokens, gathers its prefix into
+        # raw keys.
         passes=7 + 7,
         unplanned_calls=2 * (3 + 1),
         environ={"SGLANG_CHUNKED_PREFIX_CACHE_THRESHOLD": "1"},
@@ -221,16 +259,21 @@ MODES = [
         MLA,
         phases=LONG_THEN_AGAIN,
         passes=7 + 7,
-        # A call for the new keys of each prefill, and one for each 100 of its 0, 128, 256 and 256 prefix keys.
+        # A call for the new keys of each prefill, and one for each 100 of its 0, 128, 256 and 256
+        # prefix keys.
         unplanned_calls=2 * ((1 + 0) + (1 + 2) + (1 + 3) + (1 + 3)),
-        environ={"SGLANG_CHUNKED_PREFIX_CACHE_THRESHOLD": "1", "SGLANG_MAX_KV_CHUNK_CAPACITY": "100"},
+        environ={
+            "SGLANG_CHUNKED_PREFIX_CACHE_THRESHOLD": "1",
+            "SGLANG_MAX_KV_CHUNK_CAPACITY": "100",
+        },
     ),
     mode("Qwen2", QWEN_2),
     mode("Qwen3", TinyModel("Qwen3Config", tiny_models.SMALL)),
     mode("Qwen3-MoE", TinyModel("Qwen3MoeConfig", tiny_models.SMALL | EXPERTS)),
     mode("OPT", OPT),
     mode("tensor parallel 2", llama(), arguments=CHUNKS | {"tp_size": 2}, environ=TWO_RANKS),
-    # Each of two stages has one of the two layers, and the first one reports. Two requests would be two batches.
+    # Each of two stages has one of the two layers, and the first one reports. Two requests would be
+    # two batches.
     mode(
         "pipeline parallel 2",
         llama(),
@@ -282,13 +325,17 @@ class Speculation:
             usual["speculative_draft_model_path"] = draft
             usual["speculative_num_steps"] = self.steps
             usual["speculative_eagle_topk"] = self.topk
-        return usual | {"speculative_num_draft_tokens": 4 if self.topk == 1 else 8} | dict(self.arguments)
+        return (
+            usual
+            | {"speculative_num_draft_tokens": 4 if self.topk == 1 else 8}
+            | dict(self.arguments)
+        )
 
     def statistics(self, prefills: int, rounds: int) -> list[dict[str, Any]]:
         """What the backends must have counted, in any order.
 
-        A tree of drafts (topk > 1) is attended to in two calls with a plan each: what all branches share, and
-        the branch. A chain is one call.
+        A tree of drafts (topk > 1) is attended to in two calls with a plan each: what all branches
+        share, and the branch. A chain is one call.
         """
         calls = 1 if self.topk == 1 else 2
         target = counts(2, {1: prefills if self.planned_prefill else 0}, {calls: rounds})
@@ -315,7 +362,9 @@ def counts(layers: int, *passes_by_plans: dict[int, int]) -> dict[str, Any]:
         "planned_calls": plans * layers,
         "plans": plans,
         "reuses": plans * (layers - 1),
-        "passes_by_plans": {str(plans): number for plans, number in sorted(passes.items()) if number},
+        "passes_by_plans": {
+            str(plans): number for plans, number in sorted(passes.items()) if number
+        },
     }
 
 
@@ -331,7 +380,9 @@ SPECULATIONS = [
     # The draft model is the target itself, so most drafts are accepted.
     Speculation("STANDALONE, topk 1", "STANDALONE", llama(), draft_layers=2),
     Speculation("STANDALONE, topk 4", "STANDALONE", llama(), draft_layers=2, topk=4),
-    Speculation("STANDALONE, one step", "STANDALONE", llama(), draft_layers=2, steps=1, draft_backends=0),
+    Speculation(
+        "STANDALONE, one step", "STANDALONE", llama(), draft_layers=2, steps=1, draft_backends=0
+    ),
     Speculation("MLA, topk 1", "STANDALONE", llama(), MLA, draft_layers=2, planned_prefill=False),
     # Drafts are what followed the same words before, in a tree; SGLang asks for page size 1.
     Speculation("NGRAM", "NGRAM", None, topk=10, arguments=ONE_KEY_A_PAGE),
@@ -367,7 +418,9 @@ def undrafted(engines: EngineServer, speculation: Speculation) -> list[list[int]
     return [engines.greedy(model, request)[0] for (request,) in SPECULATIVE_PHASES]
 
 
-def test_drafts_change_no_token(engines: EngineServer, speculation: Speculation, speculative: EngineRun) -> None:
+def test_drafts_change_no_token(
+    engines: EngineServer, speculation: Speculation, speculative: EngineRun
+) -> None:
     """Tokens are those of plain decoding, and of transformers."""
     assert speculative.tokens == undrafted(engines, speculation)
 
@@ -379,15 +432,22 @@ def test_plans_of_target_and_draft(speculation: Speculation, speculative: Engine
     assert {report["backend"] for report in reports} == {"MusaFA3Backend"}
     statistics = [report["statistics"] for report in reports]
     for number, each in enumerate(sorted(statistics, key=str)):
-        SUMMARY.append(SummaryRow(f"{speculation.name}: backend {number}", 1 if speculation.topk == 1 else 2, each))
+        SUMMARY.append(
+            SummaryRow(
+                f"{speculation.name}: backend {number}", 1 if speculation.topk == 1 else 2, each
+            )
+        )
     expected = speculation.statistics(len(SPECULATIVE_PHASES), rounds)
     assert sorted(statistics, key=str) == sorted(expected, key=str)
 
 
 def test_accepted_drafts_save_rounds(speculation: Speculation, speculative: EngineRun) -> None:
-    """A draft model that is the target itself is believed: a stale plan of its backends would show here alone."""
+    """A draft model that is the target itself is believed: a stale plan of its backends would show
+    here alone.
+    """
     if speculation.draft == speculation.target:
-        # Upstream's draft never sees the first token of a prompt, so not quite every draft is right.
+        # Upstream's draft never sees the first token of a prompt, so not quite every draft is
+        # right.
         for output in speculative.outputs:
             assert output.verified <= 2 + len(output.tokens) / (1 + speculation.steps) * 1.5
 
@@ -431,15 +491,28 @@ EMBEDDINGS = [
 
 @pytest.mark.parametrize("embedding", EMBEDDINGS, ids=lambda each: each.name)
 def test_embeddings_equal_transformers(engines: EngineServer, embedding: Embedding) -> None:
-    """Embeddings are transformers', from a decoder and an encoder, over the paged cache and over raw keys."""
+    """Embeddings are transformers', from a decoder and an encoder, over the paged cache and over
+    raw keys.
+    """
     model, prompts = engines.model(embedding.model), requests(5, 70, 200)
-    case = EngineCase(model, (prompts,), STEPWISE | {"is_embedding": True} | dict(embedding.arguments))
+    case = EngineCase(
+        model, (prompts,), STEPWISE | {"is_embedding": True} | dict(embedding.arguments)
+    )
     vectors, (report,) = engines.call(embed, case)
-    expected = engines.call(tiny_models.embeddings, model, [each.prompt for each in prompts], embedding.position)
+    expected = engines.call(
+        tiny_models.embeddings, model, [each.prompt for each in prompts], embedding.position
+    )
     for vector, other in zip(vectors, expected, strict=True):
         assert vector == pytest.approx(other, abs=1e-5)
     # One pass of two layers; attention over raw keys takes no plan.
-    nothing = {"passes": 0, "calls": 2, "planned_calls": 0, "plans": 0, "reuses": 0, "passes_by_plans": {}}
+    nothing = {
+        "passes": 0,
+        "calls": 2,
+        "planned_calls": 0,
+        "plans": 0,
+        "reuses": 0,
+        "passes_by_plans": {},
+    }
     assert report["statistics"] == (counts(2, {1: 1}) if embedding.planned else nothing)
     SUMMARY.append(SummaryRow(f"embedding, {embedding.name}", 1, report["statistics"]))
 
@@ -463,7 +536,9 @@ NOT_ON_A_CPU = {
     "NGRAM with pages of 64": "SGLang refuses it with every backend but flashinfer",
     "cross attention": "its models take images or sound, whose processors these tests do not set up",
 }
-"""What cannot run here for reasons outside of attention; the README says which tests cover it instead."""
+"""What cannot run here for reasons outside of attention; the README says which tests cover it
+instead.
+"""
 
 
 @pytest.fixture(params=MODES, ids=lambda each: each.name, scope="module")
@@ -482,10 +557,18 @@ def run(engines: EngineServer, each: Mode) -> EngineRun:
     return run
 
 
-def run_mode(engines: EngineServer, each: Mode, environ: Mapping[str, str] | None = None) -> EngineRun:
+def run_mode(
+    engines: EngineServer, each: Mode, environ: Mapping[str, str] | None = None
+) -> EngineRun:
     model = engines.model(each.model)
     return engines.run(
-        EngineCase(model, each.phases, each.arguments, {**each.environ, **(environ or {})}, each.before_boot)
+        EngineCase(
+            model,
+            each.phases,
+            each.arguments,
+            {**each.environ, **(environ or {})},
+            each.before_boot,
+        )
     )
 
 
@@ -507,11 +590,15 @@ def test_plans_per_pass_are_the_model_s_geometries(each: Mode, run: EngineRun) -
 
 @pytest.mark.parametrize("name", CHECKED)
 def test_every_reused_plan_is_right(engines: EngineServer, name: str) -> None:
-    """Under SGLANG_MUSA_EXT_CHECK=metadata every reused plan is compared with a fresh one, and none differs."""
+    """Under SGLANG_MUSA_EXT_CHECK=metadata every reused plan is compared with a fresh one, and none
+    differs.
+    """
     (checked,) = (each for each in MODES if each.name == name)
     run = run_mode(engines, checked, {envs.CHECK: "metadata"})
     assert run.report()["settings"]["check"] == "metadata"
-    assert run.tokens == [engines.greedy(engines.model(checked.model), request)[0] for request in checked.requests]
+    assert run.tokens == [
+        engines.greedy(engines.model(checked.model), request)[0] for request in checked.requests
+    ]
 
 
 @pytest.mark.parametrize("name", ["EAGLE, topk 4", "MLA, topk 1"])
@@ -540,16 +627,24 @@ def ignore_window_sinks_and_softcap() -> None:
     reference.flash_attn_with_kvcache, reference.get_scheduler_metadata = blind, blind_plan
 
 
-@pytest.mark.parametrize("name", ["Gemma-2", "Gemma-3, full layer first", "Olmo-3, full layer first", "GPT-OSS, sinks"])
+@pytest.mark.parametrize(
+    "name", ["Gemma-2", "Gemma-3, full layer first", "Olmo-3, full layer first", "GPT-OSS, sinks"]
+)
 def test_blind_kernels_are_noticed(engines: EngineServer, name: str) -> None:
     """Kernels without windows, sinks and softcap give other tokens: the models make use of them."""
     (mode,) = (each for each in MODES if each.name == name)
-    case = EngineCase(engines.model(mode.model), mode.phases, mode.arguments, {}, ignore_window_sinks_and_softcap)
+    case = EngineCase(
+        engines.model(mode.model), mode.phases, mode.arguments, {}, ignore_window_sinks_and_softcap
+    )
     answers = engines.run(case).tokens
     assert answers != [engines.greedy(case.model, request)[0] for request in mode.requests]
 
 
 def test_page_size_that_mla_refuses(engines: EngineServer) -> None:
-    """MLA with another page size than 64 stops the engine, and the message names the one that works."""
-    with pytest.raises(EngineFailed, match=r"--page-size 32 does not work with the MLA kernels.*--page-size 64"):
+    """MLA with another page size than 64 stops the engine, and the message names the one that
+    works.
+    """
+    with pytest.raises(
+        EngineFailed, match=r"--page-size 32 does not work with the MLA kernels.*--page-size 64"
+    ):
         engines.run(EngineCase(engines.model(MLA_DENSE), (), {"page_size": 32}))

@@ -1,8 +1,10 @@
-"""The real engine of one SGLang release, whichever this environment imports: scripts/matrix runs it on all of them.
+"""The real engine of one SGLang release, whichever this environment imports: scripts/matrix runs it
+on all of them.
 
-Three kinds of models, each with pages of 64 tokens: uniform layers, sliding windows, multi-head latent attention. The
-tokens must be those of transformers' greedy search and of the same release's own ``torch_native`` backend, and the
-plans as many as the model's geometries. What one release cannot do stands in ``releases.toml``, with its reason.
+Three kinds of models, each with pages of 64 tokens: uniform layers, sliding windows, multi-head
+latent attention. The tokens must be those of transformers' greedy search and of the same release's
+own ``torch_native`` backend, and the plans as many as the model's geometries. What one release
+cannot do stands in ``releases.toml``, with its reason.
 """
 
 from __future__ import annotations
@@ -17,7 +19,14 @@ import pytest
 
 from sglang_musa_ext.upstream import find_package, read_version
 from tests.engine.test_engine_modes import CHUNKS, GEMMA_2, LOGPROB_TOLERANCE, MLA, Mode, mode
-from tests.support.engine import SUMMARY, TORCH_NATIVE, EngineCase, EngineRun, EngineServer, SummaryRow
+from tests.support.engine import (
+    SUMMARY,
+    TORCH_NATIVE,
+    EngineCase,
+    EngineRun,
+    EngineServer,
+    SummaryRow,
+)
 from tests.support.tiny_models import TinyModel, llama
 
 EXPECTED_RELEASE = "SGLANG_EXPECTED_RELEASE"
@@ -29,7 +38,8 @@ MODES = {
     "dense": mode("dense", llama()),
     "sliding window": mode("sliding window", UNCAPPED, layers=4, geometries=2),
     "sliding window, softcap": mode("sliding window, softcap", GEMMA_2, layers=4, geometries=2),
-    # A prefill without prefix attends over raw keys, which takes no plan: two calls, in each of two phases.
+    # A prefill without prefix attends over raw keys, which takes no plan: two calls, in each of two
+    # phases.
     "MLA": mode("MLA", MLA, passes=7 + (2 + 7), unplanned_calls=2 + 2),
 }
 KNOWN_TO_TORCH_NATIVE = ["dense", "sliding window", "MLA"]
@@ -73,8 +83,14 @@ def ours(engines: EngineServer, each: Mode) -> EngineRun:
     return run
 
 
-def ask(engines: EngineServer, each: Mode, arguments: Mapping[str, Any] | None = None, **options: Any) -> EngineRun:
-    return engines.run(EngineCase(engines.model(each.model), each.phases, {**CHUNKS, **(arguments or {})}, **options))
+def ask(
+    engines: EngineServer, each: Mode, arguments: Mapping[str, Any] | None = None, **options: Any
+) -> EngineRun:
+    return engines.run(
+        EngineCase(
+            engines.model(each.model), each.phases, {**CHUNKS, **(arguments or {})}, **options
+        )
+    )
 
 
 @pytest.mark.engine
@@ -89,7 +105,9 @@ def test_tokens_equal_transformers(engines: EngineServer, each: Mode, ours: Engi
 @pytest.mark.engine
 @pytest.mark.parametrize("each", KNOWN_TO_TORCH_NATIVE, indirect=True, scope="module")
 def test_tokens_equal_torch_native(engines: EngineServer, each: Mode, ours: EngineRun) -> None:
-    """Tokens are those of this release's own backend for any device, and log-probabilities are close to its."""
+    """Tokens are those of this release's own backend for any device, and log-probabilities are
+    close to its.
+    """
     theirs = ask(engines, each, TORCH_NATIVE, before_boot=absorb_every_prefill)
     assert ours.tokens == theirs.tokens
     for output, other in zip(ours.outputs, theirs.outputs, strict=True):
@@ -97,8 +115,13 @@ def test_tokens_equal_torch_native(engines: EngineServer, each: Mode, ours: Engi
 
 
 def absorb_every_prefill() -> None:
-    """Let latent attention read keys from the cache in each pass: torch_native knows no raw ones beside it."""
-    from sglang.srt.models.deepseek_common.attention_backend_handler import AttentionBackendRegistry, AttnForwardMethod
+    """Let latent attention read keys from the cache in each pass: torch_native knows no raw ones
+    beside it.
+    """
+    from sglang.srt.models.deepseek_common.attention_backend_handler import (
+        AttentionBackendRegistry,
+        AttnForwardMethod,
+    )
 
     AttentionBackendRegistry.register("torch_native", lambda *_: AttnForwardMethod.MLA)
 
@@ -107,7 +130,11 @@ def absorb_every_prefill() -> None:
 def test_plans_per_pass_are_the_model_s_geometries(each: Mode, ours: EngineRun) -> None:
     """The composed backend serves pages of 64 tokens, and computes one plan a geometry and pass."""
     report = ours.report()
-    assert (report["backend"], report["kernels"], report["page_size"]) == ("MusaFA3Backend", "reference", 64)
+    assert (report["backend"], report["kernels"], report["page_size"]) == (
+        "MusaFA3Backend",
+        "reference",
+        64,
+    )
     passes = report["statistics"]["passes"]
     # 115 tokens are one chunk of 128, or two where the release's scheduler counts whole pages.
     assert passes - each.passes in (0, 1)
@@ -118,10 +145,14 @@ PREPARE = "from sglang_musa_ext.cpu.stand_ins import prepare_process; prepare_pr
 
 
 @pytest.mark.engine
-def test_spawned_engine(engines: EngineServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An engine whose processes each start Python anew finds the plugin in each, whatever the release imports first."""
-    # Up to 0.5.20 SGLang imports libraries that this machine lacks before it looks for platforms, so each Python
-    # prepares itself as it starts. It imports this module after all paths are known.
+def test_spawned_engine(
+    engines: EngineServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An engine whose processes each start Python anew finds the plugin in each, whatever the
+    release imports first.
+    """
+    # Up to 0.5.20 SGLang imports libraries that this machine lacks before it looks for platforms,
+    # so each Python prepares itself as it starts. It imports this module after all paths are known.
     (tmp_path / "sitecustomize.py").write_text(PREPARE)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     each = MODES["dense"]

@@ -30,9 +30,8 @@ def make_wheel(folder: Path, name: str, version: str, files: dict[str, str] | No
     """A wheel of a package that requires the whole stack, as the vendor's do."""
     stem = f"{name.replace('-', '_')}-{version}"
     contents = files or {f"{name.replace('-', '_')}_stand_in.py": ""}
-    metadata = (
-        f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\nRequires-Dist: torch==9\nRequires-Dist: evil\n"
-    )
+    requires = "Requires-Dist: torch==9\nRequires-Dist: evil\n"
+    metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{requires}"
     contents |= {
         f"{stem}.dist-info/METADATA": metadata,
         f"{stem}.dist-info/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
@@ -107,7 +106,9 @@ def environment(tmp_path: Path) -> Environment:
     return Environment(tmp_path / "environment")
 
 
-def install(environment: Environment, *options: str, **variables: str) -> subprocess.CompletedProcess[str]:
+def install(
+    environment: Environment, *options: str, **variables: str
+) -> subprocess.CompletedProcess[str]:
     """Run the command as a person would, on ``environment``, with that folder as the current one."""
     script = Path(__file__).resolve().parents[2] / "scripts" / "install-musa"
     return subprocess.run(
@@ -120,7 +121,9 @@ def install(environment: Environment, *options: str, **variables: str) -> subpro
     )
 
 
-def test_the_cohort_is_installed_and_nothing_else(vendor: Index, public: Index, environment: Environment) -> None:
+def test_the_cohort_is_installed_and_nothing_else(
+    vendor: Index, public: Index, environment: Environment
+) -> None:
     """What is pinned replaces a squatter, without dependencies, whatever the environment tells pip."""
     environment.has("mate", PINS["mate"], dict(UNRELATED))
     done = install(
@@ -148,7 +151,11 @@ def test_an_index_that_only_has_the_unrelated_mate(vendor: Index, environment: E
     ("name", "files", "part"),
     [
         ("mate", UNRELATED, "'mate.mha_interface'"),
-        ("flash-attn-3", {"flash_attn_interface.py": "import torch\n"}, "nothing in it imports 'mate'"),
+        (
+            "flash-attn-3",
+            {"flash_attn_interface.py": "import torch\n"},
+            "nothing in it imports 'mate'",
+        ),
     ],
 )
 def test_a_wheel_of_the_right_version_that_is_another_project(
@@ -163,7 +170,9 @@ def test_a_wheel_of_the_right_version_that_is_another_project(
 
 
 def test_the_vendors_torch_is_kept(vendor: Index, public: Index, environment: Environment) -> None:
-    """A torch of the same release is left alone, whatever its post-release, and the rest is installed around it."""
+    """A torch of the same release is left alone, whatever its post-release, and the rest is
+    installed around it.
+    """
     before = {"torch": "2.11.0+musa5.2.0", "torch-musa": "2.11.0+musa5.2.0"}
     for name, version in before.items():
         environment.has(name, version)
@@ -175,10 +184,18 @@ def test_the_vendors_torch_is_kept(vendor: Index, public: Index, environment: En
 @pytest.mark.parametrize(
     ("name", "version", "parts"),
     [
-        ("torch", "2.9.1+musa5.2.0", ["the vendor's torch, 2.9.1+musa5.2.0", "torch2.9", "new environment"]),
+        (
+            "torch",
+            "2.9.1+musa5.2.0",
+            ["the vendor's torch, 2.9.1+musa5.2.0", "torch2.9", "new environment"],
+        ),
         ("torch", "2.11.0", ["not the vendor's, 2.11.0", "new environment"]),
         ("torch", "2.11.0+cu130", ["not the vendor's, 2.11.0+cu130"]),
-        ("mate-flash-attention", "0.1.3", ["mate-flash-attention 0.1.3", "pip uninstall mate-flash-attention"]),
+        (
+            "mate-flash-attention",
+            "0.1.3",
+            ["mate-flash-attention 0.1.3", "pip uninstall mate-flash-attention"],
+        ),
     ],
 )
 def test_an_environment_that_would_be_spoilt(
@@ -194,9 +211,17 @@ def test_an_environment_that_would_be_spoilt(
 
 
 def test_a_dry_run_prints_the_commands_and_runs_none(environment: Environment) -> None:
-    """Three commands of pip, each with one index or none and without dependencies; and no file is written."""
+    """Three commands of pip, each with one index or none and without dependencies; and no file is
+    written.
+    """
     before = sorted(environment.python.parent.iterdir())
-    done = install(environment, "--dry-run", "--public-index", "URL-OF-B", SGLANG_MUSA_EXT_VENDOR_INDEX="URL-OF-A")
+    done = install(
+        environment,
+        "--dry-run",
+        "--public-index",
+        "URL-OF-B",
+        SGLANG_MUSA_EXT_VENDOR_INDEX="URL-OF-A",
+    )
     commands = [line for line in done.stdout.splitlines() if not line.startswith("#")]
     assert done.returncode == 0, done.stderr
     assert [re.findall(r"--index-url (\S+)|(--no-index)", line) for line in commands] == [
@@ -204,7 +229,10 @@ def test_a_dry_run_prints_the_commands_and_runs_none(environment: Environment) -
         [("", "--no-index")],
         [("URL-OF-B", "")],
     ]
-    assert all("--no-deps" in line and "--isolated" in line and "PIP_CONFIG_FILE=" in line for line in commands)
+    assert all(
+        "--no-deps" in line and "--isolated" in line and "PIP_CONFIG_FILE=" in line
+        for line in commands
+    )
     assert sorted(environment.python.parent.iterdir()) == before
 
 
@@ -216,10 +244,16 @@ def test_the_vendors_index_must_be_named(environment: Environment) -> None:
     assert "SGLANG_MUSA_EXT_VENDOR_INDEX" in done.stderr
 
 
-def test_a_python_without_vendor_wheels_is_mentioned(environment: Environment, vendor: Index) -> None:
-    """Where the interpreter is not one that the vendor builds for, the command says so before pip fails."""
+def test_a_python_without_vendor_wheels_is_mentioned(
+    environment: Environment, vendor: Index
+) -> None:
+    """Where the interpreter is not one that the vendor builds for, the command says so before pip
+    fails.
+    """
     done = install(environment, "--index", vendor.url, "--dry-run")
-    assert ("The vendor publishes wheels for" in done.stdout) == (sys.version_info[:2] not in ((3, 10), (3, 12)))
+    assert ("The vendor publishes wheels for" in done.stdout) == (
+        sys.version_info[:2] not in ((3, 10), (3, 12))
+    )
 
 
 def test_a_python_that_is_none(environment: Environment, vendor: Index, tmp_path: Path) -> None:
@@ -245,8 +279,14 @@ def test_the_newest_cohort_is_the_default() -> None:
 
 
 def test_no_file_names_an_index(repository: Path) -> None:
-    """The URL of an index is the user's to give: it is neither in the constraints nor in the scripts."""
-    paths = [*CONSTRAINTS.iterdir(), repository / "scripts/install-musa", repository / "scripts/install_musa.py"]
+    """The URL of an index is the user's to give: it is neither in the constraints nor in the
+    scripts.
+    """
+    paths = [
+        *CONSTRAINTS.iterdir(),
+        repository / "scripts/install-musa",
+        repository / "scripts/install_musa.py",
+    ]
     assert [path.name for path in paths if "://" in path.read_text()] == []
 
 
@@ -255,4 +295,6 @@ def test_the_doctor_takes_a_cohort_for_the_vendors(cohort: str) -> None:
     """No version that a cohort pins looks like a public build to the doctor."""
     judges = {normal(name): judge for name, judge in COLLIDING.items()}
     pins = read_pins(CONSTRAINTS / f"musa-{cohort}.txt")
-    assert [name for name, version in pins.items() if name in judges and not judges[name](version)] == []
+    assert [
+        name for name, version in pins.items() if name in judges and not judges[name](version)
+    ] == []

@@ -37,7 +37,9 @@ MATCHERS = {"mate/__init__.py": "class Mate: ...\n", "mate/matchers.py": ""}
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder of packages that is searched first; the modules in question are found nowhere else."""
-    before = {name: module for name, module in sys.modules.items() if name.partition(".")[0] in MODULES}
+    before = {
+        name: module for name, module in sys.modules.items() if name.partition(".")[0] in MODULES
+    }
     for name in before:
         del sys.modules[name]
     monkeypatch.syspath_prepend(tmp_path)
@@ -48,7 +50,9 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def install(site: Path, name: str, version: str, files: dict[str, str], metadata: str = "") -> None:
     """Put a distribution with these files where pip would put it."""
     folder = f"{name.replace('-', '_')}-{version}.dist-info"
-    own = {f"{folder}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{metadata}"}
+    own = {
+        f"{folder}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{metadata}"
+    }
     record = "".join(f"{path},,\n" for path in (*files, *own, f"{folder}/RECORD"))
     for path, text in {**files, **own, f"{folder}/RECORD": record}.items():
         (site / path).parent.mkdir(parents=True, exist_ok=True)
@@ -99,17 +103,27 @@ def test_the_wrapper_of_mate_0_1_is_recognized(site: Path) -> None:
     assert not identity.problems
     assert not identity.warnings
     assert (identity.wrapper, identity.wrapper_module) == ("mate-flash-attention", "flash_attn")
-    assert (identity.wrapper_distribution, identity.wrapper_version) == ("mate-flash-attention", "0.1.3")
+    assert (identity.wrapper_distribution, identity.wrapper_version) == (
+        "mate-flash-attention",
+        "0.1.3",
+    )
 
 
-@pytest.mark.parametrize("version", ["0.1.3", "0.2.0", "0.2.1", "0.2.2", "0.2.3", "0.2.7", "0.2.7.post1+musa5.2.0"])
+@pytest.mark.parametrize(
+    "version", ["0.1.3", "0.2.0", "0.2.1", "0.2.2", "0.2.3", "0.2.7", "0.2.7.post1+musa5.2.0"]
+)
 def test_every_known_release_is_accepted(site: Path, version: str) -> None:
     """MATE 0.1.3 to 0.2.7 pass with the wrapper of their generation, whatever the build is called."""
     install(site, "mate", version, MATE, VENDOR)
     if version == "0.1.3":
         install(site, "mate-flash-attention", version, LEGACY)
     else:
-        install(site, "flash_attn_3", "0.1.4" if version == "0.2.0" else version.partition("+")[0], CURRENT)
+        install(
+            site,
+            "flash_attn_3",
+            "0.1.4" if version == "0.2.0" else version.partition("+")[0],
+            CURRENT,
+        )
     identity = identify_mate()
     assert identity.version == version
     assert not identity.problems
@@ -140,7 +154,10 @@ def test_a_checkout_is_recognized(site: Path, tmp_path_factory: pytest.TempPathF
     importlib.invalidate_caches()
     identity = identify_mate()
     assert not identity.problems
-    assert (identity.version, identity.location) == ("0.2.2", str(checkout / "mate" / "__init__.py"))
+    assert (identity.version, identity.location) == (
+        "0.2.2",
+        str(checkout / "mate" / "__init__.py"),
+    )
 
 
 def test_nothing_of_mate_is_imported(site: Path) -> None:
@@ -157,7 +174,8 @@ def test_nothing_of_mate_is_imported(site: Path) -> None:
 def test_nothing_heavy_is_imported() -> None:
     """Asking costs neither torch nor SGLang."""
     code = (
-        "import sys; from sglang_musa_ext.kernels.mate_identity import identify_mate; identify_mate();"
+        "import sys; from sglang_musa_ext.kernels.mate_identity import identify_mate; "
+        "identify_mate();"
         "print([name for name in ('torch', 'sglang', 'mate') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -170,17 +188,23 @@ def test_nothing_heavy_is_imported() -> None:
 def test_nothing_installed_is_two_problems(site: Path) -> None:
     """Both packages are missed at once, each with where to get it."""
     identity = identify_mate()
-    assert (identity.distribution, identity.version, identity.location, identity.wrapper) == (None,) * 4
+    assert (identity.distribution, identity.version, identity.location, identity.wrapper) == (
+        None,
+    ) * 4
     assert [problem.seen.partition(":")[0] for problem in identity.problems] == [
         "MATE is not installed",
         "MATE's FlashAttention-3 wrapper is not installed",
     ]
-    assert all("Moore Threads' own package index" in problem.remedy for problem in identity.problems)
+    assert all(
+        "Moore Threads' own package index" in problem.remedy for problem in identity.problems
+    )
 
 
 @pytest.mark.parametrize("name", ["mate", "some-other-project"])
 def test_a_foreign_mate_is_named(site: Path, name: str) -> None:
-    """The unrelated project is named with its distribution, version and location, whatever it is called."""
+    """The unrelated project is named with its distribution, version and location, whatever it is
+    called.
+    """
     install(site, "flash_attn_3", "0.2.7", CURRENT)
     install(site, name, "0.2.0", MATCHERS, "Summary: Matchers for unittest\n")
     problem = only_problem(identify_mate())

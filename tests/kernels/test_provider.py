@@ -29,27 +29,38 @@ from sglang_musa_ext.kernels.provider import (
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda", 0)
 
-# The parameters of the wrapper's functions, release by release, as read in its sources; those of 0.2.1 and 0.2.2 are
-# the same. "later" is a state of the sources after 0.2.2 that no public release is known to be.
+# The parameters of the wrapper's functions, release by release, as read in its sources; those of
+# 0.2.1 and 0.2.2 are the same. "later" is a state of the sources after 0.2.2 that no public release
+# is known to be.
 WITH_KVCACHE = (
-    "q k_cache v_cache k=None v=None qv=None rotary_cos=None rotary_sin=None cache_seqlens=None cache_batch_idx=None "
-    "cache_leftpad=None page_table=None cu_seqlens_q=None cu_seqlens_k_new=None max_seqlen_q=None rotary_seqlens=None "
-    "q_descale=None k_descale=None v_descale=None softmax_scale=None causal=False window_size=(-1,-1) "
-    "attention_chunk=0 softcap=0.0 rotary_interleaved=True scheduler_metadata=None num_splits=0 pack_gqa=None "
-    "sm_margin=0 return_softmax_lse=False sinks=None s_aux=None cp_world_size=1 cp_rank=0 cp_tot_seqused_k=None"
+    "q k_cache v_cache k=None v=None qv=None rotary_cos=None rotary_sin=None cache_seqlens=None "
+    "cache_batch_idx=None "
+    "cache_leftpad=None page_table=None cu_seqlens_q=None cu_seqlens_k_new=None max_seqlen_q=None "
+    "rotary_seqlens=None "
+    "q_descale=None k_descale=None v_descale=None softmax_scale=None causal=False "
+    "window_size=(-1,-1) "
+    "attention_chunk=0 softcap=0.0 rotary_interleaved=True scheduler_metadata=None num_splits=0 "
+    "pack_gqa=None "
+    "sm_margin=0 return_softmax_lse=False sinks=None s_aux=None cp_world_size=1 cp_rank=0 "
+    "cp_tot_seqused_k=None"
 )
 VARLEN_HEAD = (
-    "q k v cu_seqlens_q=None cu_seqlens_k=None max_seqlen_q=None max_seqlen_k=None seqused_q=None seqused_k=None"
+    "q k v cu_seqlens_q=None cu_seqlens_k=None max_seqlen_q=None max_seqlen_k=None "
+    "seqused_q=None seqused_k=None"
 )
 VARLEN_TAIL = (
-    "q_descale=None k_descale=None v_descale=None window_size=(-1,-1) attention_chunk=0 softcap=0.0 "
-    "scheduler_metadata=None num_splits=0 pack_gqa=None deterministic=False sm_margin=0 return_attn_probs=False "
+    "q_descale=None k_descale=None v_descale=None window_size=(-1,-1) attention_chunk=0 "
+    "softcap=0.0 "
+    "scheduler_metadata=None num_splits=0 pack_gqa=None deterministic=False sm_margin=0 "
+    "return_attn_probs=False "
     "return_softmax_lse=False sinks=None s_aux=None cp_world_size=1 cp_rank=0 cp_tot_seqused_k=None"
 )
 PAGED = f"{VARLEN_HEAD} page_table=None block_table=None softmax_scale=None causal=False qv=None"
 METADATA = (
-    "batch_size max_seqlen_q max_seqlen_k num_heads_q num_heads_kv headdim cache_seqlens qkv_dtype=None headdim_v=None "
-    "cu_seqlens_q=None cu_seqlens_k_new=None cache_leftpad=None page_size=None max_seqlen_k_new=0 causal=False "
+    "batch_size max_seqlen_q max_seqlen_k num_heads_q num_heads_kv headdim cache_seqlens "
+    "qkv_dtype=None headdim_v=None "
+    "cu_seqlens_q=None cu_seqlens_k_new=None cache_leftpad=None page_size=None max_seqlen_k_new=0 "
+    "causal=False "
     "window_size=(-1,-1) attention_chunk=0 has_softcap=False num_splits=0 pack_gqa=None sm_margin=0"
 )
 SIGNATURES = {
@@ -75,7 +86,13 @@ SIGNATURES = {
     },
 }
 SIGNATURES["0.2.1"] = SIGNATURES["0.2.2"]
-RELEASES = {"0.1.3": "0.1.3", "0.2.0": "0.2.0", "0.2.1": "0.2.1", "0.2.2": "0.2.2", "later": "0.2.7"}
+RELEASES = {
+    "0.1.3": "0.1.3",
+    "0.2.0": "0.2.0",
+    "0.2.1": "0.2.1",
+    "0.2.2": "0.2.2",
+    "later": "0.2.7",
+}
 """The states of the sources, and the version that an installation of each has in these tests."""
 
 
@@ -96,21 +113,28 @@ def wrapper_of(state: str) -> str:
 WRAPPER = wrapper_of("0.2.2")
 # SGLang's function of this name calls the heads and the left padding otherwise.
 NVIDIA = WRAPPER.replace("num_heads_q, num_heads_kv", "num_heads, num_heads_k").replace(
-    "cu_seqlens_k_new=None, cache_leftpad=None, page_size", "cu_seqlens_k_new=None, leftpad_k=None, page_size"
+    "cu_seqlens_k_new=None, cache_leftpad=None, page_size",
+    "cu_seqlens_k_new=None, leftpad_k=None, page_size",
 )
 # FlashAttention's own functions, as read in its sources of 15 August 2026.
 DAO = {
     "flash_attn_with_kvcache": (
-        "q k_cache v_cache k=None v=None qv=None rotary_cos=None rotary_sin=None cache_seqlens=None "
-        "cache_batch_idx=None cache_leftpad=None page_table=None cu_seqlens_q=None cu_seqlens_k_new=None "
-        "max_seqlen_q=None rotary_seqlens=None q_descale=None k_descale=None v_descale=None softmax_scale=None "
+        "q k_cache v_cache k=None v=None qv=None rotary_cos=None rotary_sin=None "
+        "cache_seqlens=None "
+        "cache_batch_idx=None cache_leftpad=None page_table=None cu_seqlens_q=None "
+        "cu_seqlens_k_new=None "
+        "max_seqlen_q=None rotary_seqlens=None q_descale=None k_descale=None v_descale=None "
+        "softmax_scale=None "
         "causal=False window_size=(-1,-1) attention_chunk=0 softcap=0.0 rotary_interleaved=True "
         "scheduler_metadata=None num_splits=0 pack_gqa=None sm_margin=0 return_softmax_lse=False"
     ),
     "flash_attn_varlen_func": (
-        "q k v cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k seqused_q=None seqused_k=None softmax_scale=None "
-        "causal=False qv=None q_descale=None k_descale=None v_descale=None window_size=(-1,-1) attention_chunk=0 "
-        "softcap=0.0 num_splits=1 pack_gqa=None deterministic=False sm_margin=0 return_attn_probs=False"
+        "q k v cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k seqused_q=None seqused_k=None "
+        "softmax_scale=None "
+        "causal=False qv=None q_descale=None k_descale=None v_descale=None window_size=(-1,-1) "
+        "attention_chunk=0 "
+        "softcap=0.0 num_splits=1 pack_gqa=None deterministic=False sm_margin=0 "
+        "return_attn_probs=False"
     ),
     "get_scheduler_metadata": METADATA,
 }
@@ -131,7 +155,9 @@ PLAN = {
 
 @dataclass(frozen=True)
 class MusaDevice:
-    """What this package reads of a device; a torch without torch_musa does not know the name ``musa``."""
+    """What this package reads of a device; a torch without torch_musa does not know the name
+    ``musa``.
+    """
 
     type: str = "musa"
     index: int = 0
@@ -145,12 +171,15 @@ MUSA: Any = MusaDevice()
 
 @pytest.fixture
 def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder that is searched first for modules; the libraries in question are found nowhere else.
+    """A folder that is searched first for modules; the libraries in question are found nowhere
+    else.
 
     The GPU, if one is asked, is an H100.
     """
     set_gpu(monkeypatch)
-    before = {name: module for name, module in sys.modules.items() if name.partition(".")[0] in LIBRARIES}
+    before = {
+        name: module for name, module in sys.modules.items() if name.partition(".")[0] in LIBRARIES
+    }
     for name in before:
         del sys.modules[name]
     monkeypatch.syspath_prepend(tmp_path)
@@ -160,7 +189,9 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     sys.modules.update(before)
 
 
-def set_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (9, 0), hip: str | None = None) -> None:
+def set_gpu(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (9, 0), hip: str | None = None
+) -> None:
     """Let torch see a GPU of this compute capability."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a stand-in of a GPU")
@@ -186,7 +217,12 @@ def write(root: Path, files: dict[str, str]) -> None:
 
 
 def write_distribution(root: Path, name: str, version: str) -> None:
-    write(root, {f"{name}-{version}.dist-info/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"})
+    write(
+        root,
+        {
+            f"{name}-{version}.dist-info/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+        },
+    )
 
 
 def write_mate(root: Path, wrapper: str = WRAPPER) -> None:
@@ -242,7 +278,9 @@ def test_auto_on_another_device_names_its_choices() -> None:
         assert part in message
 
 
-@pytest.mark.parametrize(("name", "device"), [("mate", CPU), ("mate", CUDA), ("hopper", CPU), ("hopper", MUSA)])
+@pytest.mark.parametrize(
+    ("name", "device"), [("mate", CPU), ("mate", CUDA), ("hopper", CPU), ("hopper", MUSA)]
+)
 def test_kernels_for_another_device_are_refused(name: str, device: Any) -> None:
     """Asking by name for kernels of another device names both."""
     message = refusal(Settings(kernels=name), device)
@@ -270,7 +308,9 @@ def test_hopper_with_its_library_is_selected(packages: Path) -> None:
     assert chosen.mla_plan_bytes is None
 
 
-def test_hopper_takes_sglangs_library_where_it_has_both(packages: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_hopper_takes_sglangs_library_where_it_has_both(
+    packages: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """SGLang's comes first, is named with its version, and there is nothing to warn of."""
     write_sgl_kernel(packages)
     write_flash_attention(packages)
@@ -319,20 +359,33 @@ def test_hopper_without_a_library_lists_both_with_their_reasons(packages: Path) 
 
 
 def test_mates_wrapper_is_no_library_of_nvidias(packages: Path) -> None:
-    """MATE's wrapper has the name of FlashAttention-3's module: on an NVIDIA GPU it is refused, and not imported."""
+    """MATE's wrapper has the name of FlashAttention-3's module: on an NVIDIA GPU it is refused, and
+    not imported.
+    """
     write_mate(packages)
     message = refusal(Settings(kernels="hopper"), CUDA)
-    for part in ("'flash_attn_interface' is Moore Threads' wrapper of MATE", "Uninstall", "flash_attn_3"):
+    for part in (
+        "'flash_attn_interface' is Moore Threads' wrapper of MATE",
+        "Uninstall",
+        "flash_attn_3",
+    ):
         assert part in message
     assert "flash_attn_interface" not in sys.modules
 
 
 def test_flash_attention_that_cannot_be_asked_for_lse_is_refused(packages: Path) -> None:
-    """Up to v2.8.3 one release returns two results and the next one, and no argument says which is wanted."""
+    """Up to v2.8.3 one release returns two results and the next one, and no argument says which is
+    wanted.
+    """
     varlen = DAO["flash_attn_varlen_func"].removesuffix(" return_attn_probs=False")
     write_flash_attention(packages, DAO | {"flash_attn_varlen_func": varlen})
     message = refusal(Settings(kernels="hopper"), CUDA)
-    for part in (str(packages / "flash_attn_interface.py"), "too old", "30 August 2025", "Install FlashAttention-3"):
+    for part in (
+        str(packages / "flash_attn_interface.py"),
+        "too old",
+        "30 August 2025",
+        "Install FlashAttention-3",
+    ):
         assert part in message
 
 
@@ -347,17 +400,25 @@ def test_hopper_serves_the_gpus_of_fa3(
 
 
 @pytest.mark.parametrize(
-    ("capability", "hip"), [((7, 5), None), ((10, 0), None), ((12, 0), None), ((9, 4), "6.4")], ids=str
+    ("capability", "hip"),
+    [((7, 5), None), ((10, 0), None), ((12, 0), None), ((9, 4), "6.4")],
+    ids=str,
 )
 def test_hopper_refuses_other_gpus(
     packages: Path, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], hip: str | None
 ) -> None:
-    """Older, newer and other vendors' GPUs are refused with what was seen, what is expected and what to do."""
+    """Older, newer and other vendors' GPUs are refused with what was seen, what is expected and
+    what to do.
+    """
     write_sgl_kernel(packages)
     set_gpu(monkeypatch, capability, hip)
     message = refusal(Settings(kernels="hopper"), CUDA)
     seen = f"cuda:0 is 'a stand-in of a GPU', capability {capability[0]}.{capability[1]}"
-    for part in (seen, "NVIDIA GPUs of compute capability 9.0 (Hopper) or 8.x", "SGLANG_MUSA_EXT=off"):
+    for part in (
+        seen,
+        "NVIDIA GPUs of compute capability 9.0 (Hopper) or 8.x",
+        "SGLANG_MUSA_EXT=off",
+    ):
         assert part in message
 
 
@@ -375,12 +436,20 @@ def test_mate_comes_with_its_versions(packages: Path) -> None:
 def test_a_missing_mate_is_refused(packages: Path) -> None:
     """Without MATE, the error says so and where it comes from."""
     message = refusal(Settings(), MUSA)
-    for part in ("MATE is not installed", "'mate'", "flash_attn_3", "Moore Threads", "SGLANG_MUSA_EXT=off"):
+    for part in (
+        "MATE is not installed",
+        "'mate'",
+        "flash_attn_3",
+        "Moore Threads",
+        "SGLANG_MUSA_EXT=off",
+    ):
         assert part in message
 
 
 def test_a_foreign_mate_is_refused(packages: Path) -> None:
-    """The unrelated project of the same name is named with distribution, version, location and remedy."""
+    """The unrelated project of the same name is named with distribution, version, location and
+    remedy.
+    """
     write(packages, {"mate/__init__.py": "class Mate: ...\n", "mate/matchers.py": ""})
     write(packages, {"flash_attn_interface.py": WRAPPER})
     write_distribution(packages, "mate", "0.2.0")
@@ -397,11 +466,19 @@ def test_a_foreign_mate_is_refused(packages: Path) -> None:
 
 @pytest.mark.parametrize(
     "files",
-    [{"mate.py": ""}, {"mate/__init__.py": "print 'Python 2'\n"}, {"mate/__init__.py": "import no_such_module\n"}],
+    [
+        {"mate.py": ""},
+        {"mate/__init__.py": "print 'Python 2'\n"},
+        {"mate/__init__.py": "import no_such_module\n"},
+    ],
     ids=["module", "syntax", "import"],
 )
-def test_a_foreign_mate_that_cannot_be_imported_is_refused(packages: Path, files: dict[str, str]) -> None:
-    """Whatever else is called ``mate`` is refused by name, not with the error that importing it raises."""
+def test_a_foreign_mate_that_cannot_be_imported_is_refused(
+    packages: Path, files: dict[str, str]
+) -> None:
+    """Whatever else is called ``mate`` is refused by name, not with the error that importing it
+    raises.
+    """
     write(packages, files)
     assert "Moore Threads" in refusal(Settings(), MUSA)
 
@@ -424,9 +501,13 @@ def test_a_wrapper_that_cannot_be_imported_is_refused_with_the_reason(packages: 
     assert isinstance(caught.value.__cause__, ImportError)
 
 
-@pytest.mark.parametrize("absent", ["flash_attn_with_kvcache", "flash_attn_varlen_func", "get_scheduler_metadata"])
+@pytest.mark.parametrize(
+    "absent", ["flash_attn_with_kvcache", "flash_attn_varlen_func", "get_scheduler_metadata"]
+)
 def test_a_wrapper_without_a_function_is_refused(packages: Path, absent: str) -> None:
-    """A module of the wrapper's name that lacks a function is named with its file and what it lacks."""
+    """A module of the wrapper's name that lacks a function is named with its file and what it
+    lacks.
+    """
     write_mate(packages, WRAPPER + f"\ndel {absent}\n")
     message = refusal(Settings(), MUSA)
     assert f"lacks {absent}" in message
@@ -439,7 +520,9 @@ def test_a_wrapper_lists_everything_it_lacks(packages: Path) -> None:
     assert "lacks flash_attn_with_kvcache, flash_attn_varlen_func," in refusal(Settings(), MUSA)
 
 
-def test_mate_sizes_an_mla_plan_by_its_layout(packages: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mate_sizes_an_mla_plan_by_its_layout(
+    packages: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A plan has at most one 32-byte record a multiprocessor, and batch+1 split offsets of 4 bytes."""
     write_mate(packages)
     properties = SimpleNamespace(multi_processor_count=60)
@@ -457,16 +540,24 @@ def test_mate_is_called_with_its_own_names(packages: Path) -> None:
 
 
 def test_hopper_is_called_with_its_own_names(packages: Path) -> None:
-    """SGLang's library gets its own names for the heads and the padding on the left, and FA3's for the rest."""
+    """SGLang's library gets its own names for the heads and the padding on the left, and FA3's for
+    the rest.
+    """
     write_sgl_kernel(packages)
     plan = PLAN | {"cache_leftpad": object()}
     given = vars(hopper_kernels(CUDA).get_scheduler_metadata(**plan))
-    names = {"num_heads_q": "num_heads", "num_heads_kv": "num_heads_k", "cache_leftpad": "leftpad_k"}
+    names = {
+        "num_heads_q": "num_heads",
+        "num_heads_kv": "num_heads_k",
+        "cache_leftpad": "leftpad_k",
+    }
     assert given.items() >= {names.get(name, name): value for name, value in plan.items()}.items()
 
 
 def test_sglangs_build_plans_no_unequal_queries(packages: Path) -> None:
-    """Its forward bounds splits by the average query where its plan goes by the longest; the others go by one rule."""
+    """Its forward bounds splits by the average query where its plan goes by the longest; the others
+    go by one rule.
+    """
     write_flash_attention(packages)
     assert hopper_kernels(CUDA).plans_unequal_queries
     write_sgl_kernel(packages)
@@ -489,7 +580,9 @@ LENGTHS = {"cu_seqlens_q": 1, "cu_seqlens_k": 2, "max_seqlen_q": 3, "max_seqlen_
 
 def test_flash_attention_is_asked_for_lse_by_its_name(flash_attention: FA3Kernels) -> None:
     """Its varlen function calls it otherwise than its function over a cache."""
-    assert vars(flash_attention.flash_attn_varlen_func(**raw(return_softmax_lse=True, **LENGTHS)))["return_attn_probs"]
+    assert vars(flash_attention.flash_attn_varlen_func(**raw(return_softmax_lse=True, **LENGTHS)))[
+        "return_attn_probs"
+    ]
     given = vars(flash_attention.flash_attn_with_kvcache(**paged(return_softmax_lse=True)))
     assert given["return_softmax_lse"] is True
 
@@ -497,7 +590,9 @@ def test_flash_attention_is_asked_for_lse_by_its_name(flash_attention: FA3Kernel
 def test_flash_attention_refuses_sinks_by_name(flash_attention: FA3Kernels) -> None:
     """It has no attention sinks, which SGLang's build has; a model without them is served."""
     assert flash_attention.flash_attn_with_kvcache(**paged(sinks=None, only_qv=False, ver=3))
-    with pytest.raises(UnsupportedKernelArgument, match=r"flash_attn_interface\.flash_attn_with_kvcache .*'sinks'"):
+    with pytest.raises(
+        UnsupportedKernelArgument, match=r"flash_attn_interface\.flash_attn_with_kvcache .*'sinks'"
+    ):
         flash_attention.flash_attn_with_kvcache(**paged(sinks=half(8)))
 
 
@@ -514,7 +609,9 @@ def test_out_is_written_for_flash_attention(packages: Path) -> None:
 # The adapter -------------------------------------------------------------------------------------
 
 
-def echo(q: Any, k_cache: Any = None, page_table: Any = None, window_size: Any = (-1, -1)) -> dict[str, Any]:
+def echo(
+    q: Any, k_cache: Any = None, page_table: Any = None, window_size: Any = (-1, -1)
+) -> dict[str, Any]:
     """A kernel that returns its arguments."""
     return dict(locals())
 
@@ -566,7 +663,9 @@ def test_an_unknown_argument_that_asks_for_nothing_is_dropped(name: str, value: 
 )  # fmt: skip
 def test_an_unknown_argument_with_a_value_is_refused_by_name(name: str, value: object) -> None:
     """A feature that the kernels do not have is an error and never a wrong number."""
-    with pytest.raises(UnsupportedKernelArgument, match=rf"echo has no argument '{name}'.*--attention-backend"):
+    with pytest.raises(
+        UnsupportedKernelArgument, match=rf"echo has no argument '{name}'.*--attention-backend"
+    ):
         adapted(echo)(q=1, **{name: value})
 
 
@@ -615,7 +714,9 @@ def test_out_is_written_where_it_is_strided() -> None:
 
 
 def test_a_call_that_needs_no_adapter_goes_to_the_library() -> None:
-    """A library that has every name of a call gets it directly; with one more name, the adapter comes between."""
+    """A library that has every name of a call gets it directly; with one more name, the adapter
+    comes between.
+    """
 
     def library(q: Any, window_size: Any = (-1, -1), ver: int = 3, out: Any = None) -> Any:
         return q
@@ -656,7 +757,9 @@ def test_a_dense_page_table_is_not_copied() -> None:
 
 
 def test_the_kv_cache_is_never_copied() -> None:
-    """A cache that is a strided view goes to the kernel untouched: a copy would be as large as the pool."""
+    """A cache that is a strided view goes to the kernel untouched: a copy would be as large as the
+    pool.
+    """
     pool = torch.zeros(4, 2, 64, 2, 16)
     cache = pool[:, 0]
     table = torch.zeros(4, 8, dtype=torch.int32)[:, :2]
@@ -668,7 +771,12 @@ def test_the_kv_cache_is_never_copied() -> None:
 
 def test_the_caller_keeps_its_arguments() -> None:
     """The adapter drops and replaces in its own copy of the keywords."""
-    arguments = {"q": 1, "ver": 3, "score_mod": None, "page_table": torch.zeros(4, 8, dtype=torch.int32)[:, :2]}
+    arguments = {
+        "q": 1,
+        "ver": 3,
+        "score_mod": None,
+        "page_table": torch.zeros(4, 8, dtype=torch.int32)[:, :2],
+    }
     before = dict(arguments)
     adapted(echo)(**arguments)
     assert arguments.keys() == before.keys()
@@ -697,12 +805,16 @@ def test_a_name_that_the_kernel_has_is_not_translated() -> None:
 
 
 def test_a_kernel_that_takes_anything_gets_everything_that_matters() -> None:
-    """A function that hides its parameters is trusted with all arguments but those that say nothing."""
+    """A function that hides its parameters is trusted with all arguments but those that say
+    nothing.
+    """
     assert adapted(lambda **given: given)(q=1, sinks=2, score_mod=None) == {"q": 1, "sinks": 2}
 
 
 def test_the_reference_refuses_what_mate_lacks() -> None:
-    """The reference has MATE's parameters, so a call that works here does not fail there for a keyword."""
+    """The reference has MATE's parameters, so a call that works here does not fail there for a
+    keyword.
+    """
     with pytest.raises(UnsupportedKernelArgument, match="'score_mod'"):
         reference_kernels().flash_attn_with_kvcache(q=1, score_mod=abs)
 
@@ -737,7 +849,13 @@ def paged(**more: Any) -> dict[str, Any]:
     """A call of paged decode the way upstream makes it."""
     cache = half(4, 64, 2, 128)
     table = torch.zeros(2, 2, dtype=torch.int32)
-    return {"q": half(2, 8, 128), "k_cache": cache, "v_cache": cache, "page_table": table, "causal": True} | more
+    return {
+        "q": half(2, 8, 128),
+        "k_cache": cache,
+        "v_cache": cache,
+        "page_table": table,
+        "causal": True,
+    } | more
 
 
 def raw(**more: Any) -> dict[str, Any]:
@@ -795,11 +913,15 @@ def test_every_release_writes_where_it_is_told(release: FA3Kernels, name: str) -
     if "out" in inspect.signature(function).parameters:
         assert vars(function(**call, out=out))["out"] is out
     else:
-        with pytest.raises(AttributeError, match="view"):  # What these stand-ins return is no tensor to be copied.
+        with pytest.raises(
+            AttributeError, match="view"
+        ):  # What these stand-ins return is no tensor to be copied.
             function(**call, out=out)
 
 
-@pytest.mark.parametrize("name", ["score_mod", "mask_mod", "rel_bias", "aux_tensors", "sfq", "rel_bias_prep_cache"])
+@pytest.mark.parametrize(
+    "name", ["score_mod", "mask_mod", "rel_bias", "aux_tensors", "sfq", "rel_bias_prep_cache"]
+)
 def test_every_release_refuses_what_none_has(release: FA3Kernels, name: str) -> None:
     """Features of other kernels are refused by name."""
     with pytest.raises(UnsupportedKernelArgument, match=f"'{name}'"):
@@ -815,7 +937,9 @@ def test_every_release_refuses_version_4(release: FA3Kernels) -> None:
 def test_every_release_refuses_fp8(release: FA3Kernels) -> None:
     """A cache in fp8 is refused with what the call has and how to start the server."""
     cache = half(4, 64, 2, 128, dtype=torch.float8_e4m3fn)
-    with pytest.raises(UnsupportedKernelArgument, match=r"k_cache float8_e4m3fn.*--kv-cache-dtype auto"):
+    with pytest.raises(
+        UnsupportedKernelArgument, match=r"k_cache float8_e4m3fn.*--kv-cache-dtype auto"
+    ):
         release.flash_attn_with_kvcache(**paged(k_cache=cache, v_cache=cache))
 
 
@@ -834,9 +958,13 @@ def test_scales_of_fp8_are_dropped(release: FA3Kernels) -> None:
 
 @pytest.mark.parametrize("name", ["sinks", "s_aux"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-def test_sinks_of_another_dtype_are_refused(release: FA3Kernels, name: str, dtype: torch.dtype) -> None:
+def test_sinks_of_another_dtype_are_refused(
+    release: FA3Kernels, name: str, dtype: torch.dtype
+) -> None:
     """MATE reads bfloat16, and rounding a model's weights is not for an adapter to do."""
-    with pytest.raises(UnsupportedKernelArgument, match=f"{str(dtype).removeprefix('torch.')}.*bfloat16"):
+    with pytest.raises(
+        UnsupportedKernelArgument, match=f"{str(dtype).removeprefix('torch.')}.*bfloat16"
+    ):
         release.flash_attn_with_kvcache(**paged(**{name: half(8, dtype=dtype)}))
 
 
@@ -847,7 +975,9 @@ def test_sinks_in_bfloat16_are_handed_on(release: FA3Kernels) -> None:
 
 
 def test_a_cache_that_would_have_to_be_copied_is_refused(release: FA3Kernels) -> None:
-    """A cache whose rows are not dense is refused: no kernel reads it, and a copy is as large as the cache."""
+    """A cache whose rows are not dense is refused: no kernel reads it, and a copy is as large as
+    the cache.
+    """
     cache = half(4, 64, 128, 2).transpose(2, 3)
     with pytest.raises(UnsupportedKernelArgument, match="k_cache has stride 2"):
         release.flash_attn_with_kvcache(**paged(k_cache=cache))
@@ -883,7 +1013,9 @@ def test_qv_is_for_mla_alone(release: FA3Kernels, q: torch.Tensor | None) -> Non
         release.flash_attn_with_kvcache(**mla(q=q))
 
 
-@pytest.mark.parametrize("metadata", [None, torch.zeros(8, dtype=torch.int32)], ids=["none", "tensor"])
+@pytest.mark.parametrize(
+    "metadata", [None, torch.zeros(8, dtype=torch.int32)], ids=["none", "tensor"]
+)
 def test_mla_refuses_to_run_without_a_workspace(release: FA3Kernels, metadata: object) -> None:
     """Later releases would take another kernel for it, and earlier ones fail inside."""
     with pytest.raises(UnsupportedKernelArgument, match="workspace"):
@@ -930,9 +1062,13 @@ def test_softmax_lse_of_other_attention_is_untouched(packages: Path) -> None:
     ],
 )  # fmt: skip
 def test_what_a_release_lacks_is_refused_by_name(packages: Path, state: str, name: str) -> None:
-    """A parameter that is there but not read, or not yet served, is refused with the release that has it."""
+    """A parameter that is there but not read, or not yet served, is refused with the release that
+    has it.
+    """
     kernels = install_mate(packages, state)
-    with pytest.raises(UnsupportedKernelArgument, match=rf"needs {name}, which MATE has from 0\.2\.[01] on"):
+    with pytest.raises(
+        UnsupportedKernelArgument, match=rf"needs {name}, which MATE has from 0\.2\.[01] on"
+    ):
         kernels.flash_attn_with_kvcache(**paged(**{name: half(2, 2, 128)}))
 
 
@@ -940,7 +1076,12 @@ def test_what_a_release_lacks_is_refused_by_name(packages: Path, state: str, nam
 def test_what_a_release_has_is_handed_on(packages: Path, name: str) -> None:
     """From 0.2.1 on these reach the kernel."""
     value = half(2, 2, 128)
-    assert vars(install_mate(packages, "0.2.1").flash_attn_with_kvcache(**paged(**{name: value})))[name] is value
+    assert (
+        vars(install_mate(packages, "0.2.1").flash_attn_with_kvcache(**paged(**{name: value})))[
+            name
+        ]
+        is value
+    )
 
 
 def test_raw_keys_are_no_new_keys(packages: Path) -> None:
@@ -978,21 +1119,32 @@ def test_mate_0_1_is_told_windows_its_own_way(
 def test_mate_0_1_refuses_a_window_with_one_side(packages: Path, window: tuple[int, int]) -> None:
     """It would forget such a window, too."""
     with pytest.raises(UnsupportedKernelArgument, match="two sides"):
-        install_mate(packages, "0.1.3").flash_attn_with_kvcache(**paged(causal=False, window_size=window))
+        install_mate(packages, "0.1.3").flash_attn_with_kvcache(
+            **paged(causal=False, window_size=window)
+        )
 
 
 @pytest.mark.parametrize("state", ["0.2.0", "0.2.1", "0.2.2", "later"])
 def test_later_releases_get_windows_unchanged(packages: Path, state: str) -> None:
     """From 0.2 on a causal call keeps its window."""
-    given = vars(install_mate(packages, state).flash_attn_with_kvcache(**paged(window_size=(127, 0))))
+    given = vars(
+        install_mate(packages, state).flash_attn_with_kvcache(**paged(window_size=(127, 0)))
+    )
     assert (given["causal"], given["window_size"]) == (True, (127, 0))
 
 
 @pytest.mark.parametrize("state", ["0.1.3", "0.2.0"])
 @pytest.mark.parametrize("headdims", [(64, 64), (128, 128), (192, 128)], ids=str)
-def test_softcap_that_a_release_forgets_is_refused(packages: Path, state: str, headdims: tuple[int, int]) -> None:
+def test_softcap_that_a_release_forgets_is_refused(
+    packages: Path, state: str, headdims: tuple[int, int]
+) -> None:
     """Before 0.2.1 plain varlen attention goes to a kernel without softcap."""
-    call = raw(q=half(2, 8, headdims[0]), k=half(2, 2, headdims[0]), v=half(2, 2, headdims[1]), softcap=30.0)
+    call = raw(
+        q=half(2, 8, headdims[0]),
+        k=half(2, 2, headdims[0]),
+        v=half(2, 2, headdims[1]),
+        softcap=30.0,
+    )
     with pytest.raises(UnsupportedKernelArgument, match=r"softcap=30\.0"):
         install_mate(packages, state).flash_attn_varlen_func(**call)
 
@@ -1008,7 +1160,9 @@ def test_softcap_that_a_release_forgets_is_refused(packages: Path, state: str, h
     ],
     ids=["window", "wide", "seqused", "0.2.1", "0.2.2"],
 )
-def test_softcap_that_a_release_reads_is_handed_on(packages: Path, state: str, more: dict[str, Any]) -> None:
+def test_softcap_that_a_release_reads_is_handed_on(
+    packages: Path, state: str, more: dict[str, Any]
+) -> None:
     """Other kernels of the same release, and later releases, have it."""
     given = vars(install_mate(packages, state).flash_attn_varlen_func(**raw(softcap=30.0, **more)))
     assert given["softcap"] == 30.0
@@ -1034,12 +1188,21 @@ PROVIDERS = ("mate", "hopper", "reference")
 
 
 @pytest.mark.parametrize("name", PROVIDERS)
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float64, torch.uint8], ids=str)
-def test_a_kv_cache_dtype_that_cannot_be_read_is_refused(packages: Path, name: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    "dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float64, torch.uint8], ids=str
+)
+def test_a_kv_cache_dtype_that_cannot_be_read_is_refused(
+    packages: Path, name: str, dtype: torch.dtype
+) -> None:
     """The error names the option, the dtype, the kernels and what they read."""
     with pytest.raises(UnsupportedByKernels) as caught:
         provider(name, packages).require(page_size=64, kv_cache_dtype=dtype, use_mla=False)
-    for part in ("--kv-cache-dtype", str(dtype).removeprefix("torch."), repr(name), "bfloat16, float16"):
+    for part in (
+        "--kv-cache-dtype",
+        str(dtype).removeprefix("torch."),
+        repr(name),
+        "bfloat16, float16",
+    ):
         assert part in str(caught.value)
 
 
@@ -1058,7 +1221,9 @@ def test_float32_is_accepted_by_the_reference() -> None:
 @pytest.mark.parametrize("name", PROVIDERS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("page_size", [1, 16, 64, 128])
-def test_any_page_size_is_accepted_without_mla(packages: Path, name: str, dtype: torch.dtype, page_size: int) -> None:
+def test_any_page_size_is_accepted_without_mla(
+    packages: Path, name: str, dtype: torch.dtype, page_size: int
+) -> None:
     """Multi-head attention takes pages of any size, in both half precisions."""
     provider(name, packages).require(page_size=page_size, kv_cache_dtype=dtype, use_mla=False)
 
@@ -1066,9 +1231,13 @@ def test_any_page_size_is_accepted_without_mla(packages: Path, name: str, dtype:
 @pytest.mark.parametrize("name", ["mate", "reference"])
 @pytest.mark.parametrize("page_size", [1, 32, 128])
 def test_mla_refuses_other_pages_than_64(packages: Path, name: str, page_size: int) -> None:
-    """MATE's MLA kernels take pages of 64 tokens; the error names the option, its value and the choice."""
+    """MATE's MLA kernels take pages of 64 tokens; the error names the option, its value and the
+    choice.
+    """
     with pytest.raises(UnsupportedByKernels) as caught:
-        provider(name, packages).require(page_size=page_size, kv_cache_dtype=torch.bfloat16, use_mla=True)
+        provider(name, packages).require(
+            page_size=page_size, kv_cache_dtype=torch.bfloat16, use_mla=True
+        )
     for part in (f"--page-size {page_size} ", repr(name), "Expected: 64", "--page-size 64"):
         assert part in str(caught.value)
 
@@ -1091,8 +1260,11 @@ def test_a_record_is_frozen() -> None:
 
 
 def test_a_hopper_plan_is_compared_without_padding_and_semaphore() -> None:
-    """NVIDIA's FA3 leaves its vectors' padding unwritten and counts in the last value: neither says anything."""
-    # Three vectors of one request, padded to four, then the semaphore; as two computations of one plan came from a GPU.
+    """NVIDIA's FA3 leaves its vectors' padding unwritten and counts in the last value: neither says
+    anything.
+    """
+    # Three vectors of one request, padded to four, then the semaphore; as two computations of one
+    # plan came from a GPU.
     used = torch.tensor([1, 1, 2, 12, 1, 1, 1, 1, 0, 0, 1, 2, 0], dtype=torch.int32)
     fresh = torch.tensor([1, 1, 2, 3, 1, 0, 3, 0, 0, 0, 0, 0, 9], dtype=torch.int32)
     other = torch.tensor([2, 1, 2, 3, 1, 0, 3, 0, 0, 0, 0, 0, 9], dtype=torch.int32)
@@ -1103,9 +1275,11 @@ def test_a_hopper_plan_is_compared_without_padding_and_semaphore() -> None:
 
 
 def hopper_plan(batch: int, vectors: int, semaphore: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """A plan, and which of its values the computation of a plan decides: the rest is padding and the semaphore.
+    """A plan, and which of its values the computation of a plan decides: the rest is padding and
+    the semaphore.
 
-    ``vectors`` is 0 for the earlier layout, whose semaphore, or the place where it would be, comes first.
+    ``vectors`` is 0 for the earlier layout, whose semaphore, or the place where it would be, comes
+    first.
     """
     if not vectors:
         decided = torch.ones(batch + semaphore, dtype=torch.bool)
@@ -1120,8 +1294,12 @@ def hopper_plan(batch: int, vectors: int, semaphore: bool) -> tuple[torch.Tensor
 @pytest.mark.parametrize("semaphore", [False, True], ids=["no semaphore", "semaphore"])
 @pytest.mark.parametrize("vectors", [0, 3, 4])
 @pytest.mark.parametrize("batch", [1, 2, 3, 4, 5, 7, 8, 31, 128, 992, 993])
-def test_each_value_of_a_hopper_plan_that_counts_is_compared(batch: int, vectors: int, semaphore: bool) -> None:
-    """Two plans differ exactly if they differ in something that computing a plan decides, in either layout."""
+def test_each_value_of_a_hopper_plan_that_counts_is_compared(
+    batch: int, vectors: int, semaphore: bool
+) -> None:
+    """Two plans differ exactly if they differ in something that computing a plan decides, in either
+    layout.
+    """
     plan, decided = hopper_plan(batch, vectors, semaphore)
     seen = kernels._hopper_plan_contents(plan, batch).flatten()
     assert seen.tolist() == plan[decided].tolist()
@@ -1129,6 +1307,11 @@ def test_each_value_of_a_hopper_plan_that_counts_is_compared(batch: int, vectors
 
 @pytest.mark.parametrize(("size", "batch"), [(11, 1), (17 + 1, 1), (8, 4), (24, 4), (30, 5)])
 def test_a_hopper_plan_of_an_unknown_layout_is_not_compared(size: int, batch: int) -> None:
-    """What cannot be told apart is an error of the check, and neither a difference nor the lack of one."""
-    with pytest.raises(UnsupportedByKernels, match=rf"{size} values for a batch of {batch}, .*SGLANG_MUSA_EXT_CHECK"):
+    """What cannot be told apart is an error of the check, and neither a difference nor the lack of
+    one.
+    """
+    with pytest.raises(
+        UnsupportedByKernels,
+        match=rf"{size} values for a batch of {batch}, .*SGLANG_MUSA_EXT_CHECK",
+    ):
         kernels._hopper_plan_contents(torch.zeros(size, dtype=torch.int32), batch)

@@ -28,7 +28,9 @@ from tests.support.attention_float64 import attention
 
 @dataclass
 class Batch:
-    """A paged batch: ``rows`` new queries of each request over ``keys`` cached tokens, in shuffled pages."""
+    """A paged batch: ``rows`` new queries of each request over ``keys`` cached tokens, in shuffled
+    pages.
+    """
 
     rows: list[int]
     keys: list[int]
@@ -53,8 +55,12 @@ class Batch:
         self.page_table = order.view(len(self.keys), width).to(torch.int32).contiguous()
         self.q = randn(sum(self.rows), self.heads, self.dim)
         # Slots that hold no key are NaN: reading one shows.
-        self.k_cache = torch.full((count, self.page, self.heads_kv, self.dim), math.nan, dtype=self.dtype)
-        self.v_cache = torch.full((count, self.page, self.heads_kv, self.dim_v), math.nan, dtype=self.dtype)
+        self.k_cache = torch.full(
+            (count, self.page, self.heads_kv, self.dim), math.nan, dtype=self.dtype
+        )
+        self.v_cache = torch.full(
+            (count, self.page, self.heads_kv, self.dim_v), math.nan, dtype=self.dtype
+        )
         self.k = [randn(keys, self.heads_kv, self.dim) for keys in self.keys]
         self.v = [randn(keys, self.heads_kv, self.dim_v) for keys in self.keys]
         for index, keys in enumerate(self.keys):
@@ -73,7 +79,9 @@ class Batch:
             q=self.q, k_cache=self.k_cache, v_cache=self.v_cache, page_table=self.page_table,
             cache_seqlens=self.cache_seqlens, cu_seqlens_q=self.cu_seqlens_q, max_seqlen_q=max(self.rows),
         )  # fmt: skip
-        out, lse, *_ = flash_attn_with_kvcache(**{**arguments, "return_softmax_lse": True, **changes})
+        out, lse, *_ = flash_attn_with_kvcache(
+            **{**arguments, "return_softmax_lse": True, **changes}
+        )
         return out, lse
 
     def plan(self, **changes: Any) -> Tensor:
@@ -109,7 +117,9 @@ def assert_close(result: Tensor, truth: Tensor, plain: Tensor, dtype: torch.dtyp
     assert torch.equal(result.double()[~finite], truth[~finite])
     fair = 2 * (plain.double() - truth)[finite].abs().max() if finite.any() else 0.0
     rounding = 2 * torch.finfo(dtype).eps * truth[finite].abs().max() if finite.any() else 0.0
-    torch.testing.assert_close(result.double()[finite], truth[finite], rtol=0, atol=float(fair + rounding))
+    torch.testing.assert_close(
+        result.double()[finite], truth[finite], rtol=0, atol=float(fair + rounding)
+    )
 
 
 def assert_attention(batch: Batch, result: tuple[Tensor, Tensor], **options: Any) -> None:
@@ -127,8 +137,12 @@ RAGGED: dict[str, Any] = dict(rows=[1, 37, 0, 13], keys=[70, 37, 5, 150])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2), (4, 1)])
 @pytest.mark.parametrize("page", [1, 16, 64])
-def test_paged_attention_is_attention(page: int, heads: tuple[int, int], causal: bool, planned: bool) -> None:
-    """Pages of any size, any grouping of heads, causal or not, planned or not: attention as defined."""
+def test_paged_attention_is_attention(
+    page: int, heads: tuple[int, int], causal: bool, planned: bool
+) -> None:
+    """Pages of any size, any grouping of heads, causal or not, planned or not: attention as
+    defined.
+    """
     batch = Batch(**RAGGED, heads=heads[0], heads_kv=heads[1], page=page)
     plan = batch.plan(causal=causal) if planned else None
     assert_attention(batch, batch.call(causal=causal, scheduler_metadata=plan), causal=causal)
@@ -171,11 +185,19 @@ def kernel_options(options: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize("planned", [False, True])
 @pytest.mark.parametrize("options", MASKS, ids=str)
 def test_masks_and_scores(options: dict[str, Any], planned: bool) -> None:
-    """Windows, chunks, softcap and scale mean what they say, with fewer, equal and more keys than rows."""
+    """Windows, chunks, softcap and scale mean what they say, with fewer, equal and more keys than
+    rows.
+    """
     batch = Batch([1, 37, 20, 13], [70, 37, 5, 150])
-    known = {k: v for k, v in kernel_options(options).items() if k in ("causal", "window_size", "attention_chunk")}
+    known = {
+        k: v
+        for k, v in kernel_options(options).items()
+        if k in ("causal", "window_size", "attention_chunk")
+    }
     plan = batch.plan(**known) if planned else None
-    assert_attention(batch, batch.call(**kernel_options(options), scheduler_metadata=plan), **options)
+    assert_attention(
+        batch, batch.call(**kernel_options(options), scheduler_metadata=plan), **options
+    )
 
 
 @pytest.mark.parametrize("name", ["sinks", "s_aux"])
@@ -233,9 +255,13 @@ def test_long_prefill_is_computed_in_pieces(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_dense_queries_give_a_batched_lse() -> None:
-    """Queries of four dimensions give ``(batch, seqlen_q, heads, dim)`` and ``(batch, heads, seqlen_q)``."""
+    """Queries of four dimensions give ``(batch, seqlen_q, heads, dim)`` and
+    ``(batch, heads, seqlen_q)``.
+    """
     batch = Batch([3, 3], [70, 9])
-    out, lse = batch.call(q=batch.q.view(2, 3, 4, 64), cu_seqlens_q=None, max_seqlen_q=None, causal=True)
+    out, lse = batch.call(
+        q=batch.q.view(2, 3, 4, 64), cu_seqlens_q=None, max_seqlen_q=None, causal=True
+    )
     assert out.shape == (2, 3, 4, 64)
     assert lse.shape == (2, 4, 3)
     assert_attention(batch, (out.flatten(0, 1), lse.transpose(0, 1).flatten(1)), causal=True)
@@ -282,7 +308,11 @@ def test_varlen_over_dense_tensors() -> None:
     """Without offsets the varlen function takes dense batches."""
     batch = Batch([3, 3], [20, 20])
     out, lse = flash_attn_varlen_func(
-        batch.q.view(2, 3, 4, 64), torch.stack(batch.k), torch.stack(batch.v), causal=True, return_softmax_lse=True
+        batch.q.view(2, 3, 4, 64),
+        torch.stack(batch.k),
+        torch.stack(batch.v),
+        causal=True,
+        return_softmax_lse=True,
     )
     assert_attention(batch, (out.flatten(0, 1), lse.transpose(0, 1).flatten(1)), causal=True)
 
@@ -394,16 +424,24 @@ class Latent:
         needed = mla_plan_bytes(len(self.rows), max(self.rows), self.heads)
         self.workspace = torch.full((needed,), 255, dtype=torch.uint8)
 
-    def call(self, reuse: bool = False, workspace: Tensor | None = None, **changes: Any) -> tuple[Tensor, Tensor]:
+    def call(
+        self, reuse: bool = False, workspace: Tensor | None = None, **changes: Any
+    ) -> tuple[Tensor, Tensor]:
         space = self.workspace if workspace is None else workspace
-        arguments = dict(qv=self.latent.q, v_cache=self.latent.k_cache, scheduler_metadata=(space, reuse))
+        arguments = dict(
+            qv=self.latent.q, v_cache=self.latent.k_cache, scheduler_metadata=(space, reuse)
+        )
         return self.rope.call(**{**arguments, **changes})
 
     def truth(self, dtype: torch.dtype, causal: bool) -> tuple[Tensor, Tensor]:
         parts = [
             attention(torch.cat([q, qv], -1), torch.cat([k, c], -1), c, dtype=dtype, causal=causal)
             for q, qv, k, c in zip(
-                self.rope.split_rows(), self.latent.split_rows(), self.rope.k, self.latent.k, strict=True
+                self.rope.split_rows(),
+                self.latent.split_rows(),
+                self.rope.k,
+                self.latent.k,
+                strict=True,
             )
         ]
         return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts], dim=1)
@@ -416,8 +454,12 @@ class Latent:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("case", [([1, 1], [700, 10]), ([3, 1, 2], [130, 0, 64]), ([20], [65])], ids=str)
-def test_mla_is_attention(case: tuple[list[int], list[int]], causal: bool, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    "case", [([1, 1], [700, 10]), ([3, 1, 2], [130, 0, 64]), ([20], [65])], ids=str
+)
+def test_mla_is_attention(
+    case: tuple[list[int], list[int]], causal: bool, dtype: torch.dtype
+) -> None:
     """MLA scores rotary and latent parts together, planned and from its own plan once more."""
     batch = Latent(*case, dtype=dtype)
     first = batch.call(causal=causal)
@@ -444,7 +486,10 @@ def test_mla_plans_really_split() -> None:
 def test_dense_mla_queries_give_an_lse_like_the_queries() -> None:
     """Of 4-d queries MLA's LSE is ``(batch, seqlen_q, heads)``."""
     batch = Latent([2, 2], [100, 30])
-    dense: dict[str, Any] = {"q": batch.rope.q.view(2, 2, 8, 64), "qv": batch.latent.q.view(2, 2, 8, 512)}
+    dense: dict[str, Any] = {
+        "q": batch.rope.q.view(2, 2, 8, 64),
+        "qv": batch.latent.q.view(2, 2, 8, 512),
+    }
     out, lse = batch.call(**dense, cu_seqlens_q=None, max_seqlen_q=None, causal=True)
     assert lse.shape == (2, 2, 8)
     batch.check((out.flatten(0, 1), lse.flatten(0, 1).T), causal=True)
@@ -513,8 +558,12 @@ def test_metadata_layout() -> None:
         (65, 4, (512, 512), 32, False),
     ],
 )
-def test_tile_shapes(rows: int, ratio: int, dims: tuple[int, int], query: int, packed: bool) -> None:
-    """Query tiles follow rows and heads while these fit 256, then rows alone; large heads have fixed tiles."""
+def test_tile_shapes(
+    rows: int, ratio: int, dims: tuple[int, int], query: int, packed: bool
+) -> None:
+    """Query tiles follow rows and heads while these fit 256, then rows alone; large heads have
+    fixed tiles.
+    """
     assert reference.tile_shape(rows, ratio, *dims) == reference.TileShape(query, 64, packed)
 
 
@@ -532,7 +581,9 @@ def test_four_key_tiles_are_never_split() -> None:
 
 
 def test_splits_stay_within_the_multiprocessors() -> None:
-    """The planned splits of a batch never outnumber the multiprocessors by more than its requests do."""
+    """The planned splits of a batch never outnumber the multiprocessors by more than its requests
+    do.
+    """
     batch = Batch([1] * 20, [1300] * 20, heads=1, heads_kv=1)
     splits = batch.plan()[:20]
     assert splits.sum() <= reference.MULTIPROCESSORS
@@ -561,9 +612,19 @@ def assert_shows(batch: Batch, plan: Tensor, **options: Any) -> None:
     ("foreign", "batch", "options"),
     [
         pytest.param(Batch([1], [2000]).plan, Batch([1], [200]), {}, id="more keys and capacity"),
-        pytest.param(Batch([1, 1], [310, 310]).plan, unequal_rows(False), {}, id="decode's plan for a prefill"),
+        pytest.param(
+            Batch([1, 1], [310, 310]).plan,
+            unequal_rows(False),
+            {},
+            id="decode's plan for a prefill",
+        ),
         pytest.param(unequal_rows(True).plan, unequal_rows(False), {}, id="another batch order"),
-        pytest.param(Batch([1], [2000]).plan, Batch([1], [2000]), {"window_size": (63, 0)}, id="another window"),
+        pytest.param(
+            Batch([1], [2000]).plan,
+            Batch([1], [2000]),
+            {"window_size": (63, 0)},
+            id="another window",
+        ),
         pytest.param(
             Batch([1] * 4, [400] * 4, heads_kv=1).plan,
             Batch([1] * 4, [400] * 4, heads=16, heads_kv=16),
@@ -577,10 +638,15 @@ def assert_shows(batch: Batch, plan: Tensor, **options: Any) -> None:
             id="another head ratio",
         ),
         pytest.param(
-            Batch([60], [60], dim=64, dim_v=64).plan, Batch([60], [60], dim=512, dim_v=512), {}, id="other head dims"
+            Batch([60], [60], dim=64, dim_v=64).plan,
+            Batch([60], [60], dim=512, dim_v=512),
+            {},
+            id="other head dims",
         ),
         pytest.param(Batch([1], [900]).plan, Batch([1, 1], [900, 900]), {}, id="a smaller batch"),
-        pytest.param(Batch([1] * 5, [900] * 5).plan, Batch([1, 1], [900, 900]), {}, id="a larger batch"),
+        pytest.param(
+            Batch([1] * 5, [900] * 5).plan, Batch([1, 1], [900, 900]), {}, id="a larger batch"
+        ),
     ],
 )
 def test_a_foreign_plan_shows(foreign: Any, batch: Batch, options: dict[str, Any]) -> None:
@@ -621,7 +687,9 @@ def test_tiles_follow_the_batch_table() -> None:
 
 
 def test_stale_lengths_within_the_same_bounds_are_harmless() -> None:
-    """Key lengths only choose how many splits run; the forward reads its own, so the output stays right."""
+    """Key lengths only choose how many splits run; the forward reads its own, so the output stays
+    right.
+    """
     batch = Batch([1, 1], [1500, 64])
     stale = batch.plan(cache_seqlens=int32([64, 1500]))
     assert_attention(batch, batch.call(scheduler_metadata=stale))
@@ -639,7 +707,17 @@ def test_a_good_plan_writes_every_row() -> None:
         rows = [1] * size if pick(True, False) else [pick(0, 1, 3, 40, 270) for _ in range(size)]
         keys = [count + pick(0, 1, 64, 300, 900) for count in rows]
         heads_kv, dim = pick(1, 2), pick(64, 80, 128, 256, 512)
-        batch = Batch(rows, keys, heads_kv * pick(1, 3, 8), heads_kv, dim, dim, pick(16, 64), pick(0, 40), seed=seed)
+        batch = Batch(
+            rows,
+            keys,
+            heads_kv * pick(1, 3, 8),
+            heads_kv,
+            dim,
+            dim,
+            pick(16, 64),
+            pick(0, 40),
+            seed=seed,
+        )
         mask = dict(causal=pick(True, False), window_size=pick((-1, -1), (100, 0), (5, 5)))
         mask |= dict(num_splits=pick(0, 0, 1, 3))
         if sum(rows):
@@ -666,8 +744,16 @@ WIDE = torch.zeros(2, 8, dtype=torch.int32)
         (dict(k_cache=fp8(SMALL.k_cache)), RefusedType, "k_cache.dtype"),
         (dict(q=SMALL.q.double()), RefusedType, "float64"),
         (dict(v_cache=SMALL.v_cache.bfloat16()), RefusedType, "q's own"),
-        (dict(q=torch.zeros(4, 4, 520), k_cache=torch.zeros(5, 64, 2, 520)), RefusedValue, "at most 512"),
-        (dict(q=torch.zeros(4, 4, 128), k_cache=torch.zeros(5, 64, 2, 128)), RefusedValue, "pair of head dim"),
+        (
+            dict(q=torch.zeros(4, 4, 520), k_cache=torch.zeros(5, 64, 2, 520)),
+            RefusedValue,
+            "at most 512",
+        ),
+        (
+            dict(q=torch.zeros(4, 4, 128), k_cache=torch.zeros(5, 64, 2, 128)),
+            RefusedValue,
+            "pair of head dim",
+        ),
         (dict(q=torch.zeros(4, 4, 32)), RefusedValue, "k's head dimension"),
         (dict(q=torch.zeros(4, 3, 64)), RefusedValue, "multiple of the key heads"),
         (dict(cache_seqlens=SMALL.cache_seqlens.long()), RefusedType, r"cache_seqlens\.dtype"),
@@ -675,7 +761,11 @@ WIDE = torch.zeros(2, 8, dtype=torch.int32)
         (dict(cache_seqlens=int32([1])), RefusedValue, r"cache_seqlens\.shape"),
         (dict(cache_seqlens=int32([9, 129])), RefusedValue, "capacity 128"),
         (dict(cu_seqlens_q=SMALL.cu_seqlens_q.long()), RefusedType, r"cu_seqlens_q\.dtype"),
-        (dict(cu_seqlens_q=int32([0, 0, 1, 0, 4, 0])[::2]), RefusedValue, r"cu_seqlens_q\.contiguous"),
+        (
+            dict(cu_seqlens_q=int32([0, 0, 1, 0, 4, 0])[::2]),
+            RefusedValue,
+            r"cu_seqlens_q\.contiguous",
+        ),
         (dict(cu_seqlens_q=int32([0, 1, 2, 4])), RefusedValue, r"\.shape"),
         (dict(cu_seqlens_q=int32([0, 1, 40])), RefusedValue, "rising offsets"),
         (dict(max_seqlen_q=None), RefusedValue, "max_seqlen_q"),
@@ -683,8 +773,16 @@ WIDE = torch.zeros(2, 8, dtype=torch.int32)
         (dict(page_table=WIDE[:, :2]), RefusedValue, "never copy the KV cache"),
         (dict(page_table=WIDE[:, ::4]), RefusedValue, "never copy the KV cache"),
         (dict(page_table=WIDE[:1]), RefusedValue, r"page_table\.shape"),
-        (dict(k_cache=SMALL.k_cache.transpose(1, 3).contiguous().transpose(1, 3)), RefusedValue, "stride"),
-        (dict(scheduler_metadata=torch.zeros(7, dtype=torch.int32)), RefusedValue, "metadata buffer"),
+        (
+            dict(k_cache=SMALL.k_cache.transpose(1, 3).contiguous().transpose(1, 3)),
+            RefusedValue,
+            "stride",
+        ),
+        (
+            dict(scheduler_metadata=torch.zeros(7, dtype=torch.int32)),
+            RefusedValue,
+            "metadata buffer",
+        ),
         (dict(scheduler_metadata=torch.zeros(8)), RefusedType, "scheduler_metadata"),
         (dict(scheduler_metadata=(torch.zeros(8), False)), RefusedType, "for MLA"),
         (dict(scheduler_metadata=int32([1, 1, 0, 2, 1, 1, 1, 1])), RefusedValue, "batch table"),
@@ -695,7 +793,11 @@ WIDE = torch.zeros(2, 8, dtype=torch.int32)
         (dict(rotary_cos=torch.zeros(1)), RefusedFeature, "rotary_cos"),
         (dict(k_descale=torch.ones(1)), RefusedFeature, "k_descale"),
         (dict(k=torch.zeros(2, 1, 2, 64)), RefusedValue, "not all given"),
-        (dict(k=torch.zeros(2, 90, 2, 64), v=torch.zeros(2, 90, 2, 64)), RefusedValue, "with the new keys"),
+        (
+            dict(k=torch.zeros(2, 90, 2, 64), v=torch.zeros(2, 90, 2, 64)),
+            RefusedValue,
+            "with the new keys",
+        ),
         (dict(cu_seqlens_k_new=torch.zeros(3)), RefusedType, "cu_seqlens_k_new"),
     ],
 )
@@ -717,10 +819,18 @@ def test_bf16_queries_want_bf16_sinks(dtype: torch.dtype) -> None:
     [
         (dict(scheduler_metadata=None), RefusedType, "needs a workspace"),
         (dict(scheduler_metadata=(torch.zeros(9999), False)), RefusedType, "uint8"),
-        (dict(scheduler_metadata=(torch.zeros(100, dtype=torch.uint8), False)), RefusedValue, "too small"),
+        (
+            dict(scheduler_metadata=(torch.zeros(100, dtype=torch.uint8), False)),
+            RefusedValue,
+            "too small",
+        ),
         (dict(cache_seqlens=None), RefusedValue, "both for MLA"),
         (dict(q=torch.zeros(2, 8, 128)), RefusedValue, "head dimension"),
-        (dict(k=torch.zeros(2, 1, 1, 64), v=torch.zeros(2, 1, 1, 512)), RefusedFeature, "does not implement k"),
+        (
+            dict(k=torch.zeros(2, 1, 1, 64), v=torch.zeros(2, 1, 1, 512)),
+            RefusedFeature,
+            "does not implement k",
+        ),
     ],
 )
 def test_mla_refusals(changes: dict[str, Any], error: type[KernelRefusal], match: str) -> None:
@@ -732,7 +842,10 @@ def test_mla_refusals(changes: dict[str, Any], error: type[KernelRefusal], match
 def test_mla_wants_pages_of_64() -> None:
     """MLA over other pages is refused with the option to set."""
     batch = Latent([1, 1], [5, 9])
-    pages: dict[str, Any] = {"k_cache": torch.zeros(9, 32, 1, 64), "v_cache": torch.zeros(9, 32, 1, 512)}
+    pages: dict[str, Any] = {
+        "k_cache": torch.zeros(9, 32, 1, 64),
+        "v_cache": torch.zeros(9, 32, 1, 512),
+    }
     with pytest.raises(RefusedValue, match="--page-size 64"):
         batch.call(**pages)
 
@@ -760,7 +873,9 @@ def test_varlen_refusals(changes: dict[str, Any]) -> None:
         ragged_call(Batch([1, 3], [9, 70]), **changes)
 
 
-@pytest.mark.parametrize("name", ["ver", "out", "only_qv", "max_seqlen_k", "score_mod", "mask_mod", "rel_bias"])
+@pytest.mark.parametrize(
+    "name", ["ver", "out", "only_qv", "max_seqlen_k", "score_mod", "mask_mod", "rel_bias"]
+)
 def test_an_unknown_keyword_is_a_type_error(name: str) -> None:
     """What upstream's wrapper has and MATE's has not is unknown here, too."""
     with pytest.raises(TypeError, match=name):
@@ -769,24 +884,34 @@ def test_an_unknown_keyword_is_a_type_error(name: str) -> None:
 
 MATE_SIGNATURES = {
     flash_attn_with_kvcache: (
-        "q k_cache v_cache k=None v=None qv=None rotary_cos=None rotary_sin=None cache_seqlens=None "
-        "cache_batch_idx=None cache_leftpad=None page_table=None cu_seqlens_q=None cu_seqlens_k_new=None "
-        "max_seqlen_q=None rotary_seqlens=None q_descale=None k_descale=None v_descale=None softmax_scale=None "
+        "q k_cache v_cache k=None v=None qv=None rotary_cos=None rotary_sin=None "
+        "cache_seqlens=None "
+        "cache_batch_idx=None cache_leftpad=None page_table=None cu_seqlens_q=None "
+        "cu_seqlens_k_new=None "
+        "max_seqlen_q=None rotary_seqlens=None q_descale=None k_descale=None v_descale=None "
+        "softmax_scale=None "
         "causal=False window_size=(-1,-1) attention_chunk=0 softcap=0.0 rotary_interleaved=True "
-        "scheduler_metadata=None num_splits=0 pack_gqa=None sm_margin=0 return_softmax_lse=False sinks=None "
+        "scheduler_metadata=None num_splits=0 pack_gqa=None sm_margin=0 return_softmax_lse=False "
+        "sinks=None "
         "s_aux=None cp_world_size=1 cp_rank=0 cp_tot_seqused_k=None"
     ),
     flash_attn_varlen_func: (
-        "q k v cu_seqlens_q=None cu_seqlens_k=None max_seqlen_q=None max_seqlen_k=None seqused_q=None "
-        "seqused_k=None page_table=None block_table=None softmax_scale=None causal=False qv=None q_descale=None "
-        "k_descale=None v_descale=None window_size=(-1,-1) attention_chunk=0 softcap=0.0 scheduler_metadata=None "
+        "q k v cu_seqlens_q=None cu_seqlens_k=None max_seqlen_q=None max_seqlen_k=None "
+        "seqused_q=None "
+        "seqused_k=None page_table=None block_table=None softmax_scale=None causal=False qv=None "
+        "q_descale=None "
+        "k_descale=None v_descale=None window_size=(-1,-1) attention_chunk=0 softcap=0.0 "
+        "scheduler_metadata=None "
         "num_splits=0 pack_gqa=None deterministic=False sm_margin=0 return_attn_probs=False "
-        "return_softmax_lse=False sinks=None s_aux=None cp_world_size=1 cp_rank=0 cp_tot_seqused_k=None out=None"
+        "return_softmax_lse=False sinks=None s_aux=None cp_world_size=1 cp_rank=0 "
+        "cp_tot_seqused_k=None out=None"
     ),
     get_scheduler_metadata: (
         "batch_size max_seqlen_q max_seqlen_k num_heads_q num_heads_kv headdim cache_seqlens "
-        "qkv_dtype=torch.bfloat16 headdim_v=None cu_seqlens_q=None cu_seqlens_k_new=None cache_leftpad=None "
-        "page_size=None max_seqlen_k_new=0 causal=False window_size=(-1,-1) attention_chunk=0 has_softcap=False "
+        "qkv_dtype=torch.bfloat16 headdim_v=None cu_seqlens_q=None cu_seqlens_k_new=None "
+        "cache_leftpad=None "
+        "page_size=None max_seqlen_k_new=0 causal=False window_size=(-1,-1) attention_chunk=0 "
+        "has_softcap=False "
         "num_splits=0 pack_gqa=None sm_margin=0"
     ),
 }
@@ -796,5 +921,8 @@ MATE_SIGNATURES = {
 def test_signatures_are_those_of_mate(function: Any) -> None:
     """Names, order and defaults are those of MATE 0.2.2's wrapper."""
     parameters = inspect.signature(function).parameters.values()
-    seen = [p.name if p.default is p.empty else f"{p.name}={p.default}".replace(" ", "") for p in parameters]
+    seen = [
+        p.name if p.default is p.empty else f"{p.name}={p.default}".replace(" ", "")
+        for p in parameters
+    ]
     assert " ".join(seen) == MATE_SIGNATURES[function]

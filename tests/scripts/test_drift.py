@@ -36,7 +36,9 @@ def test_comments_and_formatting_are_no_drift(drift: ModuleType, tmp_path: Path)
     """Docstrings, comments and line breaks change nothing."""
     plain = forward(drift, tmp_path, "def forward_decode(self, q):\n    return f(q)")
     other = forward(
-        drift, tmp_path, 'def forward_decode(\n    self, q\n):\n    """Say."""\n    return f(\n    q)  # so'
+        drift,
+        tmp_path,
+        'def forward_decode(\n    self, q\n):\n    """Say."""\n    return f(\n    q)  # so',
     )
     assert plain == other
 
@@ -49,7 +51,9 @@ def test_changed_lines_are_those_of_a_diff(drift: ModuleType) -> None:
 
 def test_what_the_copy_lacks_is_named(drift: ModuleType, tmp_path: Path) -> None:
     """Parameters, calls and reads that only upstream has are listed; builtins are not."""
-    upstream = forward(drift, tmp_path, "def forward_decode(self, q, bias=None):\n    return run(int(q), self.swa)")
+    upstream = forward(
+        drift, tmp_path, "def forward_decode(self, q, bias=None):\n    return run(int(q), self.swa)"
+    )
     copy = forward(drift, tmp_path, "def forward_decode(self, q):\n    return q")
     found = drift.compare(upstream, copy, None)
     assert found.missing == {"bias=", "run()", "self.swa"}

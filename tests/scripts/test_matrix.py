@@ -1,4 +1,6 @@
-"""Tests of scripts/matrix and scripts/advance-warning: expectations, resuming, tables, statuses; levels are fake."""
+"""Tests of scripts/matrix and scripts/advance-warning: expectations, resuming, tables, statuses;
+levels are fake.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +16,24 @@ import pytest
 
 from sglang_musa_ext.upstream import SUPPORTED_RELEASES, find_package
 
-pytest.importorskip("tomllib", reason="releases.toml is read with tomllib, which Python has from 3.11 on")
+pytest.importorskip(
+    "tomllib", reason="releases.toml is read with tomllib, which Python has from 3.11 on"
+)
 
 import advance_warning
 import matrix
 import matrix_levels
-from matrix_data import Known, MatrixError, Release, Run, Status, judge, read_releases, select, select_levels
+from matrix_data import (
+    Known,
+    MatrixError,
+    Release,
+    Run,
+    Status,
+    judge,
+    read_releases,
+    select,
+    select_levels,
+)
 from matrix_report import Cell, closing_line, details, markdown, terminal_table
 
 ALL_PASS = {"contract": "pass", "backend": "pass", "engine": "pass"}
@@ -43,36 +57,74 @@ def release(*exceptions: Known, version: str = "0.5.21", **expected: str) -> Rel
     return Release(version, ">=3.10", "2.13.0", ALL_PASS | expected, exceptions)
 
 
-# --- expectations -------------------------------------------------------------------------------------
+# --- expectations ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("exceptions", "run", "status", "problem"),
     [
         pytest.param([], GOOD, Status.PASS, None, id="all pass"),
-        pytest.param([], Run(["a"], skipped={"b": "not here"}), Status.PASS, None, id="not applicable"),
-        pytest.param([], Run(["a"], {"test_old": "no"}), Status.FAIL, "test_old: no", id="a failure"),
-        pytest.param([], Run(["a"], error="died"), Status.FAIL, "died", id="broken off"),
-        pytest.param([], Run(skipped={"a": "x"}), Status.FAIL, "nothing was checked", id="all skipped"),
-        pytest.param([KNOWN], Run(["a"], {"test_old": "no"}), Status.PASS, None, id="as excepted"),
-        pytest.param([KNOWN], Run(["a"], {"test_old[x]": "no"}), Status.PASS, None, id="parameters are covered"),
-        pytest.param([KNOWN], Run(["a"], {"test_older": "no"}), Status.FAIL, "test_older: no", id="names are whole"),
-        pytest.param([KNOWN], Run(["test_old"]), Status.FAIL, "that row can go", id="excepted, but passes"),
         pytest.param(
-            [KNOWN], Run(["test_old[x]"], {"test_old[y]": "no"}), Status.FAIL, r"test_old\[x\] passes", id="half passes"
+            [], Run(["a"], skipped={"b": "not here"}), Status.PASS, None, id="not applicable"
         ),
-        pytest.param([KNOWN], GOOD, Status.FAIL, "no case that ran is called", id="excepted, but unknown"),
-        pytest.param([KNOWN], Run(["a"], skipped={"test_old": "x"}), Status.FAIL, "can go", id="excepted, but skipped"),
+        pytest.param(
+            [], Run(["a"], {"test_old": "no"}), Status.FAIL, "test_old: no", id="a failure"
+        ),
+        pytest.param([], Run(["a"], error="died"), Status.FAIL, "died", id="broken off"),
+        pytest.param(
+            [], Run(skipped={"a": "x"}), Status.FAIL, "nothing was checked", id="all skipped"
+        ),
+        pytest.param([KNOWN], Run(["a"], {"test_old": "no"}), Status.PASS, None, id="as excepted"),
+        pytest.param(
+            [KNOWN],
+            Run(["a"], {"test_old[x]": "no"}),
+            Status.PASS,
+            None,
+            id="parameters are covered",
+        ),
+        pytest.param(
+            [KNOWN],
+            Run(["a"], {"test_older": "no"}),
+            Status.FAIL,
+            "test_older: no",
+            id="names are whole",
+        ),
+        pytest.param(
+            [KNOWN], Run(["test_old"]), Status.FAIL, "that row can go", id="excepted, but passes"
+        ),
+        pytest.param(
+            [KNOWN],
+            Run(["test_old[x]"], {"test_old[y]": "no"}),
+            Status.FAIL,
+            r"test_old\[x\] passes",
+            id="half passes",
+        ),
+        pytest.param(
+            [KNOWN], GOOD, Status.FAIL, "no case that ran is called", id="excepted, but unknown"
+        ),
+        pytest.param(
+            [KNOWN],
+            Run(["a"], skipped={"test_old": "x"}),
+            Status.FAIL,
+            "can go",
+            id="excepted, but skipped",
+        ),
     ],
 )
 def test_a_run_is_judged_by_what_is_expected(
     exceptions: list[Known], run: Run, status: Status, problem: str | None
 ) -> None:
-    """Unexpected failures and unexpected passes are both problems; a level that checked nothing is one too."""
+    """Unexpected failures and unexpected passes are both problems; a level that checked nothing is
+    one too.
+    """
     verdict = judge(release(*exceptions), "backend", run)
     assert verdict.status is status
     assert verdict.held is (status is Status.PASS)
-    assert verdict.problems == () if problem is None else re.search(problem, " ".join(verdict.problems))
+    assert (
+        verdict.problems == ()
+        if problem is None
+        else re.search(problem, " ".join(verdict.problems))
+    )
     assert list(verdict.known) == [one for one in exceptions if any(map(one.covers, run.failed))]
 
 
@@ -87,7 +139,7 @@ def test_nothing_is_claimed_where_a_level_is_pending() -> None:
     assert (verdict.status, verdict.held, len(verdict.problems)) == (Status.PENDING, True, 1)
 
 
-# --- parsing ------------------------------------------------------------------------------------------
+# --- parsing --------------------------------------------------------------------------------------
 
 
 def test_releases_are_read(tmp_path: Path) -> None:
@@ -117,12 +169,18 @@ def test_releases_and_levels_are_selected() -> None:
     """Lists keep the matrix's order, know the ends of it, and mean everything when they are empty."""
     rows = [release(version=version) for version in ("0.5.11", "0.5.17", "0.5.21")]
     chosen = [one.version for one in select(rows, "newest, 0.5.17")]
-    assert (chosen, select(rows, ""), select(rows, "oldest")) == (["0.5.17", "0.5.21"], rows, rows[:1])
+    assert (chosen, select(rows, ""), select(rows, "oldest")) == (
+        ["0.5.17", "0.5.21"],
+        rows,
+        rows[:1],
+    )
     assert select_levels("engine,contract") == ["contract", "engine"]
     assert select_levels("") == ["contract", "backend", "engine"]
 
 
-@pytest.mark.parametrize(("choose", "wrong"), [(lambda x: select([release()], x), "0.4"), (select_levels, "kernel")])
+@pytest.mark.parametrize(
+    ("choose", "wrong"), [(lambda x: select([release()], x), "0.4"), (select_levels, "kernel")]
+)
 def test_unknown_names_are_refused(choose: Callable[[str], Any], wrong: str) -> None:
     """The message names what is unknown."""
     with pytest.raises(MatrixError, match=f"No such .*: {wrong}"):
@@ -146,7 +204,7 @@ def test_a_report_of_pytest_is_read() -> None:
     assert run.skipped == {"other": "not in this SGLang"}
 
 
-# --- running ------------------------------------------------------------------------------------------
+# --- running --------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -175,7 +233,9 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeMatrix:
     """A matrix of two releases."""
     made = FakeMatrix(tmp_path)
     releases = tmp_path / "releases.toml"
-    releases.write_text("".join(ROW.format(version=v, backend="pass", exceptions="") for v in ("0.5.20", "0.5.21")))
+    releases.write_text(
+        "".join(ROW.format(version=v, backend="pass", exceptions="") for v in ("0.5.20", "0.5.21"))
+    )
     monkeypatch.setattr(matrix, "RELEASES", releases)
     monkeypatch.setattr(matrix, "CACHE", tmp_path / "cache")
     monkeypatch.setattr(matrix, "DOCS", tmp_path / "releases.md")
@@ -185,7 +245,11 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeMatrix:
     return made
 
 
-CELLS = [(version, level) for level in ("contract", "backend", "engine") for version in ("0.5.20", "0.5.21")]
+CELLS = [
+    (version, level)
+    for level in ("contract", "backend", "engine")
+    for version in ("0.5.20", "0.5.21")
+]
 
 
 def test_every_cell_runs_once(fake: FakeMatrix, capsys: pytest.CaptureFixture[str]) -> None:
@@ -194,14 +258,18 @@ def test_every_cell_runs_once(fake: FakeMatrix, capsys: pytest.CaptureFixture[st
     assert sorted(fake.ran) == sorted(CELLS)
     lines = capsys.readouterr().out.splitlines()
     # Cells that run beside each other end in any order.
-    shown = [re.fullmatch(r"\[(\d)/6\] (\S+) (\w+): pass \(1 passed\), 0 s", line) for line in lines[:6]]
+    shown = [
+        re.fullmatch(r"\[(\d)/6\] (\S+) (\w+): pass \(1 passed\), 0 s", line) for line in lines[:6]
+    ]
     assert [line and int(line[1]) for line in shown] == [1, 2, 3, 4, 5, 6]
     assert sorted(line.group(2, 3) for line in shown if line) == sorted(CELLS)
     assert lines[-1].startswith("matrix: 6 passed in ")
 
 
 def test_a_second_run_repeats_nothing_unless_told_to(fake: FakeMatrix) -> None:
-    """Results of the same sources are taken as they are; --fresh and other sources run everything again."""
+    """Results of the same sources are taken as they are; --fresh and other sources run everything
+    again.
+    """
     fake()
     assert fake() == 0
     assert fake.ran == []
@@ -212,12 +280,18 @@ def test_a_second_run_repeats_nothing_unless_told_to(fake: FakeMatrix) -> None:
 def test_changed_sources_run_again(fake: FakeMatrix, monkeypatch: pytest.MonkeyPatch) -> None:
     """A result is one of the sources it was found with; the other levels' results still hold."""
     fake()
-    monkeypatch.setattr(matrix, "fingerprint", lambda level: "changed" if level == "engine" else f"sources of {level}")
+    monkeypatch.setattr(
+        matrix,
+        "fingerprint",
+        lambda level: "changed" if level == "engine" else f"sources of {level}",
+    )
     fake()
     assert sorted(fake.ran) == [("0.5.20", "engine"), ("0.5.21", "engine")]
 
 
-def test_an_interrupted_run_goes_on_where_it_was(fake: FakeMatrix, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_interrupted_run_goes_on_where_it_was(
+    fake: FakeMatrix, capsys: pytest.CaptureFixture[str]
+) -> None:
     """What was shown as finished is kept, and what was interrupted is run."""
     fake.runs["0.5.20", "backend"] = Run(error="interrupt")
     with pytest.raises(KeyboardInterrupt):
@@ -230,8 +304,12 @@ def test_an_interrupted_run_goes_on_where_it_was(fake: FakeMatrix, capsys: pytes
     assert not finished & set(fake.ran)
 
 
-def test_a_failure_is_shown_and_run_again(fake: FakeMatrix, capsys: pytest.CaptureFixture[str]) -> None:
-    """The exit status says that an expectation broke, the output which; the next run tries that cell alone."""
+def test_a_failure_is_shown_and_run_again(
+    fake: FakeMatrix, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The exit status says that an expectation broke, the output which; the next run tries that
+    cell alone.
+    """
     fake.runs["0.5.21", "engine"] = Run(["a"], {"test_tokens": "other tokens"})
     assert fake() == 1
     out = capsys.readouterr().out
@@ -244,7 +322,9 @@ def test_a_failure_is_shown_and_run_again(fake: FakeMatrix, capsys: pytest.Captu
 def test_an_unreadable_result_is_run_again(fake: FakeMatrix) -> None:
     """A result file that was cut short, or comes from another version, is no result."""
     fake()
-    (fake.directory / "cache" / "results" / "0.5.20-contract.json").write_text('{"run": {"surprise": 1}}')
+    (fake.directory / "cache" / "results" / "0.5.20-contract.json").write_text(
+        '{"run": {"surprise": 1}}'
+    )
     assert fake() == 0
     assert sorted(fake.ran) == [("0.5.20", "contract")]
 
@@ -276,15 +356,25 @@ def test_results_are_written_as_json_and_docs(fake: FakeMatrix) -> None:
     """matrix.json holds every cell; docs/releases.md a row for each release."""
     fake.runs["0.5.20", "engine"] = Run(["a"], skipped={"test_new": "this SGLang has none"})
     assert fake("--write-docs") == 0
-    cell = json.loads((fake.directory / "cache" / "matrix.json").read_text())["releases"]["0.5.20"]["engine"]
-    assert (cell["status"], cell["passed"], cell["not applicable"]) == ("pass", 1, {"test_new": "this SGLang has none"})
+    cell = json.loads((fake.directory / "cache" / "matrix.json").read_text())["releases"]["0.5.20"][
+        "engine"
+    ]
+    assert (cell["status"], cell["passed"], cell["not applicable"]) == (
+        "pass",
+        1,
+        {"test_new": "this SGLang has none"},
+    )
     page = (fake.directory / "releases.md").read_text()
     row = "| 0.5.20 | >=3.10 | 2.13.0 | pass (1 passed) | pass (1 passed) | pass (1 passed, 1 not applicable) |"
     assert row in page.splitlines()
 
 
-def test_a_fingerprint_is_of_its_levels_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The package and the helpers of tests belong to every level, a test to those levels that run it."""
+def test_a_fingerprint_is_of_its_levels_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The package and the helpers of tests belong to every level, a test to those levels that run
+    it.
+    """
     monkeypatch.setattr(matrix_levels, "ROOT", tmp_path)
     files = [
         "sglang_musa_ext/envs.py",
@@ -301,10 +391,12 @@ def test_a_fingerprint_is_of_its_levels_files(tmp_path: Path, monkeypatch: pytes
         (tmp_path / name).write_text("changed")
         after = [matrix_levels.fingerprint(level) for level in ("backend", "engine")]
         changes[name] = [old != new for old, new in zip(before, after, strict=True)]
-    assert changes == dict(zip(files, [[True, True], [True, True], [True, False], [False, False]], strict=True))
+    assert changes == dict(
+        zip(files, [[True, True], [True, True], [True, False], [False, False]], strict=True)
+    )
 
 
-# --- tables -------------------------------------------------------------------------------------------
+# --- tables ---------------------------------------------------------------------------------------
 
 
 def table_with_an_exception() -> dict[str, dict[str, Cell]]:
@@ -318,26 +410,44 @@ def test_exceptions_are_shown_with_their_reasons() -> None:
     table = table_with_an_exception()
     assert terminal_table(table, ["backend"])[-1] == "0.5.21 | pass (2 passed, 1 excepted)"
     assert details(table) == ["excepted 0.5.21 backend: test_old: It cannot."]
-    assert "* backend, 0.5.21: `test_old`. It cannot." in markdown(table, {"Python": "3.11"}).splitlines()
+    assert (
+        "* backend, 0.5.21: `test_old`. It cannot."
+        in markdown(table, {"Python": "3.11"}).splitlines()
+    )
     assert closing_line(table, 61.2) == "matrix: 1 passed in 61s"
 
 
 def test_the_docs_state_the_releases_of_this_package(repository: Path) -> None:
-    """docs/releases.md has a row for each supported release, and says pass where the package says so."""
-    rows = [line for line in (repository / "docs" / "releases.md").read_text().splitlines() if line.startswith("| 0.")]
-    seen = [[cell.strip().partition(" (")[0] for cell in line.strip("|").split("|")] for line in rows]
+    """docs/releases.md has a row for each supported release, and says pass where the package says
+    so.
+    """
+    rows = [
+        line
+        for line in (repository / "docs" / "releases.md").read_text().splitlines()
+        if line.startswith("| 0.")
+    ]
+    seen = [
+        [cell.strip().partition(" (")[0] for cell in line.strip("|").split("|")] for line in rows
+    ]
     levels = ("contract", "backend", "engine")
     assert seen == [
-        [one.version, one.requires_python, one.torch, *("pass" if x in one.levels else "pending" for x in levels)]
+        [
+            one.version,
+            one.requires_python,
+            one.torch,
+            *("pass" if x in one.levels else "pending" for x in levels),
+        ]
         for one in SUPPORTED_RELEASES
     ]
 
 
-# --- sources ------------------------------------------------------------------------------------------
+# --- sources --------------------------------------------------------------------------------------
 
 
 def test_a_release_is_unpacked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The wheel is downloaded into a folder that goes away; what it contains stays, and serves the next time."""
+    """The wheel is downloaded into a folder that goes away; what it contains stays, and serves the
+    next time.
+    """
     downloads = []
 
     def download(version: str, directory: Path) -> Path:
@@ -353,7 +463,7 @@ def test_a_release_is_unpacked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert (downloads, [path.name for path in tmp_path.iterdir()]) == (["0.5.21"], ["0.5.21"])
 
 
-# --- advance warning ----------------------------------------------------------------------------------
+# --- advance warning ------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -367,15 +477,23 @@ def test_a_broken_tree_is_warned_of(checkout: Path, capsys: pytest.CaptureFixtur
     """Every broken row is printed with what breaks, and the exit status is 1."""
     assert advance_warning.main([str(checkout)]) == 1
     out = capsys.readouterr().out
-    assert "sglang.srt.layers.attention.flashattention_backend.flash_attn_with_kvcache: needed as module_global" in out
+    assert (
+        "sglang.srt.layers.attention.flashattention_backend.flash_attn_with_kvcache: needed as "
+        "module_global" in out
+    )
     assert "fa3 is refused" in out
     assert "only cpu_platform is affected" in out
 
 
-def test_a_checkout_without_version_is_taken_for_the_newest(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_checkout_without_version_is_taken_for_the_newest(
+    checkout: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The metadata of an installed SGLang says nothing about a checkout, and is not asked."""
     advance_warning.main([str(checkout)])
-    assert f"taken for {SUPPORTED_RELEASES[-1].version} (it names no version" in capsys.readouterr().out
+    assert (
+        f"taken for {SUPPORTED_RELEASES[-1].version} (it names no version"
+        in capsys.readouterr().out
+    )
 
 
 def test_a_tree_that_keeps_the_contract_is_no_warning(capsys: pytest.CaptureFixture[str]) -> None:
@@ -387,7 +505,9 @@ def test_a_tree_that_keeps_the_contract_is_no_warning(capsys: pytest.CaptureFixt
     assert "0 broken rows" in capsys.readouterr().out
 
 
-def test_a_tree_without_sglang_cannot_be_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_tree_without_sglang_cannot_be_checked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """An empty folder is no SGLang that keeps the contract."""
     assert advance_warning.main([str(tmp_path)]) == 2
     assert "no sglang/ or python/sglang/" in capsys.readouterr().err

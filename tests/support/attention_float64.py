@@ -1,7 +1,8 @@
-"""Attention of one sequence, densely, from its definition: the truth that kernels are compared with.
+"""Attention of one sequence, densely, from its definition: the truth that kernels are compared
+with.
 
-It shares nothing with the package. In float64 it is the truth; in another dtype it is PyTorch's own plain
-computation there, whose error says how much error is fair.
+It shares nothing with the package. In float64 it is the truth; in another dtype it is PyTorch's own
+plain computation there, whose error says how much error is fair.
 """
 
 from __future__ import annotations
@@ -12,8 +13,12 @@ import torch
 from torch import Tensor
 
 
-def visible_keys(rows: int, keys: int, causal: bool, window: tuple[int, int] = (-1, -1), chunk: int = 0) -> Tensor:
-    """Which keys each query row sees, bool ``(rows, keys)``; the last row is aligned with the last key."""
+def visible_keys(
+    rows: int, keys: int, causal: bool, window: tuple[int, int] = (-1, -1), chunk: int = 0
+) -> Tensor:
+    """Which keys each query row sees, bool ``(rows, keys)``; the last row is aligned with the last
+    key.
+    """
     own = torch.arange(keys - rows, keys).reshape(rows, 1)
     key = torch.arange(keys).reshape(1, keys)
     hidden = torch.zeros(rows, keys, dtype=torch.bool)
@@ -43,8 +48,9 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """Output ``(rows, heads, dim_v)`` and natural log-sum-exp ``(heads, rows)`` in ``dtype``.
 
-    ``q`` is ``(rows, heads, dim)``, ``k`` and ``v`` ``(keys, heads_kv, dim)``, ``sinks`` ``(heads,)``.
-    A row that sees nothing has output 0 and LSE -inf, or its sink where there are keys at all.
+    ``q`` is ``(rows, heads, dim)``, ``k`` and ``v`` ``(keys, heads_kv, dim)``, ``sinks``
+    ``(heads,)``. A row that sees nothing has output 0 and LSE -inf, or its sink where there are
+    keys at all.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     (rows, heads), keys = q.shape[:2], k.shape[0]
@@ -55,7 +61,9 @@ def attention(
         logits = softcap * torch.tanh(logits / softcap)
     logits = logits.where(visible_keys(rows, keys, causal, window, chunk), -math.inf)
     if sinks is not None and keys:
-        logits = torch.cat([logits, sinks.to(dtype).reshape(heads, 1, 1).expand(heads, rows, 1)], dim=-1)
+        logits = torch.cat(
+            [logits, sinks.to(dtype).reshape(heads, 1, 1).expand(heads, rows, 1)], dim=-1
+        )
     # The softmax of nothing at all is 0 / 0; such a row takes nothing of any value.
     weights = torch.softmax(logits, dim=-1).nan_to_num(0.0)[..., :keys]
     return torch.einsum("hqk,khd->qhd", weights, v), torch.logsumexp(logits, dim=-1)

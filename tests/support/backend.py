@@ -1,11 +1,14 @@
-"""A harness for attention backends: upstream's real backend classes over small models, checked against dense float64.
+"""A harness for attention backends: upstream's real backend classes over small models, checked
+against dense float64.
 
-A :class:`Model` is layers over one KV cache and one table of requests, with what upstream's backends read of a
-model runner. It makes the batches of a forward pass (:class:`Step`), runs single layers through a backend, and
-knows what each must return: attention in float64 over the keys and values that it handed out itself, so that
-neither the KV cache that the backend wrote nor the kernels that read it are believed.
+A :class:`Model` is layers over one KV cache and one table of requests, with what upstream's
+backends read of a model runner. It makes the batches of a forward pass (:class:`Step`), runs single
+layers through a backend, and knows what each must return: attention in float64 over the keys and
+values that it handed out itself, so that neither the KV cache that the backend wrote nor the
+kernels that read it are believed.
 
-Everything is found by what the installed SGLang has, so the same tests run on every supported release.
+Everything is found by what the installed SGLang has, so the same tests run on every supported
+release.
 """
 
 from __future__ import annotations
@@ -19,12 +22,14 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
-# Upstream compiles a metadata helper, which takes longer than all tests together, and is no subject of them.
+# Upstream compiles a metadata helper, which takes longer than all tests together, and is no subject
+# of them.
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 import torch
 
-# Tests take `attention` and `upstream` from here, because what this module prepares must come before their import.
+# Tests take `attention` and `upstream` from here, because what this module prepares must come
+# before their import.
 __all__ = [
     "AttentionType",
     "Call",
@@ -69,8 +74,8 @@ def environment(**values: str) -> Iterator[None]:
 prepare_process()
 # All tensors are small, and threads that wait for one another take longer than the work.
 torch.set_num_threads(1)
-# SGLang looks for its platform once, while it is imported; the tests choose their own settings afterwards. It also
-# warns of the quantizations that a CPU does not have.
+# SGLang looks for its platform once, while it is imported; the tests choose their own settings
+# afterwards. It also warns of the quantizations that a CPU does not have.
 with warnings.catch_warnings(), environment(SGLANG_PLATFORM="musa_reference"):
     warnings.simplefilter("ignore")
     from sglang.srt.configs.model_config import AttentionArch
@@ -103,13 +108,19 @@ def mla_layer(layer_id: int, heads: int = 4) -> RadixAttention:
 
 
 def dense_attention(
-    q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float, softcap: float = 0.0, sinks: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visible: Tensor,
+    scale: float,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention by its definition, in the dtype of the arguments.
 
-    ``q``: ``(rows, heads, dim)``. ``k``, ``v``: ``(keys, kv_heads, dim)``. ``visible``: bool ``(rows, keys)``.
-    ``sinks``: ``(heads,)``, one more logit a row that has no value. Returns the output and its log-sum-exp
-    ``(rows, heads)``.
+    ``q``: ``(rows, heads, dim)``. ``k``, ``v``: ``(keys, kv_heads, dim)``. ``visible``: bool
+    ``(rows, keys)``. ``sinks``: ``(heads,)``, one more logit a row that has no value. Returns the
+    output and its log-sum-exp ``(rows, heads)``.
     """
     ratio = q.shape[1] // k.shape[1]
     scores = scale * torch.einsum("rhd,khd->hrk", q, k.repeat_interleave(ratio, 1))
@@ -125,23 +136,34 @@ def dense_attention(
 
 
 class KVPool:
-    """The part of upstream's KV pools that its FlashAttention backend uses; each layer has its own shape.
+    """The part of upstream's KV pools that its FlashAttention backend uses; each layer has its own
+    shape.
 
-    Slots are filled with ``fill`` until they are written. NaN shows every read of a slot that was not written.
+    Slots are filled with ``fill`` until they are written. NaN shows every read of a slot that was
+    not written.
     """
 
     def __init__(
-        self, layers: Sequence[RadixAttention], slots: int, dtype: torch.dtype, mla: bool, fill: float
+        self,
+        layers: Sequence[RadixAttention],
+        slots: int,
+        dtype: torch.dtype,
+        mla: bool,
+        fill: float,
     ) -> None:
         self.dtype, self.mla = dtype, mla
         self.k: dict[int, Tensor] = {}
         self.v: dict[int, Tensor] = {}
         for layer in layers:
-            self.k[layer.layer_id] = torch.full((slots, layer.tp_k_head_num, layer.head_dim), fill, dtype=dtype)
+            self.k[layer.layer_id] = torch.full(
+                (slots, layer.tp_k_head_num, layer.head_dim), fill, dtype=dtype
+            )
             if mla:
                 self.v[layer.layer_id] = self.k[layer.layer_id][..., : layer.v_head_dim]
             else:
-                self.v[layer.layer_id] = torch.full((slots, layer.tp_v_head_num, layer.v_head_dim), fill, dtype=dtype)
+                self.v[layer.layer_id] = torch.full(
+                    (slots, layer.tp_v_head_num, layer.v_head_dim), fill, dtype=dtype
+                )
 
     def place(self, layer: RadixAttention, loc: Any) -> Any:
         """Where a layer's keys and values for the tokens at ``loc`` are."""
@@ -153,7 +175,9 @@ class KVPool:
     def get_key_buffer(self, layer_id: int) -> Tensor:
         return self.k[layer_id]
 
-    def set_kv_buffer(self, layer: Any, loc: Any, k: Tensor, v: Tensor, *_scales: Any, **_options: Any) -> None:
+    def set_kv_buffer(
+        self, layer: Any, loc: Any, k: Tensor, v: Tensor, *_scales: Any, **_options: Any
+    ) -> None:
         loc = self.place(layer, loc)
         self.k[layer.layer_id][loc] = k.view(-1, layer.tp_k_head_num, layer.head_dim)
         self.v[layer.layer_id][loc] = v.view(-1, layer.tp_v_head_num, layer.v_head_dim)
@@ -164,12 +188,19 @@ class KVPool:
 
 
 class WindowPool(KVPool, SWAKVPool):  # type: ignore[misc]
-    """A pool like upstream's for hybrid windows: layers with a window have pages of their own, in another order."""
+    """A pool like upstream's for hybrid windows: layers with a window have pages of their own, in
+    another order.
+    """
 
     swa_layer_nums = 1
 
     def __init__(
-        self, layers: Sequence[RadixAttention], slots: int, dtype: torch.dtype, fill: float, page: int
+        self,
+        layers: Sequence[RadixAttention],
+        slots: int,
+        dtype: torch.dtype,
+        fill: float,
+        page: int,
     ) -> None:
         KVPool.__init__(self, layers, slots, dtype, False, fill)
         # Page 0 stays upstream's padding page, and so do the places within a page.
@@ -184,7 +215,11 @@ class WindowPool(KVPool, SWAKVPool):  # type: ignore[misc]
             return super().place(layer, loc)
         # Later releases say where; up to some release the pool translates.
         said = getattr(loc, "swa_loc", None)
-        return self.full_to_swa_index_mapping[super().place(layer, loc)] if said is None else said.long()
+        return (
+            self.full_to_swa_index_mapping[super().place(layer, loc)]
+            if said is None
+            else said.long()
+        )
 
 
 class LinearStandIn:
@@ -208,8 +243,8 @@ class LinearStandIn:
 class Queries:
     """One request's query rows in a step, and which keys they see before layers narrow it.
 
-    ``slots``: KV slots in order of position. ``positions``: each row's own position among them. ``mask``: bool
-    ``(rows, keys)`` where a draft tree says more than order; ``None`` elsewhere.
+    ``slots``: KV slots in order of position. ``positions``: each row's own position among them.
+    ``mask``: bool ``(rows, keys)`` where a draft tree says more than order; ``None`` elsewhere.
     """
 
     slots: Tensor
@@ -239,7 +274,9 @@ class Request:
 
 
 class Draft(SimpleNamespace):
-    """Stands for upstream's ``EagleDraftInput`` or ``EagleVerifyInput``, as far as attention looks at them."""
+    """Stands for upstream's ``EagleDraftInput`` or ``EagleVerifyInput``, as far as attention looks
+    at them.
+    """
 
     def is_draft_input(self) -> bool:
         return True
@@ -247,7 +284,9 @@ class Draft(SimpleNamespace):
 
 @dataclass
 class Model:
-    """Layers over one KV cache. ``arguments`` are fields of ``ServerArgs`` that upstream's backend reads."""
+    """Layers over one KV cache. ``arguments`` are fields of ``ServerArgs`` that upstream's backend
+    reads.
+    """
 
     layers: Sequence[RadixAttention]
     page_size: int = 64
@@ -268,8 +307,14 @@ class Model:
     def __post_init__(self) -> None:
         self.random = torch.Generator().manual_seed(self.seed)
         pages_a_row = -(-self.context_len // self.page_size)
-        # Page 0 is upstream's padding page; the others are dealt out in no order, as after some hours of serving.
-        order = torch.randperm(self.table_rows * pages_a_row, generator=self.random).view(self.table_rows, -1) + 1
+        # Page 0 is upstream's padding page; the others are dealt out in no order, as after some
+        # hours of serving.
+        order = (
+            torch.randperm(self.table_rows * pages_a_row, generator=self.random).view(
+                self.table_rows, -1
+            )
+            + 1
+        )
         tokens = order[..., None] * self.page_size + torch.arange(self.page_size)
         self.table = tokens.view(self.table_rows, -1).to(torch.int32)
         slots = (self.table_rows * pages_a_row + 1) * self.page_size
@@ -281,7 +326,7 @@ class Model:
         self.truth = KVPool(self.layers, slots, torch.float64, self.mla, math.nan)
         self._free_rows = list(range(self.table_rows))
 
-    # --- what upstream's backends are built from -------------------------------------------------------
+    # --- what upstream's backends are built from --------------------------------------------------
 
     def runner(self) -> Any:
         """The stand-in for upstream's ``ModelRunner``."""
@@ -317,13 +362,23 @@ class Model:
         )
 
     def _translator(self) -> Any:
-        """The stand-in for upstream's ``KVIndexTranslator`` over a pool that is not of its unified kind."""
+        """The stand-in for upstream's ``KVIndexTranslator`` over a pool that is not of its unified
+        kind.
+        """
 
         def window_ids(loc: Tensor) -> Tensor | None:
-            return self.pool.translate_loc_from_full_to_swa(loc) if isinstance(self.pool, WindowPool) else None
+            return (
+                self.pool.translate_loc_from_full_to_swa(loc)
+                if isinstance(self.pool, WindowPool)
+                else None
+            )
 
         def write_ids(batch: Any, kind: Any = None) -> Tensor | None:
-            return window_ids(batch.out_cache_loc) if getattr(kind, "name", "") == "SLIDING_WINDOW" else None
+            return (
+                window_ids(batch.out_cache_loc)
+                if getattr(kind, "name", "") == "SLIDING_WINDOW"
+                else None
+            )
 
         return SimpleNamespace(
             is_translating=False, reads_are_translated=False,
@@ -338,7 +393,9 @@ class Model:
 
     def publish(self) -> Any:
         """Make this model's server arguments those of the process, through upstream's own setter."""
-        arguments = ServerArgs(model_path="dummy", device="cpu", page_size=self.page_size, **self.arguments)
+        arguments = ServerArgs(
+            model_path="dummy", device="cpu", page_size=self.page_size, **self.arguments
+        )
         if hasattr(arguments, "resolve_once"):
             arguments.resolve_once()
         set_global_server_args_for_scheduler(arguments)
@@ -349,7 +406,7 @@ class Model:
         attention.install_kernel_dispatch()
         return attention.MusaFA3Backend(self.runner(), **options)
 
-    # --- requests and batches --------------------------------------------------------------------------
+    # --- requests and batches ---------------------------------------------------------------------
 
     def request(self, length: int, layers: Sequence[RadixAttention] | None = None) -> Request:
         """A new request with ``length`` tokens in the KV cache of every layer."""
@@ -362,10 +419,18 @@ class Model:
         """New requests of these lengths."""
         return [self.request(length) for length in lengths]
 
-    def hand_out(self, layer: RadixAttention, slots: Tensor, store: bool = False) -> tuple[Tensor, Tensor]:
-        """New keys and values for ``slots``, noted as the truth; put into the cache too with ``store``."""
+    def hand_out(
+        self, layer: RadixAttention, slots: Tensor, store: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """New keys and values for ``slots``, noted as the truth; put into the cache too with
+        ``store``.
+        """
         k = self.normal(len(slots), layer.tp_k_head_num, layer.head_dim)
-        v = k[..., : layer.v_head_dim] if self.mla else self.normal(len(slots), layer.tp_v_head_num, layer.v_head_dim)
+        v = (
+            k[..., : layer.v_head_dim]
+            if self.mla
+            else self.normal(len(slots), layer.tp_v_head_num, layer.v_head_dim)
+        )
         for pool in (self.truth, self.pool) if store else (self.truth,):
             place = pool.place(layer, slots)
             pool.k[layer.layer_id][place] = k.to(pool.dtype)
@@ -376,8 +441,12 @@ class Model:
         """Random numbers in the model's dtype."""
         return torch.randn(shape, generator=self.random).to(self.dtype)
 
-    def extend(self, requests: Sequence[Request], new: Sequence[int], mode: Any = ForwardMode.EXTEND) -> Step:
-        """A prefill, or its continuation: ``new`` tokens of each request after those that are there."""
+    def extend(
+        self, requests: Sequence[Request], new: Sequence[int], mode: Any = ForwardMode.EXTEND
+    ) -> Step:
+        """A prefill, or its continuation: ``new`` tokens of each request after those that are
+        there.
+        """
         prefixes = [request.length for request in requests]
         for request, count in zip(requests, new, strict=True):
             request.length += count
@@ -395,7 +464,9 @@ class Model:
         return self._step(ForwardMode.DECODE, requests, [1] * len(requests))
 
     def draft_decode(self, requests: Sequence[Request], step: int) -> Step:
-        """Step ``step`` of a chain of draft tokens (topk 1): upstream adds ``step + 1`` to each length itself."""
+        """Step ``step`` of a chain of draft tokens (topk 1): upstream adds ``step + 1`` to each
+        length itself.
+        """
         made = self._step(ForwardMode.DECODE, requests, [1] * len(requests), spec_info=Draft())
         for queries, request in zip(made.queries, requests, strict=True):
             queries.slots = self.slots(request, request.length + step + 1)
@@ -403,19 +474,27 @@ class Model:
         made.batch.out_cache_loc = torch.cat([queries.slots[-1:] for queries in made.queries])
         return made
 
-    def verify(self, requests: Sequence[Request], count: int, trees: Sequence[Tensor] | None = None) -> Step:
-        """Verify ``count`` draft tokens a request; lengths are those before the draft, as upstream counts.
+    def verify(
+        self, requests: Sequence[Request], count: int, trees: Sequence[Tensor] | None = None
+    ) -> Step:
+        """Verify ``count`` draft tokens a request; lengths are those before the draft, as upstream
+        counts.
 
-        ``trees``: bool ``(count, count)`` for each request, which draft token sees which; ``None`` for a chain.
+        ``trees``: bool ``(count, count)`` for each request, which draft token sees which; ``None``
+        for a chain.
         """
         masks = None if trees is None else [
             torch.cat([torch.ones(count, request.length, dtype=torch.bool), tree], 1)
             for request, tree in zip(requests, trees, strict=True)
         ]  # fmt: skip
         custom = None if masks is None else torch.cat([mask.flatten() for mask in masks])
-        positions = torch.cat([torch.arange(request.length, request.length + count) for request in requests])
+        positions = torch.cat(
+            [torch.arange(request.length, request.length + count) for request in requests]
+        )
         spec_info = Draft(custom_mask=custom, positions=positions, draft_token_num=count)
-        made = self._step(ForwardMode.TARGET_VERIFY, requests, [0] * len(requests), spec_info=spec_info)
+        made = self._step(
+            ForwardMode.TARGET_VERIFY, requests, [0] * len(requests), spec_info=spec_info
+        )
         for index, request in enumerate(requests):
             rows = torch.arange(request.length, request.length + count)
             mask = None if masks is None else masks[index]
@@ -425,10 +504,12 @@ class Model:
         return made
 
     def draft_tree(self, requests: Sequence[Request], topk: int, steps: int, step: int) -> Step:
-        """Step ``step`` of drafting ``topk`` branches a request, each on pages of its own, as upstream lays them out.
+        """Step ``step`` of drafting ``topk`` branches a request, each on pages of its own, as
+        upstream lays them out.
 
-        A branch begins with a copy of its request's last, partly filled page. The batch's ``out_cache_loc`` is that
-        of all steps, which upstream's metadata wants; :meth:`enter_step` narrows it to this step's.
+        A branch begins with a copy of its request's last, partly filled page. The batch's
+        ``out_cache_loc`` is that of all steps, which upstream's metadata wants; :meth:`enter_step`
+        narrows it to this step's.
         """
         branches = [self.branch(request, steps) for request in requests for _ in range(topk)]
         for drafted in branches:
@@ -444,7 +525,9 @@ class Model:
         return made
 
     def branch(self, request: Request, steps: int) -> Tensor:
-        """Slots for ``steps`` draft tokens after ``request``, behind a copy of its last, partly filled page."""
+        """Slots for ``steps`` draft tokens after ``request``, behind a copy of its last, partly
+        filled page.
+        """
         pages = self.table[self._free_rows.pop(0)].long()
         last = request.length % self.page_size
         copied = self.slots(request, request.length)[request.length - last :]
@@ -456,17 +539,24 @@ class Model:
 
     @staticmethod
     def enter_step(made: Step) -> None:
-        """Let the batch of a draft step write where this step's tokens go, as upstream's draft worker does."""
+        """Let the batch of a draft step write where this step's tokens go, as upstream's draft
+        worker does.
+        """
         made.batch.out_cache_loc = torch.cat([queries.slots[-1:] for queries in made.queries])
 
     def slots(self, request: Request, length: int) -> Tensor:
         """The KV slots of the first ``length`` tokens of a request."""
         return self.table[request.row, :length].long()
 
-    def _step(self, mode: Any, requests: Sequence[Request], new: Sequence[int], **fields: Any) -> Step:
+    def _step(
+        self, mode: Any, requests: Sequence[Request], new: Sequence[int], **fields: Any
+    ) -> Step:
         lengths = [request.length for request in requests]
         queries = [
-            Queries(self.slots(request, request.length), torch.arange(request.length - count, request.length))
+            Queries(
+                self.slots(request, request.length),
+                torch.arange(request.length - count, request.length),
+            )
             for request, count in zip(requests, new, strict=True)
         ]
         written = torch.cat([one.slots[one.positions] for one in queries])
@@ -491,21 +581,32 @@ class Model:
             setattr(batch, name, value)
         return Step(batch, queries)
 
-    # --- running and checking --------------------------------------------------------------------------
+    # --- running and checking ---------------------------------------------------------------------
 
-    def inputs(self, step: Step, layer: RadixAttention, share_kv: bool = False) -> dict[str, Tensor | None]:
+    def inputs(
+        self, step: Step, layer: RadixAttention, share_kv: bool = False
+    ) -> dict[str, Tensor | None]:
         """Arguments ``q``, ``k``, ``v`` (MLA: and ``k_rope``) of a layer's forward in ``step``."""
         q = self.normal(step.rows, layer.tp_q_head_num * layer.head_dim)
         if share_kv:
             return {"q": q, "k": None, "v": None}
-        loc = step.batch.encoder_out_cache_loc if layer.is_cross_attention else step.batch.out_cache_loc
+        loc = (
+            step.batch.encoder_out_cache_loc
+            if layer.is_cross_attention
+            else step.batch.out_cache_loc
+        )
         k, v = self.hand_out(layer, loc)
         if not self.mla:
             return {"q": q, "k": k, "v": v}
         return {"q": q, "k": k[..., :MLA_LATENT], "v": v, "k_rope": k[..., MLA_LATENT:]}
 
     def forward(
-        self, backend: Any, step: Step, layer: RadixAttention, inputs: dict[str, Tensor | None], **options: Any
+        self,
+        backend: Any,
+        step: Step,
+        layer: RadixAttention,
+        inputs: dict[str, Tensor | None],
+        **options: Any,
     ) -> Any:
         """What ``backend`` returns for one layer of ``step``."""
         decoding = step.batch.forward_mode.is_decode_or_idle()
@@ -521,15 +622,23 @@ class Model:
         dtype: torch.dtype = torch.float64,
         sinks: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Output ``(rows, heads * dim)`` and log-sum-exp ``(rows, heads)`` of a layer, from the truth."""
+        """Output ``(rows, heads * dim)`` and log-sum-exp ``(rows, heads)`` of a layer, from the
+        truth.
+        """
         outputs, start = [], 0
         for queries in step.queries:
-            rows = q.view(-1, layer.tp_q_head_num, layer.head_dim)[start : start + len(queries.positions)]
+            rows = q.view(-1, layer.tp_q_head_num, layer.head_dim)[
+                start : start + len(queries.positions)
+            ]
             slots = queries.encoder_slots if layer.is_cross_attention else queries.slots
             assert slots is not None
             k, v = (buffer[slots].to(dtype) for buffer in self.truth.get_kv_buffer(layer.layer_id))
             visible = self.visible(queries, layer, len(slots))
-            outputs.append(dense_attention(rows.to(dtype), k, v, visible, layer.scaling, layer.logit_cap, sinks))
+            outputs.append(
+                dense_attention(
+                    rows.to(dtype), k, v, visible, layer.scaling, layer.logit_cap, sinks
+                )
+            )
             start += len(queries.positions)
         out, lse = (torch.cat(parts) for parts in zip(*outputs, strict=True))
         return out.flatten(1), lse
@@ -539,7 +648,10 @@ class Model:
         key, row = torch.arange(keys), queries.positions[:, None]
         if layer.is_cross_attention:
             return torch.ones(len(row), keys, dtype=torch.bool)
-        both_ways = layer.attn_type in (AttentionType.ENCODER_ONLY, AttentionType.DECODER_BIDIRECTIONAL)
+        both_ways = layer.attn_type in (
+            AttentionType.ENCODER_ONLY,
+            AttentionType.DECODER_BIDIRECTIONAL,
+        )
         seen = torch.ones(len(row), keys, dtype=torch.bool) if both_ways else key <= row
         if layer.sliding_window_size > -1:
             seen = seen & (key >= row - layer.sliding_window_size)
@@ -549,30 +661,60 @@ class Model:
             seen = seen & (key // self.chunk == row // self.chunk)
         return seen if queries.mask is None else seen & queries.mask
 
-    def check(self, backend: Any, step: Step, layer: RadixAttention, share_kv: bool = False, **options: Any) -> None:
-        """Run one layer and require the right output, and the right log-sum-exp where the layer returns one."""
+    def check(
+        self,
+        backend: Any,
+        step: Step,
+        layer: RadixAttention,
+        share_kv: bool = False,
+        **options: Any,
+    ) -> None:
+        """Run one layer and require the right output, and the right log-sum-exp where the layer
+        returns one.
+        """
         inputs = self.inputs(step, layer, share_kv)
-        self.require(self.forward(backend, step, layer, inputs, **options), step, layer, inputs, options.get("sinks"))
+        self.require(
+            self.forward(backend, step, layer, inputs, **options),
+            step,
+            layer,
+            inputs,
+            options.get("sinks"),
+        )
 
     def require(
-        self, result: Any, step: Step, layer: RadixAttention, inputs: dict[str, Any], sinks: Tensor | None = None
+        self,
+        result: Any,
+        step: Step,
+        layer: RadixAttention,
+        inputs: dict[str, Any],
+        sinks: Tensor | None = None,
     ) -> None:
-        """Compare ``result`` of a layer with the truth, to twice the error of the same formula in the model's dtype."""
+        """Compare ``result`` of a layer with the truth, to twice the error of the same formula in
+        the model's dtype.
+        """
         wanted = self.expected(step, layer, inputs["q"], sinks=sinks)
         plain = self.expected(step, layer, inputs["q"], self.dtype, sinks=sinks)
         seen = result if isinstance(result, tuple) else (result,)
-        for what, got, exact, rough in zip(("output", "log-sum-exp"), seen, wanted, plain, strict=False):
+        for what, got, exact, rough in zip(
+            ("output", "log-sum-exp"), seen, wanted, plain, strict=False
+        ):
             floor = 32 * torch.finfo(self.dtype).eps * exact.abs().max().item()
             tolerance = 2 * (rough - exact).abs().max().item() + floor
             error = (got.view(exact.shape).double() - exact).abs().amax(-1)
             bad = ~(error <= tolerance)
             assert not bad.any(), (
-                f"{what} of layer {layer.layer_id}: {int(bad.sum())} of {len(bad)} rows are wrong, first row "
-                f"{int(bad.nonzero()[0])}, error {error.max().item():.3g} where {tolerance:.3g} is allowed"
+                f"{what} of layer {layer.layer_id}: {int(bad.sum())} of {len(bad)} rows are wrong, "
+                "first row "
+                f"{int(bad.nonzero()[0])}, error {error.max().item():.3g} where {tolerance:.3g} is "
+                "allowed"
             )
 
     def run_pass(
-        self, backend: Any, step: Step, layers: Sequence[RadixAttention] | None = None, **options: Any
+        self,
+        backend: Any,
+        step: Step,
+        layers: Sequence[RadixAttention] | None = None,
+        **options: Any,
     ) -> None:
         """One whole forward pass: upstream's metadata, then every layer, each checked."""
         backend.init_forward_metadata(step.batch)
@@ -627,8 +769,12 @@ def recorded(backend: Any) -> list[Call]:
     return calls
 
 
-def replace_kernels(backend: Any, wrap: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> None:
-    """Let ``wrap`` make each kernel function of ``backend`` from its name and the function there was."""
+def replace_kernels(
+    backend: Any, wrap: Callable[[str, Callable[..., Any]], Callable[..., Any]]
+) -> None:
+    """Let ``wrap`` make each kernel function of ``backend`` from its name and the function there
+    was.
+    """
     import dataclasses
 
     names = ("flash_attn_with_kvcache", "flash_attn_varlen_func", "get_scheduler_metadata")

@@ -1,9 +1,11 @@
-"""The real SGLang engine for tests: SGLang is imported once, and each case runs in a process forked from there.
+"""The real SGLang engine for tests: SGLang is imported once, and each case runs in a process forked
+from there.
 
-``EngineServer`` starts ``python -m tests.engine``, which imports SGLang under the CPU reference platform and then
-forks a process for every task it is sent; the engine's own processes are forked too. An engine boots in about two
-seconds that way, instead of the half minute that three imports of SGLang take. What a fork hides (the order in
-which a fresh process imports things) is left to the cases that say ``spawn=True``.
+``EngineServer`` starts ``python -m tests.engine``, which imports SGLang under the CPU reference
+platform and then forks a process for every task it is sent; the engine's own processes are forked
+too. An engine boots in about two seconds that way, instead of the half minute that three imports of
+SGLang take. What a fork hides (the order in which a fresh process imports things) is left to the
+cases that say ``spawn=True``.
 
 The server process computes nothing itself: PyTorch's threads do not survive a fork.
 """
@@ -80,7 +82,9 @@ class EngineCase:
     """Over ``ENGINE_ARGUMENTS``."""
     environ: Mapping[str, str] = field(default_factory=dict)
     before_boot: Callable[[], None] | None = None
-    """Called in the process that boots the engine, and so inherited by all of its forks; a module-level function."""
+    """Called in the process that boots the engine, and so inherited by all of its forks; a
+    module-level function.
+    """
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,9 @@ class EngineRun:
 
     phases: list[list[Output]]
     reports: list[list[dict[str, Any]]]
-    """``musa_fa3_report`` of every backend in every scheduler, before the first phase and after each."""
+    """``musa_fa3_report`` of every backend in every scheduler, before the first phase and after
+    each.
+    """
 
     @property
     def outputs(self) -> list[Output]:
@@ -159,11 +165,19 @@ def summary_table() -> list[str]:
     counts = ("passes", "calls", "planned_calls", "plans", "reuses")
     head = ["case", "geometries", *(name.replace("_", " ") for name in counts), "passes by plans"]
     rows = [
-        [row.case, str(row.geometries), *(str(row.statistics[name]) for name in counts), _by_plans(row.statistics)]
+        [
+            row.case,
+            str(row.geometries),
+            *(str(row.statistics[name]) for name in counts),
+            _by_plans(row.statistics),
+        ]
         for row in SUMMARY
     ]
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [head, *rows]]
+    lines = [
+        " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        for row in [head, *rows]
+    ]
     return [lines[0], "-|-".join("-" * width for width in widths), *lines[1:]]
 
 
@@ -172,13 +186,18 @@ def replace_table(page: Path, lines: Sequence[str]) -> None:
     before, begin, rest = page.read_text().partition(TABLE_BEGINS)
     _, end, after = rest.partition(TABLE_ENDS)
     if not (begin and end):
-        raise ValueError(f"{page} has no line {TABLE_BEGINS!r} with {TABLE_ENDS!r} below it, where the table goes.")
+        raise ValueError(
+            f"{page} has no line {TABLE_BEGINS!r} with {TABLE_ENDS!r} below it, where the table "
+            "goes."
+        )
     table = "\n".join(f"| {line.rstrip()} |" for line in lines)
     page.write_text(f"{before}{begin}\n\n{table}\n\n{end}{after}")
 
 
 def _by_plans(statistics: Mapping[str, Any]) -> str:
-    return ", ".join(f"{passes} x {plans}" for plans, passes in statistics["passes_by_plans"].items())
+    return ", ".join(
+        f"{passes} x {plans}" for plans, passes in statistics["passes_by_plans"].items()
+    )
 
 
 class EngineServer:
@@ -187,7 +206,8 @@ class EngineServer:
     def __init__(self, directory: Path) -> None:
         """Start it; models and logs go to ``directory``."""
         self._directory = directory
-        # The path of a socket is limited to some hundred characters, so it cannot be in any directory.
+        # The path of a socket is limited to some hundred characters, so it cannot be in any
+        # directory.
         self._address = str(Path(tempfile.mkdtemp(prefix="engine-")) / "socket")
         self._log = self._directory / "server.log"
         self._tasks = 0
@@ -217,16 +237,25 @@ class EngineServer:
                 _kill_group(task)
 
     def spawn(self, case: EngineCase, *, timeout: float = 300.0) -> EngineRun:
-        """Like :meth:`run`, in a fresh Python whose engine spawns its processes, as outside of tests."""
+        """Like :meth:`run`, in a fresh Python whose engine spawns its processes, as outside of
+        tests.
+        """
         self._tasks += 1
-        question, answer = (self._directory / f"{self._tasks}-spawned.{what}" for what in ("case", "run"))
+        question, answer = (
+            self._directory / f"{self._tasks}-spawned.{what}" for what in ("case", "run")
+        )
         question.write_bytes(pickle.dumps(case))
         log = self._directory / f"{self._tasks}-spawned.log"
-        with started([sys.executable, "-m", "tests.engine", "--spawn", str(question), str(answer)], log) as process:
+        with started(
+            [sys.executable, "-m", "tests.engine", "--spawn", str(question), str(answer)], log
+        ) as process:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(timeout)
             if process.returncode != 0:
-                raise EngineFailed(f"The spawned engine ended with status {process.returncode} (None: too slow).", log)
+                raise EngineFailed(
+                    f"The spawned engine ended with status {process.returncode} (None: too slow).",
+                    log,
+                )
         run: EngineRun = pickle.loads(answer.read_bytes())
         return run
 
@@ -242,7 +271,9 @@ class EngineServer:
         """Tokens and log-probabilities that transformers gives ``request``, computed once."""
         key = f"{model} {request.prompt} {request.new_tokens}"
         if key not in self._known:
-            (self._known[key],) = self.call(tiny_models.greedy, model, [request.prompt], request.new_tokens)
+            (self._known[key],) = self.call(
+                tiny_models.greedy, model, [request.prompt], request.new_tokens
+            )
         answer: tuple[list[int], list[float]] = self._known[key]
         return answer
 
@@ -274,7 +305,9 @@ class EngineServer:
 
 @contextlib.contextmanager
 def started(command: Sequence[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """``command`` running under the CPU reference platform, its output in ``log``; ended with its children."""
+    """``command`` running under the CPU reference platform, its output in ``log``; ended with its
+    children.
+    """
     process = _start(command, log)
     try:
         yield process
@@ -301,7 +334,8 @@ def _kill_group(leader: int) -> None:
         os.killpg(leader, signal.SIGKILL)
 
 
-# In the server's process ---------------------------------------------------------------------------
+# In the server's process
+# ---------------------------------------------------------------------------
 
 
 def serve(address: str) -> None:
@@ -340,8 +374,9 @@ def import_engine() -> None:
     from sglang.srt.models.registry import ModelRegistry
 
     ModelRegistry.get_supported_archs()
-    # PyTorch makes its thread pool anew at the first use after a fork, and not under a lock: an engine whose loader
-    # threads are that first use now and then dies of "Invalid thread pool!". So it is made while there is one thread.
+    # PyTorch makes its thread pool anew at the first use after a fork, and not under a lock: an
+    # engine whose loader threads are that first use now and then dies of "Invalid thread pool!". So
+    # it is made while there is one thread.
     os.register_at_fork(after_in_child=functools.partial(torch.set_num_threads, 1))
 
 
@@ -362,7 +397,8 @@ def _do_task(connection: Connection[Any, Any]) -> None:
     os._exit(0)
 
 
-# In a task's process -------------------------------------------------------------------------------
+# In a task's process
+# -------------------------------------------------------------------------------
 
 
 def run_engine(case: EngineCase) -> EngineRun:
@@ -383,14 +419,18 @@ def ask_engine(case: EngineCase) -> EngineRun:
 
 
 def embed(case: EngineCase) -> tuple[list[list[float]], list[dict[str, Any]]]:
-    """The embeddings that the engine of ``case`` gives the prompts of its only phase, and its backends' reports."""
+    """The embeddings that the engine of ``case`` gives the prompts of its only phase, and its
+    backends' reports.
+    """
     from sglang.srt.managers.io_struct import EmbeddingReqInput
 
     _fork_always()
     (requests,) = case.phases
     with _booted(case) as engine:
         request = EmbeddingReqInput(input_ids=[list(request.prompt) for request in requests])
-        answers = engine.loop.run_until_complete(anext(engine.tokenizer_manager.generate_request(request, None)))
+        answers = engine.loop.run_until_complete(
+            anext(engine.tokenizer_manager.generate_request(request, None))
+        )
         return [answer["embedding"] for answer in answers], _reports(engine)
 
 
@@ -403,7 +443,9 @@ def _booted(case: EngineCase) -> Iterator[Any]:
     torch.set_num_threads(1)
     if case.before_boot is not None:
         case.before_boot()
-    engine = sglang.Engine(model_path=str(case.model), **{**ENGINE_ARGUMENTS, **OURS, **case.arguments})
+    engine = sglang.Engine(
+        model_path=str(case.model), **{**ENGINE_ARGUMENTS, **OURS, **case.arguments}
+    )
     try:
         yield engine
     finally:
@@ -466,7 +508,9 @@ def _output(answer: dict[str, Any]) -> Output:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Serve at an address, or with ``--spawn`` run the case in one file and leave the result in another."""
+    """Serve at an address, or with ``--spawn`` run the case in one file and leave the result in
+    another.
+    """
     if arguments[0] == "--spawn":
         question, answer = map(Path, arguments[1:])
         answer.write_bytes(pickle.dumps(ask_engine(pickle.loads(question.read_bytes()))))
@@ -475,5 +519,6 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    # What travels between processes is named by the module's own name, so that module must be the one that runs.
+    # What travels between processes is named by the module's own name, so that module must be the
+    # one that runs.
     importlib.import_module("tests.engine").main(sys.argv[1:])

@@ -1,7 +1,9 @@
-"""What a process of SGLang is on an NVIDIA GPU: the FA3 backends it builds, and the code that they run, as JSON.
+"""What a process of SGLang is on an NVIDIA GPU: the FA3 backends it builds, and the code that they
+run, as JSON.
 
-``python -I -S nvidia_state.py REQUEST`` runs this alone, without site-packages: REQUEST is a JSON file, see
-:func:`main`. Of this package it imports nothing: whether anything of it is loaded is for SGLang and torch to decide.
+``python -I -S nvidia_state.py REQUEST`` runs this alone, without site-packages: REQUEST is a JSON
+file, see :func:`main`. Of this package it imports nothing: whether anything of it is loaded is for
+SGLang and torch to decide.
 """
 
 from __future__ import annotations
@@ -22,15 +24,19 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 LIBRARIES = ("sgl_kernel", "flashinfer", "torchvision")
-"""What SGLang imports on an NVIDIA GPU, and what has no build that loads beside a CPU build of torch."""
+"""What SGLang imports on an NVIDIA GPU, and what has no build that loads beside a CPU build of
+torch.
+"""
 PAGE_SIZE, SPECULATIVE_STEPS, TOPK = 64, 3, 1
 
 
-# --- what stands in for the GPU and its libraries -----------------------------------------------------
+# --- what stands in for the GPU and its libraries -------------------------------------------------
 
 
 class _Anything(type):
-    """A class whose attributes are such classes too: enough for what modules do with a library at import."""
+    """A class whose attributes are such classes too: enough for what modules do with a library at
+    import.
+    """
 
     def __getattr__(cls, name: str) -> Any:
         if name.startswith("_"):
@@ -67,7 +73,11 @@ class _StandInFinder(MetaPathFinder, Loader):
     """Finds every module of the libraries that are not here; asked last."""
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        return ModuleSpec(fullname, self, is_package=True) if fullname.partition(".")[0] in LIBRARIES else None
+        return (
+            ModuleSpec(fullname, self, is_package=True)
+            if fullname.partition(".")[0] in LIBRARIES
+            else None
+        )
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         return _StandInModule(spec.name)
@@ -75,7 +85,11 @@ class _StandInFinder(MetaPathFinder, Loader):
     def exec_module(self, module: ModuleType) -> None:
         vars(module)["__version__"] = "0.0.0"
         if module.__name__ == "sgl_kernel.flash_attn":
-            for function in (flash_attn_with_kvcache, flash_attn_varlen_func, get_scheduler_metadata):
+            for function in (
+                flash_attn_with_kvcache,
+                flash_attn_varlen_func,
+                get_scheduler_metadata,
+            ):
                 setattr(module, function.__name__, function)
 
 
@@ -83,7 +97,9 @@ def flash_attn_with_kvcache(q: Any, k_cache: Any, v_cache: Any, **arguments: Any
     """Stands for FA3's function, which nothing here calls; so do the next two."""
 
 
-def flash_attn_varlen_func(q: Any, k: Any, v: Any, return_softmax_lse: bool = False, **arguments: Any) -> None: ...
+def flash_attn_varlen_func(
+    q: Any, k: Any, v: Any, return_softmax_lse: bool = False, **arguments: Any
+) -> None: ...
 
 
 def get_scheduler_metadata(batch_size: int, **arguments: Any) -> None: ...
@@ -104,11 +120,13 @@ def pretend_hopper(torch: Any) -> None:
         setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
 
 
-# --- what SGLang builds -------------------------------------------------------------------------------
+# --- what SGLang builds ---------------------------------------------------------------------------
 
 
 def runner(torch: Any) -> Any:
-    """A stand-in of upstream's model runner, as far as its FA3 backends read it when they are built."""
+    """A stand-in of upstream's model runner, as far as its FA3 backends read it when they are
+    built.
+    """
     from sglang.srt.configs.model_config import AttentionArch
     from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
     from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
@@ -152,29 +170,39 @@ def build(torch: Any) -> dict[str, Any]:
     decode, extend = factory._create_fa3_decode_backend(), factory._create_fa3_prefill_backend()
     # From 0.5.18 on they come with a name.
     decode, extend = (made[-1] if isinstance(made, tuple) else made for made in (decode, extend))
-    children = {f"draft decode, step {index}": child for index, child in enumerate(decode.attn_backends)}
+    children = {
+        f"draft decode, step {index}": child for index, child in enumerate(decode.attn_backends)
+    }
     target = ATTENTION_BACKENDS["fa3"](model_runner)
     return {"target": target, "draft decode": decode, "draft extend": extend, **children}
 
 
-# --- what is said of it -------------------------------------------------------------------------------
+# --- what is said of it ---------------------------------------------------------------------------
 
 
 def described_object(thing: Any) -> dict[str, Any]:
     """The classes of an object, and its attributes with their types."""
     mro = [f"{cls.__module__}.{cls.__qualname__}" for cls in type(thing).__mro__]
-    return {"classes": mro, "attributes": {name: described(value) for name, value in sorted(vars(thing).items())}}
+    return {
+        "classes": mro,
+        "attributes": {name: described(value) for name, value in sorted(vars(thing).items())},
+    }
 
 
 def described(value: Any, depth: int = 3) -> Any:
-    """A value so that it compares across processes: functions by their code, classes by name, plain data as it is."""
+    """A value so that it compares across processes: functions by their code, classes by name, plain
+    data as it is.
+    """
     value = getattr(value, "__func__", value)
     if isinstance(value, str | int | float | None):
         return re.sub(r" at 0x[0-9a-f]+", "", repr(value))  # Generated docstrings show addresses.
     if isinstance(value, tuple | list | set | frozenset | dict) and depth:
         items = value.items() if isinstance(value, dict) else value
         found = [described(item, depth - 1) for item in items]
-        return [type(value).__name__, found if isinstance(value, tuple | list) else sorted(found, key=json.dumps)]
+        return [
+            type(value).__name__,
+            found if isinstance(value, tuple | list) else sorted(found, key=json.dumps),
+        ]
     wrapped = getattr(value, "__wrapped__", None) if callable(value) else None
     code = getattr(value, "__code__", None)
     names = [str(getattr(value, name, "")) for name in ("__module__", "__qualname__")]
@@ -187,7 +215,9 @@ def described_module(name: str) -> Any:
     """Every function, class and small value of a module, classes with their members."""
     try:
         module = importlib.import_module(name)
-    except Exception as error:  # What is not for this GPU does not import, and says so in both environments.
+    except (
+        Exception
+    ) as error:  # What is not for this GPU does not import, and says so in both environments.
         return f"{type(error).__name__}: {error}"
     found: dict[str, Any] = {}
     for attribute, value in sorted(vars(module).items()):
@@ -197,11 +227,15 @@ def described_module(name: str) -> Any:
         if isinstance(value, type):
             bases = [f"{cls.__module__}.{cls.__qualname__}" for cls in value.__mro__]
             members = {
-                member: described(inner) for member, inner in sorted(vars(value).items()) if not _is_volatile(inner)
+                member: described(inner)
+                for member, inner in sorted(vars(value).items())
+                if not _is_volatile(inner)
             }
             found[attribute] = {"bases": bases, "members": members}
         elif isinstance(value, dict):
-            found[attribute] = {json.dumps(described(key)): described(inner) for key, inner in value.items()}
+            found[attribute] = {
+                json.dumps(described(key)): described(inner) for key, inner in value.items()
+            }
     return found
 
 
@@ -213,8 +247,9 @@ def _is_volatile(value: Any) -> bool:
 def main(request: Path) -> None:
     """Answer a request, a JSON object.
 
-    ``path``: folders to import from, after Python's own library. ``modules``: names of modules to describe.
-    ``stand_ins``: whether there is no GPU, and one has to be pretended. ``output``: the file for the answer.
+    ``path``: folders to import from, after Python's own library. ``modules``: names of modules to
+    describe. ``stand_ins``: whether there is no GPU, and one has to be pretended. ``output``: the
+    file for the answer.
     """
     asked = json.loads(request.read_text(encoding="utf-8"))
     before = dict(os.environ)

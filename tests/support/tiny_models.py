@@ -12,7 +12,9 @@ from typing import Any
 
 VOCABULARY = 512
 WIDE = 0.15
-"""Standard deviation of the weights: with the usual 0.02 every token repeats, and a test sees nothing."""
+"""Standard deviation of the weights: with the usual 0.02 every token repeats, and a test sees
+nothing.
+"""
 SMALL: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -57,13 +59,17 @@ class TinyModel:
     @property
     def name(self) -> str:
         """A directory's name: readable, and of this configuration alone."""
-        content = json.dumps([self.config, dict(self.fields), self.architecture], sort_keys=True, default=str)
+        content = json.dumps(
+            [self.config, dict(self.fields), self.architecture], sort_keys=True, default=str
+        )
         return f"{self.config}-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
 
 
 @dataclass(frozen=True)
 class EagleDraft(TinyModel):
-    """An EAGLE head of one random layer, for a Llama of the same fields; ``architecture`` is SGLang's name of it."""
+    """An EAGLE head of one random layer, for a Llama of the same fields; ``architecture`` is
+    SGLang's name of it.
+    """
 
     def build(self, directory: Path) -> None:
         """Write the head to ``directory`` as a checkpoint."""
@@ -75,26 +81,38 @@ class EagleDraft(TinyModel):
         fields = {**self.fields, "num_hidden_layers": 1, "architectures": [self.architecture]}
         config = transformers.LlamaConfig(**fields, draft_vocab_size=VOCABULARY)
         model = transformers.LlamaForCausalLM(config).float()
-        weights = {name.removeprefix("model."): weight for name, weight in model.state_dict().items()}
+        weights = {
+            name.removeprefix("model."): weight for name, weight in model.state_dict().items()
+        }
         hidden = config.hidden_size
         if self.architecture == "LlamaForCausalLMEagle3":
-            for name in ("q_proj", "k_proj", "v_proj"):  # They see the embedding beside the hidden state.
+            for name in (
+                "q_proj",
+                "k_proj",
+                "v_proj",
+            ):  # They see the embedding beside the hidden state.
                 key = f"layers.0.self_attn.{name}.weight"
-                weights[key] = torch.cat([weights[key], WIDE * torch.randn_like(weights[key])], dim=1)
+                weights[key] = torch.cat(
+                    [weights[key], WIDE * torch.randn_like(weights[key])], dim=1
+                )
             weights["layers.0.hidden_norm.weight"] = torch.ones(hidden)
             weights["fc.weight"] = WIDE * torch.randn(hidden, 3 * hidden)
         else:
             weights["fc.weight"] = WIDE * torch.randn(hidden, 2 * hidden)
             weights["fc.bias"] = torch.zeros(hidden)
         config.save_pretrained(directory)
-        save_file({name: weight.contiguous() for name, weight in weights.items()}, directory / "model.safetensors")
+        save_file(
+            {name: weight.contiguous() for name, weight in weights.items()},
+            directory / "model.safetensors",
+        )
 
 
 def _tell_apart(model: Any) -> None:
     """Make every part of the model count for what it answers.
 
-    Parameters that start out constant (norms, biases) get values of their own. Embeddings that are the output
-    layer as well are made small beside what the layers add, or every token would repeat itself.
+    Parameters that start out constant (norms, biases) get values of their own. Embeddings that are
+    the output layer as well are made small beside what the layers add, or every token would repeat
+    itself.
     """
     import torch
 
@@ -105,8 +123,12 @@ def _tell_apart(model: Any) -> None:
             parameter.data.add_(0.1 * torch.randn_like(parameter))
 
 
-def greedy(model: Path, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[tuple[list[int], list[float]]]:
-    """Tokens and their log-probabilities that transformers' own greedy search gives each prompt, in float32."""
+def greedy(
+    model: Path, prompts: Sequence[Sequence[int]], new_tokens: int
+) -> list[tuple[list[int], list[float]]]:
+    """Tokens and their log-probabilities that transformers' own greedy search gives each prompt, in
+    float32.
+    """
     import torch
 
     torch.set_num_threads(1)
@@ -131,7 +153,9 @@ def embeddings(model: Path, prompts: Sequence[Sequence[int]], position: int) -> 
     torch.set_num_threads(1)
     network = _network(model)
     with torch.inference_mode():
-        states = [network.base_model(torch.tensor([list(prompt)])).last_hidden_state for prompt in prompts]
+        states = [
+            network.base_model(torch.tensor([list(prompt)])).last_hidden_state for prompt in prompts
+        ]
     return [(state[0, position] / state[0, position].norm()).tolist() for state in states]
 
 
@@ -143,7 +167,11 @@ def _greedy(network: Any, prompt: list[int], new_tokens: int) -> tuple[list[int]
     logprobs: list[float] = []
     with torch.inference_mode():
         for _ in range(new_tokens):
-            scores = network(torch.tensor([prompt + tokens]), use_cache=False).logits[0, -1].log_softmax(-1)
+            scores = (
+                network(torch.tensor([prompt + tokens]), use_cache=False)
+                .logits[0, -1]
+                .log_softmax(-1)
+            )
             tokens.append(int(scores.argmax()))
             logprobs.append(float(scores.max()))
     return tokens, logprobs
@@ -176,7 +204,9 @@ def add_tokenizer(directory: Path) -> None:
     fast = transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
     )
-    fast.chat_template = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+    fast.chat_template = (
+        "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+    )
     fast.save_pretrained(directory)
 
 

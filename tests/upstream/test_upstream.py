@@ -1,7 +1,8 @@
-"""Tests of the upstream contract: against the installed SGLang, edited copies of it, and all releases.
+"""Tests of the upstream contract: against the installed SGLang, edited copies of it, and all
+releases.
 
-The tests over all releases read sources only. They look for ``<version>/sglang`` below the directory that
-``SGLANG_RELEASES`` names, and are skipped for the releases that are not there.
+The tests over all releases read sources only. They look for ``<version>/sglang`` below the
+directory that ``SGLANG_RELEASES`` names, and are skipped for the releases that are not there.
 """
 
 from __future__ import annotations
@@ -39,10 +40,14 @@ from sglang_musa_ext.upstream import (
     version_key,
 )
 
-tomllib = pytest.importorskip("tomllib", reason="releases.toml is read with tomllib, which Python has from 3.11 on")
+tomllib = pytest.importorskip(
+    "tomllib", reason="releases.toml is read with tomllib, which Python has from 3.11 on"
+)
 
 PACKAGE = Path(upstream.__file__).parents[1]
-RELEASES: list[dict[str, Any]] = tomllib.loads((Path(__file__).parents[1] / "releases.toml").read_text())["release"]
+RELEASES: list[dict[str, Any]] = tomllib.loads(
+    (Path(__file__).parents[1] / "releases.toml").read_text()
+)["release"]
 VERSIONS = [row["version"] for row in RELEASES]
 
 FA = "sglang.srt.layers.attention.flashattention_backend"
@@ -55,7 +60,7 @@ def row_id(row: Requirement) -> str:
     return f"{row.kind}-{row.symbol.rpartition('.')[2]}-{row.since or ''}-{row.until or ''}"
 
 
-# --- the installed SGLang and edited copies of it -----------------------------------------------------
+# --- the installed SGLang and edited copies of it -------------------------------------------------
 
 
 @pytest.fixture(scope="session")
@@ -70,9 +75,14 @@ def installed() -> Path:
 @pytest.fixture
 def copy(installed: Path, tmp_path: Path) -> SourceCopy:
     """A copy, to be edited, of the installed SGLang's files that the contract reads."""
-    modules = {row.module for row in REQUIREMENTS} | {name for row in REQUIREMENTS for name in constructors(row)}
+    modules = {row.module for row in REQUIREMENTS} | {
+        name for row in REQUIREMENTS for name in constructors(row)
+    }
     for module in modules:
-        for relative in (module.replace(".", "/") + ".py", module.replace(".", "/") + "/__init__.py"):
+        for relative in (
+            module.replace(".", "/") + ".py",
+            module.replace(".", "/") + "/__init__.py",
+        ):
             source = installed.parent / relative
             if source.is_file():
                 target = tmp_path / relative
@@ -155,7 +165,9 @@ EDITS = {
         "also forward_extend: another_kernel",
     ),
     "kernel called outside the forwards": (
-        added_method("    def forward_new(self, q, k, v):\n        flash_attn_varlen_func(q=q, k=k, v=v)\n"),
+        added_method(
+            "    def forward_new(self, q, k, v):\n        flash_attn_varlen_func(q=q, k=k, v=v)\n"
+        ),
         (BACKEND, "kernel_calls"),
         "also forward_new: flash_attn_varlen_func",
     ),
@@ -176,7 +188,8 @@ EDITS = {
     ),
     "public caller of a private writer": (
         added_method(
-            "    def go(self):\n        self._set()\n\n    def _set(self):\n        self.forward_metadata = 0\n"
+            "    def go(self):\n        self._set()\n\n    def _set(self):\n        "
+            "self.forward_metadata = 0\n"
         ),
         (BACKEND, "metadata_writers"),
         "also go$",
@@ -197,7 +210,11 @@ EDITS = {
         "no ATTENTION_BACKENDS",
     ),
     "base class changed": (
-        (FA, r"class FlashAttentionBackend\(AttentionBackend\)", "class FlashAttentionBackend(NewBase)"),
+        (
+            FA,
+            r"class FlashAttentionBackend\(AttentionBackend\)",
+            "class FlashAttentionBackend(NewBase)",
+        ),
         (BACKEND, "class"),
         "the bases NewBase",
     ),
@@ -207,7 +224,11 @@ EDITS = {
         "no page_size set by",
     ),
     "name that the stand-in for sgl_kernel lacks": (
-        (FA, r"from sgl_kernel\.flash_attn import \(", "from sgl_kernel.flash_attn import (brand_new,"),
+        (
+            FA,
+            r"from sgl_kernel\.flash_attn import \(",
+            "from sgl_kernel.flash_attn import (brand_new,",
+        ),
         (f"{FA}.sgl_kernel.flash_attn", "imports_from"),
         "also brand_new",
     ),
@@ -237,7 +258,9 @@ EDITS = {
 def test_one_upstream_change_is_one_violation(
     copy: SourceCopy, edit: tuple[str, str, str], expected: tuple[str, str], seen: str
 ) -> None:
-    """Each kind of upstream change is found, as exactly one violation that says what the source has."""
+    """Each kind of upstream change is found, as exactly one violation that says what the source
+    has.
+    """
     copy.edit(*edit)
     (violation,) = check_upstream(copy.root, copy.version)
     assert (violation.requirement.symbol, violation.requirement.kind) == expected
@@ -248,7 +271,10 @@ def test_kernel_imported_inside_a_forward_is_a_violation(copy: SourceCopy) -> No
     """A local import that shadows the kernel's global name is reported as import and as call."""
     local = "        from elsewhere import flash_attn_with_kvcache\n        kwargs = {}\n"
     copy.edit(FA, r"        kwargs = \{\}\n", local)
-    found = {violation.requirement.kind: violation.seen for violation in check_upstream(copy.root, copy.version)}
+    found = {
+        violation.requirement.kind: violation.seen
+        for violation in check_upstream(copy.root, copy.version)
+    }
     assert found == {
         "kernel_calls": "also forward_extend: flash_attn_with_kvcache (a local name)",
         "forward_imports": "also forward_extend: elsewhere.flash_attn_with_kvcache",
@@ -264,7 +290,9 @@ def test_new_place_that_constructs_the_backend_is_a_violation(copy: SourceCopy) 
 
 def test_mention_of_the_backend_is_no_construction(copy: SourceCopy) -> None:
     """Comments and subclasses do not count as constructing the backend."""
-    (copy.root / "sglang/srt/new.py").write_text("# FlashAttentionBackend(runner)\nMyFlashAttentionBackend(1)\n")
+    (copy.root / "sglang/srt/new.py").write_text(
+        "# FlashAttentionBackend(runner)\nMyFlashAttentionBackend(1)\n"
+    )
     assert copy.check() == []
 
 
@@ -273,7 +301,10 @@ def test_renamed_kernel_is_reported_everywhere_at_once(copy: SourceCopy) -> None
     copy.edit(FA, r"\bflash_attn_with_kvcache\b", "fa_with_kvcache", count=0)
     with pytest.raises(UpstreamContractError) as caught:
         require_upstream(copy.root, copy.version)
-    found = {(violation.requirement.symbol, violation.requirement.kind) for violation in caught.value.violations}
+    found = {
+        (violation.requirement.symbol, violation.requirement.kind)
+        for violation in caught.value.violations
+    }
     assert found == {
         (f"{FA}.flash_attn_with_kvcache", "module_global"),
         (BACKEND, "kernel_calls"),
@@ -289,7 +320,9 @@ def test_renamed_kernel_is_reported_everywhere_at_once(copy: SourceCopy) -> None
 def test_missing_module_violates_each_of_its_rows(copy: SourceCopy) -> None:
     """A module that is gone is named by every row about it."""
     copy.path(REGISTRY).unlink()
-    found = [v for v in check_upstream(copy.root, copy.version) if v.requirement.kind != "constructors"]
+    found = [
+        v for v in check_upstream(copy.root, copy.version) if v.requirement.kind != "constructors"
+    ]
     assert {violation.requirement.symbol for violation in found} == {
         f"{REGISTRY}.ATTENTION_BACKENDS",
         f"{REGISTRY}.register_attention_backend",
@@ -306,9 +339,16 @@ def test_unparsable_module_is_a_violation(copy: SourceCopy) -> None:
 
 
 def test_draft_class_imported_from_elsewhere_violates_both_rows(copy: SourceCopy) -> None:
-    """A factory that imports another class misses the one that is needed and takes one that is not provided."""
-    copy.edit("sglang.srt.speculative.draft_utils", r"MusaFlashAttentionBackend as", "MusaBackend as")
-    found = {violation.requirement.kind: violation.seen for violation in check_upstream(copy.root, copy.version)}
+    """A factory that imports another class misses the one that is needed and takes one that is not
+    provided.
+    """
+    copy.edit(
+        "sglang.srt.speculative.draft_utils", r"MusaFlashAttentionBackend as", "MusaBackend as"
+    )
+    found = {
+        violation.requirement.kind: violation.seen
+        for violation in check_upstream(copy.root, copy.version)
+    }
     assert found.keys() == {"imports", "imports_from"}
     assert re.search("no import of .*MusaFlashAttentionBackend", found["imports"])
     assert found["imports_from"] == "also MusaBackend"
@@ -321,11 +361,15 @@ def test_rows_of_other_users_are_left_out(copy: SourceCopy) -> None:
     assert len(check_upstream(copy.root, copy.version, used_by=("cpu_platform",))) == 1
 
 
-# --- finding SGLang and its version -------------------------------------------------------------------
+# --- finding SGLang and its version ---------------------------------------------------------------
 
 
-def test_newer_sglang_runs_with_a_warning(copy: SourceCopy, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the contract holds, a newer release than tested is taken, and the warning names the tested range."""
+def test_newer_sglang_runs_with_a_warning(
+    copy: SourceCopy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the contract holds, a newer release than tested is taken, and the warning names the
+    tested range.
+    """
     monkeypatch.setattr(upstream, "NEWEST", upstream.OLDEST)
     support = require_upstream(copy.root, copy.version)
     assert support.standing is Standing.NEWER
@@ -366,12 +410,21 @@ def test_version_comes_from_the_source_first(tmp_path: Path) -> None:
     assert read_version(tmp_path) == "0.5.99"
 
 
-# --- versions -----------------------------------------------------------------------------------------
+# --- versions -------------------------------------------------------------------------------------
 
 
 def test_versions_are_ordered_as_pep_440_orders_them() -> None:
     """Development versions, candidates, releases and post-releases come in this order."""
-    ordered = ["0.5.9", "0.5.11.dev4", "0.5.11rc1", "0.5.11", "0.5.12", "0.5.12.post1.dev2", "0.5.12.post1", "0.6.0"]
+    ordered = [
+        "0.5.9",
+        "0.5.11.dev4",
+        "0.5.11rc1",
+        "0.5.11",
+        "0.5.12",
+        "0.5.12.post1.dev2",
+        "0.5.12.post1",
+        "0.6.0",
+    ]
     keys = [version_key(version) for version in ordered]
     assert all(earlier < later for earlier, later in itertools.pairwise(keys))
     assert version_key("0.5.21+musa5.2") == version_key("v0.5.21")
@@ -380,7 +433,11 @@ def test_versions_are_ordered_as_pep_440_orders_them() -> None:
 @pytest.mark.parametrize(
     ("version", "standing", "message"),
     [
-        ("0.5.10.post1", Standing.TOO_OLD, r"0\.5\.10\.post1 is too old: expected 0\.5\.11 or newer.*0\.5\.11 to 0"),
+        (
+            "0.5.10.post1",
+            Standing.TOO_OLD,
+            r"0\.5\.10\.post1 is too old: expected 0\.5\.11 or newer.*0\.5\.11 to 0",
+        ),
         ("0.5.11rc2", Standing.TOO_OLD, "too old"),
         ("0.0.0.dev0", Standing.TOO_OLD, "fetch its tags"),
         ("0.5.11", Standing.TESTED, "^$"),
@@ -405,7 +462,7 @@ def test_unreadable_version_is_refused(version: str) -> None:
         version_key(version)
 
 
-# --- the table itself ---------------------------------------------------------------------------------
+# --- the table itself -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("row", REQUIREMENTS, ids=row_id)
@@ -420,7 +477,9 @@ def test_row_is_complete(row: Requirement) -> None:
 
 @pytest.mark.parametrize("row", [row for row in REQUIREMENTS if row.since], ids=row_id)
 def test_row_begins_after_the_oldest_release(row: Requirement) -> None:
-    """A row that holds in every supported release needs no beginning, and what serves the time before it can go."""
+    """A row that holds in every supported release needs no beginning, and what serves the time
+    before it can go.
+    """
     assert not row.holds_in(SUPPORTED_RELEASES[0].version)
 
 
@@ -443,7 +502,9 @@ def test_every_allowance_has_a_row_without_bounds() -> None:
 
 
 def pass_methods() -> set[str]:
-    """``PASS_METHODS`` of the attention module, read off its source because importing it needs SGLang."""
+    """``PASS_METHODS`` of the attention module, read off its source because importing it needs
+    SGLang.
+    """
     source = (PACKAGE / "attention" / "mixin.py").read_text()
     (value,) = (
         node.value
@@ -455,13 +516,19 @@ def pass_methods() -> set[str]:
 
 def test_every_metadata_writer_ends_a_pass() -> None:
     """What the contract allows to assign forward_metadata is what the mixin wraps."""
-    writers = {name for row in REQUIREMENTS if row.kind == "metadata_writers" for name in row.parameters}
+    writers = {
+        name for row in REQUIREMENTS if row.kind == "metadata_writers" for name in row.parameters
+    }
     assert writers <= pass_methods()
 
 
 def test_every_wrapped_method_has_a_row() -> None:
-    """A method that the mixin wraps where it exists is missed in silence if upstream renames it, without a row."""
-    named = {name for row in REQUIREMENTS if row.kind == "metadata_writers" for name in row.parameters}
+    """A method that the mixin wraps where it exists is missed in silence if upstream renames it,
+    without a row.
+    """
+    named = {
+        name for row in REQUIREMENTS if row.kind == "metadata_writers" for name in row.parameters
+    }
     named |= {row.name.rpartition(".")[2] for row in REQUIREMENTS if row.kind == "method"}
     assert pass_methods() <= named
 
@@ -493,7 +560,9 @@ def test_every_import_from_sglang_has_a_row() -> None:
 
 
 def test_every_platform_hook_has_a_row_and_every_row_a_hook() -> None:
-    """What the CPU platform overrides is in the contract, and the contract states no hook that it leaves alone."""
+    """What the CPU platform overrides is in the contract, and the contract states no hook that it
+    leaves alone.
+    """
     (platform,) = (
         node
         for tree in package_sources()
@@ -502,19 +571,30 @@ def test_every_platform_hook_has_a_row_and_every_row_a_hook() -> None:
     )
     overridden = {node.name for node in platform.body if isinstance(node, ast.FunctionDef)}
     rows = {
-        row.name.rpartition(".")[2] for row in REQUIREMENTS if (row.kind, row.used_by) == ("method", "cpu_platform")
+        row.name.rpartition(".")[2]
+        for row in REQUIREMENTS
+        if (row.kind, row.used_by) == ("method", "cpu_platform")
     }
     assert overridden == rows
 
 
 def test_shipped_releases_are_those_of_the_matrix() -> None:
-    """The package's table and the test data name the same releases, and the levels that are expected to pass."""
+    """The package's table and the test data name the same releases, and the levels that are
+    expected to pass.
+    """
     levels = ("contract", "backend", "engine")
     expected = [
-        (row["version"], row["requires-python"], row["torch"], tuple(x for x in levels if row[x] == "pass"))
+        (
+            row["version"],
+            row["requires-python"],
+            row["torch"],
+            tuple(x for x in levels if row[x] == "pass"),
+        )
         for row in RELEASES
     ]
-    assert [(r.version, r.requires_python, r.torch, r.levels) for r in SUPPORTED_RELEASES] == expected
+    assert [
+        (r.version, r.requires_python, r.torch, r.levels) for r in SUPPORTED_RELEASES
+    ] == expected
 
 
 def test_every_exception_has_a_reason() -> None:
@@ -527,7 +607,9 @@ def test_every_exception_has_a_reason() -> None:
 
 
 def test_importing_loads_neither_torch_nor_sglang() -> None:
-    """The contract can be checked before anything heavy is imported, and checking imports nothing either."""
+    """The contract can be checked before anything heavy is imported, and checking imports nothing
+    either.
+    """
     code = (
         "import sys; from sglang_musa_ext import upstream; upstream.check_upstream(); "
         "sys.exit(any(name.partition('.')[0] in ('torch', 'sglang') for name in sys.modules))"
@@ -535,7 +617,7 @@ def test_importing_loads_neither_torch_nor_sglang() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-# --- all releases -------------------------------------------------------------------------------------
+# --- all releases ---------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
@@ -553,7 +635,9 @@ def release_tree() -> Callable[[str], SourceTree]:
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_release_keeps_the_contract(version: str, release_tree: Callable[[str], SourceTree]) -> None:
+def test_release_keeps_the_contract(
+    version: str, release_tree: Callable[[str], SourceTree]
+) -> None:
     """The release has every symbol that the package touches in it."""
     tree = release_tree(version)
     assert read_version(tree.root / "sglang") == version
@@ -562,15 +646,21 @@ def test_release_keeps_the_contract(version: str, release_tree: Callable[[str], 
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_need_is_absent_outside_its_bounds(version: str, release_tree: Callable[[str], SourceTree]) -> None:
+def test_need_is_absent_outside_its_bounds(
+    version: str, release_tree: Callable[[str], SourceTree]
+) -> None:
     """A need that a release outside its bounds also meets has wrong bounds, or can go."""
     outside = [row for row in REQUIREMENTS if row.kind in NEEDS and not row.holds_in(version)]
-    violated = [violation.requirement for violation in check_rows(outside, release_tree(version), version)]
+    violated = [
+        violation.requirement for violation in check_rows(outside, release_tree(version), version)
+    ]
     assert [row_id(row) for row in outside if row not in violated] == []
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_allowance_is_used_inside_its_bounds_only(version: str, release_tree: Callable[[str], SourceTree]) -> None:
+def test_allowance_is_used_inside_its_bounds_only(
+    version: str, release_tree: Callable[[str], SourceTree]
+) -> None:
     """What a row allows, upstream does in each release within its bounds, and in none outside them."""
     tree = release_tree(version)
     for row in REQUIREMENTS:

@@ -1,4 +1,6 @@
-"""The validation kit: it passes on the reference kernels, it fails on broken ones, and it reports whatever happens."""
+"""The validation kit: it passes on the reference kernels, it fails on broken ones, and it reports
+whatever happens.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,9 @@ def without(*names: str) -> FA3Kernels:
     kernels = reference_kernels()
 
     def deaf(function: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda **arguments: function(**{name: arguments[name] for name in arguments.keys() - set(names)})
+        return lambda **arguments: function(
+            **{name: arguments[name] for name in arguments.keys() - set(names)}
+        )
 
     return dataclasses.replace(
         kernels,
@@ -88,7 +92,9 @@ def test_kernels_that_share_one_workspace_fail() -> None:
 
 def test_a_refusal_by_name_is_no_failure() -> None:
     """What the provider says that it cannot do is skipped, with its words."""
-    found = outcome_of("varlen, softcap", dataclasses.replace(reference_kernels(), flash_attn_varlen_func=_refuse))
+    found = outcome_of(
+        "varlen, softcap", dataclasses.replace(reference_kernels(), flash_attn_varlen_func=_refuse)
+    )
     assert found.status == SKIP
     assert "no softcap here" in found.reason
 
@@ -105,7 +111,9 @@ def test_an_error_is_a_failure() -> None:
     def call(**_: Any) -> Any:
         raise RuntimeError("MUSA error: an illegal memory access was encountered")
 
-    found = outcome_of("decode", dataclasses.replace(reference_kernels(), flash_attn_with_kvcache=call))
+    found = outcome_of(
+        "decode", dataclasses.replace(reference_kernels(), flash_attn_with_kvcache=call)
+    )
     assert (found.status, found.reason.split(":")[0]) == (FAIL, "RuntimeError")
 
 
@@ -120,7 +128,9 @@ def test_an_error_is_a_failure() -> None:
         ([], {}, ABSENT, 2),
     ],
 )
-def test_verdict_and_exit_code(statuses: list[str], broken: dict[str, str], verdict: str, exit_code: int) -> None:
+def test_verdict_and_exit_code(
+    statuses: list[str], broken: dict[str, str], verdict: str, exit_code: int
+) -> None:
     """A failure outweighs what could not run, and nothing but skipped cases is no success."""
     outcomes = [Outcome("numerics", str(index), status) for index, status in enumerate(statuses)]
     report = Report("now", {}, outcomes, broken)
@@ -128,23 +138,54 @@ def test_verdict_and_exit_code(statuses: list[str], broken: dict[str, str], verd
 
 
 def test_the_report_says_what_was_never_seen_and_where_it_failed(tmp_path: Path) -> None:
-    """Markdown and JSON carry the notice, versions, settings, and each case with reason and numbers."""
-    outcome = Outcome("numerics", "decode | window", FAIL, "rows\nare wrong", {"error": 0.5, "in": "output"})
+    """Markdown and JSON carry the notice, versions, settings, and each case with reason and
+    numbers.
+    """
+    outcome = Outcome(
+        "numerics", "decode | window", FAIL, "rows\nare wrong", {"error": 0.5, "in": "output"}
+    )
     report = Report("now", {"kernels": "mate"}, [outcome], {"bench": "no engine"})
     page, data = report.write(tmp_path / "out")
     text, content = page.read_text(), json.loads(data.read_text())
-    for expected in ("Moore Threads GPU", "decode \\| window", "rows are wrong", "error 0.5", "no engine", "| torch |"):
+    for expected in (
+        "Moore Threads GPU",
+        "decode \\| window",
+        "rows are wrong",
+        "error 0.5",
+        "no engine",
+        "| torch |",
+    ):
         assert expected in text
     assert content["outcomes"][0]["numbers"]["error"] == 0.5
-    assert (content["exit_code"], content["settings"], content["verdict"]) == (1, {"kernels": "mate"}, FAIL)
+    assert (content["exit_code"], content["settings"], content["verdict"]) == (
+        1,
+        {"kernels": "mate"},
+        FAIL,
+    )
     assert "Moore Threads GPU" in content["notice"]
 
 
-def run_kit(out: Path, *arguments: str, program: Path | None = None) -> tuple[subprocess.CompletedProcess[str], Any]:
+def run_kit(
+    out: Path, *arguments: str, program: Path | None = None
+) -> tuple[subprocess.CompletedProcess[str], Any]:
     """The kit as a user runs it, and its report."""
-    command = [sys.executable, str(program or validate.PROGRAM), "--kernels", "reference", "--out", str(out)]
+    command = [
+        sys.executable,
+        str(program or validate.PROGRAM),
+        "--kernels",
+        "reference",
+        "--out",
+        str(out),
+    ]
     environ = os.environ | {"OMP_NUM_THREADS": "1", "SGLANG_PLATFORM": "musa_reference"}
-    done = subprocess.run([*command, *arguments], check=False, capture_output=True, text=True, env=environ, timeout=600)
+    done = subprocess.run(
+        [*command, *arguments],
+        check=False,
+        capture_output=True,
+        text=True,
+        env=environ,
+        timeout=600,
+    )
     assert (out / "report.md").is_file(), done.stderr
     return done, json.loads((out / "report.json").read_text())
 
@@ -153,9 +194,13 @@ def test_one_command_passes_on_the_reference_kernels(tmp_path: Path) -> None:
     """Doctor and kernels pass, and a CPU says that it captures no graphs."""
     done, report = run_kit(tmp_path, "--quick", "--only", "doctor,numerics,graphs")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert {outcome["status"] for outcome in report["outcomes"] if outcome["part"] == "numerics"} == {PASS}
+    assert {
+        outcome["status"] for outcome in report["outcomes"] if outcome["part"] == "numerics"
+    } == {PASS}
     graphs = [outcome for outcome in report["outcomes"] if outcome["part"] == "graphs"]
-    assert {(outcome["status"], "captures no graphs" in outcome["reason"]) for outcome in graphs} == {(SKIP, True)}
+    assert {
+        (outcome["status"], "captures no graphs" in outcome["reason"]) for outcome in graphs
+    } == {(SKIP, True)}
     assert report["device"]["kernels"] == "reference"
 
 
@@ -195,10 +240,16 @@ sys.exit(validate.main())
     ids=["ignores windows", "dies of windows"],
 )
 def test_a_broken_provider_is_reported(tmp_path: Path, fault: str, reason: str) -> None:
-    """Wrong numbers and a dead process fail their own case, with exit status 1; the other cases still run."""
+    """Wrong numbers and a dead process fail their own case, with exit status 1; the other cases
+    still run.
+    """
     program = tmp_path / "broken.py"
     names = ["prefill", "decode, window", "verify of 4"]
-    program.write_text(textwrap.dedent(BROKEN).format(scripts=str(validate.PROGRAM.parent), cases=names, fault=fault))
+    program.write_text(
+        textwrap.dedent(BROKEN).format(
+            scripts=str(validate.PROGRAM.parent), cases=names, fault=fault
+        )
+    )
     done, report = run_kit(tmp_path / "out", "--quick", "--only", "numerics", program=program)
     assert done.returncode == 1, done.stdout + done.stderr
     found = {outcome["name"].split(": ")[1]: outcome for outcome in report["outcomes"]}
@@ -225,7 +276,9 @@ def test_unknown_parts_are_named(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 class RunAgain:
-    """Stands for a device's graphs: a replay runs the function again, into the tensors of the capture."""
+    """Stands for a device's graphs: a replay runs the function again, into the tensors of the
+    capture.
+    """
 
     def capture(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         function()
@@ -251,7 +304,9 @@ def graph_case(name: str, kernels: FA3Kernels) -> Outcome:
 
 @pytest.mark.parametrize("name", validate_graphs.CASES)
 def test_graph_cases_are_right_where_graphs_are(name: str) -> None:
-    """What is captured and replayed is attention over the new lengths, checked without a device's graphs."""
+    """What is captured and replayed is attention over the new lengths, checked without a device's
+    graphs.
+    """
     found = graph_case(name, reference_kernels())
     assert found.status == PASS, found
 
@@ -304,7 +359,9 @@ def test_log_probabilities_count_up_to_the_first_other_token(
 
 @pytest.mark.parametrize("name", ["MLA, two slots", "MLA cascade"])
 def test_mla_kernels_that_return_their_plans_are_called_their_way(name: str) -> None:
-    """Without ``(workspace, reuse)`` a plan is a tensor, asked for with the head dimensions of the call's tensors."""
+    """Without ``(workspace, reuse)`` a plan is a tensor, asked for with the head dimensions of the
+    call's tensors.
+    """
     kernels = reference_kernels()
     asked: list[dict[str, Any]] = []
 
@@ -315,25 +372,33 @@ def test_mla_kernels_that_return_their_plans_are_called_their_way(name: str) -> 
     def call(**arguments: Any) -> Any:
         assert arguments["scheduler_metadata"] in range(1, len(asked) + 1)
         workspace = torch.full((1 << 18,), 255, dtype=torch.uint8)
-        return kernels.flash_attn_with_kvcache(**arguments | {"scheduler_metadata": (workspace, False)})
+        return kernels.flash_attn_with_kvcache(
+            **arguments | {"scheduler_metadata": (workspace, False)}
+        )
 
     returning = dataclasses.replace(
         kernels, mla_plan_bytes=None, get_scheduler_metadata=plan, flash_attn_with_kvcache=call
     )
     found = outcome_of(name, returning)
     assert found.status == PASS, found
-    assert [(one["headdim"], one["headdim_v"], one["num_heads_kv"]) for one in asked] == [(64, 512, 1)] * 2
+    assert [(one["headdim"], one["headdim_v"], one["num_heads_kv"]) for one in asked] == [
+        (64, 512, 1)
+    ] * 2
 
 
 class StandInEngine:
-    """Answers as an engine does, with the fault of one peer; ``noise`` is what a peer's second answer is off by."""
+    """Answers as an engine does, with the fault of one peer; ``noise`` is what a peer's second
+    answer is off by.
+    """
 
     fault, noise = "", 0.0
 
     def __init__(self, arguments: dict[str, Any], environ: dict[str, str], log: Path) -> None:
         self.ours = environ["SGLANG_MUSA_EXT"] == "on"
         self.check = environ.get("SGLANG_MUSA_EXT_CHECK", "off")
-        self.other_splits = not self.ours and engine_changes.PLANS not in environ and self.fault == "other splits"
+        self.other_splits = (
+            not self.ours and engine_changes.PLANS not in environ and self.fault == "other splits"
+        )
         self.flushed = 0
 
     def wait(self) -> StandInEngine:
@@ -348,7 +413,13 @@ class StandInEngine:
         logprobs = [[-1.0 - start % 89 / 89] * new_tokens for start in starts]
         if self.ours and self.fault == "another token":
             tokens[-1][-1] += 1
-        off = self.noise * self.flushed if not self.ours else float(self.fault) if self.fault[:1] == "0" else 0.0
+        off = (
+            self.noise * self.flushed
+            if not self.ours
+            else float(self.fault)
+            if self.fault[:1] == "0"
+            else 0.0
+        )
         off += 0.03 if self.other_splits else 0.0
         return {"tokens": tokens, "logprobs": [[value + off for value in row] for row in logprobs]}
 
@@ -366,7 +437,14 @@ class StandInEngine:
         }  # fmt: skip
         kernels = "reference" if self.fault == "other kernels" else "hopper"
         settings = {"check": "off" if self.fault == "unchecked" else self.check}
-        return [{"backend": "MusaFA3Backend", "kernels": kernels, "settings": settings, "statistics": statistics}]
+        return [
+            {
+                "backend": "MusaFA3Backend",
+                "kernels": kernels,
+                "settings": settings,
+                "statistics": statistics,
+            }
+        ]
 
     def kill(self) -> None:
         """There is no process."""
@@ -382,7 +460,11 @@ MODE_CASES = (
 
 
 def mode_outcomes(
-    fault: str, noise: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str = "dense-page1"
+    fault: str,
+    noise: float,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    mode: str = "dense-page1",
 ) -> dict[str, Outcome]:
     """What the cases of one mode find in engines with this fault."""
     monkeypatch.setattr(validate_modes, "Engine", StandInEngine)
@@ -419,16 +501,24 @@ def mode_outcomes(
     ],
 )
 def test_each_case_of_a_mode_sees_its_fault(
-    fault: str, noise: float, statuses: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fault: str,
+    noise: float,
+    statuses: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Unequal answers, an engine that dies, and plans that are not as they should be fail the case that is for them."""
+    """Unequal answers, an engine that dies, and plans that are not as they should be fail the case
+    that is for them.
+    """
     found = mode_outcomes(fault, noise, tmp_path, monkeypatch)
     assert tuple(found[name].status for name in MODE_CASES) == statuses, found
     if "dies" in fault:
         assert "the process ended" in found["graphs"].reason
 
 
-@pytest.mark.parametrize(("fault", "status"), [("", PASS), ("unchecked", FAIL), ("ours dies", FAIL)])
+@pytest.mark.parametrize(
+    ("fault", "status"), [("", PASS), ("unchecked", FAIL), ("ours dies", FAIL)]
+)
 def test_outputs_are_compared_where_they_were_asked_to_be(
     fault: str, status: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -438,7 +528,9 @@ def test_outputs_are_compared_where_they_were_asked_to_be(
 
 
 def test_gpus_are_named_as_the_environment_names_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Engines get GPUs out of those that the user left visible, and one alone if the device has an index."""
+    """Engines get GPUs out of those that the user left visible, and one alone if the device has an
+    index.
+    """
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert validate_modes.visible_cards(2, "cuda") == ["0", "1"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-a,5")
@@ -446,13 +538,18 @@ def test_gpus_are_named_as_the_environment_names_them(monkeypatch: pytest.Monkey
     assert validate_modes.visible_cards(3, "cuda:1") == ["GPU-a"]
 
 
-def test_an_engine_is_changed_where_its_environment_asks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A module of SGLang gets its change when it is imported, keeps its own code, and is not imported before."""
+def test_an_engine_is_changed_where_its_environment_asks(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A module of SGLang gets its change when it is imported, keeps its own code, and is not
+    imported before.
+    """
     monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "upstream_stand_in.py").write_text(
         "def flash_attn_with_kvcache(**arguments): return arguments\n"
-        "class FlashAttentionBackend:\n    def _compute_scheduler_metadata(self, *args): return 'a plan'\n"
+        "class FlashAttentionBackend:\n    def _compute_scheduler_metadata(self, *args): return 'a "
+        "plan'\n"
         "    def other(self): return 'as it was'\n"
     )
     monkeypatch.setattr(engine_changes, "plan_of", lambda arguments: sorted(arguments))
@@ -469,12 +566,17 @@ def test_an_engine_is_changed_where_its_environment_asks(monkeypatch: pytest.Mon
 
 
 def test_upstreams_calls_are_planned_as_fa3_asks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The plan is asked for with what the call has: heads, dims, lengths, mask, and the room in its page table."""
+    """The plan is asked for with what the call has: heads, dims, lengths, mask, and the room in its
+    page table.
+    """
     library: Any = ModuleType("sgl_kernel.flash_attn")
     library.get_scheduler_metadata = lambda **arguments: arguments
     monkeypatch.setitem(sys.modules, "sgl_kernel", ModuleType("sgl_kernel"))
     monkeypatch.setitem(sys.modules, "sgl_kernel.flash_attn", library)
-    lengths, offsets = torch.tensor([70, 3], dtype=torch.int32), torch.tensor([0, 4, 8], dtype=torch.int32)
+    lengths, offsets = (
+        torch.tensor([70, 3], dtype=torch.int32),
+        torch.tensor([0, 4, 8], dtype=torch.int32),
+    )
     call = {
         "q": torch.zeros(8, 8, 64), "k_cache": torch.zeros(9, 16, 2, 64), "v_cache": torch.zeros(9, 16, 2, 128),
         "page_table": torch.zeros(2, 5, dtype=torch.int32), "cache_seqlens": lengths, "cu_seqlens_q": offsets,
@@ -489,16 +591,28 @@ def test_upstreams_calls_are_planned_as_fa3_asks(monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_kit_plans_where_the_backend_does() -> None:
-    """Requests with different numbers of queries are called without a plan where the kernels can plan none for them."""
+    """Requests with different numbers of queries are called without a plan where the kernels can
+    plan none for them.
+    """
     kernels = dataclasses.replace(reference_kernels(), plans_unequal_queries=False)
     for rows, planned in (((4, 4), True), ((4, 3), False)):
-        batch = validate_numerics.Batch(validate_numerics.Shape(rows, (70, 9)), torch.float32, torch.device("cpu"))
-        assert (batch.plan(kernels) is not None, batch.plan(reference_kernels()) is not None) == (planned, True)
+        batch = validate_numerics.Batch(
+            validate_numerics.Shape(rows, (70, 9)), torch.float32, torch.device("cpu")
+        )
+        assert (batch.plan(kernels) is not None, batch.plan(reference_kernels()) is not None) == (
+            planned,
+            True,
+        )
 
 
 def test_engine_changes_let_attention_show() -> None:
-    """Matrices keep the size of what they multiply, norms are near 1, and a name has the same weights every time."""
-    models = [torch.nn.ModuleDict({"norm": torch.nn.LayerNorm(256), "lin": torch.nn.Linear(256, 64)}) for _ in range(2)]
+    """Matrices keep the size of what they multiply, norms are near 1, and a name has the same
+    weights every time.
+    """
+    models = [
+        torch.nn.ModuleDict({"norm": torch.nn.LayerNorm(256), "lin": torch.nn.Linear(256, 64)})
+        for _ in range(2)
+    ]
     for model in models:
         engine_changes.initialize(model)
     one, other = (model.state_dict() for model in models)
@@ -551,9 +665,16 @@ sys.exit(97 if {fault!r} == "errors" else 0)
     ],
 )
 def test_what_the_sanitizer_says_decides(
-    name: str, fault: str, status: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    fault: str,
+    status: str,
+    expected: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A case passes if it does and no error is reported; the one that reads beside the cache, if it is."""
+    """A case passes if it does and no error is reported; the one that reads beside the cache, if it
+    is.
+    """
     monkeypatch.setattr(validate_memcheck, "SECONDS", 1.0 if fault == "slow" else 60.0)
     sanitizer = tmp_path / "compute-sanitizer"
     sanitizer.write_text(SANITIZER.format(python=sys.executable, fault=fault, status=status))
@@ -576,7 +697,9 @@ def test_without_a_sanitizer_memcheck_says_so() -> None:
 
 
 def test_the_cases_of_memcheck_are_there() -> None:
-    """What memcheck runs by name exists in the parts that it takes it from, and every graph is taken."""
+    """What memcheck runs by name exists in the parts that it takes it from, and every graph is
+    taken.
+    """
     assert set(validate_memcheck.NUMERICS) <= {case.name for case in validate_numerics.cases()}
     assert set(validate_memcheck.GRAPHS) == set(validate_graphs.CASES)
 
@@ -585,12 +708,20 @@ def test_parts_for_nvidia_gpus_are_skipped_elsewhere(tmp_path: Path) -> None:
     """A CPU has the reason in place of each mode and each case under the sanitizer."""
     done, report = run_kit(tmp_path, "--only", "memcheck,modes", "--modes", "eagle,mla")
     assert done.returncode == 2
-    reasons = {(outcome["part"], outcome["status"], "NVIDIA" in outcome["reason"]) for outcome in report["outcomes"]}
+    reasons = {
+        (outcome["part"], outcome["status"], "NVIDIA" in outcome["reason"])
+        for outcome in report["outcomes"]
+    }
     assert reasons == {("memcheck", SKIP, True), ("modes", SKIP, True)}
-    assert [outcome["name"] for outcome in report["outcomes"] if outcome["part"] == "modes"] == ["mla", "eagle"]
+    assert [outcome["name"] for outcome in report["outcomes"] if outcome["part"] == "modes"] == [
+        "mla",
+        "eagle",
+    ]
 
 
-@pytest.mark.parametrize(("device", "said"), [("cuda:0", "NVIDIA GPU"), ("cpu", "On a CPU"), ("musa", "is news")])
+@pytest.mark.parametrize(
+    ("device", "said"), [("cuda:0", "NVIDIA GPU"), ("cpu", "On a CPU"), ("musa", "is news")]
+)
 def test_the_notice_is_about_the_device(device: str, said: str) -> None:
     """What a report says of itself fits the device that it is from."""
     report = Report("now", {}, device={"device": device})

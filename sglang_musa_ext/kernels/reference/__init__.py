@@ -1,21 +1,22 @@
-"""FlashAttention-3 in plain PyTorch, behaving like MATE 0.2.2: the kernels of tests, the demo and checks.
+"""FlashAttention-3 in plain PyTorch, behaving like MATE 0.2.2: the kernels of tests, the demo and
+checks.
 
-The public functions have MATE's signatures, so an unknown keyword is a ``TypeError``; they refuse what MATE
-refuses; and they *use* the scheduler metadata: batch order, query tiles and splits come from it. What the
-metadata leaves out is NaN here where a device would leave whatever the memory held, so that a stale or
-foreign plan shows.
+The public functions have MATE's signatures, so an unknown keyword is a ``TypeError``; they refuse
+what MATE refuses; and they *use* the scheduler metadata: batch order, query tiles and splits come
+from it. What the metadata leaves out is NaN here where a device would leave whatever the memory
+held, so that a stale or foreign plan shows.
 
 Differences from MATE, all on purpose:
 
-* float32 is accepted beside bfloat16 and float16, because only float32 makes a token-for-token comparison
-  with another attention implementation possible. Everything is computed in float32.
+* float32 is accepted beside bfloat16 and float16, because only float32 makes a token-for-token
+  comparison with another attention implementation possible. Everything is computed in float32.
 * Any device will do. :data:`MULTIPROCESSORS` stands in for the device's own count.
 * MATE's second path for unpaged prefill has no metadata; here metadata counts wherever it is given.
-* A strided page table, rotary embedding, fp8 descales, context parallelism and new keys in the MLA form are
-  refused by name.
+* A strided page table, rotary embedding, fp8 descales, context parallelism and new keys in the MLA
+  form are refused by name.
 
-A plan that is stale but still launches what the forward combines (say, other key lengths under the same
-capacity) gives right output, here as on the device: only comparing plans can find that one.
+A plan that is stale but still launches what the forward combines (say, other key lengths under the
+same capacity) gives right output, here as on the device: only comparing plans can find that one.
 """
 
 from __future__ import annotations
@@ -40,19 +41,25 @@ HEAD_DIM_PAIRS = ((64, 64), (128, 128), (192, 128), (192, 192), (256, 256), (384
 MLA_ROPE_DIM, MLA_LATENT_DIM, MLA_PAGE_SIZE = 64, 512, 64
 MLA_QUERY_TILE = 128
 MLA_RECORD_INTS = 8
-"""int32 values in one tile-scheduler record: first batch, first block, last batch, end block, first split."""
+"""int32 values in one tile-scheduler record: first batch, first block, last batch, end block, first
+split.
+"""
 MLA_OVERHEAD_BLOCKS = 5
 """What starting on a request costs a part, in key blocks."""
 
 _L2_BYTES = 3 * 512 * 1024
-_PACKED_ROWS_LIMIT = 256  # above this many query rows a key head, heads are no longer packed into tiles
+_PACKED_ROWS_LIMIT = (
+    256  # above this many query rows a key head, heads are no longer packed into tiles
+)
 _METADATA_GROUP = 31 * 32  # batches that one thread block sorts; splits are off beyond it
 _SCORE_BUDGET = 1 << 24  # scores held at once; bounds memory in long prefills
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class KernelRefusal(Exception):
-    """The kernels do not take this call; ``argument`` names what is wrong and ``seen`` holds what was passed."""
+    """The kernels do not take this call; ``argument`` names what is wrong and ``seen`` holds what
+    was passed.
+    """
 
     def __init__(self, argument: str, seen: object, expected: str, remedy: str) -> None:
         self.argument, self.seen = argument, seen
@@ -73,7 +80,9 @@ class RefusedFeature(KernelRefusal, NotImplementedError):
 
 @dataclass(frozen=True)
 class TileShape:
-    """Rows and keys of one tile; ``packed`` puts the query heads of one key head into the same tile."""
+    """Rows and keys of one tile; ``packed`` puts the query heads of one key head into the same
+    tile.
+    """
 
     query: int
     key: int
@@ -84,8 +93,8 @@ class TileShape:
 class MaskRule:
     """Which keys a row sees. A row's anchor is its own key position, aligned to the bottom right.
 
-    ``local`` keys lie in ``[anchor - left, anchor + right]`` and, with ``chunk``, in the anchor's chunk.
-    With neither ``causal`` nor ``local`` every key is seen.
+    ``local`` keys lie in ``[anchor - left, anchor + right]`` and, with ``chunk``, in the anchor's
+    chunk. With neither ``causal`` nor ``local`` every key is seen.
     """
 
     causal: bool
@@ -110,7 +119,9 @@ def tile_shape(
 def _head_dim_pair(headdim: int, headdim_v: int) -> tuple[int, int]:
     for name, size in (("head dimension", headdim), ("value head dimension", headdim_v)):
         if size > HEAD_DIM_BUCKETS[-1]:
-            raise RefusedValue(name, size, "at most 512", "Use another attention backend for this model.")
+            raise RefusedValue(
+                name, size, "at most 512", "Use another attention backend for this model."
+            )
     pair = (_bucket(headdim), _bucket(headdim_v))
     if pair not in HEAD_DIM_PAIRS:
         known = ", ".join(f"{qk}/{v}" for qk, v in HEAD_DIM_PAIRS)
@@ -128,9 +139,15 @@ def _bucket(size: int) -> int:
 
 
 def resolve_mask(
-    max_seqlen_q: int, max_seqlen_k: int, causal: bool, window_size: Sequence[int | None] | None, chunk: int
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    causal: bool,
+    window_size: Sequence[int | None] | None,
+    chunk: int,
 ) -> MaskRule:
-    """Turn FA3's mask arguments into one rule; bounds that cannot bite under these lengths are dropped."""
+    """Turn FA3's mask arguments into one rule; bounds that cannot bite under these lengths are
+    dropped.
+    """
     left, right = (-1, -1) if window_size is None else window_size
     left = -1 if left is None or left >= max_seqlen_k - 1 else left
     right = -1 if right is None or right >= max_seqlen_q - 1 else right
@@ -149,28 +166,40 @@ def static_num_splits(
     tile: TileShape, batch: int, max_seqlen_q: int, max_seqlen_k: int, heads_q: int, heads_kv: int,
     headdim: int, headdim_v: int, rule: MaskRule, multiprocessors: int = MULTIPROCESSORS,
 ) -> int:  # fmt: skip
-    """How many splits are launched, and so how many accumulators exist, when the caller leaves it open."""
-    keys = min(max_seqlen_k, rule.left + rule.right + 1 + tile.query) if rule.local else max_seqlen_k
+    """How many splits are launched, and so how many accumulators exist, when the caller leaves it
+    open.
+    """
+    keys = (
+        min(max_seqlen_k, rule.left + rule.right + 1 + tile.query) if rule.local else max_seqlen_k
+    )
     key_tiles = _ceil_div(max(keys, 0), tile.key)
     query_tiles = _ceil_div(max_seqlen_q * (heads_q // heads_kv), tile.query)
     total = batch * heads_kv * query_tiles
     if total >= 0.8 * multiprocessors:
         head_bytes = max_seqlen_k * (headdim + headdim_v) * 2
         revisited = query_tiles >= 2 * multiprocessors and not (rule.causal or rule.local)
-        return min(_ceil_div(head_bytes, _L2_BYTES), MAX_SPLITS) if head_bytes > _L2_BYTES and revisited else 1
+        return (
+            min(_ceil_div(head_bytes, _L2_BYTES), MAX_SPLITS)
+            if head_bytes > _L2_BYTES and revisited
+            else 1
+        )
     if key_tiles <= 4:
         return 1
     counts = range(1, min(MAX_SPLITS, multiprocessors, key_tiles) + 1)
-    efficiency = [waves / math.ceil(waves) if waves else 0.0 for waves in (total * n / multiprocessors for n in counts)]
-    return next(n for n, value in zip(counts, efficiency, strict=True) if value >= 0.85 * max(efficiency))
+    efficiency = [
+        waves / math.ceil(waves) if waves else 0.0
+        for waves in (total * n / multiprocessors for n in counts)
+    ]
+    return next(
+        n for n, value in zip(counts, efficiency, strict=True) if value >= 0.85 * max(efficiency)
+    )
 
 
 def _ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Scheduler metadata
+# --- Scheduler metadata ---------------------------------------------------------------------------
 
 
 def get_scheduler_metadata(
@@ -210,7 +239,9 @@ def get_scheduler_metadata(
     ratio = _head_ratio(num_heads_q, num_heads_kv)
     vectors = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k_new": cu_seqlens_k_new}
     _check_index_vectors({**vectors}, batch_size + 1)
-    _check_index_vectors({"cache_seqlens": cache_seqlens, "cache_leftpad": cache_leftpad}, batch_size)
+    _check_index_vectors(
+        {"cache_seqlens": cache_seqlens, "cache_leftpad": cache_leftpad}, batch_size
+    )
     rule = resolve_mask(max_seqlen_q, max_seqlen_k, causal, window_size, attention_chunk)
     tile = tile_shape(max_seqlen_q, ratio, headdim, headdim_v, pack_gqa)
     static = num_splits if num_splits > 0 else static_num_splits(
@@ -222,12 +253,19 @@ def get_scheduler_metadata(
     new = _lengths(cu_seqlens_k_new, batch_size, max_seqlen_k_new)
     pads = _listed(cache_leftpad, batch_size, 0)
     query_tiles = [_ceil_div(count * (ratio if tile.packed else 1), tile.query) for count in rows]
-    key_tiles = [_planned_key_tiles(k + n - pad, tile, rule) for k, n, pad in zip(keys, new, pads, strict=True)]
+    key_tiles = [
+        _planned_key_tiles(k + n - pad, tile, rule)
+        for k, n, pad in zip(keys, new, pads, strict=True)
+    ]
     heads = num_heads_kv if tile.packed else num_heads_q
     plan = _plan(query_tiles, key_tiles, static, heads, tile, rule.causal)
-    nheads = [_heads_in_l2(n, headdim + headdim_v, heads, 1 if tile.packed else ratio) for *_, n in plan]
+    nheads = [
+        _heads_in_l2(n, headdim + headdim_v, heads, 1 if tile.packed else ratio) for *_, n in plan
+    ]
     columns = [[p[0] for p in plan], [p[1] for p in plan], [p[2] for p in plan], nheads]
-    device = next((t.device for t in (cache_seqlens, cu_seqlens_q) if t is not None), torch.device("cpu"))
+    device = next(
+        (t.device for t in (cache_seqlens, cu_seqlens_q) if t is not None), torch.device("cpu")
+    )
     return torch.tensor(columns, dtype=torch.int32, device=device).flatten()
 
 
@@ -237,7 +275,12 @@ def _planned_key_tiles(keys: int, tile: TileShape, rule: MaskRule) -> int:
 
 
 def _plan(
-    query_tiles: list[int], key_tiles: list[int], static: int, heads: int, tile: TileShape, causal: bool
+    query_tiles: list[int],
+    key_tiles: list[int],
+    static: int,
+    heads: int,
+    tile: TileShape,
+    causal: bool,
 ) -> list[tuple[int, int, int, int]]:
     """Rows of (splits, batch, query tiles, key tiles a split), each sort group by falling work."""
     splits = _dynamic_splits(query_tiles, key_tiles, static, heads)
@@ -245,7 +288,9 @@ def _plan(
 
     def work(batch: int) -> int:
         # Under a causal mask a batch's last rows see all keys and its first rows almost none.
-        return shares[batch] * tile.key - query_tiles[batch] * tile.query if causal else shares[batch]
+        return (
+            shares[batch] * tile.key - query_tiles[batch] * tile.query if causal else shares[batch]
+        )
 
     order: list[int] = []
     for start in range(0, len(splits), _METADATA_GROUP):
@@ -254,7 +299,9 @@ def _plan(
     return [(splits[b], b, query_tiles[b], shares[b]) for b in order]
 
 
-def _dynamic_splits(query_tiles: list[int], key_tiles: list[int], static: int, heads: int) -> list[int]:
+def _dynamic_splits(
+    query_tiles: list[int], key_tiles: list[int], static: int, heads: int
+) -> list[int]:
     if static == 1 or len(key_tiles) > _METADATA_GROUP:
         return [1] * len(key_tiles)
     total = sum(m * n for m, n in zip(query_tiles, key_tiles, strict=True))
@@ -297,8 +344,7 @@ def _lengths(cumulative: Tensor | None, batch: int, default: int) -> list[int]:
     return [end - start for start, end in itertools.pairwise(ends)]
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Refusals
+# --- Refusals
 
 
 def _head_ratio(heads_q: int, heads_kv: int) -> int:
@@ -316,11 +362,17 @@ def _check_index_vectors(vectors: dict[str, Tensor | None], length: int) -> None
         if vector is None:
             continue
         if vector.dtype != torch.int32:
-            raise RefusedType(f"{name}.dtype", vector.dtype, "torch.int32", f"Pass {name}.to(torch.int32).")
+            raise RefusedType(
+                f"{name}.dtype", vector.dtype, "torch.int32", f"Pass {name}.to(torch.int32)."
+            )
         if tuple(vector.shape) != (length,):
-            raise RefusedValue(f"{name}.shape", tuple(vector.shape), f"({length},)", "It must fit the batch.")
+            raise RefusedValue(
+                f"{name}.shape", tuple(vector.shape), f"({length},)", "It must fit the batch."
+            )
         if not vector.is_contiguous():
-            raise RefusedValue(f"{name}.stride()", vector.stride(), "(1,)", f"Pass {name}.contiguous().")
+            raise RefusedValue(
+                f"{name}.stride()", vector.stride(), "(1,)", f"Pass {name}.contiguous()."
+            )
 
 
 def _check_dtypes(q: Tensor, others: dict[str, Tensor | None]) -> None:
@@ -331,13 +383,20 @@ def _check_dtypes(q: Tensor, others: dict[str, Tensor | None]) -> None:
         )  # fmt: skip
     for name, tensor in others.items():
         if tensor is not None and tensor.dtype != q.dtype:
-            raise RefusedType(f"{name}.dtype", tensor.dtype, f"q's own {q.dtype}", "Set the KV cache to auto or bf16.")
+            raise RefusedType(
+                f"{name}.dtype",
+                tensor.dtype,
+                f"q's own {q.dtype}",
+                "Set the KV cache to auto or bf16.",
+            )
 
 
 def _check_devices(q: Tensor, others: dict[str, Tensor | None]) -> None:
     for name, tensor in others.items():
         if tensor is not None and tensor.device != q.device:
-            raise RefusedValue(f"{name}.device", tensor.device, f"q's device {q.device}", "Move it there.")
+            raise RefusedValue(
+                f"{name}.device", tensor.device, f"q's device {q.device}", "Move it there."
+            )
 
 
 def _check_page_table(page_table: Tensor | None, batch: int | None) -> None:
@@ -345,10 +404,14 @@ def _check_page_table(page_table: Tensor | None, batch: int | None) -> None:
     if page_table is None:
         return
     if page_table.dtype != torch.int32:
-        raise RefusedType("page_table.dtype", page_table.dtype, "torch.int32", "Pass page_table.to(torch.int32).")
+        raise RefusedType(
+            "page_table.dtype", page_table.dtype, "torch.int32", "Pass page_table.to(torch.int32)."
+        )
     if page_table.dim() != 2 or (batch is not None and page_table.shape[0] != batch):
         rows = "any" if batch is None else batch
-        raise RefusedValue("page_table.shape", tuple(page_table.shape), f"({rows}, pages)", "One row a request.")
+        raise RefusedValue(
+            "page_table.shape", tuple(page_table.shape), f"({rows}, pages)", "One row a request."
+        )
     if not page_table.is_contiguous():
         raise RefusedValue(
             "page_table.stride()", page_table.stride(), "a contiguous page table",
@@ -359,24 +422,40 @@ def _check_page_table(page_table: Tensor | None, batch: int | None) -> None:
 def _check_cache_strides(k_cache: Tensor, v_cache: Tensor) -> None:
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         if cache.stride(-1) != 1:
-            raise RefusedValue(f"{name}.stride(-1)", cache.stride(-1), "1", "Keep head dimensions contiguous.")
+            raise RefusedValue(
+                f"{name}.stride(-1)", cache.stride(-1), "1", "Keep head dimensions contiguous."
+            )
 
 
 def _check_keys(k: Tensor, v: Tensor, q: Tensor, dims: int) -> None:
     for name, tensor in (("k", k), ("v", v)):
         if tensor.dim() != dims:
-            raise RefusedValue(f"{name}.dim()", tensor.dim(), f"{dims} dimensions", "See the docstring for shapes.")
+            raise RefusedValue(
+                f"{name}.dim()", tensor.dim(), f"{dims} dimensions", "See the docstring for shapes."
+            )
     if k.shape[:-1] != v.shape[:-1]:
-        raise RefusedValue("v.shape", tuple(v.shape), f"k's {tuple(k.shape)} but for dim", "Pass one layer's tensors.")
+        raise RefusedValue(
+            "v.shape",
+            tuple(v.shape),
+            f"k's {tuple(k.shape)} but for dim",
+            "Pass one layer's tensors.",
+        )
     if k.shape[-1] != q.shape[-1]:
-        raise RefusedValue("k's head dimension", k.shape[-1], f"q's {q.shape[-1]}", "Pass one layer's tensors.")
+        raise RefusedValue(
+            "k's head dimension", k.shape[-1], f"q's {q.shape[-1]}", "Pass one layer's tensors."
+        )
 
 
 def _check_sinks(sinks: Tensor | None, q: Tensor) -> None:
     if sinks is None:
         return
     if tuple(sinks.shape) != (q.shape[-2],):
-        raise RefusedValue("sinks.shape", tuple(sinks.shape), f"({q.shape[-2]},)", "Shard the sinks like the heads.")
+        raise RefusedValue(
+            "sinks.shape",
+            tuple(sinks.shape),
+            f"({q.shape[-2]},)",
+            "Shard the sinks like the heads.",
+        )
     if sinks.dtype != torch.bfloat16 and not (sinks.dtype == q.dtype == torch.float32):
         raise RefusedType(
             "sinks.dtype", sinks.dtype, "torch.bfloat16 (or torch.float32 with float32 q)",
@@ -390,7 +469,10 @@ def _check_metadata(metadata: object, batch: int) -> Tensor | None:
     if not isinstance(metadata, Tensor) or metadata.dtype != torch.int32:
         seen = metadata.dtype if isinstance(metadata, Tensor) else type(metadata).__name__
         raise RefusedType(
-            "scheduler_metadata", seen, "an int32 tensor from get_scheduler_metadata", "(workspace, reuse) is for MLA."
+            "scheduler_metadata",
+            seen,
+            "an int32 tensor from get_scheduler_metadata",
+            "(workspace, reuse) is for MLA.",
         )
     if metadata.dim() != 1 or metadata.shape[0] < 4 * batch:
         raise RefusedValue(
@@ -414,8 +496,7 @@ def _refuse_context_parallelism(world_size: int, rank: int) -> None:
         )  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The forward
+# --- The forward
 
 
 @dataclass(frozen=True)
@@ -435,7 +516,8 @@ class _KeyStore:
         """Keys and values ``[start, stop)`` of a batch, float32 ``(heads, keys, dim)``."""
         first, last = self.offsets[batch] + start, self.offsets[batch] + stop
         return tuple(  # type: ignore[return-value]
-            self._read(cache, self.rows[batch], first, last).float().transpose(0, 1) for cache in (self.k, self.v)
+            self._read(cache, self.rows[batch], first, last).float().transpose(0, 1)
+            for cache in (self.k, self.v)
         )
 
     def _read(self, cache: Tensor, row: int, first: int, last: int) -> Tensor:
@@ -451,7 +533,9 @@ class _KeyStore:
     def write(self, batch: int, at: int, k_new: Tensor, v_new: Tensor) -> None:
         """Put new keys and values ``(new, heads, dim)`` at position ``at`` of a batch, in place."""
         row, count = self.rows[batch], k_new.shape[0]
-        where = torch.arange(self.offsets[batch] + at, self.offsets[batch] + at + count, device=self.k.device)
+        where = torch.arange(
+            self.offsets[batch] + at, self.offsets[batch] + at + count, device=self.k.device
+        )
         for cache, new in ((self.k, k_new), (self.v, v_new)):
             if self.page_table is None:
                 cache[row, where] = new
@@ -512,7 +596,8 @@ def _partial(
     k, v = held or problem.store.gather(batch, keys.start, keys.stop)
     budget = max(_SCORE_BUDGET // (q.shape[0] * len(keys)), 1)
     parts = [
-        _softmax_rows(problem, batch, q[:, at : at + budget], at, keys, k, v) for at in range(0, q.shape[1], budget)
+        _softmax_rows(problem, batch, q[:, at : at + budget], at, keys, k, v)
+        for at in range(0, q.shape[1], budget)
     ]
     if len(parts) == 1:
         return parts[0]
@@ -550,7 +635,9 @@ def _packed_sinks(problem: _Problem, first_row: int, count: int) -> Tensor | Non
     return problem.sinks.float().view(problem.heads_kv, problem.ratio)[:, heads]
 
 
-def _visible(problem: _Problem, batch: int, first_row: int, count: int, keys: range) -> Tensor | None:
+def _visible(
+    problem: _Problem, batch: int, first_row: int, count: int, keys: range
+) -> Tensor | None:
     """Which of ``keys`` each packed row sees, bool ``(count, keys)``; ``None`` where it is all of them."""
     rule, ratio = problem.rule, problem.ratio
     shift = problem.key_counts[batch] - problem.row_counts[batch]
@@ -596,10 +683,14 @@ def _visits(metadata: Tensor | None, batch: int, launched_tiles: int) -> list[_V
                 "scheduler_metadata", f"a batch table naming batch {index}", f"batches below {batch}",
                 "This metadata was computed for another batch.",
             )  # fmt: skip
-    return [_Visit(b, min(m, launched_tiles), s) for b, m, s in zip(table, tiles, splits, strict=True)]
+    return [
+        _Visit(b, min(m, launched_tiles), s) for b, m, s in zip(table, tiles, splits, strict=True)
+    ]
 
 
-def _run(problem: _Problem, tile: TileShape, visits: list[_Visit], static: int, out: Tensor, lse: Tensor) -> None:
+def _run(
+    problem: _Problem, tile: TileShape, visits: list[_Visit], static: int, out: Tensor, lse: Tensor
+) -> None:
     """Fill ``out`` ``(total_q, heads, dim)`` and ``lse`` ``(heads, total_q)`` where the schedule says so."""
     tile_rows = tile.query if tile.packed else tile.query * problem.ratio
     for visit in visits:
@@ -627,7 +718,9 @@ def _visit(problem: _Problem, visit: _Visit, q: Tensor, static: int) -> tuple[Te
 
 
 def _tile_keys(tiles: range, keys: int) -> range:
-    return range(tiles.start * KEY_TILE, max(min(tiles.stop * KEY_TILE, keys), tiles.start * KEY_TILE))
+    return range(
+        tiles.start * KEY_TILE, max(min(tiles.stop * KEY_TILE, keys), tiles.start * KEY_TILE)
+    )
 
 
 def _combine(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
@@ -640,7 +733,9 @@ def _combine(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     return out, peak + total.log()
 
 
-def _store(problem: _Problem, batch: int, part: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor) -> None:
+def _store(
+    problem: _Problem, batch: int, part: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor
+) -> None:
     """Write packed results of a batch's first packed rows; rows that are not there stay as they were."""
     start, count, ratio = problem.row_starts[batch], problem.row_counts[batch], problem.ratio
     missing = count * ratio - part.shape[1]
@@ -653,8 +748,7 @@ def _store(problem: _Problem, batch: int, part: Tensor, part_lse: Tensor, out: T
     lse[:, start : start + count] = heads.reshape(-1, count)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# MLA decode
+# --- MLA decode
 
 
 def mla_parts(max_seqlen_q: int, num_heads_q: int, num_heads_kv: int = 1) -> int:
@@ -685,7 +779,11 @@ def _mla_plan(key_counts: list[int], parts: int) -> list[int]:
             index, block, split = index + 1, 0, 0
         if index < batch and room > MLA_OVERHEAD_BLOCKS:
             block, split = block + room - MLA_OVERHEAD_BLOCKS, split + 1
-        end = [index, block] if block else [index - 1, _ceil_div(key_counts[index - 1], KEY_TILE) if index else 0]
+        end = (
+            [index, block]
+            if block
+            else [index - 1, _ceil_div(key_counts[index - 1], KEY_TILE) if index else 0]
+        )
         records += [*first, *end, first_split, 0, 0, 0]
     return records + counts
 
@@ -694,7 +792,9 @@ def _mla_pieces(plan: list[int], parts: int, key_counts: list[int]) -> list[list
     """Decode a plan against the keys there are: per batch, the runs of key blocks that some part works on."""
     pieces: list[list[range]] = [[] for _ in key_counts]
     for part in range(parts):
-        first, first_block, last, end_block = plan[part * MLA_RECORD_INTS : part * MLA_RECORD_INTS + 4]
+        first, first_block, last, end_block = plan[
+            part * MLA_RECORD_INTS : part * MLA_RECORD_INTS + 4
+        ]
         for batch in range(max(first, 0), min(last + 1, len(key_counts))):
             start = first_block if batch == first else 0
             stop = end_block if batch == last else _ceil_div(key_counts[batch], KEY_TILE)
@@ -706,10 +806,16 @@ def _mla_pieces_fit(pieces: list[range], splits: int, keys: int) -> bool:
     """Whether the pieces are the splits that will be combined, and are all the keys, once and in order."""
     ends = [piece.stop for piece in pieces]
     starts = [piece.start for piece in pieces]
-    return len(pieces) == splits and starts == [0, *ends[:-1]] and ends[-1:] == [_ceil_div(keys, KEY_TILE)]
+    return (
+        len(pieces) == splits
+        and starts == [0, *ends[:-1]]
+        and ends[-1:] == [_ceil_div(keys, KEY_TILE)]
+    )
 
 
-def _mla_run(problem: _Problem, plan: list[int], parts: int, tiles: int, out: Tensor, lse: Tensor) -> None:
+def _mla_run(
+    problem: _Problem, plan: list[int], parts: int, tiles: int, out: Tensor, lse: Tensor
+) -> None:
     """Run an MLA decode as its plan says; a batch whose plan does not fit its keys stays NaN.
 
     A device would combine what the parts wrote with what nobody wrote; here nothing of that is passed on.
@@ -721,14 +827,19 @@ def _mla_run(problem: _Problem, plan: list[int], parts: int, tiles: int, out: Te
         if not q.shape[1] or not _mla_pieces_fit(pieces, counts[batch + 1] - counts[batch], keys):
             continue
         results = [_partial(problem, batch, q, _tile_keys(piece, keys)) for piece in pieces]
-        merged = _combine(torch.stack([r[0] for r in results]), torch.stack([r[1] for r in results]))
+        merged = _combine(
+            torch.stack([r[0] for r in results]), torch.stack([r[1] for r in results])
+        )
         _store(problem, batch, *(results[0] if len(results) == 1 else merged), out, lse)
 
 
 def _mla_workspace(metadata: object, plan_bytes: int, q: Tensor) -> tuple[Tensor, bool]:
     if not (isinstance(metadata, tuple) and len(metadata) == 2 and isinstance(metadata[0], Tensor)):
         raise RefusedType(
-            "scheduler_metadata", type(metadata).__name__, "(workspace, reuse)", "MLA needs a workspace to plan in."
+            "scheduler_metadata",
+            type(metadata).__name__,
+            "(workspace, reuse)",
+            "MLA needs a workspace to plan in.",
         )
     workspace, reuse = metadata
     if workspace.dtype != torch.uint8 or workspace.dim() != 1 or not workspace.is_contiguous():
@@ -737,7 +848,10 @@ def _mla_workspace(metadata: object, plan_bytes: int, q: Tensor) -> tuple[Tensor
     _check_devices(q, {"workspace": workspace})
     if workspace.numel() < plan_bytes:
         raise RefusedValue(
-            "workspace.numel()", workspace.numel(), f"at least {plan_bytes} bytes", "The workspace is too small."
+            "workspace.numel()",
+            workspace.numel(),
+            f"at least {plan_bytes} bytes",
+            "The workspace is too small.",
         )
     return workspace, bool(reuse)
 
@@ -745,13 +859,24 @@ def _mla_workspace(metadata: object, plan_bytes: int, q: Tensor) -> tuple[Tensor
 def _check_mla(q: Tensor, qv: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
     dims = (q.shape[-1], qv.shape[-1], v_cache.shape[-1])
     if dims != (MLA_ROPE_DIM, MLA_LATENT_DIM, MLA_LATENT_DIM):
-        raise RefusedFeature("qv", f"given with head dimensions {dims} of q, qv, v", "64, 512, 512", "qv is for MLA.")
+        raise RefusedFeature(
+            "qv", f"given with head dimensions {dims} of q, qv, v", "64, 512, 512", "qv is for MLA."
+        )
     if q.shape[:-1] != qv.shape[:-1]:
-        raise RefusedValue("qv.shape", tuple(qv.shape), f"q's {tuple(q.shape)} but for dim", "Split one query tensor.")
+        raise RefusedValue(
+            "qv.shape",
+            tuple(qv.shape),
+            f"q's {tuple(q.shape)} but for dim",
+            "Split one query tensor.",
+        )
     if k_cache.shape[1] != MLA_PAGE_SIZE:
-        raise RefusedValue("the page size", k_cache.shape[1], "64 for MLA", "Start the server with --page-size 64.")
+        raise RefusedValue(
+            "the page size", k_cache.shape[1], "64 for MLA", "Start the server with --page-size 64."
+        )
     if k_cache.shape[-2] != 1:
-        raise RefusedValue("k_cache's head count", k_cache.shape[-2], "1 for MLA", "Pass the latent cache.")
+        raise RefusedValue(
+            "k_cache's head count", k_cache.shape[-2], "1 for MLA", "Pass the latent cache."
+        )
 
 
 def _mla_decode(
@@ -760,7 +885,9 @@ def _mla_decode(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Returns the output and its LSE; of 4-d queries the LSE is ``(batch, seqlen_q, heads)``, as in MATE."""
     if cache_seqlens is None or page_table is None:
-        raise RefusedValue("cache_seqlens and page_table", "not both given", "both for MLA", "Pass them.")
+        raise RefusedValue(
+            "cache_seqlens and page_table", "not both given", "both for MLA", "Pass them."
+        )
     k_cache, v_cache = (c.unsqueeze(2) if c.dim() == 3 else c for c in (k_cache, v_cache))
     _check_keys(k_cache, v_cache, q, 4)
     _check_mla(q, qv, k_cache, v_cache)
@@ -777,16 +904,19 @@ def _mla_decode(
     rule = resolve_mask(queries.longest, page_table.shape[1] * MLA_PAGE_SIZE, causal, None, 0)
     store = _LatentStore(k_cache, v_cache, page_table, list(range(batch)), [0] * batch)
     flat = torch.cat([q, qv], -1).reshape(-1, heads, MLA_ROPE_DIM + MLA_LATENT_DIM)
-    problem = _Problem(flat, 1, MLA_LATENT_DIM, store, queries.starts, queries.counts, keys, rule, scale)
+    problem = _Problem(
+        flat, 1, MLA_LATENT_DIM, store, queries.starts, queries.counts, keys, rule, scale
+    )
     out, lse = _unwritten(flat, MLA_LATENT_DIM)
-    _mla_run(problem, plan.tolist(), parts, _ceil_div(queries.longest * heads, MLA_QUERY_TILE), out, lse)
+    _mla_run(
+        problem, plan.tolist(), parts, _ceil_div(queries.longest * heads, MLA_QUERY_TILE), out, lse
+    )
     if q.dim() == 3:
         return out, lse
     return out.view(*q.shape[:-1], MLA_LATENT_DIM), lse.T.reshape(q.shape[:-1])
 
 
-# ---------------------------------------------------------------------------------------------------------
-# What both public forwards share
+# --- What both public forwards share
 
 
 @dataclass(frozen=True)
@@ -798,30 +928,42 @@ class _Queries:
     longest: int
 
 
-def _queries(q: Tensor, cu_seqlens_q: Tensor | None, max_seqlen_q: int | None, used: Tensor | None) -> _Queries:
+def _queries(
+    q: Tensor, cu_seqlens_q: Tensor | None, max_seqlen_q: int | None, used: Tensor | None
+) -> _Queries:
     if cu_seqlens_q is None:
         if q.dim() != 4:
-            raise RefusedValue("q.shape", tuple(q.shape), "(batch, seqlen_q, heads, dim)", "Or pass cu_seqlens_q.")
+            raise RefusedValue(
+                "q.shape", tuple(q.shape), "(batch, seqlen_q, heads, dim)", "Or pass cu_seqlens_q."
+            )
         batch, length = q.shape[:2]
         return _Queries([b * length for b in range(batch)], _listed(used, batch, length), length)
     if q.dim() != 3:
-        raise RefusedValue("q.shape", tuple(q.shape), "(total_q, heads, dim)", "cu_seqlens_q is given.")
+        raise RefusedValue(
+            "q.shape", tuple(q.shape), "(total_q, heads, dim)", "cu_seqlens_q is given."
+        )
     if max_seqlen_q is None:
         raise RefusedValue("max_seqlen_q", None, "a number", "cu_seqlens_q needs it.")
     if cu_seqlens_q.dim() != 1 or cu_seqlens_q.shape[0] < 1:
-        raise RefusedValue("cu_seqlens_q.shape", tuple(cu_seqlens_q.shape), "(batch + 1,)", "Pass offsets.")
+        raise RefusedValue(
+            "cu_seqlens_q.shape", tuple(cu_seqlens_q.shape), "(batch + 1,)", "Pass offsets."
+        )
     batch = cu_seqlens_q.shape[0] - 1
     _check_index_vectors({"cu_seqlens_q": cu_seqlens_q}, batch + 1)
     starts = cu_seqlens_q.tolist()
     if starts[-1] > q.shape[0] or sorted(starts) != starts or starts[0] < 0:
-        raise RefusedValue("cu_seqlens_q", starts, f"rising offsets up to {q.shape[0]}", "It must fit q.")
+        raise RefusedValue(
+            "cu_seqlens_q", starts, f"rising offsets up to {q.shape[0]}", "It must fit q."
+        )
     counts = _lengths(cu_seqlens_q, batch, 0) if used is None else _listed(used, batch, 0)
     return _Queries(starts[:-1], counts, int(max_seqlen_q))
 
 
 def _check_capacity(name: str, counts: list[int], capacity: int) -> None:
     if any(not 0 <= count <= capacity for count in counts):
-        raise RefusedValue(name, counts, f"lengths within the capacity {capacity}", "Check the page table's width.")
+        raise RefusedValue(
+            name, counts, f"lengths within the capacity {capacity}", "Check the page table's width."
+        )
 
 
 def _unwritten(flat_q: Tensor, headdim_v: int, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -838,7 +980,9 @@ def _checked_out(out: Tensor | None, q: Tensor, headdim_v: int, queries: _Querie
     expected = (*q.shape[:-1], headdim_v)
     if tuple(out.shape) != expected or out.dtype != q.dtype or out.device != q.device:
         seen = f"{tuple(out.shape)} {out.dtype} on {out.device}"
-        raise RefusedValue("out", seen, f"{expected} {q.dtype} on {q.device}", "Allocate it like q.")
+        raise RefusedValue(
+            "out", seen, f"{expected} {q.dtype} on {q.device}", "Allocate it like q."
+        )
     flat = out.flatten(0, 1) if out.dim() == 4 else out
     for start, count in zip(queries.starts, queries.counts, strict=True):
         flat[start : start + count] = math.nan
@@ -865,7 +1009,11 @@ def _forward(
 
 def _shaped_lse(lse: Tensor, q: Tensor) -> Tensor:
     """``(heads, total_q)`` as the kernels return it: ``(batch, heads, seqlen_q)`` of 4-d queries."""
-    return lse if q.dim() == 3 else lse.view(q.shape[2], q.shape[0], q.shape[1]).transpose(0, 1).contiguous()
+    return (
+        lse
+        if q.dim() == 3
+        else lse.view(q.shape[2], q.shape[0], q.shape[1]).transpose(0, 1).contiguous()
+    )
 
 
 def flash_attn_with_kvcache(
@@ -931,12 +1079,16 @@ def flash_attn_with_kvcache(
     _refuse_set(dict(q_descale=q_descale, k_descale=k_descale, v_descale=v_descale))
     _refuse_context_parallelism(cp_world_size, cp_rank)
     if isinstance(cache_seqlens, int):
-        cache_seqlens = torch.full((k_cache.shape[0],), cache_seqlens, dtype=torch.int32, device=q.device)
+        cache_seqlens = torch.full(
+            (k_cache.shape[0],), cache_seqlens, dtype=torch.int32, device=q.device
+        )
     sinks = sinks if sinks is not None else s_aux
     tensors = dict(k_cache=k_cache, v_cache=v_cache, k=k, v=v, qv=qv)
     _check_cache_strides(k_cache, v_cache)
     _check_dtypes(q, tensors)
-    per_batch = dict(cache_seqlens=cache_seqlens, cache_batch_idx=cache_batch_idx, cache_leftpad=cache_leftpad)
+    per_batch = dict(
+        cache_seqlens=cache_seqlens, cache_batch_idx=cache_batch_idx, cache_leftpad=cache_leftpad
+    )
     offsets = dict(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k_new=cu_seqlens_k_new)
     _check_devices(q, {**tensors, **per_batch, **offsets, "page_table": page_table, "sinks": sinks})
     queries = _queries(q, cu_seqlens_q, max_seqlen_q, None)
@@ -948,7 +1100,16 @@ def flash_attn_with_kvcache(
     if qv is not None:
         _refuse_set(dict(k=k, v=v, cache_batch_idx=cache_batch_idx, cache_leftpad=cache_leftpad))
         out, lse = _mla_decode(
-            q, qv, k_cache, v_cache, cache_seqlens, page_table, queries, scale, causal, scheduler_metadata
+            q,
+            qv,
+            k_cache,
+            v_cache,
+            cache_seqlens,
+            page_table,
+            queries,
+            scale,
+            causal,
+            scheduler_metadata,
         )
         return (out, lse) if return_softmax_lse else out
     _check_keys(k_cache, v_cache, q, 4)
@@ -961,7 +1122,17 @@ def flash_attn_with_kvcache(
     metadata = _check_metadata(scheduler_metadata, batch) if sinks is None else None
     flat = q.reshape(-1, *q.shape[-2:])
     problem = _Problem(
-        flat, heads_kv, headdim_v, store, queries.starts, queries.counts, keys, rule, scale, softcap, sinks
+        flat,
+        heads_kv,
+        headdim_v,
+        store,
+        queries.starts,
+        queries.counts,
+        keys,
+        rule,
+        scale,
+        softcap,
+        sinks,
     )
     out, lse = _forward(problem, queries, capacity, metadata, num_splits, pack_gqa, sm_margin)
     out = out.view(*q.shape[:-1], headdim_v)
@@ -978,7 +1149,9 @@ def _cached_keys(
     _check_page_table(page_table, batch if cache_batch_idx is None else None)
     rows_held = k_cache.shape[0] if page_table is None else page_table.shape[0]
     if cache_batch_idx is None and rows_held != batch:
-        raise RefusedValue("k_cache.shape[0]", rows_held, f"the batch of {batch}", "Or pass cache_batch_idx.")
+        raise RefusedValue(
+            "k_cache.shape[0]", rows_held, f"the batch of {batch}", "Or pass cache_batch_idx."
+        )
     capacity = k_cache.shape[1] if page_table is None else page_table.shape[1] * k_cache.shape[1]
     used = _listed(cache_seqlens, batch, capacity)
     _check_capacity("cache_seqlens", used, capacity)
@@ -998,16 +1171,25 @@ def _append(
     if k is None and v is None:
         return keys
     if k is None or v is None or cache_seqlens is None:
-        raise RefusedValue("k, v and cache_seqlens", "not all given", "all three, to append new keys", "Pass them.")
+        raise RefusedValue(
+            "k, v and cache_seqlens", "not all given", "all three, to append new keys", "Pass them."
+        )
     batch, dims = len(keys), 4 if cu_seqlens_k_new is None else 3
     if k.dim() != dims or k.shape[:-1] != v.shape[:-1] or (dims == 4 and k.shape[0] != batch):
-        raise RefusedValue("k.shape and v.shape", (tuple(k.shape), tuple(v.shape)), f"{dims} dimensions each", "See k.")
+        raise RefusedValue(
+            "k.shape and v.shape",
+            (tuple(k.shape), tuple(v.shape)),
+            f"{dims} dimensions each",
+            "See k.",
+        )
     counts = _lengths(cu_seqlens_k_new, batch, k.shape[1])
     total = [old + new for old, new in zip(keys, counts, strict=True)]
     ends = [count + pad for count, pad in zip(total, store.offsets, strict=True)]
     _check_capacity("cache_seqlens with the new keys", ends, capacity)
     if dims == 3 and sum(counts) != k.shape[0]:
-        raise RefusedValue("cu_seqlens_k_new[-1]", sum(counts), f"k's {k.shape[0]} rows", "It must fit k.")
+        raise RefusedValue(
+            "cu_seqlens_k_new[-1]", sum(counts), f"k's {k.shape[0]} rows", "It must fit k."
+        )
     start = 0
     for index, count in enumerate(counts):
         rows = slice(start, start + count)
@@ -1065,14 +1247,21 @@ def flash_attn_varlen_func(
     sinks = sinks if sinks is not None else s_aux
     table = page_table if page_table is not None else block_table
     _check_dtypes(q, dict(k=k, v=v))
-    indices = dict(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seqused_q=seqused_q, seqused_k=seqused_k)
+    indices = dict(
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        seqused_q=seqused_q,
+        seqused_k=seqused_k,
+    )
     _check_devices(q, {**indices, "k": k, "v": v, "page_table": table, "sinks": sinks})
     batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
     _check_index_vectors(dict(seqused_q=seqused_q, seqused_k=seqused_k), batch)
     queries = _queries(q, cu_seqlens_q, max_seqlen_q, seqused_q)
     _check_keys(k, v, q, 4 if cu_seqlens_k is None else 3)
     _check_sinks(sinks, q)
-    store, keys, span, capacity = _varlen_keys(k, v, cu_seqlens_k, max_seqlen_k, seqused_k, table, batch)
+    store, keys, span, capacity = _varlen_keys(
+        k, v, cu_seqlens_k, max_seqlen_k, seqused_k, table, batch
+    )
     rule = resolve_mask(queries.longest, span, causal, window_size, attention_chunk or 0)
     heads_kv, headdim_v = k.shape[-2], v.shape[-1]
     _head_ratio(q.shape[-2], heads_kv)
@@ -1080,9 +1269,21 @@ def flash_attn_varlen_func(
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     flat, flat_out = q.reshape(-1, *q.shape[-2:]), _checked_out(out, q, headdim_v, queries)
     problem = _Problem(
-        flat, heads_kv, headdim_v, store, queries.starts, queries.counts, keys, rule, scale, softcap, sinks
+        flat,
+        heads_kv,
+        headdim_v,
+        store,
+        queries.starts,
+        queries.counts,
+        keys,
+        rule,
+        scale,
+        softcap,
+        sinks,
     )
-    written, lse = _forward(problem, queries, capacity, metadata, num_splits, pack_gqa, sm_margin, flat_out)
+    written, lse = _forward(
+        problem, queries, capacity, metadata, num_splits, pack_gqa, sm_margin, flat_out
+    )
     result = written.view(*q.shape[:-1], headdim_v) if out is None else out
     return (result, _shaped_lse(lse, q)) if return_softmax_lse or return_attn_probs else result
 
@@ -1096,12 +1297,21 @@ def _varlen_keys(
         store, keys, capacity = _cached_keys(k, v, page_table, batch, seqused_k, None, None)
         return store, keys, capacity, capacity
     if page_table is not None:
-        raise RefusedValue("page_table", "given with cu_seqlens_k", "one of the two", "Pages go with seqused_k.")
+        raise RefusedValue(
+            "page_table", "given with cu_seqlens_k", "one of the two", "Pages go with seqused_k."
+        )
     if max_seqlen_k is None:
         raise RefusedValue("max_seqlen_k", None, "a number", "cu_seqlens_k needs it.")
     _check_index_vectors({"cu_seqlens_k": cu_seqlens_k}, batch + 1)
     starts = cu_seqlens_k.tolist()
     if starts[-1] > k.shape[0] or sorted(starts) != starts or starts[0] < 0:
-        raise RefusedValue("cu_seqlens_k", starts, f"rising offsets up to {k.shape[0]}", "It must fit k.")
+        raise RefusedValue(
+            "cu_seqlens_k", starts, f"rising offsets up to {k.shape[0]}", "It must fit k."
+        )
     keys = _lengths(cu_seqlens_k, batch, 0) if seqused_k is None else _listed(seqused_k, batch, 0)
-    return _KeyStore(k, v, None, list(range(batch)), starts[:-1]), keys, k.shape[0], int(max_seqlen_k)
+    return (
+        _KeyStore(k, v, None, list(range(batch)), starts[:-1]),
+        keys,
+        k.shape[0],
+        int(max_seqlen_k),
+    )
