@@ -909,6 +909,15 @@ REQUIREMENTS: tuple[Requirement, ...] = (
         why="Where rotary embeddings know the platform, they need no help, which the CPU platform goes by.",
         remove_when="The oldest supported release is 0.5.13 or newer, with the row above.",
     ),
+    Requirement(
+        "function",
+        "sglang.srt.distributed.device_communicators.pynccl_wrapper",
+        "find_nccl_library",
+        (),
+        used_by="cpu_platform",
+        why="It reads SGLANG_NCCL_SO_PATH, by which the CPU platform keeps NCCL away from ranks on a CPU.",
+        remove_when="The oldest supported release is 0.5.23 or newer, which asks capabilities.supports_pynccl.",
+    ),
     *(
         Requirement(
             "module_global",

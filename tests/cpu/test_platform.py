@@ -385,6 +385,21 @@ def test_a_wait_for_cuda_returns_at_once() -> None:
     assert run_python(code, UNDER_THE_PLATFORM) is None
 
 
+def test_no_rank_on_a_cpu_loads_nccl() -> None:
+    """Beside a build of torch for CUDA too, SGLang is led to a library of NCCL that cannot be loaded."""
+    code = """
+    import torch
+    torch.version.cuda = "13.0"
+    from sglang.srt.distributed.device_communicators.pynccl_wrapper import NCCLLibrary
+    try:
+        NCCLLibrary()
+    except OSError as error:
+        print(json.dumps(str(error)))
+    """
+    wanted = stand_ins.ENVIRONMENT["SGLANG_NCCL_SO_PATH"]
+    assert wanted in run_python(PLATFORM + textwrap.dedent(code), UNDER_THE_PLATFORM)
+
+
 @pytest.mark.parametrize(("machine", "warned"), [("aarch64", True), ("x86_64", False)])
 def test_sglangs_choice_for_arm_is_pointed_out(machine: str, warned: bool) -> None:
     """On ARM, torch_native may be SGLang's choice or the user's, so it stays, with a word about it."""

@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -97,15 +97,42 @@ class Machine:
         return run_checks(surroundings, [BY_NAME[check]])[0]
 
 
+SUBJECTS = ("sglang", "sglang-musa-ext")
+"""Distributions of the environment that the doctor is to see: the ones under test."""
+NEIGHBOURS = ("nvidia-nccl-cu13", "torch_musa", "mate-flash-attention", "deep-gemm")
+"""Distributions that an environment may hold, and that no check of a machine made here may notice."""
+
+
+@pytest.fixture(autouse=True)
+def neighbours(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put distributions on the search path that stand for whatever else is installed here."""
+    environment = Machine(tmp_path_factory.mktemp("environment"))
+    for name in NEIGHBOURS:
+        environment.install(name, "0.0.1")
+    monkeypatch.setattr(sys, "path", [*sys.path, str(environment.folder)])
+
+
 @pytest.fixture
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
-    """A machine with nothing of the vendor's on it."""
+    """A machine with the public torch of the installed SGLang, and nothing of the vendor's."""
+    discover = importlib.metadata.Distribution.discover
+
+    def discover_here(**wanted: Any) -> Iterator[importlib.metadata.Distribution]:
+        """Find the distributions of the machine's folder, and those under test."""
+        for distribution in discover(**wanted):
+            is_of_machine = Path(str(distribution.locate_file(""))) == tmp_path
+            if is_of_machine or distribution.metadata["Name"] in SUBJECTS:
+                yield distribution
+
+    monkeypatch.setattr(importlib.metadata.Distribution, "discover", discover_here)
     # What other tests have imported would be found where it was imported from, and not on this
     # machine's path.
     for name in ("sglang", "triton"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.syspath_prepend(str(tmp_path))
-    return Machine(tmp_path)
+    machine = Machine(tmp_path)
+    machine.install("torch", f"{doctor._pinned_torch()}")
+    return machine
 
 
 @pytest.fixture
