@@ -17,7 +17,7 @@ import psutil
 from sglang.srt.platforms.interface import PlatformEnum, SRTPlatform
 
 from sglang_musa_ext.cpu import trees
-from sglang_musa_ext.cpu.stand_ins import prepare_process
+from sglang_musa_ext.cpu.stand_ins import merge_state_v2, prepare_process
 
 __all__ = ["CpuReferencePlatform", "prepare_process"]
 
@@ -96,6 +96,7 @@ class CpuReferencePlatform(SRTPlatform):  # type: ignore[misc]
         if not hasattr(base, "current_platform"):
             base._is_mps = True
         _take_kernels_of_musa()
+        _merge_states_in_pytorch()
 
     # The device.
 
@@ -184,6 +185,16 @@ def _take_kernels_of_musa() -> None:
         module._is_musa = True
         # What the module would have imported, had it been on a MUSA device.
         module.sgl_build_tree_kernel_efficient = trees.build_tree_kernel_efficient
+
+
+def _merge_states_in_pytorch() -> None:
+    """Lead SGLang's merge of attention states past its Triton kernel, whose meaning PyTorch computes much faster.
+
+    Why: the interpreter runs one program a token and head, minutes for a few hundred tokens in chunks of a prefix.
+    """
+    from sglang.srt.layers.attention import merge_state
+
+    merge_state.merge_state_triton = merge_state_v2
 
 
 def _exists(module: str) -> bool:

@@ -945,6 +945,11 @@ REQUIREMENTS: tuple[Requirement, ...] = (
                 "PagedTokenToKVPoolAllocator",
                 "names it as the page allocator",
             ),
+            (
+                "sglang.srt.layers.attention.merge_state",
+                "merge_state_triton",
+                "has PyTorch in place of it",
+            ),
         )
     ),
     *(

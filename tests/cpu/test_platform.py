@@ -385,6 +385,26 @@ def test_a_wait_for_cuda_returns_at_once() -> None:
     assert run_python(code, UNDER_THE_PLATFORM) is None
 
 
+def test_states_merge_as_sglangs_own_kernel_merges_them() -> None:
+    """Under the platform SGLang merges with PyTorch, and gets what its Triton kernel gives in the interpreter."""
+    code = """
+    import importlib
+    import torch
+    from sglang.srt.layers.attention import merge_state as module
+    kernel = module.merge_state_triton
+    platform.init_backend()
+    generator = torch.Generator().manual_seed(0)
+    lse = torch.randn(2, 5, 3, generator=generator) * 3
+    lse[0, 1], lse[1, 2] = -torch.inf, torch.inf
+    for dtype in (torch.float32, torch.bfloat16):
+        out = torch.randn(2, 5, 3, 24, generator=generator).to(dtype)
+        merged = module.merge_state(out[0], lse[0], out[1], lse[1])
+        torch.testing.assert_close(merged, kernel(out[0], lse[0], out[1], lse[1]))
+    print(json.dumps(module.merge_state_triton is not kernel))
+    """
+    assert run_python(PLATFORM + textwrap.dedent(code), UNDER_THE_PLATFORM)
+
+
 def test_no_rank_on_a_cpu_loads_nccl() -> None:
     """Beside a build of torch for CUDA too, SGLang is led to a library of NCCL that cannot be loaded."""
     code = """
