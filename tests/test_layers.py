@@ -17,7 +17,7 @@ import pytest
 PACKAGE = "sglang_musa_ext"
 SOURCES = Path(__file__).resolve().parent.parent / PACKAGE
 ANYTHING = frozenset({"*"})
-ENTRANCES = frozenset({"plugin", "doctor"})
+ENTRANCES = frozenset({"plugin", "doctor", "__main__"})
 """SGLang and people come in through these; no module of ours may need one."""
 
 
@@ -41,17 +41,30 @@ def layer(eager: str = "", lazy: str = "") -> Layer:
 LAYERS = {
     "__init__": layer(),
     "envs": layer(),
+    "policy": layer("envs"),
+    "patching": layer(),
     "upstream": layer(),
-    "kernels": layer("envs torch", lazy="*"),
-    "attention": layer("torch sglang envs kernels"),
-    "cpu": layer("sglang torch numpy psutil", lazy="kernels transformers triton"),
-    "musa_defaults": layer("envs", lazy="kernels sglang"),
-    "plugin": layer("envs musa_defaults upstream", lazy="attention cpu sglang"),
-    "guard": layer("envs"),
-    "doctor": layer("envs upstream", lazy="*"),
+    "kernels": layer("envs policy torch", lazy="*"),
+    "attention": layer("torch sglang envs policy kernels patching upstream"),
+    "cpu": layer(
+        "sglang torch numpy psutil", lazy="policy patching kernels upstream transformers triton"
+    ),
+    "musa_defaults": layer("envs policy patching upstream", lazy="kernels sglang"),
+    "plugin": layer(
+        "envs policy patching musa_defaults guard upstream", lazy="attention cpu sglang"
+    ),
+    "guard": layer("envs patching upstream"),
+    "doctor": layer("envs policy upstream", lazy="*"),
+    "installer": layer("envs policy upstream", lazy="*"),
+    "validation": layer("*"),
+    "benchmark": layer("*"),
+    "__main__": layer(lazy="*"),
 }
 """By folder, or by module where one stands beside the folders."""
-LIGHT = ("", "envs", "upstream", "plugin", "guard", "doctor", "kernels.mate_identity")
+LIGHT = (
+    *("", "envs", "policy", "patching", "upstream", "plugin", "guard", "doctor"),
+    "kernels.mate_identity",
+)
 """Modules that load neither torch nor sglang while they are imported."""
 MAY_TOUCH_THE_ENVIRONMENT = {
     ("envs", "from_environ"): "the one reader of our variables",

@@ -1,0 +1,99 @@
+"""The one place that says which kernels serve what, and why not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from sglang_musa_ext import policy
+from sglang_musa_ext.envs import Settings
+from sglang_musa_ext.policy import Configuration, choose_kernels, choose_service
+
+
+@pytest.mark.parametrize(
+    ("settings", "on_musa", "kernels"),
+    [
+        ({"mode": "off"}, True, None),
+        ({}, True, "mate"),
+        ({}, False, None),
+        ({"mode": "on"}, False, None),
+        ({"mode": "on"}, True, "mate"),
+        ({"kernels": "reference"}, True, "reference"),
+        ({"kernels": "hopper"}, False, None),
+        ({"mode": "on", "kernels": "hopper"}, False, "hopper"),
+        ({"mode": "on", "kernels": "reference"}, False, "reference"),
+        ({"mode": "on", "kernels": "mate"}, False, None),
+        ({"platform": "musa_reference"}, False, "reference"),
+        ({"platform": "musa_reference", "mode": "off"}, False, None),
+        ({"platform": "another"}, False, None),
+    ],
+)
+def test_which_kernels_serve_a_process(
+    settings: dict[str, Any], on_musa: bool, kernels: str | None
+) -> None:
+    """Kernels serve where a device for them is or was named; wherever none do, a reason says why."""
+    choice = choose_service(Settings(**settings), on_musa=on_musa)
+    assert choice.kernels == kernels
+    assert bool(choice.reasons) == (kernels is None)
+
+
+def test_kernels_named_without_a_device_say_what_they_lack() -> None:
+    """Naming kernels alone does not turn this package on, and the reasons say so."""
+    choice = choose_service(Settings(kernels="hopper"), on_musa=False)
+    assert "SGLANG_MUSA_EXT_KERNELS=hopper takes effect with SGLANG_MUSA_EXT=on" in choice.reasons
+
+
+@pytest.mark.parametrize(
+    ("named", "device", "kernels"),
+    [
+        ("auto", "musa", "mate"),
+        ("auto", "cpu", "reference"),
+        ("auto", "cuda", None),
+        ("reference", "cuda", "reference"),
+        ("hopper", "cpu", "hopper"),
+    ],
+)
+def test_kernels_of_a_device(named: str, device: str, kernels: str | None) -> None:
+    """``auto`` takes the device's own; a name is taken as it is, for the kernels to judge."""
+    assert choose_kernels(Settings(kernels=named), device).kernels == kernels
+
+
+@pytest.mark.parametrize(
+    ("asked", "word"),
+    [
+        ({"other_platform": True}, "platform plugin"),
+        ({"architectures": ("WhisperForConditionalGeneration",)}, "Whisper"),
+        ({"kv_cache_dtype": "fp8_e4m3"}, "--kv-cache-dtype fp8_e4m3"),
+        ({"dtype": "float32"}, "--dtype float32"),
+        ({"use_mla": True, "page_size": 1}, "--page-size 1"),
+        ({"use_mla": True, "topk": 4}, "--speculative-eagle-topk 4"),
+        ({"capability": (2, 2)}, "2.2"),
+    ],
+)
+def test_a_rule_against_fa3_names_what_it_is_about(asked: dict[str, Any], word: str) -> None:
+    """Each rule speaks where it applies, and alone."""
+    (reason,) = policy.reasons_against_fa3(Configuration(**asked))
+    assert word in reason
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {},
+        {"page_size": 1},
+        {"use_mla": True},
+        {"use_mla": True, "page_size": 64, "topk": 1},
+        {"topk": 4},
+        {"dtype": "bfloat16", "kv_cache_dtype": "auto", "capability": (3, 1)},
+    ],
+)
+def test_fa3_is_the_default_where_no_rule_is_against_it(asked: dict[str, Any]) -> None:
+    """The rules leave alone what they are not about."""
+    assert policy.reasons_against_fa3(Configuration(**asked)) == ()
+
+
+def test_every_reason_is_given() -> None:
+    """Who changes one option learns of the next before the next start."""
+    asked = Configuration(dtype="float32", kv_cache_dtype="fp8_e5m2", capability=(2, 1))
+    assert len(policy.reasons_against_fa3(asked)) == 3
