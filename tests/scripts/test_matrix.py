@@ -1,6 +1,4 @@
-"""Tests of scripts/matrix and scripts/advance-warning: expectations, resuming, tables, statuses;
-levels are fake.
-"""
+"""Tests of scripts/matrix: expectations, resuming, tables, statuses; levels are fake."""
 
 from __future__ import annotations
 
@@ -14,31 +12,30 @@ from typing import Any
 
 import pytest
 
-from sglang_musa_ext.upstream import SUPPORTED_RELEASES, find_package
+from sglang_musa_ext.upstream import SUPPORTED_RELEASES
 
 pytest.importorskip(
     "tomllib", reason="releases.toml is read with tomllib, which Python has from 3.11 on"
 )
 
-import advance_warning
-import matrix
-import matrix_levels
-from matrix_data import (
-    Known,
+from scripts.lib.matrix import __main__ as matrix
+from scripts.lib.matrix import levels as matrix_levels
+from scripts.lib.matrix.data import (
+    CellStatus,
+    ExpectedFailure,
+    LevelResult,
     MatrixError,
-    Release,
-    Run,
-    Status,
+    MatrixRow,
     judge,
-    read_releases,
-    select,
+    read_rows,
     select_levels,
+    select_rows,
 )
-from matrix_report import Cell, closing_line, details, markdown, terminal_table
+from scripts.lib.matrix.report import Cell, closing_line, details, markdown, terminal_table
 
 ALL_PASS = {"contract": "pass", "backend": "pass", "engine": "pass"}
-KNOWN = Known("backend", "test_old", "It cannot.")
-GOOD = Run(["test_new"])
+EXCEPTION = ExpectedFailure("backend", "test_old", "It cannot.")
+GOOD = LevelResult(["test_new"])
 
 ROW = """
 [[release]]
@@ -52,9 +49,9 @@ exceptions = [{exceptions}]
 """
 
 
-def release(*exceptions: Known, version: str = "0.5.21", **expected: str) -> Release:
+def release(*exceptions: ExpectedFailure, version: str = "0.5.21", **expected: str) -> MatrixRow:
     """A row of the matrix."""
-    return Release(version, ">=3.10", "2.13.0", ALL_PASS | expected, exceptions)
+    return MatrixRow(version, ">=3.10", "2.13.0", ALL_PASS | expected, exceptions)
 
 
 # --- expectations ---------------------------------------------------------------------------------
@@ -63,80 +60,117 @@ def release(*exceptions: Known, version: str = "0.5.21", **expected: str) -> Rel
 @pytest.mark.parametrize(
     ("exceptions", "run", "status", "problem"),
     [
-        pytest.param([], GOOD, Status.PASS, None, id="all pass"),
+        pytest.param([], GOOD, CellStatus.PASS, None, id="all pass"),
         pytest.param(
-            [], Run(["a"], skipped={"b": "not here"}), Status.PASS, None, id="not applicable"
+            [],
+            LevelResult(["a"], skipped={"b": "not here"}),
+            CellStatus.PASS,
+            None,
+            id="not applicable",
         ),
         pytest.param(
-            [], Run(["a"], {"test_old": "no"}), Status.FAIL, "test_old: no", id="a failure"
+            [],
+            LevelResult(["a"], {"test_old": "no"}),
+            CellStatus.FAIL,
+            "test_old: no",
+            id="a failure",
         ),
-        pytest.param([], Run(["a"], error="died"), Status.FAIL, "died", id="broken off"),
         pytest.param(
-            [], Run(skipped={"a": "x"}), Status.FAIL, "nothing was checked", id="all skipped"
+            [], LevelResult(["a"], error="died"), CellStatus.FAIL, "died", id="broken off"
         ),
-        pytest.param([KNOWN], Run(["a"], {"test_old": "no"}), Status.PASS, None, id="as excepted"),
         pytest.param(
-            [KNOWN],
-            Run(["a"], {"test_old[x]": "no"}),
-            Status.PASS,
+            [],
+            LevelResult(skipped={"a": "x"}),
+            CellStatus.FAIL,
+            "nothing was checked",
+            id="all skipped",
+        ),
+        pytest.param(
+            [EXCEPTION],
+            LevelResult(["a"], {"test_old": "no"}),
+            CellStatus.PASS,
+            None,
+            id="as excepted",
+        ),
+        pytest.param(
+            [EXCEPTION],
+            LevelResult(["a"], {"test_old[x]": "no"}),
+            CellStatus.PASS,
             None,
             id="parameters are covered",
         ),
         pytest.param(
-            [KNOWN],
-            Run(["a"], {"test_older": "no"}),
-            Status.FAIL,
+            [EXCEPTION],
+            LevelResult(["a"], {"test_older": "no"}),
+            CellStatus.FAIL,
             "test_older: no",
             id="names are whole",
         ),
         pytest.param(
-            [KNOWN], Run(["test_old"]), Status.FAIL, "that row can go", id="excepted, but passes"
+            [EXCEPTION],
+            LevelResult(["test_old"]),
+            CellStatus.FAIL,
+            "that row can go",
+            id="excepted, but passes",
         ),
         pytest.param(
-            [KNOWN],
-            Run(["test_old[x]"], {"test_old[y]": "no"}),
-            Status.FAIL,
+            [EXCEPTION],
+            LevelResult(["test_old[x]"], {"test_old[y]": "no"}),
+            CellStatus.FAIL,
             r"test_old\[x\] passes",
             id="half passes",
         ),
         pytest.param(
-            [KNOWN], GOOD, Status.FAIL, "no case that ran is called", id="excepted, but unknown"
+            [EXCEPTION],
+            GOOD,
+            CellStatus.FAIL,
+            "no case that ran is called",
+            id="excepted, but unknown",
         ),
         pytest.param(
-            [KNOWN],
-            Run(["a"], skipped={"test_old": "x"}),
-            Status.FAIL,
+            [EXCEPTION],
+            LevelResult(["a"], skipped={"test_old": "x"}),
+            CellStatus.FAIL,
             "can go",
             id="excepted, but skipped",
         ),
     ],
 )
 def test_a_run_is_judged_by_what_is_expected(
-    exceptions: list[Known], run: Run, status: Status, problem: str | None
+    exceptions: list[ExpectedFailure], run: LevelResult, status: CellStatus, problem: str | None
 ) -> None:
     """Unexpected failures and unexpected passes are both problems; a level that checked nothing is
     one too.
     """
     verdict = judge(release(*exceptions), "backend", run)
     assert verdict.status is status
-    assert verdict.held is (status is Status.PASS)
+    assert verdict.as_expected is (status is CellStatus.PASS)
     assert (
         verdict.problems == ()
         if problem is None
         else re.search(problem, " ".join(verdict.problems))
     )
-    assert list(verdict.known) == [one for one in exceptions if any(map(one.covers, run.failed))]
+    assert list(verdict.excepted) == [
+        exception for exception in exceptions if any(map(exception.covers, run.failed))
+    ]
 
 
 def test_an_exception_is_of_its_level_alone() -> None:
     """A case that is excepted at the backend level is none of the engine's."""
-    assert judge(release(KNOWN), "engine", Run(["a"], {"test_old": "no"})).status is Status.FAIL
+    assert (
+        judge(release(EXCEPTION), "engine", LevelResult(["a"], {"test_old": "no"})).status
+        is CellStatus.FAIL
+    )
 
 
 def test_nothing_is_claimed_where_a_level_is_pending() -> None:
     """A pending level shows what is wrong, and breaks no expectation."""
-    verdict = judge(release(backend="pending"), "backend", Run(["a"], {"test_old": "no"}))
-    assert (verdict.status, verdict.held, len(verdict.problems)) == (Status.PENDING, True, 1)
+    verdict = judge(release(backend="pending"), "backend", LevelResult(["a"], {"test_old": "no"}))
+    assert (verdict.status, verdict.as_expected, len(verdict.problems)) == (
+        CellStatus.PENDING,
+        True,
+        1,
+    )
 
 
 # --- parsing --------------------------------------------------------------------------------------
@@ -147,7 +181,7 @@ def test_releases_are_read(tmp_path: Path) -> None:
     exceptions = '{ level = "backend", case = "test_old", reason = "It cannot." }'
     path = tmp_path / "releases.toml"
     path.write_text(ROW.format(version="0.5.21", backend="pending", exceptions=exceptions))
-    assert read_releases(path) == [release(KNOWN, backend="pending")]
+    assert read_rows(path) == [release(EXCEPTION, backend="pending")]
 
 
 @pytest.mark.parametrize(
@@ -162,14 +196,14 @@ def test_bad_rows_are_refused(tmp_path: Path, backend: str, exceptions: str, mes
     path = tmp_path / "releases.toml"
     path.write_text(ROW.format(version="0.5.21", backend=backend, exceptions=exceptions))
     with pytest.raises(MatrixError, match=message):
-        read_releases(path)
+        read_rows(path)
 
 
 def test_releases_and_levels_are_selected() -> None:
     """Lists keep the matrix's order, know the ends of it, and mean everything when they are empty."""
     rows = [release(version=version) for version in ("0.5.11", "0.5.17", "0.5.21")]
-    chosen = [one.version for one in select(rows, "newest, 0.5.17")]
-    assert (chosen, select(rows, ""), select(rows, "oldest")) == (
+    chosen = [row.version for row in select_rows(rows, "newest, 0.5.17")]
+    assert (chosen, select_rows(rows, ""), select_rows(rows, "oldest")) == (
         ["0.5.17", "0.5.21"],
         rows,
         rows[:1],
@@ -179,7 +213,7 @@ def test_releases_and_levels_are_selected() -> None:
 
 
 @pytest.mark.parametrize(
-    ("choose", "wrong"), [(lambda x: select([release()], x), "0.4"), (select_levels, "kernel")]
+    ("choose", "wrong"), [(lambda x: select_rows([release()], x), "0.4"), (select_levels, "kernel")]
 )
 def test_unknown_names_are_refused(choose: Callable[[str], Any], wrong: str) -> None:
     """The message names what is unknown."""
@@ -212,7 +246,7 @@ class FakeMatrix:
     """The command with fake levels, in a directory of its own."""
 
     directory: Path
-    runs: dict[tuple[str, str], Run] = field(default_factory=dict)
+    runs: dict[tuple[str, str], LevelResult] = field(default_factory=dict)
     """What a cell shows; all others pass."""
     ran: list[tuple[str, str]] = field(default_factory=list)
 
@@ -220,9 +254,9 @@ class FakeMatrix:
         self.ran.clear()
         return matrix.main([*arguments, "--jobs", "1"])
 
-    def run_level(self, one: Release, level: str, _sources: Path, _logs: Path) -> Run:
-        self.ran.append((one.version, level))
-        run = self.runs.get((one.version, level), GOOD)
+    def run_level(self, row: MatrixRow, level: str, _sources: Path, _logs: Path) -> LevelResult:
+        self.ran.append((row.version, level))
+        run = self.runs.get((row.version, level), GOOD)
         if run.error == "interrupt":
             raise KeyboardInterrupt
         return run
@@ -239,7 +273,7 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeMatrix:
     monkeypatch.setattr(matrix, "RELEASES", releases)
     monkeypatch.setattr(matrix, "CACHE", tmp_path / "cache")
     monkeypatch.setattr(matrix, "DOCS", tmp_path / "releases.md")
-    monkeypatch.setattr(matrix, "fetched", lambda one: tmp_path / one.version)
+    monkeypatch.setattr(matrix, "sources_of", lambda version: tmp_path / version)
     monkeypatch.setattr(matrix, "run_level", made.run_level)
     monkeypatch.setattr(matrix, "fingerprint", lambda level: f"sources of {level}")
     return made
@@ -293,7 +327,7 @@ def test_an_interrupted_run_goes_on_where_it_was(
     fake: FakeMatrix, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """What was shown as finished is kept, and what was interrupted is run."""
-    fake.runs["0.5.20", "backend"] = Run(error="interrupt")
+    fake.runs["0.5.20", "backend"] = LevelResult(error="interrupt")
     with pytest.raises(KeyboardInterrupt):
         fake()
     # Cells run beside each other, so how many of the others came before the interrupt is not given.
@@ -310,7 +344,7 @@ def test_a_failure_is_shown_and_run_again(
     """The exit status says that an expectation broke, the output which; the next run tries that
     cell alone.
     """
-    fake.runs["0.5.21", "engine"] = Run(["a"], {"test_tokens": "other tokens"})
+    fake.runs["0.5.21", "engine"] = LevelResult(["a"], {"test_tokens": "other tokens"})
     assert fake() == 1
     out = capsys.readouterr().out
     assert "FAIL 0.5.21 engine: test_tokens: other tokens" in out
@@ -354,7 +388,7 @@ def test_what_cannot_be_run_has_a_status_of_its_own(
 
 def test_results_are_written_as_json_and_docs(fake: FakeMatrix) -> None:
     """matrix.json holds every cell; docs/releases.md a row for each release."""
-    fake.runs["0.5.20", "engine"] = Run(["a"], skipped={"test_new": "this SGLang has none"})
+    fake.runs["0.5.20", "engine"] = LevelResult(["a"], skipped={"test_new": "this SGLang has none"})
     assert fake("--write-docs") == 0
     cell = json.loads((fake.directory / "cache" / "matrix.json").read_text())["releases"]["0.5.20"][
         "engine"
@@ -401,8 +435,8 @@ def test_a_fingerprint_is_of_its_levels_files(
 
 def table_with_an_exception() -> dict[str, dict[str, Cell]]:
     """One release, one level, one exception."""
-    one, run = release(KNOWN), Run(["a", "b"], {"test_old": "no"})
-    return {"0.5.21": {"backend": Cell(one, "backend", run, judge(one, "backend", run))}}
+    row, run = release(EXCEPTION), LevelResult(["a", "b"], {"test_old": "no"})
+    return {"0.5.21": {"backend": Cell(row, "backend", run, judge(row, "backend", run))}}
 
 
 def test_exceptions_are_shown_with_their_reasons() -> None:
@@ -432,12 +466,12 @@ def test_the_docs_state_the_releases_of_this_package(repository: Path) -> None:
     levels = ("contract", "backend", "engine")
     assert seen == [
         [
-            one.version,
-            one.requires_python,
-            one.torch,
-            *("pass" if x in one.levels else "pending" for x in levels),
+            row.version,
+            row.requires_python,
+            row.torch,
+            *("pass" if level in row.levels else "pending" for level in levels),
         ]
-        for one in SUPPORTED_RELEASES
+        for row in SUPPORTED_RELEASES
     ]
 
 
@@ -458,56 +492,6 @@ def test_a_release_is_unpacked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(matrix_levels, "_download", download)
     for _ in range(2):
-        assert matrix_levels.fetch(release(), tmp_path) == tmp_path / "0.5.21"
+        assert matrix_levels.fetch("0.5.21", tmp_path) == tmp_path / "0.5.21"
     assert (tmp_path / "0.5.21" / "sglang" / "__init__.py").is_file()
     assert (downloads, [path.name for path in tmp_path.iterdir()]) == (["0.5.21"], ["0.5.21"])
-
-
-# --- advance warning ------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def checkout(tmp_path: Path) -> Path:
-    """A checkout that has nothing of what the contract needs."""
-    (tmp_path / "python" / "sglang").mkdir(parents=True)
-    return tmp_path
-
-
-def test_a_broken_tree_is_warned_of(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Every broken row is printed with what breaks, and the exit status is 1."""
-    assert advance_warning.main([str(checkout)]) == 1
-    out = capsys.readouterr().out
-    assert (
-        "sglang.srt.layers.attention.flashattention_backend.flash_attn_with_kvcache: needed as "
-        "module_global" in out
-    )
-    assert "fa3 is refused" in out
-    assert "only cpu_platform is affected" in out
-
-
-def test_a_checkout_without_version_is_taken_for_the_newest(
-    checkout: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The metadata of an installed SGLang says nothing about a checkout, and is not asked."""
-    advance_warning.main([str(checkout)])
-    assert (
-        f"taken for {SUPPORTED_RELEASES[-1].version} (it names no version"
-        in capsys.readouterr().out
-    )
-
-
-def test_a_tree_that_keeps_the_contract_is_no_warning(capsys: pytest.CaptureFixture[str]) -> None:
-    """The installed SGLang, read as a tree, breaks nothing."""
-    package = find_package()
-    if package is None:
-        pytest.skip("SGLang is not installed")
-    assert advance_warning.main([str(package.parent)]) == 0
-    assert "0 broken rows" in capsys.readouterr().out
-
-
-def test_a_tree_without_sglang_cannot_be_checked(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """An empty folder is no SGLang that keeps the contract."""
-    assert advance_warning.main([str(tmp_path)]) == 2
-    assert "no sglang/ or python/sglang/" in capsys.readouterr().err
