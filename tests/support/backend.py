@@ -419,6 +419,10 @@ class Model:
         """New requests of these lengths."""
         return [self.request(length) for length in lengths]
 
+    def release(self, request: Request) -> None:
+        """Give back a request's row of the table, whose slots keep what was in them."""
+        self._free_rows.append(request.row)
+
     def hand_out(
         self, layer: RadixAttention, slots: Tensor, store: bool = False
     ) -> tuple[Tensor, Tensor]:
