@@ -35,7 +35,7 @@ SECONDS = 150
 CACHE, BACKEND, KERNELS, PLUGIN = (
     "attention/plans.py",
     "attention/mixin.py",
-    "kernels/provider.py",
+    "kernels/adapter.py",
     "plugin.py",
 )
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import logging
+from collections.abc import Mapping
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -90,6 +91,20 @@ def hopper_kernels(device: torch.device) -> FA3Kernels:
         )
     _require_fa3_device(device)
     candidate, library = _import_hopper_library()
+    versions = {"library": candidate.module, **versions_of(*candidate.distributions)}
+    return hopper_record(library, candidate.plans_unequal_queries, versions)
+
+
+def hopper_record(
+    library: Any, plans_unequal_queries: bool, versions: Mapping[str, str] | None = None
+) -> FA3Kernels:
+    """Return the record of a library with the functions of NVIDIA's FA3.
+
+    Args:
+        library: has the three functions of FA3.
+        plans_unequal_queries: see :class:`FA3Kernels`.
+        versions: likewise.
+    """
     return FA3Kernels(
         name="hopper",
         flash_attn_with_kvcache=adapt(library.flash_attn_with_kvcache),
@@ -97,11 +112,11 @@ def hopper_kernels(device: torch.device) -> FA3Kernels:
         get_scheduler_metadata=adapt(library.get_scheduler_metadata),
         dtypes=HALF,
         metadata_uses_softcap=True,
-        plans_unequal_queries=candidate.plans_unequal_queries,
+        plans_unequal_queries=plans_unequal_queries,
         plans_for_itself=True,
         plan_contents=_hopper_plan_contents,
         unadapted=library.flash_attn_with_kvcache,
-        versions={"library": candidate.module, **versions_of(*candidate.distributions)},
+        versions=versions or {},
     )
 
 

@@ -36,7 +36,16 @@ def mate_kernels(device: torch.device) -> FA3Kernels:
             f"{envs.KERNELS}=auto, or "
             "start the server on a machine with a Moore Threads GPU."
         )
-    library, release = _import_mate()
+    return mate_record(*_import_mate())
+
+
+def mate_record(library: Any, release: tuple[int, ...]) -> FA3Kernels:
+    """Return the record of a library with the functions of MATE's wrapper.
+
+    Args:
+        library: has the three functions of FA3.
+        release: MATE's, as numbers: ``(0, 2, 7)``.
+    """
     return FA3Kernels(
         name="mate",
         flash_attn_with_kvcache=mate_function(library.flash_attn_with_kvcache, release),

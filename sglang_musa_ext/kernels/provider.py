@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from sglang_musa_ext import envs
+from sglang_musa_ext import envs, policy
 from sglang_musa_ext.envs import Settings
 from sglang_musa_ext.kernels.adapter import adapt
 from sglang_musa_ext.kernels.hopper import hopper_kernels
@@ -38,7 +38,7 @@ __all__ = [
 
 
 def select_kernels(settings: Settings, device: torch.device) -> FA3Kernels:
-    """The kernels that ``settings`` name, or with ``auto`` those of ``device``.
+    """Return the kernels that ``settings`` name, or with ``auto`` those of ``device``.
 
     Args:
         settings: ``kernels`` is ``auto``, ``mate``, ``hopper`` or ``reference``.
@@ -47,15 +47,13 @@ def select_kernels(settings: Settings, device: torch.device) -> FA3Kernels:
     Raises:
         KernelsUnavailable: the library is missing, is another one, or does not serve ``device``.
     """
-    by_device = {"musa": "mate", "cpu": "reference"}
-    name = settings.kernels if settings.kernels != "auto" else by_device.get(device.type)
-    if name is None:
+    choice = policy.choose_kernels(settings, device.type)
+    if choice.kernels is None:
         raise KernelsUnavailable(
-            f"{envs.KERNELS}=auto has no kernels for the device {device}: it chooses "
-            + ", ".join(f"{kernels} on {kind}" for kind, kernels in by_device.items())
-            + f". Set {envs.KERNELS}=hopper to run on an NVIDIA Hopper GPU, or {envs.MODE}=off to leave SGLang alone."
+            f"The KV cache is on {device}, and {'; '.join(choice.reasons)}. Set {envs.KERNELS}=hopper to run on an NVIDIA Hopper "
+            f"GPU, or {envs.MODE}=off to leave SGLang alone."
         )
-    return _PROVIDERS[name](device)
+    return _PROVIDERS[choice.kernels](device)
 
 
 def reference_kernels(device: torch.device | None = None) -> FA3Kernels:

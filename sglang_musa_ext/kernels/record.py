@@ -133,18 +133,21 @@ def import_library(name: str, remedy: str) -> ModuleType:
 
 
 def versions_of(*distributions: str) -> dict[str, str]:
-    found = {}
+    """Return the versions of those distributions that are installed."""
+    versions = {}
     for name in distributions:
         try:
-            found[name] = importlib.metadata.version(name)
+            versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def short_name(dtype: torch.dtype) -> str:
+    """Name a dtype as messages do: ``bfloat16``."""
     return str(dtype).removeprefix("torch.")
 
 
 def short_names(dtypes: frozenset[torch.dtype]) -> str:
+    """List dtypes as messages do."""
     return ", ".join(sorted(map(short_name, dtypes)))
