@@ -50,8 +50,9 @@ def select_kernels(settings: Settings, device: torch.device) -> FA3Kernels:
     choice = policy.choose_kernels(settings, device.type)
     if choice.kernels is None:
         raise KernelsUnavailable(
-            f"The KV cache is on {device}, and {'; '.join(choice.reasons)}. Set {envs.KERNELS}=hopper to run on an NVIDIA Hopper "
-            f"GPU, or {envs.MODE}=off to leave SGLang alone."
+            f"The KV cache is on {device}, and {'; '.join(choice.reasons)}. Set "
+            f"{envs.KERNELS}=hopper to run on an NVIDIA Hopper GPU, or {envs.MODE}=off to leave "
+            "SGLang alone."
         )
     return _PROVIDERS[choice.kernels](device)
 
