@@ -229,8 +229,8 @@ def test_the_comparison_sees_the_package_at_work(states: dict[str, State]) -> No
     shows.
     """
     backends = {name: made["classes"][0] for name, made in states["on"].at("backends").items()}
-    assert backends.pop("draft decode") == f"{NAME}.attention.MusaFA3MultiStepDraftBackend"
-    assert set(backends.values()) == {f"{NAME}.attention.MusaFA3Backend"}
+    assert backends.pop("draft decode") == f"{NAME}.attention.mixin.MusaFA3MultiStepDraftBackend"
+    assert set(backends.values()) == {f"{NAME}.attention.mixin.MusaFA3Backend"}
     found = list(differences(compared(states[WITHOUT]), compared(states["on"])))
     attention = "/modules/sglang.srt.layers.attention"
     for place in (
