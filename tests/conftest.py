@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from sglang_musa_ext import envs
-from tests.support.engine import EngineServer, replace_table, summary_table
+from tests.support.engine import EngineServer
+from tests.support.plan_table import NOTED, PlanCounts, plan_table, replace_table
 
 _SETTINGS = (
     envs.MODE,
@@ -23,7 +26,7 @@ _SETTINGS = (
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Let a whole run of the engine tests write the table in docs/plans.md, or run under a check."""
+    """Let the engine tests write the table in docs/plans.md, or run under a check."""
     parser.addoption(
         "--write-plans",
         metavar="FILE",
@@ -57,11 +60,25 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineServer]:
     server.close()
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Send what the engines of this worker computed to the process that reports."""
+    output: dict[str, Any] | None = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output["plans"] = [asdict(counts) for counts in NOTED]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Keep what the engines of a worker computed; one that died has sent nothing."""
+    sent = getattr(node, "workeroutput", {}).get("plans", [])
+    NOTED.extend(PlanCounts(**counts) for counts in sent)
+
+
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
     """Print what the engines computed, if any ran; keep it where ``--write-plans`` says."""
-    lines = summary_table()
+    lines = plan_table(NOTED)
     if not lines:
         return
     terminalreporter.section("plans per engine")

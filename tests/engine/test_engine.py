@@ -10,11 +10,11 @@ another pass or geometry leaves rows at NaN.
 from __future__ import annotations
 
 import json
-import socket
 import sys
 import time
 import urllib.request
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,16 +25,16 @@ from sglang_musa_ext import envs
 from tests.support import tiny_models
 from tests.support.engine import (
     OURS,
-    SUMMARY,
     TORCH_NATIVE,
     EngineCase,
     EngineFailed,
     EngineRun,
     EngineServer,
     Request,
-    SummaryRow,
     started,
 )
+from tests.support.plan_table import note_plans
+from tests.support.ports import held_port
 from tests.support.tiny_models import TinyModel, llama, tokens
 
 pytestmark = pytest.mark.engine
@@ -158,7 +158,7 @@ def ours(engines: EngineServer, case: DenseCase) -> EngineRun:
     run = engines.run(
         EngineCase(engines.model(case.model), case.phases, {**OURS, **case.arguments})
     )
-    SUMMARY.append(SummaryRow(case.name, 1, run.statistics()))
+    note_plans(case.name, 1, run.statistics())
     return run
 
 
@@ -329,12 +329,13 @@ def test_http_server(engines: EngineServer, tmp_path: Path) -> None:
     """
     model, (request,) = engines.model(llama()), requests(70)
     engines.call(tiny_models.add_tokenizer, model)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    options = f"--attention-backend fa3 --dtype float32 --host 127.0.0.1 --port {port} --model-path {model}".split()
     log = tmp_path / "server.log"
-    with started([sys.executable, "-m", "sglang.launch_server", *options], log) as process:
+    with ExitStack() as stack:
+        port, nccl_port = stack.enter_context(held_port()), stack.enter_context(held_port())
+        options = ["--attention-backend", "fa3", "--dtype", "float32", "--model-path", str(model)]
+        options += ["--host", "127.0.0.1", "--port", str(port), "--nccl-port", str(nccl_port)]
+        command = [sys.executable, "-m", "sglang.launch_server", *options]
+        process = stack.enter_context(started(command, log))
         url = f"http://127.0.0.1:{port}"
         while "ready to roll" not in log.read_text():
             if process.poll() is not None:

@@ -19,15 +19,14 @@ import pytest
 from sglang_musa_ext import envs
 from tests.support import tiny_models
 from tests.support.engine import (
-    SUMMARY,
     EngineCase,
     EngineFailed,
     EngineRun,
     EngineServer,
     Request,
-    SummaryRow,
     embed,
 )
+from tests.support.plan_table import note_plans
 from tests.support.tiny_models import EagleDraft, TinyModel, llama, tokens
 
 pytestmark = pytest.mark.engine
@@ -432,11 +431,7 @@ def test_plans_of_target_and_draft(speculation: Speculation, speculative: Engine
     assert {report["backend"] for report in reports} == {"MusaFA3Backend"}
     statistics = [report["statistics"] for report in reports]
     for number, each in enumerate(sorted(statistics, key=str)):
-        SUMMARY.append(
-            SummaryRow(
-                f"{speculation.name}: backend {number}", 1 if speculation.topk == 1 else 2, each
-            )
-        )
+        note_plans(f"{speculation.name}: backend {number}", 1 if speculation.topk == 1 else 2, each)
     expected = speculation.statistics(len(SPECULATIVE_PHASES), rounds)
     assert sorted(statistics, key=str) == sorted(expected, key=str)
 
@@ -514,7 +509,7 @@ def test_embeddings_equal_transformers(engines: EngineServer, embedding: Embeddi
         "passes_by_plans": {},
     }
     assert report["statistics"] == (counts(2, {1: 1}) if embedding.planned else nothing)
-    SUMMARY.append(SummaryRow(f"embedding, {embedding.name}", 1, report["statistics"]))
+    note_plans(f"embedding, {embedding.name}", 1, report["statistics"])
 
 
 CHECKED = [
@@ -553,7 +548,7 @@ def run(engines: EngineServer, each: Mode) -> EngineRun:
     """What the engine answers in this mode."""
     run = run_mode(engines, each)
     for report in run.reports[-1]:
-        SUMMARY.append(SummaryRow(each.name, each.geometries, report["statistics"]))
+        note_plans(each.name, each.geometries, report["statistics"])
     return run
 
 

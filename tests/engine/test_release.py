@@ -20,13 +20,12 @@ import pytest
 from sglang_musa_ext.upstream import find_package, read_version
 from tests.engine.test_engine_modes import CHUNKS, GEMMA_2, LOGPROB_TOLERANCE, MLA, Mode, mode
 from tests.support.engine import (
-    SUMMARY,
     TORCH_NATIVE,
     EngineCase,
     EngineRun,
     EngineServer,
-    SummaryRow,
 )
+from tests.support.plan_table import note_plans
 from tests.support.tiny_models import TinyModel, llama
 
 EXPECTED_RELEASE = "SGLANG_EXPECTED_RELEASE"
@@ -79,7 +78,7 @@ def each(request: pytest.FixtureRequest) -> Mode:
 def ours(engines: EngineServer, each: Mode) -> EngineRun:
     """What the composed backend answers."""
     run = ask(engines, each)
-    SUMMARY.append(SummaryRow(each.name, each.geometries, run.statistics()))
+    note_plans(each.name, each.geometries, run.statistics())
     return run
 
 

@@ -1,7 +1,7 @@
 """The real SGLang engine for tests: SGLang is imported once, and each case runs in a process forked
 from there.
 
-``EngineServer`` starts ``python -m tests.engine``, which imports SGLang under the CPU reference
+``EngineServer`` starts ``python -m tests.support.engine``, which imports SGLang under the CPU reference
 platform and then forks a process for every task it is sent; the engine's own processes are forked
 too. An engine boots in about two seconds that way, instead of the half minute that three imports of
 SGLang take. What a fork hides (the order in which a fresh process imports things) is left to the
@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.support import tiny_models
+from tests.support.ports import held_port
 from tests.support.tiny_models import TinyModel
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -140,66 +141,6 @@ class EngineFailed(AssertionError):
         super().__init__(f"{what}\n--- end of its log ---\n{self.log[-6000:]}")
 
 
-@dataclass(frozen=True)
-class SummaryRow:
-    """What one engine computed, for the table at the end of a test session."""
-
-    case: str
-    geometries: int
-    """Different plans that a pass of this model needs, derived from the model."""
-    statistics: Mapping[str, Any]
-
-
-SUMMARY: list[SummaryRow] = []
-"""Rows that the tests of this session noted."""
-
-
-TABLE_BEGINS, TABLE_ENDS = "<!-- plans: begin -->", "<!-- plans: end -->"
-"""Between them stands the table in a page of the documentation."""
-
-
-def summary_table() -> list[str]:
-    """Lines of a table: passes, geometries, plans and reuses of each case that ran."""
-    if not SUMMARY:
-        return []
-    counts = ("passes", "calls", "planned_calls", "plans", "reuses")
-    head = ["case", "geometries", *(name.replace("_", " ") for name in counts), "passes by plans"]
-    rows = [
-        [
-            row.case,
-            str(row.geometries),
-            *(str(row.statistics[name]) for name in counts),
-            _by_plans(row.statistics),
-        ]
-        for row in SUMMARY
-    ]
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    lines = [
-        " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        for row in [head, *rows]
-    ]
-    return [lines[0], "-|-".join("-" * width for width in widths), *lines[1:]]
-
-
-def replace_table(page: Path, lines: Sequence[str]) -> None:
-    """Put ``lines`` of a table into ``page``, between the markers there."""
-    before, begin, rest = page.read_text().partition(TABLE_BEGINS)
-    _, end, after = rest.partition(TABLE_ENDS)
-    if not (begin and end):
-        raise ValueError(
-            f"{page} has no line {TABLE_BEGINS!r} with {TABLE_ENDS!r} below it, where the table "
-            "goes."
-        )
-    table = "\n".join(f"| {line.rstrip()} |" for line in lines)
-    page.write_text(f"{before}{begin}\n\n{table}\n\n{end}{after}")
-
-
-def _by_plans(statistics: Mapping[str, Any]) -> str:
-    return ", ".join(
-        f"{passes} x {plans}" for plans, passes in statistics["passes_by_plans"].items()
-    )
-
-
 class EngineServer:
     """A process that has imported SGLang, and forks one for each task."""
 
@@ -213,7 +154,9 @@ class EngineServer:
         self._tasks = 0
         self._models: dict[str, Path] = {}
         self._known: dict[str, Any] = {}
-        self._process = _start([sys.executable, "-m", "tests.engine", self._address], self._log)
+        self._process = _start(
+            [sys.executable, "-m", "tests.support.engine", self._address], self._log
+        )
 
     def run(self, case: EngineCase, *, timeout: float = 120.0) -> EngineRun:
         """Boot the engine of ``case`` in a forked process, and get what it answers.
@@ -247,7 +190,8 @@ class EngineServer:
         question.write_bytes(pickle.dumps(case))
         log = self._directory / f"{self._tasks}-spawned.log"
         with started(
-            [sys.executable, "-m", "tests.engine", "--spawn", str(question), str(answer)], log
+            [sys.executable, "-m", "tests.support.engine", "--spawn", str(question), str(answer)],
+            log,
         ) as process:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(timeout)
@@ -366,8 +310,8 @@ def import_engine() -> None:
         "sglang_musa_ext.attention.mixin",
         "sglang_musa_ext.kernels.reference",
         "transformers",
-        "tests.engine",
-        "tests.tiny_models",
+        "tests.support.engine",
+        "tests.support.tiny_models",
     ):
         importlib.import_module(name)
     import torch
@@ -443,13 +387,16 @@ def _booted(case: EngineCase) -> Iterator[Any]:
     torch.set_num_threads(1)
     if case.before_boot is not None:
         case.before_boot()
-    engine = sglang.Engine(
-        model_path=str(case.model), **{**ENGINE_ARGUMENTS, **OURS, **case.arguments}
-    )
-    try:
-        yield engine
-    finally:
-        engine.shutdown()
+    arguments = {**ENGINE_ARGUMENTS, **OURS, **case.arguments}
+    with held_port() as port:
+        if "dp_size" not in arguments:
+            # Each replica of data parallelism wants a port of its own, and SGLang finds them.
+            arguments["nccl_port"] = port
+        engine = sglang.Engine(model_path=str(case.model), **arguments)
+        try:
+            yield engine
+        finally:
+            engine.shutdown()
 
 
 def _fork_always() -> None:
@@ -521,4 +468,4 @@ def main(arguments: Sequence[str]) -> None:
 if __name__ == "__main__":
     # What travels between processes is named by the module's own name, so that module must be the
     # one that runs.
-    importlib.import_module("tests.engine").main(sys.argv[1:])
+    importlib.import_module("tests.support.engine").main(sys.argv[1:])
