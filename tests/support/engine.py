@@ -80,12 +80,14 @@ class EngineCase:
     phases: tuple[tuple[Request, ...], ...] = ()
     """Each phase begins when the one before it has ended."""
     arguments: Mapping[str, Any] = field(default_factory=dict)
-    """Over ``ENGINE_ARGUMENTS``."""
+    """Over ``usual``."""
     environ: Mapping[str, str] = field(default_factory=dict)
     before_boot: Callable[[], None] | None = None
     """Called in the process that boots the engine, and so inherited by all of its forks; a
     module-level function.
     """
+    usual: Mapping[str, Any] = field(default_factory=lambda: {**ENGINE_ARGUMENTS, **OURS})
+    """Arguments of every engine on this kind of device; ``arguments`` go over them."""
 
 
 @dataclass(frozen=True)
@@ -144,9 +146,10 @@ class EngineFailed(AssertionError):
 class EngineServer:
     """A process that has imported SGLang, and forks one for each task."""
 
-    def __init__(self, directory: Path) -> None:
-        """Start it; models and logs go to ``directory``."""
+    def __init__(self, directory: Path, environment: Mapping[str, str] = ENVIRONMENT) -> None:
+        """Start it; models and logs go to ``directory``, ``environment`` over this process's."""
         self._directory = directory
+        self._environment = environment
         # The path of a socket is limited to some hundred characters, so it cannot be in any
         # directory.
         self._address = str(Path(tempfile.mkdtemp(prefix="engine-")) / "socket")
@@ -154,9 +157,7 @@ class EngineServer:
         self._tasks = 0
         self._models: dict[str, Path] = {}
         self._known: dict[str, Any] = {}
-        self._process = _start(
-            [sys.executable, "-m", "tests.support.engine", self._address], self._log
-        )
+        self._process = _start([*_THIS_MODULE, self._address], self._log, environment)
 
     def run(self, case: EngineCase, *, timeout: float = 120.0) -> EngineRun:
         """Boot the engine of ``case`` in a forked process, and get what it answers.
@@ -189,10 +190,8 @@ class EngineServer:
         )
         question.write_bytes(pickle.dumps(case))
         log = self._directory / f"{self._tasks}-spawned.log"
-        with started(
-            [sys.executable, "-m", "tests.support.engine", "--spawn", str(question), str(answer)],
-            log,
-        ) as process:
+        command = [*_THIS_MODULE, "--spawn", str(question), str(answer)]
+        with started(command, log, self._environment) as process:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(timeout)
             if process.returncode != 0:
@@ -248,11 +247,13 @@ class EngineServer:
 
 
 @contextlib.contextmanager
-def started(command: Sequence[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """``command`` running under the CPU reference platform, its output in ``log``; ended with its
-    children.
+def started(
+    command: Sequence[str], log: Path, environment: Mapping[str, str] = ENVIRONMENT
+) -> Iterator[subprocess.Popen[bytes]]:
+    """``command`` running under the CPU reference platform, or in another ``environment``, its
+    output in ``log``; ended with its children.
     """
-    process = _start(command, log)
+    process = _start(command, log, environment)
     try:
         yield process
     finally:
@@ -260,12 +261,17 @@ def started(command: Sequence[str], log: Path) -> Iterator[subprocess.Popen[byte
         process.wait()
 
 
-def _start(command: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
+_THIS_MODULE = (sys.executable, "-m", "tests.support.engine")
+
+
+def _start(
+    command: Sequence[str], log: Path, environment: Mapping[str, str]
+) -> subprocess.Popen[bytes]:
     with log.open("w") as stream:
         return subprocess.Popen(
             command,
             cwd=ROOT,
-            env=os.environ | ENVIRONMENT,
+            env={**os.environ, **environment},
             stdin=subprocess.DEVNULL,
             stdout=stream,
             stderr=stream,
@@ -297,9 +303,10 @@ def serve(address: str) -> None:
 
 def import_engine() -> None:
     """Import everything that an engine's processes import, so that forked ones need not."""
-    from sglang_musa_ext.cpu.stand_ins import prepare_process
+    if os.environ.get("SGLANG_PLATFORM") == ENVIRONMENT["SGLANG_PLATFORM"]:
+        from sglang_musa_ext.cpu.stand_ins import prepare_process
 
-    prepare_process()
+        prepare_process()
     for name in (
         "sglang",
         "sglang.srt.entrypoints.engine",
@@ -387,7 +394,7 @@ def _booted(case: EngineCase) -> Iterator[Any]:
     torch.set_num_threads(1)
     if case.before_boot is not None:
         case.before_boot()
-    arguments = {**ENGINE_ARGUMENTS, **OURS, **case.arguments}
+    arguments = {**case.usual, **case.arguments}
     with held_port() as port:
         if "dp_size" not in arguments:
             # Each replica of data parallelism wants a port of its own, and SGLang finds them.

@@ -177,6 +177,21 @@ def _greedy(network: Any, prompt: list[int], new_tokens: int) -> tuple[list[int]
     return tokens, logprobs
 
 
+def shortfalls(model: Path, prompt: Sequence[int], answer: Sequence[int]) -> list[float]:
+    """How much less probable than the best one each token of ``answer`` is according to
+    transformers, in float32, after the same text: differences of log-probabilities, 0 for the best.
+    """
+    import torch
+
+    torch.set_num_threads(1)
+    network = _network(model)
+    with torch.inference_mode():
+        logits = network(torch.tensor([[*prompt, *answer]]), use_cache=False).logits[0]
+    scores = logits[len(prompt) - 1 : -1].log_softmax(-1)
+    chosen = scores.gather(1, torch.tensor(answer).unsqueeze(1)).squeeze(1)
+    return [float(gap) for gap in scores.amax(-1) - chosen]
+
+
 def llama(**fields: Any) -> TinyModel:
     """Two layers, four query heads on two key heads of 16, unless ``fields`` say otherwise."""
     return TinyModel("LlamaConfig", SMALL | fields)
