@@ -1,0 +1,180 @@
+"""Engines on the simulated GPU, started as a MUSA user would: no platform, no backend, no page size named."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from tests.engine import test_engine_modes as modes
+from tests.simulated_musa import mccl
+from tests.support import tiny_models
+from tests.support.engine import EngineCase, EngineRun, EngineServer, Output, Request
+from tests.support.tiny_models import EagleDraft, TinyModel, llama, tokens
+
+CONTEXT = 8192
+LIMIT = 0.05
+"""The most that a token may be less probable than the best one after the same text, as a difference of
+log-probabilities: some ten times what float16 changes in these models (0.006 seen). bfloat16 has three bits less."""
+
+
+def usual(release: tuple[int, ...]) -> dict[str, Any]:
+    """Return arguments of every engine: small, with graphs for decoding, whose names changed in 0.5.14."""
+    arguments: dict[str, Any] = {
+        "skip_tokenizer_init": True,
+        "dtype": "float16",
+        "random_seed": 0,
+        "sampling_backend": "pytorch",
+        "mem_fraction_static": 0.5,
+        "max_total_tokens": 16384,
+        "max_running_requests": 4,
+        "log_level": "info",
+    }
+    if release >= (0, 5, 14):
+        return arguments | {"cuda_graph_bs_decode": [1, 2, 4], "disable_prefill_cuda_graph": True}
+    return arguments | {"cuda_graph_bs": [1, 2, 4], "disable_piecewise_cuda_graph": True}
+
+
+def prompts(*lengths: int, new_tokens: int = 8) -> tuple[Request, ...]:
+    """Return a request of each length, with nothing in common."""
+    return tuple(Request(tokens(length, seed=length), new_tokens) for length in lengths)
+
+
+SHARED = tokens(1500, seed=77)
+LONG = (
+    # Long and short ones swap places, so that a plan of the batch before is wrong for the next one.
+    (Request(tokens(900, 1)), Request(tokens(40, 2))),
+    (Request(tokens(30, 3)), Request(tokens(1100, 4))),
+    (Request(SHARED),),
+    (Request(SHARED[:1400] + tokens(100, 5)), Request(tokens(200, 6))),
+)
+"""Requests whose contexts are of several splits, the last ones with a prefix that is cached."""
+CHUNKS = {"chunked_prefill_size": 512}
+FA3 = {"attention_backend": "fa3"}
+
+
+@dataclass(frozen=True)
+class MusaCase:
+    """A model, what is asked of it, and how it is served."""
+
+    name: str
+    model: TinyModel
+    phases: tuple[tuple[Request, ...], ...] = LONG
+    arguments: Mapping[str, Any] = field(default_factory=lambda: CHUNKS)
+    environ: Mapping[str, str] = field(default_factory=dict)
+    draft: TinyModel | None = None
+    limit: float = LIMIT
+
+    @property
+    def requests(self) -> list[Request]:
+        """Of all phases."""
+        return [request for phase in self.phases for request in phase]
+
+
+def wide(model: TinyModel, **fields: Any) -> TinyModel:
+    """Return ``model`` with room for long contexts."""
+    return replace(model, fields={**model.fields, "max_position_embeddings": CONTEXT, **fields})
+
+
+class HalfModel(TinyModel):
+    """A checkpoint in float16, for a model whose layers SGLang makes of the dtype that the checkpoint names."""
+
+    def build(self, directory: Path) -> None:
+        """Write the model to ``directory`` as a checkpoint."""
+        import torch
+        import transformers
+
+        super().build(directory)
+        model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float16)
+        model.save_pretrained(directory)
+
+    @property
+    def name(self) -> str:
+        """A directory's name, other than that of the same model in float32."""
+        return f"{super().name}-half"
+
+
+LLAMA = wide(llama())
+GEMMA_2, GEMMA_3 = wide(modes.GEMMA_2), wide(modes.GEMMA_3)
+GPT_OSS = HalfModel("GptOssConfig", wide(modes.GPT_OSS).fields)
+OLMO_3, MLA_DENSE = wide(modes.OLMO_3), wide(modes.MLA_DENSE)
+QWEN_3_MOE = wide(TinyModel("Qwen3MoeConfig", tiny_models.SMALL | modes.EXPERTS))
+EAGLE = EagleDraft("LlamaConfig", {**LLAMA.fields}, "LlamaForCausalLMEagle")
+
+BF16 = {"dtype": "bfloat16"}
+CHAIN = {
+    "speculative_algorithm": "EAGLE",
+    "speculative_num_steps": 3,
+    "speculative_eagle_topk": 1,
+    "speculative_num_draft_tokens": 4,
+}
+TREE = CHAIN | {"speculative_eagle_topk": 4, "speculative_num_draft_tokens": 8}
+ALONE = CHAIN | {"speculative_algorithm": "STANDALONE"}
+SPECULATIVE = (
+    prompts(60, new_tokens=16),
+    prompts(900, new_tokens=16),
+    (Request(tokens(12, seed=99) * 6, 16),),
+)
+THOUSANDS = (prompts(4200, 60), prompts(40, 4100))
+# Experts run in Triton's interpreter, which takes a minute for a thousand tokens.
+EXPERTS = (prompts(330, 40), prompts(40))
+TWICE = (prompts(700), prompts(700))
+
+CASES = [
+    MusaCase("Llama", LLAMA),
+    MusaCase("Llama, thousands of tokens", LLAMA, THOUSANDS, {"chunked_prefill_size": 2048}),
+    MusaCase("Llama, no graphs", LLAMA, arguments=CHUNKS | {"disable_cuda_graph": True}),
+    MusaCase("Llama, without overlap", LLAMA, arguments=CHUNKS | {"disable_overlap_schedule": True}),
+    MusaCase("Qwen3-MoE", QWEN_3_MOE, EXPERTS),
+    MusaCase("Gemma-2", GEMMA_2),
+    MusaCase("Gemma-3", GEMMA_3),
+    MusaCase("OLMo-3", OLMO_3, arguments=CHUNKS | FA3),
+    # A near tie between experts changes log-probabilities by 0.2.
+    MusaCase("GPT-OSS", GPT_OSS, EXPERTS, arguments=CHUNKS | FA3, limit=8 * LIMIT),
+    MusaCase("MLA", MLA_DENSE, arguments=CHUNKS | BF16, limit=8 * LIMIT),
+    MusaCase(
+        "MLA, one-shot prefix", MLA_DENSE, TWICE, CHUNKS | BF16,
+        {"SGLANG_CHUNKED_PREFIX_CACHE_THRESHOLD": "1"}, limit=8 * LIMIT,
+    ),
+    MusaCase(
+        "MLA, chunked prefix", MLA_DENSE, TWICE, CHUNKS | BF16,
+        {"SGLANG_CHUNKED_PREFIX_CACHE_THRESHOLD": "1", "SGLANG_MAX_KV_CHUNK_CAPACITY": "256"},
+        limit=8 * LIMIT,
+    ),
+    MusaCase("EAGLE, a chain", LLAMA, SPECULATIVE, CHAIN, draft=EAGLE),
+    MusaCase("EAGLE, a tree", LLAMA, SPECULATIVE, TREE, draft=EAGLE),
+    MusaCase("STANDALONE", LLAMA, SPECULATIVE, ALONE, draft=LLAMA),
+    MusaCase("tensor parallel 2", LLAMA, arguments=CHUNKS | {"tp_size": 2}),
+    MusaCase("pipeline parallel 2", LLAMA, arguments=CHUNKS | {"pp_size": 2}),
+    MusaCase("data parallel 2", LLAMA, arguments=CHUNKS | {"dp_size": 2}),
+]  # fmt: skip
+
+
+def run_case(
+    musa: EngineServer, case: MusaCase, release: tuple[int, ...], **environ: str
+) -> EngineRun:
+    """Boot the engine of ``case`` and ask it."""
+    draft = (
+        {} if case.draft is None else {"speculative_draft_model_path": str(musa.model(case.draft))}
+    )
+    return musa.run(
+        EngineCase(
+            musa.model(case.model),
+            case.phases,
+            {**case.arguments, **draft},
+            {**case.environ, **environ},
+            before_boot=mccl.stand_in,
+            usual=usual(release),
+        ),
+        timeout=300.0,
+    )
+
+
+def worst(musa: EngineServer, case: MusaCase, outputs: list[Output]) -> float:
+    """Return by how much the worst token of ``outputs`` is less probable than transformers' own choice there."""
+    model = musa.model(case.model)
+    gaps: list[float] = []
+    for output, request in zip(outputs, case.requests, strict=True):
+        gaps += musa.call(tiny_models.shortfalls, model, request.prompt, output.tokens)
+    return max(gaps, default=0.0)

@@ -1,0 +1,51 @@
+"""A stand-in of the collectives that SGLang calls in the vendor's ``libmccl`` directly, by raw addresses."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+
+def stand_in() -> None:
+    """Let SGLang's tensor-parallel groups reduce through the process group that they are attached to.
+
+    SGLang finds no ``libmccl`` here, and up to 0.5.23 takes its communicator for a working one all the same as soon
+    as a graph is captured.
+    """
+    import torch.distributed as dist
+    from sglang.srt.distributed.device_communicators import pynccl
+
+    class Communicator:
+        """What SGLang asks of its communicator for decode graphs."""
+
+        def __init__(self, group: Any, device: Any, *_: Any, **__: Any) -> None:
+            self.group, self.device = group, device
+            self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
+            self.available, self.disabled = self.world_size > 1, True
+
+        @contextlib.contextmanager
+        def change_state(self, enable: bool | None = None, **_: Any) -> Iterator[None]:
+            """Be in use, or not, for a while."""
+            before, self.disabled = self.disabled, not (self.available and bool(enable))
+            try:
+                yield
+            finally:
+                self.disabled = before
+
+        def all_reduce(self, tensor: Any, *_: Any) -> None:
+            """Add up ``tensor`` over all ranks, in place."""
+            if not self.disabled:
+                dist.all_reduce(tensor, group=self.group)
+
+        def outplace_all_reduce(self, tensor: Any, *_: Any, **__: Any) -> Any:
+            """Return the sum of ``tensor`` over all ranks."""
+            total = tensor.clone()
+            self.all_reduce(total)
+            return total
+
+        def all_gather(self, output: Any, tensor: Any, *_: Any, **__: Any) -> None:
+            """Write every rank's ``tensor`` to ``output``, one behind another."""
+            dist.all_gather_into_tensor(output, tensor, group=self.group)
+
+    pynccl.PyNcclCommunicator = Communicator

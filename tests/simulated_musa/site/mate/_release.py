@@ -1,0 +1,7 @@
+"""The release that is stood in for; the build of the site folder writes the version of one release here."""
+
+from __future__ import annotations
+
+__version__ = "0.2.7"
+
+RELEASE = tuple(int(part) for part in __version__.split("."))

@@ -1,0 +1,1 @@
+"""Where MATE compiles kernels at their first use; nothing is compiled here."""

@@ -1,0 +1,9 @@
+"""Copies between caches of host and device, which nothing here calls: names for SGLang's imports."""
+
+from sgl_kernel import _absent
+
+transfer_kv_all_layer = transfer_kv_all_layer_direct_lf_pf = transfer_kv_all_layer_lf_pf = _absent
+transfer_kv_all_layer_lf_ph = transfer_kv_all_layer_mla = transfer_kv_all_layer_mla_lf_pf = _absent
+transfer_kv_direct = transfer_kv_per_layer = transfer_kv_per_layer_direct_pf_lf = _absent
+transfer_kv_per_layer_mla = transfer_kv_per_layer_mla_pf_lf = transfer_kv_per_layer_pf_lf = _absent
+transfer_kv_per_layer_ph_lf = _absent

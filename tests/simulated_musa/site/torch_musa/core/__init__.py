@@ -1,0 +1,1 @@
+"""Where the vendor's backend keeps streams and start-up."""

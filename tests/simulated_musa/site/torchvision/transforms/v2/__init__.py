@@ -1,0 +1,1 @@
+"""Newer transforms, which nothing here calls."""

@@ -1,0 +1,1 @@
+"""Newer functions on images, which nothing here calls."""
