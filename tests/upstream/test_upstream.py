@@ -20,7 +20,6 @@ from typing import Any
 
 import pytest
 
-from scripts.lib.matrix.data import read_toml
 from sglang_musa_ext import upstream
 from sglang_musa_ext.upstream import (
     ALLOWANCES,
@@ -41,8 +40,14 @@ from sglang_musa_ext.upstream import (
     version_key,
 )
 
+tomllib = pytest.importorskip(
+    "tomllib", reason="releases.toml is read with tomllib, which Python has from 3.11 on"
+)
+
 PACKAGE = Path(upstream.__file__).parents[1]
-RELEASES: list[dict[str, Any]] = read_toml(Path(__file__).parents[1] / "releases.toml")["release"]
+RELEASES: list[dict[str, Any]] = tomllib.loads(
+    (Path(__file__).parents[1] / "releases.toml").read_text()
+)["release"]
 VERSIONS = [row["version"] for row in RELEASES]
 
 FA = "sglang.srt.layers.attention.flashattention_backend"
