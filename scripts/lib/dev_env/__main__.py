@@ -45,7 +45,6 @@ TORCH = "2.13.0"
 SGLANG = "0.5.21"
 BUILD_VARIABLE = "SGLANG_MUSA_EXT_TORCH_BUILD"
 INDEX_VARIABLE = "SGLANG_MUSA_EXT_TORCH_INDEX"
-VENV_VARIABLE = "SGLANG_MUSA_EXT_VENV"
 BUILDS = ("auto", "cpu", "default")
 SMALL, LARGE = 3, 7
 """GB of an environment with the CPU build of torch and with the one for CUDA, rounded up."""
@@ -75,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line, whose defaults come from the environment."""
+    """Read the command line, and which build of torch is asked for."""
     parser = argparse.ArgumentParser(
         prog="scripts/dev-env",
         description=__doc__,
@@ -85,9 +84,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--sglang", default=SGLANG, help="the SGLang release to install (default: %(default)s)"
     )
     parser.add_argument(
-        "--venv",
-        default=os.environ.get(VENV_VARIABLE) or ".venv",
-        help=f"the environment's folder (default: {VENV_VARIABLE}, or .venv)",
+        "--venv", default=".venv", help="the environment's folder (default: %(default)s)"
     )
     options = parser.parse_args(arguments)
     options.build = os.environ.get(BUILD_VARIABLE, "").strip().lower() or "auto"
