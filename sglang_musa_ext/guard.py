@@ -83,7 +83,7 @@ def guard_class(backend: type) -> None:
                 "to serve FA3 "
                 f"attention in process {os.getpid()}, where SGLang did not load sglang-musa-ext. "
                 f"{_reason()} "
-                f"Ask python -m sglang_musa_ext.doctor, or set {envs.MODE}=auto to let SGLang "
+                f"Ask sglang-musa-ext doctor, or set {envs.MODE}=auto to let SGLang "
                 "serve without it."
             )
         original(self, *args, **kwargs)

@@ -148,7 +148,7 @@ def test_the_refusal_says_why_and_what_to_do(
 ) -> None:
     """The error names what kept the plugin out, and the doctor."""
     assert hint in schedulers[case]["class"]
-    assert "python -m sglang_musa_ext.doctor" in schedulers[case]["class"]
+    assert "sglang-musa-ext doctor" in schedulers[case]["class"]
 
 
 def test_without_the_guard_upstreams_backend_would_be_built(
