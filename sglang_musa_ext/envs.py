@@ -6,6 +6,7 @@ standard library alone, so that ``SGLANG_MUSA_EXT=off`` costs nothing.
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,29 +20,76 @@ FORCE_UPDATE_METADATA = "SGLANG_MUSA_FA3_FORCE_UPDATE_METADATA"
 PLATFORM = "SGLANG_PLATFORM"
 """Upstream's own variable that names the platform plugin to use."""
 
+VARIABLES = {
+    "mode": MODE,
+    "kernels": KERNELS,
+    "mla_workspace_mb": MLA_WORKSPACE_MB,
+    "check": CHECK,
+    "force_update_metadata": FORCE_UPDATE_METADATA,
+    "platform": PLATFORM,
+}
+"""The fields of :class:`Settings`, and the variables that they come from."""
+
+VENDOR_INDEX = "SGLANG_MUSA_EXT_VENDOR_INDEX"
+"""URLs of the vendor's package indexes, for ``sglang-musa-ext install``."""
+TORCH_INDEX = "SGLANG_MUSA_EXT_TORCH_INDEX"
+"""URL of an index of CPU builds of PyTorch, for ``scripts/dev-env``."""
+BENCH_PEER = "SGLANG_MUSA_EXT_BENCH_PEER"
+BENCH_GATE = "SGLANG_MUSA_EXT_BENCH_GATE"
+SCRIPTS_WEIGHTS = "SGLANG_MUSA_EXT_SCRIPTS_WEIGHTS"
+SCRIPTS_PLANS = "SGLANG_MUSA_EXT_SCRIPTS_PLANS"
+TOOL_VARIABLES = (
+    VENDOR_INDEX,
+    TORCH_INDEX,
+    BENCH_PEER,
+    BENCH_GATE,
+    SCRIPTS_WEIGHTS,
+    SCRIPTS_PLANS,
+)
+"""Variables of this project's own tools, which a server has no use for and does not mind."""
+
 _TRUE = ("1", "true", "yes", "y")  # upstream's spellings (sglang.srt.environ.EnvBool)
 _FALSE = ("0", "false", "no", "n")
 
 
 class SettingsError(ValueError):
-    """An environment variable of this package holds a value it cannot have."""
+    """An environment variable of this package has a value, or a name, that means nothing."""
 
-    def __init__(self, variable: str, value: str, choices: Sequence[str]) -> None:
-        self.variable, self.value, self.choices = variable, value, tuple(choices)
-        super().__init__(
-            f"{variable}={value!r} is not a value this variable can have. Expected one of: "
-            f"{', '.join(self.choices)}. Set it to one of these, or unset it for the default."
-        )
+    def __init__(self, problem: str, remedy: str, *, variable: str, value: str) -> None:
+        self.variable, self.value, self.remedy = variable, value, remedy
+        super().__init__(f"{problem} {remedy}")
+
+
+def _bad_value(variable: str, value: str, choices: Sequence[str]) -> SettingsError:
+    return SettingsError(
+        f"{variable}={value!r} is not a value this variable can have.",
+        f"Set {variable} to one of: {', '.join(choices)}; or unset it for the default.",
+        variable=variable,
+        value=value,
+    )
+
+
+def _unknown_variable(variable: str, value: str) -> SettingsError:
+    known = [name for name in (*VARIABLES.values(), *TOOL_VARIABLES) if name.startswith(MODE)]
+    # The prefix that all share would make everything close to everything.
+    endings = {name.removeprefix(MODE).strip("_"): name for name in known}
+    ending = variable.removeprefix(MODE).strip("_")
+    close = difflib.get_close_matches(ending, endings, n=1)
+    meant = f"did you mean {endings[close[0]]}?" if close else f"there are {', '.join(known)}."
+    return SettingsError(
+        f"{variable}={value!r} is set, and sglang-musa-ext has no such variable.",
+        f"Correct the name or unset it: {meant}",
+        variable=variable,
+        value=value,
+    )
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the environment asks of this package; see the README for what each variable is for."""
+    """The settings of a process, from its environment; docs/settings.md says what each is for."""
 
     mode: str = "auto"
-    """``auto``: act only beside a MUSA device. ``on``: its absence is an error. ``off``: do
-    nothing.
-    """
+    """``auto``: act beside a MUSA device; ``on``: its absence is an error; ``off``: do nothing."""
 
     kernels: str = "auto"
     """``auto`` (the device's own), ``mate``, ``hopper`` or ``reference``."""
@@ -50,8 +98,8 @@ class Settings:
     """MiB of device memory for MLA plans, one workspace a device."""
 
     check: str = "off"
-    """``metadata``: recompute every reused plan and compare; ``output``: compare with the reference
-    too.
+    """``metadata``: compare every reused plan with a new one; ``output``: also every output with
+    the reference kernels'.
     """
 
     force_update_metadata: bool = False
@@ -65,13 +113,15 @@ class Settings:
         """Read the settings from ``environ`` (``None``: the process's own).
 
         Raises:
-            SettingsError: naming the first variable with a value it cannot have.
+            SettingsError: naming the first variable with a value it cannot have, or with a name
+                that is close to one of this package's and is none.
         """
         source = os.environ if environ is None else environ
         mode = _choice(source, MODE, ("auto", "on", "off"))
         platform = named_platform(source)
         if mode == "off":  # Off means off: the other variables are not even looked at.
             return cls(mode=mode, platform=platform)
+        _refuse_unknown_variables(source)
         return cls(
             mode=mode,
             kernels=_choice(source, KERNELS, ("auto", "mate", "hopper", "reference")),
@@ -83,29 +133,43 @@ class Settings:
 
 
 def named_platform(environ: Mapping[str, str] | None = None) -> str:
-    """The platform plugin that ``environ`` (``None``: the process's own) tells SGLang to use;
-    empty: none.
+    """Return the platform plugin that SGLang is told to use; empty: none.
+
+    Args:
+        environ: ``None``: the process's own.
     """
     return (os.environ if environ is None else environ).get(PLATFORM, "")
 
 
 def is_addressed(environ: Mapping[str, str] | None = None) -> bool:
-    """Whether ``environ`` (``None``: the process's own) sets any variable that is this package's
-    own.
+    """Tell whether the environment sets any variable that is this package's own.
+
+    Args:
+        environ: ``None``: the process's own.
     """
-    return any(
-        name == MODE or name.startswith(f"{MODE}_")
-        for name in (os.environ if environ is None else environ)
-    )
+    source = os.environ if environ is None else environ
+    return any(_has_our_prefix(name) for name in source)
+
+
+def _has_our_prefix(name: str) -> bool:
+    return name == MODE or name.startswith(f"{MODE}_")
+
+
+def _refuse_unknown_variables(environ: Mapping[str, str]) -> None:
+    """Refuse a name with this package's prefix that means nothing: a slip would pass in silence."""
+    known = {*VARIABLES.values(), *TOOL_VARIABLES}
+    for name, value in environ.items():
+        if name.startswith(MODE) and name not in known:
+            raise _unknown_variable(name, value)
 
 
 def _choice(environ: Mapping[str, str], variable: str, choices: Sequence[str]) -> str:
-    """One of ``choices``, in any case; unset or empty means the first."""
+    """Return one of ``choices``, in any case; unset or empty means the first."""
     value = environ.get(variable, "").strip()
     if not value:
         return choices[0]
     if value.lower() not in choices:
-        raise SettingsError(variable, value, choices)
+        raise _bad_value(variable, value, choices)
     return value.lower()
 
 
@@ -114,7 +178,7 @@ def _positive_int(environ: Mapping[str, str], variable: str, default: int) -> in
     if not value:
         return default
     if not (value.isascii() and value.isdigit() and int(value) > 0):
-        raise SettingsError(variable, value, ("a whole number of MiB from 1 up",))
+        raise _bad_value(variable, value, ("a whole number of MiB from 1 up",))
     return int(value)
 
 
@@ -123,5 +187,5 @@ def _flag(environ: Mapping[str, str], variable: str) -> bool:
     if not value or value.lower() in _FALSE:
         return False
     if value.lower() not in _TRUE:
-        raise SettingsError(variable, value, (*_TRUE, *_FALSE))
+        raise _bad_value(variable, value, (*_TRUE, *_FALSE))
     return True

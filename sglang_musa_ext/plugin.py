@@ -17,17 +17,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from sglang_musa_ext import envs, musa_defaults, upstream
+from sglang_musa_ext import envs, patching, policy
 from sglang_musa_ext.envs import Settings
-from sglang_musa_ext.musa_defaults import MINIMUM_CAPABILITY
 
 logger = logging.getLogger(__name__)
-
-REFERENCE_PLATFORM = "musa_reference"
-"""The name of our platform plugin, as ``SGLANG_PLATFORM`` gives it."""
-
-_DRAFT_METHODS = ("_create_fa_decode_backend", "_create_fa_prefill_backend")
-"""Methods of upstream's ``DraftBackendFactory`` that choose an FA3 class by themselves."""
 
 
 class PluginError(RuntimeError):
@@ -43,25 +36,8 @@ def register() -> None:
     """
     try:
         settings = Settings.from_environ()
-        if settings.mode == "off":
-            return
-        if idle := _reason_to_stay_idle(settings):
-            # Who has no MUSA device and asked for nothing must not notice that this is installed.
-            say = _announce if envs.is_addressed() else logger.info
-            say(f"sglang_musa_ext stays idle in process {os.getpid()}: {idle}")
-            return
-        support = upstream.require_upstream()
-        if support.message:
-            logger.warning("%s", support.message)
-        _take_over(create_musa_fa3_backend)
-        _take_over_drafts(_draft_backend_of_ours)
-        if _on_musa():
-            _take_defaults()
-        _announce(
-            f"sglang_musa_ext is active in process {os.getpid()}: --attention-backend fa3 is "
-            "MusaFA3Backend "
-            f"(SGLang {support.version})"
-        )
+        if settings.mode != "off":
+            _register(settings)
     except Exception as error:
         logger.error("sglang_musa_ext cannot serve, and fa3 will refuse to: %s", error)
         refuse = functools.partial(_refuse, error)
@@ -69,6 +45,28 @@ def register() -> None:
         # What upstream does not have builds nothing: there is nothing to refuse.
         with contextlib.suppress(ImportError, AttributeError):
             _take_over_drafts(refuse)
+
+
+def _register(settings: Settings) -> None:
+    if idle := _reason_to_stay_idle(settings):
+        # Who has no MUSA device and asked for nothing must not notice that this is installed.
+        say = _announce if envs.is_addressed() else logger.info
+        say(f"sglang_musa_ext stays idle in process {os.getpid()}: {idle}")
+        return
+    from sglang_musa_ext.upstream import check
+
+    support = check.require_upstream()
+    if support.message:
+        logger.warning("%s", support.message)
+    _take_over(create_musa_fa3_backend)
+    _take_over_drafts(_draft_backend_of_ours)
+    if _on_musa():
+        _take_defaults()
+        _repair_vision()
+    _announce(
+        f"sglang_musa_ext is active in process {os.getpid()}: --attention-backend fa3 is "
+        f"MusaFA3Backend (SGLang {support.version})"
+    )
 
 
 def _announce(line: str) -> None:
@@ -82,18 +80,17 @@ def _announce(line: str) -> None:
 
 
 def activate_platform() -> str | None:
-    """The CPU platform's class name if ``SGLANG_PLATFORM`` asks for it by name, else ``None``.
+    """Return the CPU platform's class name if ``SGLANG_PLATFORM`` asks for it, else ``None``.
 
     Raises:
         PluginError: it is asked for while ``SGLANG_MUSA_EXT=off``.
     """
-    if envs.named_platform() != REFERENCE_PLATFORM:
+    if envs.named_platform() != policy.REFERENCE_PLATFORM:
         return None
     if Settings.from_environ().mode == "off":
         raise PluginError(
-            f"{envs.PLATFORM}={REFERENCE_PLATFORM} asks for the CPU platform of sglang-musa-ext, "
-            f"and {envs.MODE}=off "
-            "turns the package off. Unset one of the two."
+            f"{envs.PLATFORM}={policy.REFERENCE_PLATFORM} asks for the CPU platform of "
+            f"sglang-musa-ext, and {envs.MODE}=off turns the package off. Unset one of the two."
         )
     from sglang_musa_ext.cpu import stand_ins
 
@@ -102,7 +99,7 @@ def activate_platform() -> str | None:
 
 
 def create_musa_fa3_backend(runner: Any) -> Any:
-    """The FA3 backend of ``runner``; what the attention registry calls for ``fa3``."""
+    """Build the FA3 backend of ``runner``; the attention registry calls this for ``fa3``."""
     attention = _ready_attention()
     if not runner.spec_algorithm.is_none():
         attention.install_class_names()
@@ -110,25 +107,22 @@ def create_musa_fa3_backend(runner: Any) -> Any:
 
 
 def _reason_to_stay_idle(settings: Settings) -> str | None:
-    """Why there is nothing to do here, or ``None`` if there is.
+    """Return why there is nothing to do here, or ``None`` if there is.
 
     Raises:
         PluginError: ``SGLANG_MUSA_EXT=on`` where there is nothing it could be on for.
     """
-    if settings.platform == REFERENCE_PLATFORM or _on_musa():
+    choice = policy.choose_service(settings, on_musa=_on_musa())
+    if choice.kernels is not None:
         return None
-    if settings.mode == "on" and settings.kernels in ("hopper", "reference"):
-        return None
-    absent = "no MUSA device was found (torchada is missing, or torch is not built for MUSA)"
+    reasons = "; ".join(choice.reasons)
     if settings.mode == "on":
         raise PluginError(
-            f"{envs.MODE}=on, and {absent}. Install torch_musa and torchada, or set "
-            f"{envs.KERNELS}=hopper or "
-            f"=reference to run without a MUSA device, or {envs.MODE}=auto."
+            f"{envs.MODE}=on, and {reasons}. Install torch_musa and torchada, or set "
+            f"{envs.KERNELS}=hopper or =reference to run without a MUSA device, or "
+            f"{envs.MODE}=auto."
         )
-    if settings.kernels != "auto":
-        return f"{absent}; {envs.KERNELS}={settings.kernels} takes effect with {envs.MODE}=on"
-    return absent
+    return reasons
 
 
 def _on_musa() -> bool:
@@ -141,13 +135,29 @@ def _take_defaults() -> None:
     """Put the defaults of MUSA in place. What upstream has changed about them costs them alone, not
     ``fa3``.
     """
-    if violations := upstream.check_upstream(used_by=("defaults",)):
-        listed = "; ".join(map(str, violations))
+    from sglang_musa_ext import musa_defaults
+    from sglang_musa_ext.upstream import check
+
+    if violations := check.check_upstream(used_by=("musa_defaults",)):
+        listing = "; ".join(map(str, violations))
         logger.warning(
-            "sglang_musa_ext cannot choose defaults; start with --attention-backend fa3. %s", listed
+            "sglang_musa_ext cannot choose defaults; start with --attention-backend fa3. %s",
+            listing,
         )
         return
     musa_defaults.install_defaults()
+
+
+def _repair_vision() -> None:
+    """Repair vision's FA3 where upstream still needs it."""
+    from sglang_musa_ext import musa_vision
+    from sglang_musa_ext.upstream import check
+
+    if violations := check.check_upstream(used_by=("musa_vision",)):
+        listing = "; ".join(map(str, violations))
+        logger.info("sglang_musa_ext leaves the vision tower's FA3 as it is. %s", listing)
+        return
+    musa_vision.install_vision()
 
 
 def _require_capability() -> None:
@@ -156,13 +166,10 @@ def _require_capability() -> None:
         return
     from sglang.srt.utils import get_device_capability
 
-    capability = get_device_capability()
-    if capability < MINIMUM_CAPABILITY:
+    if reason := policy.reason_against_capability(get_device_capability()):
         raise PluginError(
-            f"This GPU has MP version {'.'.join(map(str, capability))}, and MATE's FA3 kernels "
-            "need "
-            f"{'.'.join(map(str, MINIMUM_CAPABILITY))} or newer. Start the server with "
-            "--attention-backend triton."
+            f"{reason}, so fa3 cannot be served here. Start the server with --attention-backend "
+            "triton."
         )
 
 
@@ -170,8 +177,8 @@ def _take_over(create: Callable[[Any], Any]) -> None:
     """Let ``create`` build the backends that the attention registry has for FlashAttention."""
     from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 
-    ATTENTION_BACKENDS["fa3"] = create
-    ATTENTION_BACKENDS["fa4"] = _refuse_fa4
+    patching.replace(ATTENTION_BACKENDS, "fa3", create)
+    patching.replace(ATTENTION_BACKENDS, "fa4", _refuse_fa4)
 
 
 def _take_over_drafts(create: Callable[..., Any]) -> None:
@@ -182,10 +189,11 @@ def _take_over_drafts(create: Callable[..., Any]) -> None:
     """
     from sglang.srt.speculative.draft_utils import DraftBackendFactory
 
-    for name in _DRAFT_METHODS:
-        method = getattr(DraftBackendFactory, name)
-        original = getattr(method, "_musa_ext_original", method)
-        setattr(DraftBackendFactory, name, _draft_method(original, create))
+    from sglang_musa_ext.upstream.names import DRAFT_METHODS
+
+    wrapper = functools.partial(_draft_method, create=create)
+    for name in DRAFT_METHODS:
+        patching.wrap(DraftBackendFactory, name, wrapper, again=True)
 
 
 def _draft_method(original: Callable[..., Any], create: Callable[..., Any]) -> Callable[..., Any]:
@@ -193,14 +201,13 @@ def _draft_method(original: Callable[..., Any], create: Callable[..., Any]) -> C
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         return create(original, self, *args, **kwargs)
 
-    method._musa_ext_original = original  # type: ignore[attr-defined]
     return method
 
 
 def _draft_backend_of_ours(
     original: Callable[..., Any], factory: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    """What upstream's factory method ``original`` returns, built from our classes.
+    """Return what upstream's factory method ``original`` returns, built from our classes.
 
     The return value stays upstream's: a backend up to 0.5.17, a name and a backend from 0.5.18 on.
     """
@@ -209,12 +216,13 @@ def _draft_backend_of_ours(
 
 
 def _ready_attention() -> Any:
-    """The attention module, imported and installed into upstream's; for processes that run a model."""
+    """Import the attention module and install it into upstream's; for processes that run a model."""
     _require_capability()
+    from sglang_musa_ext import guard
     from sglang_musa_ext.attention import mixin as attention
 
     attention.install_kernel_dispatch()
-    attention.install_construction_guard()
+    guard.refuse_others()
     attention.install_state_report()
     return attention
 
@@ -222,15 +230,13 @@ def _ready_attention() -> Any:
 def _refuse(error: Exception, *_: Any, **__: Any) -> Any:
     raise PluginError(
         "sglang-musa-ext is installed and could not be loaded, so FA3 attention is not served: "
-        f"{error}\n"
-        f"Mend that, or set {envs.MODE}=off to leave SGLang as it is without this package."
+        f"{error}\nFix the problem above, or set {envs.MODE}=off to run without this package."
     ) from error
 
 
 def _refuse_fa4(_: Any) -> Any:
     raise PluginError(
         "--attention-backend fa4 was asked for, and sglang-musa-ext serves FlashAttention 3 alone. "
-        "Start the server "
-        f"with --attention-backend fa3, or set {envs.MODE}=off to leave SGLang as it is without "
+        f"Start the server with --attention-backend fa3, or set {envs.MODE}=off to run without "
         "this package."
     )

@@ -83,8 +83,9 @@ def test_a_bad_value_names_variable_value_and_choices(
     with pytest.raises(SettingsError) as caught:
         Settings.from_environ({variable: value})
     error = caught.value
-    assert (error.variable, error.value, error.choices) == (variable, value, choices)
+    assert (error.variable, error.value) == (variable, value)
     assert all(text in str(error) for text in (variable, repr(value), *choices))
+    assert all(choice in error.remedy for choice in choices)
 
 
 @pytest.mark.parametrize("variable", [x for x in FIELDS if x != envs.MODE])
@@ -99,8 +100,9 @@ def test_a_bad_value_is_a_value_error() -> None:
 
 
 def test_every_field_has_a_variable() -> None:
-    """The table of this file lists every setting there is."""
-    assert {field.name for field in dataclasses.fields(Settings)} == {*FIELDS.values(), "platform"}
+    """Each setting there is has one variable, and the tests of this file go through them all."""
+    names = {field.name for field in dataclasses.fields(Settings)}
+    assert names == {*FIELDS.values(), "platform"} == set(envs.VARIABLES)
 
 
 def test_the_process_environment_is_the_default_source(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,10 +113,36 @@ def test_the_process_environment_is_the_default_source(monkeypatch: pytest.Monke
 
 def test_other_variables_are_left_alone() -> None:
     """A variable that is not one of ours is neither read nor refused."""
-    assert (
-        Settings.from_environ({"SGLANG_MUSA_EXT_TORCH_INDEX": "x", "SGLANG_USE_MUSA": "y"})
-        == Settings()
-    )
+    others = dict.fromkeys([*envs.TOOL_VARIABLES, "SGLANG_USE_MUSA", "MUSA_HOME"], "x")
+    assert Settings.from_environ(others) == Settings()
+
+
+@pytest.mark.parametrize(
+    ("variable", "meant"),
+    [
+        ("SGLANG_MUSA_EXT_KERNEL", "SGLANG_MUSA_EXT_KERNELS"),
+        ("SGLANG_MUSA_EXT_CHECKS", "SGLANG_MUSA_EXT_CHECK"),
+        ("SGLANG_MUSA_EXTCHECK", "SGLANG_MUSA_EXT_CHECK"),
+        ("SGLANG_MUSA_EXT_WORKSPACE_MB", "SGLANG_MUSA_EXT_MLA_WORKSPACE_MB"),
+        ("SGLANG_MUSA_EXT_VENDOR_INDICES", "SGLANG_MUSA_EXT_VENDOR_INDEX"),
+    ],
+)
+def test_a_mistyped_variable_is_an_error_that_suggests_the_right_one(
+    variable: str, meant: str
+) -> None:
+    """A name with this package's prefix that means nothing is refused; ``off`` does not look."""
+    with pytest.raises(SettingsError, match=f"did you mean {meant}\\?") as caught:
+        Settings.from_environ({variable: "mate"})
+    assert caught.value.variable == variable
+    assert Settings.from_environ({envs.MODE: "off", variable: "mate"}) == Settings(mode="off")
+
+
+def test_a_variable_like_no_other_is_refused_with_the_list() -> None:
+    """Where nothing is close, the error names the variables that there are."""
+    with pytest.raises(SettingsError) as caught:
+        Settings.from_environ({"SGLANG_MUSA_EXT_QQQQQQQQQQQQQQQQQQQ": "1"})
+    for variable in (envs.KERNELS, envs.MLA_WORKSPACE_MB, envs.CHECK, envs.VENDOR_INDEX):
+        assert variable in str(caught.value)
 
 
 def test_settings_are_frozen() -> None:

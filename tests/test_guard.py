@@ -9,12 +9,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import pytest
 
-from sglang_musa_ext import guard, plugin
+from sglang_musa_ext import guard, patching, plugin
 from sglang_musa_ext.guard import NotServedByUsError, arm, guard_class
+from sglang_musa_ext.upstream.names import FLASH_ATTENTION
 
 # One process imports SGLang, as a scheduler does, and forks for each case, so that each loads
 # plugins for the first time. The device claims to be one that upstream's own factory would serve
@@ -195,16 +197,14 @@ def test_a_backend_says_in_one_line_what_it_serves_with(
     assert "\n" not in schedulers["loaded late"]["line"]
 
 
-# The guard by itself
-# ------------------------------------------------------------------------------------
+# The guard by itself ------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def meta_path(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The import system's finders without a guard, and as they were afterwards."""
-    monkeypatch.setattr(
-        sys, "meta_path", [x for x in sys.meta_path if not isinstance(x, guard._Finder)]
-    )
+    others = [x for x in sys.meta_path if type(x).__module__ != patching.__name__]
+    monkeypatch.setattr(sys, "meta_path", others)
     return sys.meta_path
 
 
@@ -223,14 +223,12 @@ def test_the_guard_is_armed_by_on_alone(
 def test_arming_twice_is_arming_once(meta_path: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """A second call adds nothing."""
     monkeypatch.setenv("SGLANG_MUSA_EXT", " ON ")
+    before = list(meta_path)
     arm()
+    first = list(meta_path)
+    assert len(first) == len(before) + 1
     arm()
-    assert sum(isinstance(x, guard._Finder) for x in meta_path) == 1
-
-
-def test_other_modules_are_left_to_python(meta_path: list[Any]) -> None:
-    """The finder answers for one module of SGLang."""
-    assert guard._Finder().find_spec("json.decoder", None) is None
+    assert meta_path == first
 
 
 def a_backend() -> tuple[type, Callable[[str], type]]:
@@ -240,7 +238,7 @@ def a_backend() -> tuple[type, Callable[[str], type]]:
         def __init__(self, runner: int, *, step: int = 0) -> None:
             self.built = (runner, step)
 
-    guard_class(Backend)
+    guard_class(Backend, lambda cls: f"{cls.__module__}.{cls.__qualname__} is not ours")
     return Backend, lambda module: type("Derived", (Backend,), {"__module__": module})
 
 
@@ -269,18 +267,34 @@ def test_others_do_not_pass_the_guard(module: str) -> None:
             backend(1)
 
 
+@pytest.mark.parametrize("armed", [True, False])
+def test_where_ours_serves_the_guard_names_the_option(
+    meta_path: list[Any], monkeypatch: pytest.MonkeyPatch, armed: bool
+) -> None:
+    """Beside our backend another one is refused in any mode, and nobody is sent to SGLANG_PLUGINS."""
+    module: Any = ModuleType(FLASH_ATTENTION)
+    module.FlashAttentionBackend = type("FlashAttentionBackend", (), {"__module__": "upstream"})
+    monkeypatch.setitem(sys.modules, FLASH_ATTENTION, module)
+    if armed:
+        monkeypatch.setenv("SGLANG_MUSA_EXT", "on")
+        arm()
+    guard.refuse_others()
+    with pytest.raises(NotServedByUsError, match="in place of MusaFA3Backend") as caught:
+        module.FlashAttentionBackend()
+    assert "SGLANG_PLUGINS" not in str(caught.value)
+
+
 def test_torch_finds_the_guard() -> None:
     """The installed entry point of torch's group leads to the guard."""
     code = (
         "import os, sys; os.environ['SGLANG_MUSA_EXT'] = 'on'; import torch; "
-        "print(sum(type(x).__module__ == 'sglang_musa_ext.guard' for x in sys.meta_path))"
+        "print(sum(type(x).__module__ == 'sglang_musa_ext.patching' for x in sys.meta_path))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "1"
 
 
-# One line a process
-# ---------------------------------------------------------------------------------------
+# One line a process -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

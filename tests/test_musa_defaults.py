@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import json
 import logging
 import os
@@ -13,25 +12,17 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
 from sglang_musa_ext import musa_defaults
 from sglang_musa_ext.musa_defaults import install_defaults
-from sglang_musa_ext.upstream import SUPPORTED_RELEASES, find_package, read_version
+from sglang_musa_ext.upstream.check import find_package, read_version
+from sglang_musa_ext.upstream.releases import SUPPORTED_RELEASES
 
 OVERRIDES = ("sglang.srt.arg_groups.model_override_base", "sglang.srt.arg_groups.overrides")
 LLAMA = SimpleNamespace(hf_config=SimpleNamespace(architectures=["LlamaForCausalLM"]))
 WHISPER = SimpleNamespace(
     hf_config=SimpleNamespace(architectures=["WhisperForConditionalGeneration"])
 )
-
-# How upstream's vision attention reaches FA3, by release: 0.5.11-0.5.15 by a name that MUSA has,
-# later by one that CUDA alone has.
-VISION = """
-class VisionFlash3Attention:
-    def forward(self, q, k, v, **arguments):
-        return {callee}(q, k, v, cu_seqlens_q=arguments["cu_seqlens"], cu_seqlens_k=arguments["cu_seqlens"])
-"""
 
 
 class ServerArgs:
@@ -41,6 +32,7 @@ class ServerArgs:
         self.attention_backend = None
         self.page_size = None
         self.kv_cache_dtype = self.dtype = "auto"
+        self.speculative_eagle_topk = None
         vars(self).update(given)
 
     def settle(self) -> None:
@@ -166,7 +158,6 @@ def musa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     }
     yield Musa(type(request.param.__name__, (request.param,), methods), monkeypatch)
     musa_defaults._warn_of_lateness.cache_clear()
-    musa_defaults._kernels_of.cache_clear()
 
 
 # The attention backend ---------------------------------------------------------------------------
@@ -191,7 +182,7 @@ def test_a_default_can_be_taken_out_again(musa: Musa) -> None:
     before = musa.settled().attention_backend, dict(musa.backends)
     install_defaults()()
     assert (musa.settled().attention_backend, dict(musa.backends)) == before
-    assert not hasattr(musa.settled(), musa_defaults._MARK)
+    assert not hasattr(musa.settled(), musa_defaults._SETTLED_WITH_US)
 
 
 def test_installing_twice_changes_nothing(musa: Musa) -> None:
@@ -225,8 +216,9 @@ def test_fa3_is_chosen_for_what_it_serves(
         ({"dtype": "float32"}, False, "--dtype float32"),
         ({"page_size": 1}, True, "--page-size 1"),
         ({"model_config": WHISPER}, False, "Whisper"),
+        ({"speculative_eagle_topk": 4}, True, "--speculative-eagle-topk 4"),
     ],
-    ids=["fp8", "float32", "page", "whisper"],
+    ids=["fp8", "float32", "page", "whisper", "tree"],
 )
 def test_what_fa3_cannot_serve_is_left_to_sglang(
     musa: Musa,
@@ -291,95 +283,7 @@ def test_settling_again_is_no_settling(musa: Musa) -> None:
     arguments = musa.settled()
     install_defaults()
     arguments.resolve_once()
-    assert not hasattr(arguments, musa_defaults._MARK)
-
-
-# Vision ------------------------------------------------------------------------------------------
-
-
-def vision(callee: str, **contents: Any) -> str:
-    """The source of upstream's module, with what its own imports bind."""
-    bound = "".join(f"{name} = {value!r}\n" for name, value in contents.items())
-    return bound + VISION.format(callee=callee)
-
-
-def import_vision(musa: Musa, tmp_path: Path, source: str) -> ModuleType:
-    """Import upstream's vision module, made of ``source``, as an import statement does."""
-    (tmp_path / "vision.py").write_text(source)
-    musa.module("sglang.srt.layers.attention").__path__ = [str(tmp_path)]
-    return importlib.import_module("sglang.srt.layers.attention.vision")
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """What reaches the provider's function for raw keys and values."""
-    recorded: list[dict[str, Any]] = []
-
-    def attention(**given: Any) -> str:
-        recorded.append(given)
-        return "output"
-
-    provider = SimpleNamespace(flash_attn_varlen_func=attention)
-    monkeypatch.setattr(musa_defaults, "_kernels_of", functools.cache(lambda device: provider))
-    return recorded
-
-
-def attend(module: ModuleType) -> Any:
-    q, k, v = torch.zeros(3, 2, 1, 8)
-    return module.VisionFlash3Attention().forward(q, k, v, cu_seqlens=torch.tensor([0, 2]))
-
-
-def test_vision_without_the_function_fails(musa: Musa, tmp_path: Path) -> None:
-    """This is upstream's mistake: the name is bound for CUDA alone."""
-    with pytest.raises(NameError, match="flash_attn_func"):
-        attend(import_vision(musa, tmp_path, vision("flash_attn_func")))
-
-
-@pytest.mark.parametrize("first", ["plugin", "vision"])
-def test_vision_is_mended(
-    musa: Musa, tmp_path: Path, calls: list[dict[str, Any]], first: str
-) -> None:
-    """Vision reaches the provider with its cumulative lengths, whichever was imported first."""
-    if first == "plugin":
-        install_defaults()
-    module = import_vision(musa, tmp_path, vision("flash_attn_func"))
-    if first == "vision":
-        install_defaults()
-    assert attend(module) == "output"
-    (given,) = calls
-    assert given.keys() == {"q", "k", "v", "cu_seqlens_q", "cu_seqlens_k"}
-    assert given["cu_seqlens_q"].tolist() == [0, 2]
-
-
-def test_vision_is_not_imported_for_it(musa: Musa, tmp_path: Path) -> None:
-    """A process without vision does not pay for it."""
-    install_defaults()
-    assert "sglang.srt.layers.attention.vision" not in sys.modules
-
-
-@pytest.mark.parametrize(
-    "source",
-    [
-        pytest.param(
-            vision("flash_attn_varlen_func", flash_attn_varlen_func=None), id="up to 0.5.15"
-        ),
-        pytest.param(vision("flash_attn_func", flash_attn_func="upstream's"), id="mended upstream"),
-    ],
-)
-def test_vision_that_needs_nothing_is_left_alone(musa: Musa, tmp_path: Path, source: str) -> None:
-    """A release without the mistake keeps what it has."""
-    install_defaults()
-    module = import_vision(musa, tmp_path, source)
-    assert getattr(module, "flash_attn_func", "upstream's") == "upstream's"
-
-
-def test_the_import_is_watched_once(musa: Musa, tmp_path: Path) -> None:
-    """After the import nothing of ours is left in the way of others."""
-    before = list(sys.meta_path)
-    install_defaults()
-    assert sys.meta_path != before
-    import_vision(musa, tmp_path, vision("flash_attn_func"))
-    assert sys.meta_path == before
+    assert not hasattr(arguments, musa_defaults._SETTLED_WITH_US)
 
 
 # Real releases -----------------------------------------------------------------------------------

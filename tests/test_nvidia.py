@@ -32,7 +32,7 @@ import pytest
 import torch
 
 from sglang_musa_ext import envs
-from sglang_musa_ext.upstream import REQUIREMENTS
+from sglang_musa_ext.upstream.rows import REQUIREMENTS
 from tests.support import nvidia_state
 from tests.test_packaging import SOURCES, copy, pip
 

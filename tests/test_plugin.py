@@ -17,10 +17,11 @@ from typing import Any
 import pytest
 
 import sglang_musa_ext.attention
-from sglang_musa_ext import plugin, upstream
+from sglang_musa_ext import patching, plugin
 from sglang_musa_ext.plugin import PluginError, activate_platform, create_musa_fa3_backend, register
+from sglang_musa_ext.upstream import check, releases
+from sglang_musa_ext.upstream.names import DRAFT_METHODS
 
-DRAFT_METHODS = ("_create_fa_decode_backend", "_create_fa_prefill_backend")
 NONSENSE = {
     "SGLANG_MUSA_EXT_KERNELS": "nonsense",
     "SGLANG_MUSA_EXT_MLA_WORKSPACE_MB": "-1",
@@ -117,18 +118,18 @@ def imported() -> Upstream:
 @pytest.fixture(scope="session")
 def support() -> Any:
     """Where the installed SGLang stands; checked once, since it reads sources."""
-    return upstream.require_upstream()
+    return check.require_upstream()
 
 
 @pytest.fixture
 def sglang(imported: Upstream, support: Any, monkeypatch: pytest.MonkeyPatch) -> Upstream:
     """SGLang as it is without this package; what a test replaces is put back."""
-    monkeypatch.setattr(upstream, "require_upstream", lambda: support)
+    monkeypatch.setattr(check, "require_upstream", lambda: support)
     monkeypatch.setitem(imported.backends, "fa3", imported.fa3)
     monkeypatch.setitem(imported.backends, "fa4", imported.fa4)
     for name in DRAFT_METHODS:
         method = vars(imported.factory)[name]
-        monkeypatch.setattr(imported.factory, name, getattr(method, "_musa_ext_original", method))
+        monkeypatch.setattr(imported.factory, name, patching.original_of(method))
     return imported
 
 
@@ -166,7 +167,6 @@ def attention(monkeypatch: pytest.MonkeyPatch) -> Any:
     module.installed = []
     for name in (
         "install_kernel_dispatch",
-        "install_construction_guard",
         "install_state_report",
         "install_class_names",
     ):
@@ -258,9 +258,9 @@ def test_a_release_outside_the_tested_range_is_warned_of(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """A newer SGLang that meets the contract is served, with a warning that names the tested range."""
-    support = upstream.classify_version("0.99.0")
+    support = releases.classify_version("0.99.0")
     assert support.message
-    monkeypatch.setattr(upstream, "require_upstream", lambda: support)
+    monkeypatch.setattr(check, "require_upstream", lambda: support)
     set_environment(OURS[0])
     register()
     assert sglang.backends["fa3"] is create_musa_fa3_backend
@@ -332,7 +332,7 @@ def test_registering_twice_changes_nothing(
     backends = dict(sglang.backends)
     register()
     assert sglang.backends == backends
-    assert [vars(sglang.factory)[name]._musa_ext_original for name in DRAFT_METHODS] == originals
+    assert [patching.original_of(vars(sglang.factory)[name]) for name in DRAFT_METHODS] == originals
 
 
 def test_a_refusal_is_taken_back_when_the_cause_is_gone(
@@ -416,7 +416,7 @@ def test_a_broken_contract_refuses_every_way_to_fa3(
 ) -> None:
     """With a SGLang that this package cannot compose with, fa3, fa4 and both draft methods say so."""
     set_environment(OURS[0])
-    monkeypatch.setattr(upstream, "require_upstream", broken_contract)
+    monkeypatch.setattr(check, "require_upstream", broken_contract)
     register()
     messages = sglang.refusals()
     assert len(messages) == 4
@@ -431,7 +431,7 @@ def test_a_refusal_carries_its_cause(
 ) -> None:
     """The first error is the cause of the one that stops the server, with its traceback."""
     set_environment(OURS[0])
-    monkeypatch.setattr(upstream, "require_upstream", broken_contract)
+    monkeypatch.setattr(check, "require_upstream", broken_contract)
     register()
     cause = refused(lambda: sglang.backends["fa3"](None)).__cause__
     assert isinstance(cause, RuntimeError)
@@ -455,7 +455,7 @@ def test_a_broken_contract_is_nothing_where_it_stays_idle(
     sglang: Upstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a machine without MUSA, a SGLang that is too new is served as it is."""
-    monkeypatch.setattr(upstream, "require_upstream", broken_contract)
+    monkeypatch.setattr(check, "require_upstream", broken_contract)
     register()
     assert sglang.backends["fa3"] is sglang.fa3
 
@@ -581,7 +581,7 @@ def our_classes(sglang: Upstream, monkeypatch: pytest.MonkeyPatch) -> Iterator[A
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         real: Any = importlib.import_module("sglang_musa_ext.attention.mixin")
-    for name in ("install_kernel_dispatch", "install_construction_guard", "install_state_report"):
+    for name in ("install_kernel_dispatch", "install_state_report"):
         monkeypatch.setattr(real, name, lambda: None)
     for name in ("MusaFA3Backend", "MusaFA3MultiStepDraftBackend"):
         monkeypatch.setattr(real, name, type(name, (Built,), {}))
@@ -648,9 +648,8 @@ def test_a_draft_method_keeps_its_name_and_signature(
     register()
     for name in DRAFT_METHODS:
         assert getattr(sglang.factory, name).__name__ == name
-        assert (
-            getattr(sglang.factory, name).__wrapped__
-            is getattr(sglang.factory, name)._musa_ext_original
+        assert getattr(sglang.factory, name).__wrapped__ is patching.original_of(
+            getattr(sglang.factory, name)
         )
 
 
@@ -920,9 +919,9 @@ def test_a_broken_contract_of_defaults_costs_them_alone(
     monkeypatch.setattr(
         "sglang_musa_ext.musa_defaults.install_defaults", lambda: installed.append(True)
     )
-    monkeypatch.setattr(upstream, "check_upstream", lambda *, used_by: [f"moved: {used_by}"])
+    monkeypatch.setattr(check, "check_upstream", lambda *, used_by: [f"moved: {used_by}"])
     register()
     assert not installed
     assert sglang.backends["fa3"] is create_musa_fa3_backend
-    assert "moved: ('defaults',)" in caplog.text
+    assert "moved: ('musa_defaults',)" in caplog.text
     assert "--attention-backend fa3" in caplog.text

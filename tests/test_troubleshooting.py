@@ -16,9 +16,11 @@ from sglang_musa_ext import envs
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {name: ROOT / "docs" / name for name in ("troubleshooting.md", "troubleshooting.zh-CN.md")}
 SOURCES = sorted((ROOT / "sglang_musa_ext").rglob("*.py"))
-PRINTED_BY_RETURN = {"_too_old", "_newer"}
+PRINTED_BY_RETURN = {
+    *("_too_old", "_newer", "_not_loaded", "_another_way", "reason_against_capability"),
+}
 """Functions whose text is printed as it is."""
-INNER = {"_Unreadable"}
+INNER = {"Unreadable"}
 """Errors that never leave the package."""
 GAP = "…"
 """Stands in a page for what a message fills in."""

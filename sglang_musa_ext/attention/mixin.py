@@ -77,10 +77,6 @@ class UnsupportedAttentionVersion(ValueError):
     """Another attention version than FA3 was asked for."""
 
 
-class ForeignBackendError(TypeError):
-    """Something built an FA3 backend that is not ours, while ours serves."""
-
-
 class _RunningLayers(threading.local):
     """The backends whose layers run on this thread, innermost last.
 
@@ -635,34 +631,6 @@ def _module_as(name: str, module: ModuleType) -> Iterator[None]:
             del sys.modules[name]
         else:
             sys.modules[name] = before
-
-
-def install_construction_guard() -> Callable[[], None]:
-    """Refuse every FA3 backend that is not ours, upstream's and the in-tree MUSA one alike; returns
-    what undoes it.
-
-    For code of upstream that builds one by a way this package does not know.
-    """
-    original = FlashAttentionBackend.__init__
-    if getattr(original, "_guards_construction", False):
-        return lambda: None
-
-    @functools.wraps(original)
-    def guarded(self: Any, *args: Any, **kwargs: Any) -> None:
-        if not isinstance(self, MusaFA3Mixin):
-            raise ForeignBackendError(
-                f"{type(self).__module__}.{type(self).__qualname__} was about to serve FA3 "
-                "attention in place of "
-                "MusaFA3Backend. sglang-musa-ext serves --attention-backend fa3 and its draft "
-                "models; the option that "
-                "led here is not supported with it. Choose --attention-backend fa3, or set "
-                "SGLANG_MUSA_EXT=off."
-            )
-        original(self, *args, **kwargs)
-
-    guarded._guards_construction = True  # type: ignore[attr-defined]
-    FlashAttentionBackend.__init__ = guarded
-    return functools.partial(setattr, FlashAttentionBackend, "__init__", original)
 
 
 def install_class_names() -> Callable[[], None]:

@@ -1,4 +1,4 @@
-"""``sglang-musa-ext doctor``: what this environment would serve, and what stands in its
+"""``python -m sglang_musa_ext.doctor``: what this environment would serve, and what stands in its
 way.
 
 Each check is a row of :data:`CHECKS`; its probe answers with a :class:`CheckResult`, and a probe
@@ -10,7 +10,6 @@ process with it.
 from __future__ import annotations
 
 import argparse
-import difflib
 import enum
 import importlib.metadata
 import importlib.util
@@ -23,25 +22,25 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import Distribution
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sglang_musa_ext import __version__, envs, upstream
+from sglang_musa_ext import __version__, envs, policy
 from sglang_musa_ext.envs import Settings, SettingsError
+from sglang_musa_ext.upstream import check, releases, rows
 
-PLUGIN, PLATFORM_PLUGIN = "musa_ext", "musa_reference"
-"""The names of our entry points, as ``SGLANG_PLUGINS`` and ``SGLANG_PLATFORM`` give them."""
-MINIMUM_CAPABILITY = (3, 1)
+PLUGIN = "musa_ext"
+"""The name of this package's plugin, as ``SGLANG_PLUGINS`` gives it."""
 OLDEST_TOOLKIT, TOOLKIT_OF_CHUNKS = (4, 3, 6), (5, 1, 0)
 """What MATE needs, and what ``attention_chunk`` with a local window needs."""
 DEVICE_TIMEOUT, TOOL_TIMEOUT = 60, 5
 """Seconds to wait for torch in a process of its own, and for the driver's tool."""
 
 _MIB = 1 << 20
-_INSTALL = "Install the vendor's stack with sglang-musa-ext install, into a new environment."
+_INSTALL = "Install the vendor's stack with scripts/install-musa, into a new environment."
 
 
 class Status(enum.Enum):
@@ -110,17 +109,8 @@ class Surroundings:
             settings = self.settings
         except SettingsError:
             return "mate" if self.has_musa_stack else ""
-        if settings.mode == "off":
-            return ""
-        if settings.platform == PLATFORM_PLUGIN:
-            return "reference" if settings.kernels == "auto" else settings.kernels
-        if self.has_musa_stack:
-            return "mate" if settings.kernels == "auto" else settings.kernels
-        return (
-            settings.kernels
-            if settings.mode == "on" and settings.kernels in ("hopper", "reference")
-            else ""
-        )
+        choice = policy.choose_service(settings, on_musa=self.has_musa_stack)
+        return choice.kernels or ""
 
     @cached_property
     def has_our_defaults(self) -> bool:
@@ -128,7 +118,7 @@ class Surroundings:
         platform.
         """
         return bool(self.kernels) and (
-            self.has_musa_stack or self.settings.platform == PLATFORM_PLUGIN
+            self.has_musa_stack or self.settings.platform == policy.REFERENCE_PLATFORM
         )
 
     @cached_property
@@ -196,36 +186,36 @@ def failed(finding: str, next_step: str, **details: Any) -> CheckResult:
 
 
 def _probe_sglang(_: Surroundings) -> CheckResult:
-    tested = f"{upstream.OLDEST} to {upstream.NEWEST}"
-    package = upstream.find_package()
+    tested = f"{releases.OLDEST} to {releases.NEWEST}"
+    package = check.find_package()
     if package is None:
         return failed(
             "SGLang is not installed.",
             f"Install a release from {tested}, with --no-deps on a MUSA machine.",
         )
     try:
-        version = upstream.read_version(package)
-        support = upstream.classify_version(version)
-    except upstream.UpstreamVersionError as error:
+        version = check.read_version(package)
+        support = releases.classify_version(version)
+    except releases.UpstreamVersionError as error:
         return failed(str(error), f"Install a release from {tested}.", location=str(package))
     details = {"version": version, "location": str(package), "standing": support.standing.value}
-    if support.standing is upstream.Standing.TOO_OLD:
+    if support.standing is releases.Standing.TOO_OLD:
         step = f"Install a release from {tested}."
         return failed(
             f"SGLang {version} has no plugin loader: it never calls this package.", step, **details
         )
-    if support.standing is upstream.Standing.NEWER:
-        step = f"Compare with SGLang {upstream.NEWEST} if something is wrong."
+    if support.standing is releases.Standing.NEWER:
+        step = f"Compare with SGLang {releases.NEWEST} if something is wrong."
         return warned(f"SGLang {version} is newer than what is tested ({tested}).", step, **details)
     return passed(f"SGLang {version} is {support.standing.value} ({tested}).", **details)
 
 
 def _probe_contract(_: Surroundings) -> CheckResult:
-    violations = upstream.check_upstream()
-    serving = [str(x) for x in violations if x.requirement.used_by in upstream.SERVING]
-    others = [str(x) for x in violations if x.requirement.used_by not in upstream.SERVING]
+    violations = check.check_upstream()
+    serving = [str(x) for x in violations if x.requirement.used_by in check.SERVING]
+    others = [str(x) for x in violations if x.requirement.used_by not in check.SERVING]
     step = (
-        f"Install a SGLang from {upstream.OLDEST} to {upstream.NEWEST}, or a newer sglang-musa-ext."
+        f"Install a SGLang from {releases.OLDEST} to {releases.NEWEST}, or a newer sglang-musa-ext."
     )
     if serving:
         text = f"SGLang lacks {len(serving)} things that serving needs: {_some(serving)}"
@@ -234,7 +224,7 @@ def _probe_contract(_: Surroundings) -> CheckResult:
         text = f"SGLang lacks {len(others)} things, none of which serving needs: {_some(others)}"
         return warned(text, step, violations=others)
     return passed(
-        f"SGLang's sources have all that {len(upstream.REQUIREMENTS)} rows of the contract ask for."
+        f"SGLang's sources have all that {len(rows.REQUIREMENTS)} rows of the contract ask for."
     )
 
 
@@ -242,50 +232,19 @@ def _probe_settings(s: Surroundings) -> CheckResult:
     try:
         settings = s.settings
     except SettingsError as error:
-        choices = ", ".join(error.choices)
-        return failed(
-            str(error),
-            f"Set {error.variable} to one of: {choices}; or unset it.",
-            variable=error.variable,
-        )
+        return failed(str(error), error.remedy, variable=error.variable)
     effective = {
         variable: {
             "value": getattr(settings, name),
             "source": "environment" if s.environ.get(variable) else "default",
         }
-        for name, variable in VARIABLES.items()
+        for name, variable in envs.VARIABLES.items()
     }
     chosen = [
         f"{variable}={s.environ[variable]}" for variable in effective if s.environ.get(variable)
     ]
     finding = f"From the environment: {', '.join(chosen) or 'nothing'}; the rest are defaults."
-    unknown = sorted(
-        x for x in s.environ if x.startswith(envs.MODE) and x not in VARIABLES.values()
-    )
-    unknown = [name for name in unknown if name not in OTHER_VARIABLES]
-    if unknown:
-        close = difflib.get_close_matches(unknown[0], list(VARIABLES.values()), 1)
-        step = f"Unset {', '.join(unknown)}" + (f", or did you mean {close[0]}?" if close else ".")
-        return warned(
-            f"{', '.join(unknown)} is no variable of this package. {finding}",
-            step,
-            settings=effective,
-        )
     return passed(finding, settings=effective)
-
-
-VARIABLES = {
-    "mode": envs.MODE,
-    "kernels": envs.KERNELS,
-    "mla_workspace_mb": envs.MLA_WORKSPACE_MB,
-    "check": envs.CHECK,
-    "force_update_metadata": envs.FORCE_UPDATE_METADATA,
-    "platform": envs.PLATFORM,
-}
-"""The fields of :class:`Settings`, and the variables they come from."""
-assert list(VARIABLES) == [item.name for item in fields(Settings)]
-OTHER_VARIABLES = frozenset({"SGLANG_MUSA_EXT_TORCH_INDEX", "SGLANG_MUSA_EXT_VENDOR_INDEX"})
-"""Variables that the scripts of the checkout read."""
 
 
 def _probe_plugin(s: Surroundings) -> CheckResult:
@@ -300,7 +259,7 @@ def _probe_plugin(s: Surroundings) -> CheckResult:
         )
     loaded = [x.strip() for x in s.environ.get("SGLANG_PLUGINS", "").split(",") if x.strip()]
     named = envs.named_platform(s.environ)
-    needed = {PLUGIN, PLATFORM_PLUGIN} if named == PLATFORM_PLUGIN else {PLUGIN}
+    needed = {PLUGIN, policy.REFERENCE_PLATFORM} if named == policy.REFERENCE_PLATFORM else {PLUGIN}
     if loaded and not needed <= set(loaded):
         wanted = ",".join(dict.fromkeys([*loaded, *sorted(needed)]))
         return failed(
@@ -308,7 +267,7 @@ def _probe_plugin(s: Surroundings) -> CheckResult:
             f"{_listed(needed - set(loaded))}.",
             f"Set SGLANG_PLUGINS={wanted}, or unset it.",
         )
-    if named and named != PLATFORM_PLUGIN:
+    if named and named != policy.REFERENCE_PLATFORM:
         return failed(
             f"{envs.PLATFORM}={named} names another package's platform, so SGLang loads nothing of "
             "this one.",
@@ -347,8 +306,6 @@ def _probe_command(s: Surroundings) -> CheckResult:
 
 
 SGLANGS_CHOICE = "SGLang's choice"
-HALF = ("auto", "bf16", "bfloat16", "fp16", "float16", "half")
-"""Spellings of the types that MATE reads; with another one, fa3 is no default."""
 UNKNOWABLE = "Not known here: what SGLang sets for a model's architecture, and what --config holds."
 
 
@@ -365,6 +322,7 @@ def _server_parser() -> argparse.ArgumentParser:
     parser.add_argument("--page-size", type=int)
     parser.add_argument("--kv-cache-dtype", default="auto")
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--speculative-eagle-topk", type=int)
     return parser
 
 
@@ -382,7 +340,10 @@ def _resolve(options: argparse.Namespace, s: Surroundings) -> dict[str, tuple[An
     if options.page_size is not None:
         resolved["page size"] = options.page_size, "--page-size"
     elif s.has_our_defaults:
-        resolved["page size"] = 64, "the default on MUSA and on the CPU reference platform"
+        resolved["page size"] = (
+            policy.PAGE_SIZE,
+            "the default on MUSA and on the CPU reference platform",
+        )
     else:
         resolved["page size"] = SGLANGS_CHOICE, "no rule of this package"
     return resolved
@@ -397,11 +358,15 @@ def _attention(options: argparse.Namespace, s: Surroundings) -> tuple[str, str]:
     if not s.has_our_defaults:
         return SGLANGS_CHOICE, "this package has defaults on MUSA and on its CPU platform alone"
     if s.kernels == "mate":
-        for name in ("kv_cache_dtype", "dtype"):
-            if (value := getattr(options, name)) not in HALF:
-                return SGLANGS_CHOICE, f"MATE cannot read --{name.replace('_', '-')} {value}"
-        if options.page_size not in (None, 64) and _is_mla(options.model_path):
-            return SGLANGS_CHOICE, f"MATE's MLA kernels cannot read --page-size {options.page_size}"
+        asked = policy.Configuration(
+            dtype=options.dtype,
+            kv_cache_dtype=options.kv_cache_dtype,
+            page_size=options.page_size,
+            use_mla=_is_mla(options.model_path),
+            topk=options.speculative_eagle_topk,
+        )
+        if reasons := policy.reasons_against_fa3(asked):
+            return SGLANGS_CHOICE, "; ".join(reasons)
     return "fa3", "the default while this package serves"
 
 
@@ -427,7 +392,11 @@ def _problems_of_command(
         found.append(
             failed(f"--kv-cache-dtype {options.kv_cache_dtype}: these kernels take no fp8.", step)
         )
-    if _is_mla(options.model_path) and kernels != "hopper" and resolved["page size"][0] != 64:
+    if (
+        _is_mla(options.model_path)
+        and kernels != "hopper"
+        and resolved["page size"][0] != policy.PAGE_SIZE
+    ):
         step = "Leave --page-size unset, or set it to 64."
         found.append(failed(f"--page-size {options.page_size}: MLA's kernels take 64 alone.", step))
     return found
@@ -452,7 +421,7 @@ def _probe_device(s: Surroundings) -> CheckResult:
     if s.kernels != "hopper" and not s.has_musa_stack:
         return _no_musa(s)
     report = s.devices
-    wanted = (9, 0) if s.kernels == "hopper" else MINIMUM_CAPABILITY
+    wanted = (9, 0) if s.kernels == "hopper" else policy.MINIMUM_CAPABILITY
     if not report["devices"]:
         step = "Check the driver (mthreads-gmi), the permissions of its devices, and MUSA_VISIBLE_DEVICES."
         return failed("torch sees no device.", step, **report)
@@ -469,7 +438,9 @@ def _probe_device(s: Surroundings) -> CheckResult:
 
 def _no_musa(s: Surroundings) -> CheckResult:
     text = "There is no MUSA device here: torch_musa is not installed"
-    without = f"{envs.PLATFORM}={PLATFORM_PLUGIN} serves on the CPU with reference kernels."
+    without = (
+        f"{envs.PLATFORM}={policy.REFERENCE_PLATFORM} serves on the CPU with reference kernels."
+    )
     step = f"{_INSTALL} Without such a device, {without}"
     if s.environ.get(envs.MODE, "").strip().lower() == "on":
         return failed(f"{text}, and {envs.MODE}=on demands one.", step)
@@ -534,10 +505,10 @@ def _probe_toolkit(s: Surroundings) -> CheckResult:
 def _probe_python(s: Surroundings) -> CheckResult:
     version, machine = f"{sys.version_info.major}.{sys.version_info.minor}", platform.machine()
     text = f"CPython {version} on {machine}"
-    package = upstream.find_package()
+    package = check.find_package()
     if package is not None and sys.version_info < (3, 11):
-        release = upstream.read_version(package)
-        if upstream.version_key(release) >= upstream.version_key("0.5.22"):
+        release = check.read_version(package)
+        if releases.version_key(release) >= releases.version_key("0.5.22"):
             return failed(
                 f"{text}: SGLang {release} needs Python 3.11 or newer.", "Use CPython 3.12."
             )
@@ -594,7 +565,7 @@ def _probe_torch(s: Surroundings) -> CheckResult:
             )
     pinned = _pinned_torch()
     if pinned is not None and _release(versions["torch"]) != pinned:
-        step = "Prefer a SGLang release of the same torch, or check with sglang-musa-ext validate."
+        step = "Prefer a SGLang release of the same torch, or check with scripts/validate-musa before you rely on it."
         return warned(f"{listed}; this SGLang is released with torch {pinned}.", step, **versions)
     return passed(f"{listed}.", **versions)
 
@@ -617,11 +588,11 @@ def _problems_of_torch(versions: Mapping[str, str]) -> list[CheckResult]:
 
 
 def _pinned_torch() -> str | None:
-    package = upstream.find_package()
+    package = check.find_package()
     if package is None:
         return None
-    key = upstream.version_key(upstream.read_version(package))
-    pins = [x.torch for x in upstream.SUPPORTED_RELEASES if upstream.version_key(x.version) == key]
+    key = releases.version_key(check.read_version(package))
+    pins = [x.torch for x in releases.SUPPORTED_RELEASES if releases.version_key(x.version) == key]
     return pins[0] if pins else None
 
 
@@ -778,7 +749,7 @@ def as_json(results: Sequence[CheckResult]) -> str:
     report = {
         "sglang_musa_ext": __version__,
         "status": worst(results).value,
-        "supported_sglang": [release.version for release in upstream.SUPPORTED_RELEASES],
+        "supported_sglang": [release.version for release in releases.SUPPORTED_RELEASES],
         "checks": checks,
     }
     return json.dumps(report, indent=2, ensure_ascii=False, default=str)
@@ -787,7 +758,7 @@ def as_json(results: Sequence[CheckResult]) -> str:
 def as_text(results: Sequence[CheckResult], width: int = 110) -> str:
     """The report for people: a row for each check, with the next step below what needs one."""
     counts = {status: sum(result.status is status for result in results) for status in Status}
-    supported = ", ".join(release.version for release in upstream.SUPPORTED_RELEASES)
+    supported = ", ".join(release.version for release in releases.SUPPORTED_RELEASES)
     lines = [
         f"sglang-musa-ext {__version__}: "
         + ", ".join(f"{count} {status.value}" for status, count in counts.items()),
@@ -854,11 +825,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     split = given.index("--") if "--" in given else len(given)
     parser = argparse.ArgumentParser(
-        prog="sglang-musa-ext doctor",
+        prog="sglang-musa-doctor",
         usage="%(prog)s [--json] [-- SERVER ARGUMENTS]",
         description="What this environment would serve, and what stands in its way.",
         epilog="Exit status: 0 all passed, 1 there is a warning, 2 there is a failure. Example: "
-        "sglang-musa-ext doctor -- --model-path Qwen/Qwen3-8B --attention-backend fa3",
+        "sglang-musa-doctor -- --model-path Qwen/Qwen3-8B --attention-backend fa3",
     )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     options = parser.parse_args(given[:split])

@@ -18,7 +18,9 @@ from typing import Any
 
 import pytest
 
-from sglang_musa_ext import plugin
+from sglang_musa_ext import patching, plugin, policy
+from sglang_musa_ext.guard import NotServedByUsError
+from sglang_musa_ext.upstream.names import DRAFT_METHODS
 from tests.support.backend import (
     LinearStandIn,
     Model,
@@ -48,13 +50,15 @@ def plugin_on(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     from sglang.srt.speculative import dflash_utils
     from sglang.srt.speculative.draft_utils import DraftBackendFactory
 
-    monkeypatch.setenv("SGLANG_PLATFORM", plugin.REFERENCE_PLATFORM)
+    monkeypatch.setenv("SGLANG_PLATFORM", policy.REFERENCE_PLATFORM)
     places: list[tuple[Any, str]] = [
         (upstream.FlashAttentionBackend, "__init__"), (Scheduler, "get_internal_state"),
         (dflash_utils, "_DFLASH_VERIFY_SKIP_CUSTOM_MASK_BACKENDS"),
         *((upstream, name) for name in attention.KERNEL_PARAMETERS),
-        *((DraftBackendFactory, name) for name in plugin._DRAFT_METHODS),
+        *((DraftBackendFactory, name) for name in DRAFT_METHODS),
     ]  # fmt: skip
+    finders = [x for x in sys.meta_path if type(x).__module__ != patching.__name__]
+    monkeypatch.setattr(sys, "meta_path", finders)
     before = [(place, name, getattr(place, name)) for place, name in places]
     registry = dict(ATTENTION_BACKENDS)
     plugin.register()
@@ -126,7 +130,7 @@ def test_a_foreign_fa3_backend_is_refused_once_ours_serves() -> None:
 
     runner = ready_runner()
     ATTENTION_BACKENDS["fa3"](runner)
-    with pytest.raises(attention.ForeignBackendError, match="in place of MusaFA3Backend"):
+    with pytest.raises(NotServedByUsError, match="in place of MusaFA3Backend"):
         upstream.FlashAttentionBackend(runner)
 
 
@@ -144,12 +148,10 @@ def test_registering_twice_is_registering_once(plugin_on: None) -> None:
     """SGLang loads plugins more than once in some processes."""
     from sglang.srt.speculative.draft_utils import DraftBackendFactory
 
-    methods = [
-        getattr(DraftBackendFactory, name)._musa_ext_original for name in plugin._DRAFT_METHODS
-    ]
+    methods = [patching.original_of(getattr(DraftBackendFactory, name)) for name in DRAFT_METHODS]
     plugin.register()
     assert [
-        getattr(DraftBackendFactory, name)._musa_ext_original for name in plugin._DRAFT_METHODS
+        patching.original_of(getattr(DraftBackendFactory, name)) for name in DRAFT_METHODS
     ] == methods
 
 
@@ -335,7 +337,7 @@ def test_minicpm_s_own_backend_is_refused(kernels: str, monkeypatch: pytest.Monk
     for name in ("infllmv2_attn_stage1", "max_pooling_1d_varlen"):
         monkeypatch.setattr(import_module("sgl_kernel"), name, None, raising=False)
     ATTENTION_BACKENDS["fa3"](ready_runner())
-    with pytest.raises(attention.ForeignBackendError, match="in place of MusaFA3Backend"):
+    with pytest.raises(NotServedByUsError, match="in place of MusaFA3Backend"):
         ATTENTION_BACKENDS[kernels](ready_runner())
 
 
@@ -372,11 +374,7 @@ def test_the_in_tree_musa_classes_cannot_be_built(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setitem(sys.modules, name, None)
         del sys.modules[name]
     module = import_module(attention.IN_TREE_MODULE)
-    with pytest.raises(
-        attention.ForeignBackendError, match="MusaFlashAttentionBackend was about to serve"
-    ):
+    with pytest.raises(NotServedByUsError, match="MusaFlashAttentionBackend was about to serve"):
         module.MusaFlashAttentionBackend(ready_runner())
-    with pytest.raises(
-        attention.ForeignBackendError, match="MusaFlashAttentionBackend was about to serve"
-    ):
+    with pytest.raises(NotServedByUsError, match="MusaFlashAttentionBackend was about to serve"):
         module.MusaFlashAttentionMultiStepBackend(ready_runner(**SPEC), 1, 4)

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from sglang_musa_ext.upstream import find_package, read_version
+from sglang_musa_ext.upstream.check import find_package, read_version
 from tests.engine.test_engine_modes import CHUNKS, GEMMA_2, LOGPROB_TOLERANCE, MLA, Mode, mode
 from tests.support.engine import (
     TORCH_NATIVE,

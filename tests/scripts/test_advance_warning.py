@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from sglang_musa_ext.upstream import SUPPORTED_RELEASES, find_package
+from sglang_musa_ext.upstream.check import find_package
+from sglang_musa_ext.upstream.releases import SUPPORTED_RELEASES
 from tests.support.commands import load_command
 
 advance_warning = load_command("advance-warning")
@@ -28,7 +29,7 @@ def test_a_broken_tree_is_warned_of(checkout: Path, capsys: pytest.CaptureFixtur
         "module_global" in out
     )
     assert "fa3 is refused" in out
-    assert "only cpu_platform is affected" in out
+    assert "only cpu is affected" in out
 
 
 def test_a_checkout_without_version_is_taken_for_the_newest(

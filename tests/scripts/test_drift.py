@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sglang_musa_ext.upstream import SourceTree
+from sglang_musa_ext.upstream.source import SourceTree
 from tests.support.commands import load_command
 
 drift = load_command("drift")

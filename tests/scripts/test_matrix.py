@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from sglang_musa_ext.upstream import SUPPORTED_RELEASES
+from sglang_musa_ext.upstream.releases import SUPPORTED_RELEASES
 
 pytest.importorskip(
     "tomllib", reason="releases.toml is read with tomllib, which Python has from 3.11 on"

@@ -20,31 +20,36 @@ from typing import Any
 
 import pytest
 
-from sglang_musa_ext import upstream
-from sglang_musa_ext.upstream import (
-    ALLOWANCES,
-    NEEDS,
-    REQUIREMENTS,
-    SUPPORTED_RELEASES,
-    Requirement,
-    SourceTree,
-    Standing,
+import sglang_musa_ext
+from sglang_musa_ext.upstream import releases
+from sglang_musa_ext.upstream.allowances import ALLOWANCES
+from sglang_musa_ext.upstream.check import (
+    SERVING,
     UpstreamContractError,
-    UpstreamVersionError,
     check_rows,
     check_upstream,
-    classify_version,
     find_package,
     read_version,
     require_upstream,
+)
+from sglang_musa_ext.upstream.needs import NEEDS
+from sglang_musa_ext.upstream.releases import (
+    SUPPORTED_RELEASES,
+    Standing,
+    UpstreamVersionError,
+    classify_version,
     version_key,
 )
+from sglang_musa_ext.upstream.requirement import NONE_KNOWN, Requirement
+from sglang_musa_ext.upstream.rows import REQUIREMENTS
+from sglang_musa_ext.upstream.rows.passes import PASS_METHODS
+from sglang_musa_ext.upstream.source import SourceTree
 
 tomllib = pytest.importorskip(
     "tomllib", reason="releases.toml is read with tomllib, which Python has from 3.11 on"
 )
 
-PACKAGE = Path(upstream.__file__).parents[1]
+PACKAGE = Path(sglang_musa_ext.__file__).parent
 RELEASES: list[dict[str, Any]] = tomllib.loads(
     (Path(__file__).parents[1] / "releases.toml").read_text()
 )["release"]
@@ -358,7 +363,7 @@ def test_rows_of_other_users_are_left_out(copy: SourceCopy) -> None:
     """A broken row of the CPU platform does not stop a server that does not use it."""
     copy.edit("sglang.srt.platforms.interface", r"def get_default_attention_backend", "def gone")
     assert require_upstream(copy.root, copy.version).standing is Standing.TESTED
-    assert len(check_upstream(copy.root, copy.version, used_by=("cpu_platform",))) == 1
+    assert len(check_upstream(copy.root, copy.version, used_by=("cpu",))) == 1
 
 
 # --- finding SGLang and its version ---------------------------------------------------------------
@@ -370,10 +375,10 @@ def test_newer_sglang_runs_with_a_warning(
     """Where the contract holds, a newer release than tested is taken, and the warning names the
     tested range.
     """
-    monkeypatch.setattr(upstream, "NEWEST", upstream.OLDEST)
+    monkeypatch.setattr(releases, "NEWEST", releases.OLDEST)
     support = require_upstream(copy.root, copy.version)
     assert support.standing is Standing.NEWER
-    assert f"{upstream.OLDEST} to {upstream.OLDEST}" in support.message
+    assert f"{releases.OLDEST} to {releases.OLDEST}" in support.message
 
 
 def test_missing_sglang_is_a_violation(tmp_path: Path) -> None:
@@ -501,36 +506,34 @@ def test_every_allowance_has_a_row_without_bounds() -> None:
     assert symbols <= unbounded
 
 
-def pass_methods() -> set[str]:
-    """``PASS_METHODS`` of the attention module, read off its source because importing it needs
-    SGLang.
+def test_every_pass_method_is_in_the_contract() -> None:
+    """A method that the mixin wraps where it exists would be missed in silence if upstream renamed
+    it, without a row; and what may assign forward_metadata is wrapped.
     """
-    source = (PACKAGE / "attention" / "mixin.py").read_text()
-    (value,) = (
-        node.value
-        for node in ast.parse(source).body
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "PASS_METHODS"
-    )
-    return set(ast.literal_eval(value))
+    writers: set[str] = set()
+    named: set[str] = set()
+    for row in REQUIREMENTS:
+        if row.kind == "metadata_writers":
+            writers.update(row.parameters)
+        elif row.kind == "method":
+            named.add(row.name.rpartition(".")[2])
+    assert writers <= set(PASS_METHODS) <= writers | named
 
 
-def test_every_metadata_writer_ends_a_pass() -> None:
-    """What the contract allows to assign forward_metadata is what the mixin wraps."""
-    writers = {
-        name for row in REQUIREMENTS if row.kind == "metadata_writers" for name in row.parameters
-    }
-    assert writers <= pass_methods()
+def test_a_row_names_a_module_of_this_package_as_its_user() -> None:
+    """Who asks what a broken row costs finds the code that touches the symbol."""
+    for row in REQUIREMENTS:
+        place = PACKAGE / row.used_by.partition(".")[0]
+        assert place.is_dir() or place.with_suffix(".py").is_file(), row_id(row)
+    assert set(SERVING) <= {row.used_by for row in REQUIREMENTS}
 
 
-def test_every_wrapped_method_has_a_row() -> None:
-    """A method that the mixin wraps where it exists is missed in silence if upstream renames it,
-    without a row.
-    """
-    named = {
-        name for row in REQUIREMENTS if row.kind == "metadata_writers" for name in row.parameters
-    }
-    named |= {row.name.rpartition(".")[2] for row in REQUIREMENTS if row.kind == "method"}
-    assert pass_methods() <= named
+def test_a_fault_of_upstream_says_where_it_is_reported() -> None:
+    """A row that stands for a fault names the issue or pull request, or says that none is known."""
+    faults = [row.fault for row in REQUIREMENTS if row.fault is not None]
+    assert faults
+    for fault in faults:
+        assert fault == NONE_KNOWN or re.fullmatch(r"[\w.-]+/[\w.-]+#\d+", fault)
 
 
 def package_sources() -> list[ast.Module]:
@@ -573,7 +576,7 @@ def test_every_platform_hook_has_a_row_and_every_row_a_hook() -> None:
     rows = {
         row.name.rpartition(".")[2]
         for row in REQUIREMENTS
-        if (row.kind, row.used_by) == ("method", "cpu_platform")
+        if (row.kind, row.used_by) == ("method", "cpu")
     }
     assert overridden == rows
 
@@ -611,7 +614,7 @@ def test_importing_loads_neither_torch_nor_sglang() -> None:
     either.
     """
     code = (
-        "import sys; from sglang_musa_ext import upstream; upstream.check_upstream(); "
+        "import sys; from sglang_musa_ext.upstream import check; check.check_upstream(); "
         "sys.exit(any(name.partition('.')[0] in ('torch', 'sglang') for name in sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -674,4 +677,4 @@ def test_installed_release_is_known() -> None:
     package = find_package()
     if package is None:
         pytest.skip("SGLang is not installed")
-    assert upstream.classify_version(read_version(package)).standing is Standing.TESTED
+    assert classify_version(read_version(package)).standing is Standing.TESTED

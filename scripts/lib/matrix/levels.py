@@ -15,7 +15,8 @@ import zipfile
 from dataclasses import replace
 from pathlib import Path
 
-from sglang_musa_ext.upstream import REQUIREMENTS, check_upstream
+from sglang_musa_ext.upstream.check import check_upstream
+from sglang_musa_ext.upstream.rows import REQUIREMENTS
 
 from .data import LevelResult, MatrixError, MatrixRow
 

@@ -1,0 +1,142 @@
+"""What a plan costs in a graph: the time of an FA3 call with its plan and without, and of a plan
+alone.
+
+``bench.py`` runs it in a process of its own. Calls stand between other kernels, as in a model:
+there the device hides a part of what a call launches before its main kernel. Without a graph it is
+the host's time that counts, so that of the same calls is measured too.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from validate_graphs import DeviceGraphs
+from validate_numerics import Batch, Shape
+
+from sglang_musa_ext.kernels.provider import FA3Kernels, hopper_kernels
+
+CALLS, REPLAYS = 32, 40
+SHAPES = {
+    "decode, head dim 64, batch 1, 1024 keys": Shape((1,), (1024,), 32, 4, 64, 64),
+    "decode, head dim 128, batch 1, 1024 keys": Shape((1,), (1024,), 16, 2),
+    "decode, head dim 128, batch 1, 8192 keys": Shape((1,), (8192,), 16, 2),
+    "decode, head dim 128, batch 8, 1024 keys": Shape((1,) * 8, (1024,) * 8, 16, 2),
+    "decode, head dim 128, batch 32, 1024 keys": Shape((1,) * 32, (1024,) * 32, 16, 2),
+    "decode, head dim 256, batch 1, 1024 keys": Shape((1,), (1024,), 8, 4, 256, 256),
+    "verify of 4, head dim 128, batch 1, 1024 keys": Shape((4,), (1024,), 16, 2),
+    "verify of 4, head dim 128, batch 8, 1024 keys": Shape((4,) * 8, (1024,) * 8, 16, 2),
+    "prefill of 512, head dim 128": Shape((512,), (512,), 16, 2),
+}
+WINDOWS = {"full": (-1, -1), "window of 512": (512, 0)}
+Timer = Callable[[Callable[[], Any]], float]
+
+
+def measure(
+    kernels: FA3Kernels,
+    device: torch.device,
+    timers: Mapping[str, Timer],
+    shapes: Mapping[str, Shape],
+) -> Iterator[dict[str, Any]]:
+    """The times of each shape, with a window and without, in microseconds a call, by each of
+    ``timers``.
+
+    Raises:
+        AssertionError: the output with a plan is not the output without.
+    """
+    for name, shape in shapes.items():
+        batch = Batch(shape, torch.bfloat16, device)
+        for window, size in WINDOWS.items():
+            options: dict[str, Any] = {"causal": True, "window_size": size}
+            arguments = batch.arguments(**options)
+            lengths = {key: arguments[key] for key in ("cache_seqlens", "cu_seqlens_q")}
+            yield {
+                "call": f"{name}, {window}",
+                **_times(kernels, batch, arguments, lengths, options, timers),
+            }
+
+
+def _times(
+    kernels: FA3Kernels, batch: Batch, arguments: dict[str, Any], lengths: dict[str, Any], options: dict[str, Any],
+    timers: Mapping[str, Timer],
+) -> dict[str, dict[str, float]]:  # fmt: skip
+    def plan() -> torch.Tensor | None:
+        return batch.plan(kernels, lengths, **options)
+
+    def call(metadata: torch.Tensor | None) -> Any:
+        return kernels.flash_attn_with_kvcache(**arguments, scheduler_metadata=metadata)
+
+    ready = plan()
+    assert torch.equal(call(ready), call(None)), (
+        "a call gives another output with its plan than without"
+    )
+    functions = {"without": lambda: call(None), "with": lambda: call(ready), "plan": plan}
+    found = {}
+    for where, timer in timers.items():
+        nothing = timer(lambda: None)
+        found[where] = {what: timer(function) - nothing for what, function in functions.items()}
+    return found
+
+
+def graph_timer(device: torch.device) -> Timer:
+    """Microseconds of a function that is captured many times, between other kernels: the median of
+    replays.
+    """
+    cuda: Any = torch.cuda
+    filler = torch.randn(256, 256, device=device, dtype=torch.bfloat16)
+
+    def timer(function: Callable[[], Any]) -> float:
+        def mixed() -> None:
+            for _ in range(CALLS):
+                torch.mm(filler, filler)
+                function()
+
+        graph, _ = DeviceGraphs(device).captured(mixed)
+        times: list[float] = []
+        for _ in range(REPLAYS):
+            start, end = (cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            end.record()
+            cuda.synchronize()
+            times.append(1e3 * start.elapsed_time(end) / CALLS)
+        return statistics.median(times)
+
+    return timer
+
+
+def host_timer(device: torch.device) -> Timer:
+    """Microseconds that the host takes to launch a function, while the device has nothing to do:
+    the median.
+    """
+    synchronize = torch.get_device_module(device).synchronize
+
+    def timer(function: Callable[[], Any]) -> float:
+        times: list[float] = []
+        for _ in range(REPLAYS):
+            synchronize()
+            began = time.perf_counter()
+            for _ in range(CALLS):
+                function()
+            times.append(1e6 * (time.perf_counter() - began) / CALLS)
+        return statistics.median(times)
+
+    return timer
+
+
+def main() -> None:
+    """Measure on the first GPU, and write the results to the standard output, a line each."""
+    device = torch.device("cuda", 0)
+    torch.cuda.set_device(device)
+    with torch.inference_mode():
+        timers = {"graph": graph_timer(device), "host": host_timer(device)}
+        for found in measure(hopper_kernels(device), device, timers, SHAPES):
+            print(json.dumps(found), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,718 @@
+"""The benchmark's report: tables in Markdown, plots, and what a pass costs as a model of few
+numbers.
+
+Everything here is worked out from ``bench.json`` alone, so a report can be drawn again anywhere.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench_probe import AGAIN, IN_TREE, MODES, OURS, UNPLANNED, UPSTREAM
+from validate_report import table
+
+PLANNER = "prepare_varlen_num_blocks"
+"""What the kernel that computes scheduler metadata has in its name, in every release of
+FlashAttention-3.
+"""
+GRAPHED = ("decode", "verify")
+"""Kinds of points whose passes are graphs, where the host's time per call does not count."""
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """One peer's times over another's, round by round."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def over(cls, found: Sequence[float]) -> Ratio | None:
+        """Of the rounds' ratios; ``None`` where there are none."""
+        return cls(statistics.median(found), min(found), max(found)) if found else None
+
+    @classmethod
+    def of(cls, ours: Sequence[float], theirs: Sequence[float]) -> Ratio | None:
+        """``None`` where one of them has no times."""
+        return cls.over([one / other for one, other in zip(ours, theirs, strict=False)])
+
+    def __str__(self) -> str:
+        return f"{self.median:.3f} ({self.low:.3f} to {self.high:.3f})"
+
+
+@dataclass(frozen=True)
+class Place:
+    """One place of the benchmark: a model, a kind, a batch and a number of tokens, with each peer's
+    point.
+    """
+
+    model: str
+    kind: str
+    batch: int
+    tokens: int
+    points: Mapping[str, Mapping[str, Any]]
+
+    @property
+    def what(self) -> str:
+        """Which times stand for it: of the whole step where there is one, of the pass otherwise."""
+        return "step_ms" if self.kind in ("decode", "eager") else "forward_ms"
+
+    def times(self, peer: str, what: str = "") -> list[float]:
+        """A peer's times, round by round; none where its output was wrong."""
+        found: list[float] = self.points.get(peer, {}).get(what or self.what, [])
+        return found
+
+    def ratio(self, peer: str, what: str = "") -> Ratio | None:
+        """A peer's times over upstream's; pass by pass where they took turns in one engine."""
+        paired = self.points.get(peer, {}).get("over_upstream")
+        if paired and not what:
+            return Ratio.over(paired)
+        return Ratio.of(self.times(peer, what), self.times(UPSTREAM, what))
+
+    @property
+    def label(self) -> str:
+        """Where it is, in few words."""
+        return f"batch {self.batch}, {self.tokens} tokens"
+
+
+def places(result: Mapping[str, Any]) -> list[Place]:
+    """Every place that was measured, in the order of measuring."""
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for model, contest in result["models"].items():
+        for point in contest["points"]:
+            key = (model, point["kind"], point["batch"], point["tokens"])
+            found.setdefault(key, {})[point["peer"]] = point
+    return [
+        Place(model, kind, batch, tokens, points)
+        for (model, kind, batch, tokens), points in found.items()
+    ]
+
+
+def write_report(
+    result: Mapping[str, Any], out: Path, planned: Mapping[str, Sequence[str]]
+) -> list[Path]:
+    """Write ``README.md`` and, with matplotlib, the plots into ``out``; returns their paths.
+
+    ``planned`` are the kinds of places of each model that the benchmark has: what is missing is
+    named.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    plots = draw(result, out)
+    page = out / "README.md"
+    page.write_text(as_markdown(result, [plot.name for plot in plots], planned), encoding="utf-8")
+    return [page, *plots]
+
+
+# --- tables ---------------------------------------------------------------------------------------
+
+
+def as_markdown(
+    result: Mapping[str, Any],
+    plots: Sequence[str] = (),
+    planned: Mapping[str, Sequence[str]] | None = None,
+) -> str:
+    """The report for people."""
+    every = places(result)
+    device = ", ".join(
+        f"{name} {value}" for name, value in result["device"].items() if name != "name"
+    )
+    stack = ", ".join(
+        f"{name} {version}" for name, version in result["versions"].items() if version != "absent"
+    )
+    missing = [f"* {what}" for what in _missing(every, planned or {})]
+    notes = [f"* {name}: {one['note']}" for name, one in result["models"].items() if "note" in one]
+    lines = [
+        f"# Benchmark on {result['device']['name']}", "", f"{device}; {stack}.", "", *INTRODUCTION, "",
+        *table(("Model", "What it is", "Measured", "Rounds", "Tokens a request", "Load"), _runs(result)), "",
+        *([*notes, ""] if notes else []),
+        *(["Not measured:", "", *missing, ""] if missing else []),
+        "## Bars", "", BARS_SAY, "", *table(("Bar", "Measured", "Met"), bars(every, result)), "",
+        *(f"![{name}]({name})" for name in plots), "",
+        "## Plans in a pass", "", PLANS_SAY, "", *table(PLANS, planners(result)), "",
+    ]  # fmt: skip
+    for kind, title in TITLES.items():
+        beside = () if kind in GRAPHED else (AGAIN, UNPLANNED)
+        rows = [row(place, beside) for place in every if place.kind == kind]
+        lines += timed(title, BESIDE_SAY if beside else "", rows, beside)
+    steps = [row(place, what="step_ms") for place in every if place.kind == "verify"]
+    lines += timed("Whole step of speculative decoding", STEP_SAYS, steps)
+    if rows := hosts(result, every):
+        lines += [
+            "## Host time of an attention call, no graphs",
+            "",
+            HOSTS_SAY,
+            "",
+            *table(HOST, rows),
+            "",
+        ]
+    if rows := memory(result):
+        lines += ["## Memory", "", *table(MEMORY, rows), ""]
+    lines += ["## What a pass costs", "", *cost_model(result, every), ""]
+    if rows := [_kernel(one) for one in result.get("kernels", ())]:
+        lines += ["## A call without any engine", "", KERNELS_SAY, "", *table(KERNELS, rows), ""]
+    return "\n".join(lines)
+
+
+def _kernel(one: Mapping[str, Any]) -> list[str]:
+    cells = [one["call"]]
+    for times in (one["graph"], one.get("host")):
+        found = times and (
+            times["without"],
+            times["with"],
+            times["without"] - times["with"],
+            times["plan"],
+        )
+        cells += [f"{time:.2f}" for time in found] if found else ["–"] * 4
+    return cells
+
+
+def _runs(result: Mapping[str, Any]) -> list[list[Any]]:
+    found = []
+    for name, one in result["models"].items():
+        load = f"{one['load']:.1f}" if "load" in one else "–"
+        found.append([name, one["title"], one["started"], one["rounds"], one["steps"], load])
+    return found
+
+
+def _missing(every: Sequence[Place], planned: Mapping[str, Sequence[str]]) -> list[str]:
+    measured = {(place.model, place.kind) for place in every}
+    return [
+        f"{model}: {kind}"
+        for model, kinds in planned.items()
+        for kind in kinds
+        if (model, kind) not in measured
+    ]
+
+
+INTRODUCTION = [
+    (
+        "Written by `scripts/bench`. The kernels are NVIDIA's FA3, as SGLang ships them: the gain "
+        "on a Moore Threads "
+        "GPU was not measured, and depends on what MATE's metadata kernel costs there. Models have "
+        "random weights. A "
+        "place has times only for peers whose log-probabilities are those of SGLang's own FA3, but "
+        "for what another "
+        "number of splits changes in the last bits. Ratios are times over those of SGLang's own "
+        "FA3, and below 1 is "
+        "faster: the median of the rounds, and in parentheses the least and the greatest. In each "
+        "round the peers took "
+        "turns. The load is that of the whole machine in the last minute of a model's turn: one "
+        "engine works at a "
+        "time, so above some 4 something else did too, and times in which the host is the limit "
+        "say little."
+    )
+]
+BARS_SAY = (
+    "What could be had at most is told with each measurement: under graphs by the last column of "
+    "*What a pass costs*, "
+    "a pass with no plan at all; without graphs, where the host limits a short pass, by *ours "
+    "without plans*."
+)
+TITLES = {
+    "decode": "Decode step, CUDA graphs",
+    "verify": "Verify pass of speculative decoding, CUDA graphs",
+    "prefill": "Prefill of one prompt, no graphs",
+    "eager": "Decode step, no graphs",
+}
+PLANS = (
+    "Model", "Pass", "Peer", "Kernels that compute plans", "µs each", "Attention kernels", "All kernels, µs",
+    "over upstream",
+)  # fmt: skip
+PLANS_SAY = (
+    "From a profiler's trace of single passes: of a prompt of 2048 tokens, and after it. The last "
+    "columns are what the "
+    "device works in all kernels of the pass, so that what the host takes between them does not "
+    "count. A call with a "
+    "plan that is not split has a kernel of 1 µs that clears a counter, in place of one that "
+    "plans. The in-tree "
+    "backend prefills a prompt without a prefix from keys and values as they were made, and "
+    "SGLang's own, which this "
+    "package runs, from the paged cache: hence its shorter time there."
+)
+KERNELS = (
+    "Call", "In a graph: µs without a plan", "with it", "spared", "a plan alone",
+    "Host, no graph: µs without a plan", "with it", "spared", "a plan alone",
+)  # fmt: skip
+KERNELS_SAY = (
+    "The library's own calls, without a line of this package in them. Without a plan a call "
+    "computes its own, in a "
+    "kernel that it launches first. With one, a call that is not split launches a kernel that "
+    "clears a counter of the "
+    "plan instead, so that the host spares little or nothing."
+)
+STEP_SAYS = (
+    "From the end of one verify pass to the end of the next, with the draft's passes between, of "
+    "which SGLang extends "
+    "the draft without a graph. The host is the limit here, and each peer has an engine of its "
+    "own: see how much the "
+    "rounds of one peer differ by."
+)
+BESIDE_SAY = (
+    "The peers' backends took turns in one engine, pass by pass, and a ratio is of two passes of "
+    "one turn. *Upstream "
+    "again* is a second backend of SGLang's own: by as much two of the same differ. *Ours without "
+    "plans* does all that "
+    "this package does but plan: between it and ours lies what a planned call costs and spares in "
+    "FA3 itself."
+)
+HOST = (
+    "Model", "Pass", "upstream µs", "ours µs", "ours without plans µs", "ours / upstream", "Calls a pass",
+    "Calls x difference, µs", "Pass longer by, µs",
+)  # fmt: skip
+HOSTS_SAY = (
+    "Where the host is the limit, a pass is longer by what its calls take longer, so the last two "
+    "columns agree; where "
+    "the device is, it is not."
+)
+MEMORY = (
+    "Model",
+    "Peer",
+    "KV cache",
+    "Allocated",
+    "Reserved",
+    "more than upstream",
+    "in KV tokens",
+)
+
+
+def timed(
+    title: str, said: str, rows: Sequence[Sequence[str]], beside: Sequence[str] = ()
+) -> list[str]:
+    """The section of a kind of places, from what :func:`row` makes of each; nothing where there are
+    none.
+    """
+    if not rows:
+        return []
+    ratios = [f"{peer} / upstream" for peer in (OURS, IN_TREE, *beside)]
+    head = ("Model", "Place", "upstream ms", "ours ms", *ratios)
+    return [f"## {title}", "", *([said, ""] if said else []), *table(head, rows), ""]
+
+
+def row(place: Place, beside: Sequence[str] = (), what: str = "") -> list[str]:
+    """One place, all peers, and who took turns ``beside`` them; ``what`` are the times, by default
+    the place's own.
+    """
+    cells = [place.model, place.label]
+    for peer in (UPSTREAM, OURS):
+        times = place.times(peer, what)
+        cells.append(f"{statistics.median(times):.3f}" if times else _why(place, peer))
+    for peer in (OURS, IN_TREE, *beside):
+        ratio = place.ratio(peer, what)
+        cells.append(str(ratio) if ratio else _why(place, peer))
+    return cells
+
+
+def _why(place: Place, peer: str) -> str:
+    verdict: str = place.points.get(peer, place.points.get(UPSTREAM, {})).get("verdict", "")
+    return "–" if verdict in ("", "equal") else verdict
+
+
+def planned(result: Mapping[str, Any], model: str, mode: str, peer: str) -> dict[str, float] | None:
+    """Per pass: kernels that plan, µs of one, attention kernels, µs of all kernels; ``None``
+    without a trace.
+    """
+    traces = [
+        trace["kernels"]
+        for trace in result["models"][model]["traces"]
+        if (trace["mode"], trace["peer"]) == (mode, peer)
+    ]
+    if not traces:
+        return None
+    plans = [
+        sum(count for name, (count, _) in trace.items() if PLANNER in name) for trace in traces
+    ]
+    micros = [
+        sum(total for name, (_, total) in trace.items() if PLANNER in name) for trace in traces
+    ]
+    calls = [sum(count for name, (count, _) in trace.items() if _attends(name)) for trace in traces]
+    each = sum(micros) / sum(plans) if sum(plans) else 0.0
+    device = statistics.median(sum(total for _, total in trace.values()) for trace in traces)
+    return {
+        "plans": statistics.median(plans),
+        "each": each,
+        "calls": statistics.median(calls),
+        "device": device,
+    }
+
+
+def _attends(name: str) -> bool:
+    return "FlashAttnFwd" in name and "Combine" not in name and PLANNER not in name
+
+
+def planners(result: Mapping[str, Any]) -> list[list[str]]:
+    """The table of plans in a pass."""
+    rows = []
+    for model, contest in result["models"].items():
+        for mode in dict.fromkeys(trace["mode"] for trace in contest["traces"]):
+            sides = {peer: planned(result, model, mode, peer) for peer in result["peers"]}
+            right = sides.get(UPSTREAM)
+            for peer, found in sides.items():
+                if found:
+                    row = [
+                        model,
+                        mode,
+                        peer,
+                        f"{found['plans']:g}",
+                        f"{found['each']:.2f}",
+                        f"{found['calls']:g}",
+                    ]
+                    over = (
+                        f"{found['device'] / right['device']:.3f}"
+                        if right and right["device"]
+                        else "–"
+                    )
+                    rows.append([*row, f"{found['device']:.0f}", over])
+    return rows
+
+
+def hosts(result: Mapping[str, Any], every: Iterable[Place]) -> list[list[str]]:
+    """The table of host times, and what they make of a pass."""
+    rows = []
+    for place in every:
+        ratio = place.ratio(OURS, "call_us")
+        if ratio and place.kind not in GRAPHED:
+            theirs, ours = (
+                statistics.median(place.times(peer, "call_us")) for peer in (UPSTREAM, OURS)
+            )
+            longer = 1e3 * (
+                statistics.median(place.times(OURS)) - statistics.median(place.times(UPSTREAM))
+            )
+            traced = planned(result, place.model, MODES[place.kind], OURS)
+            said = (
+                [f"{traced['calls']:g}", f"{traced['calls'] * (ours - theirs):+.0f}"]
+                if traced
+                else ["–", "–"]
+            )
+            where = f"{place.kind}, {place.label}"
+            bare = place.times(UNPLANNED, "call_us")
+            cells = [
+                f"{theirs:.1f}",
+                f"{ours:.1f}",
+                f"{statistics.median(bare):.1f}" if bare else "–",
+            ]
+            rows.append([place.model, where, *cells, str(ratio), *said, f"{longer:+.0f}"])
+    return rows
+
+
+def memory(result: Mapping[str, Any]) -> list[list[str]]:
+    """The table of memory."""
+    rows = []
+    for model, contest in result["models"].items():
+        states = {
+            peer: state for peer, state in contest["memory"].items() if state.get("allocator")
+        }
+        for peer, state in states.items():
+            sglang, held = state["sglang"], state["allocator"]
+            more = (
+                held["reserved"] - states[UPSTREAM]["allocator"]["reserved"]
+                if UPSTREAM in states
+                else 0
+            )
+            token = 2**30 * sglang["kvcache"] / sglang["token_capacity"]
+            rows.append(
+                [
+                    model, peer, f"{sglang['kvcache']:.2f} GiB, {sglang['token_capacity']} tokens",
+                    _mebibytes(held["allocated"]), _mebibytes(held["reserved"]), _mebibytes(more),
+                    f"{-more / token:+.0f}",
+                ]
+            )  # fmt: skip
+    return rows
+
+
+def _mebibytes(count: float) -> str:
+    return f"{count / 2**20:.1f} MiB"
+
+
+# --- bars -----------------------------------------------------------------------------------------
+
+
+def bars(every: Sequence[Place], result: Mapping[str, Any]) -> list[list[str]]:
+    """Each bar, what was measured, and whether it was met."""
+    wanted = [
+        ("decode step at batch 1, dense: at most 1.00", 1.00, "decode", "dense"),
+        ("decode step at batch 1, Gemma-2-like: at most 0.97", 0.97, "decode", "gemma2"),
+        ("verify pass at batch 1: at most 0.98", 0.98, "verify", "verify"),
+        ("prefill: at most 1.00", 1.00, "prefill", ""),
+    ]
+    rows = []
+    for title, limit, kind, model in wanted:
+        chosen = [
+            p
+            for p in every
+            if p.kind == kind and p.model.startswith(model) and p.batch == 1 and p.ratio(OURS)
+        ]
+        for place in chosen:
+            ratio = place.ratio(OURS)
+            assert ratio is not None
+            rows.append(
+                [f"{title}; {place.model}, {place.tokens} tokens", str(ratio), _met(ratio, limit)]
+            )
+    slower = [
+        (place, ratio) for place in every for ratio in [place.ratio(OURS)] if ratio and ratio.low > 1.0
+    ]  # fmt: skip
+    total = sum(place.ratio(OURS) is not None for place in every)
+    listed = ", ".join(f"{p.model} {p.kind} {p.label}: {r}" for p, r in slower)
+    rows.append(
+        [
+            "nothing slower beyond the spread (every round slower)",
+            f"{len(slower)} of {total}",
+            listed or "yes",
+        ]
+    )
+    for model in result["models"]:
+        for mode in ("DECODE", "TARGET_VERIFY", "EXTEND"):
+            sides = [planned(result, model, mode, peer) for peer in (OURS, UPSTREAM)]
+            if all(sides):
+                ours, theirs = (side["plans"] for side in sides if side)
+                met = (
+                    "yes" if ours <= GEOMETRIES.get(model, 1) else NO_PLANS.get((model, mode), "no")
+                )
+                rows.append(
+                    [f"a plan a geometry: {model}, {mode}", f"{ours:g}, upstream {theirs:g}", met]
+                )
+    return rows
+
+
+GEOMETRIES = {"gemma2": 2}
+"""Models whose layers have more than one geometry, and how many: window layers are others than full
+ones.
+"""
+
+
+NO_PLANS = {
+    (
+        "mla",
+        "EXTEND",
+    ): "none can be passed: prefill of MLA attends to raw keys, and FA3 takes no plan for those"
+}
+"""Passes whose calls plan for themselves, and why."""
+
+
+def _met(ratio: Ratio, limit: float) -> str:
+    if ratio.median <= limit:
+        return "yes"
+    return "within the spread" if ratio.low <= limit else "no"
+
+
+# --- a model of the costs -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Saving:
+    """One graphed place: how many plans fewer a pass computes, and how much shorter it is."""
+
+    place: Place
+    plans: float
+    own_plans: float
+    microseconds: float
+    pass_microseconds: float
+
+
+def savings(result: Mapping[str, Any], every: Iterable[Place]) -> list[Saving]:
+    """Every graphed place that has both peers' times and traces."""
+    found = []
+    for place in every:
+        if place.kind not in GRAPHED or not (
+            place.times(UPSTREAM, "forward_ms") and place.times(OURS, "forward_ms")
+        ):
+            continue
+        sides = [planned(result, place.model, MODES[place.kind], peer) for peer in (UPSTREAM, OURS)]
+        if all(sides):
+            theirs, ours = (side["plans"] for side in sides if side)
+            times = [
+                1e3 * statistics.median(place.times(peer, "forward_ms"))
+                for peer in (UPSTREAM, OURS)
+            ]
+            found.append(Saving(place, theirs - ours, ours, times[0] - times[1], times[1]))
+    return found
+
+
+def fit(found: Sequence[Saving]) -> tuple[float, float]:
+    """Microseconds of one plan, and what a pass saves besides: least squares over the places."""
+    from numpy.linalg import lstsq
+
+    matrix = [[saving.plans, 1.0] for saving in found]
+    (each, besides), *_ = lstsq(matrix, [saving.microseconds for saving in found], rcond=None)
+    return float(each), float(besides)
+
+
+def cost_model(result: Mapping[str, Any], every: Sequence[Place]) -> list[str]:
+    """The fit, and how well it says what was measured."""
+    found = savings(result, every)
+    if len({saving.plans for saving in found}) < 2:
+        return ["Too few places have both times and traces to fit anything."]
+    each, besides = fit(found)
+    rows = []
+    for saving in found:
+        said = each * saving.plans + besides
+        theirs = saving.pass_microseconds + saving.microseconds
+        limit = (saving.pass_microseconds - each * saving.own_plans) / theirs
+        rows.append(
+            [
+                saving.place.model, saving.place.label, f"{saving.plans:g}", f"{saving.microseconds:.1f}",
+                f"{said:.1f}", f"{saving.pass_microseconds / theirs:.3f}", f"{limit:.3f}",
+            ]
+        )  # fmt: skip
+    head = (
+        "Model",
+        "Place",
+        "Plans fewer",
+        "µs saved",
+        "The model says",
+        "ours / upstream",
+        "With no plan at all",
+    )
+    return [
+        (f"A pass under graphs is shorter by **{each:.2f} µs for each plan that it does not compute**, and by "
+        f"{besides:.1f} µs besides (SGLang's own pass plans outside of its graph where it plans "
+        "once): least squares "
+        "over the places below. So a model of L layers that makes P plans a pass gains about "
+        f"{each:.2f} µs x (L - P) in verify, and in decode for its window or MLA layers alone. The "
+        "last "
+        "column is the limit: what would be left without any plan. Without graphs, the host's time "
+        "per call comes on "
+        "top for each layer."), "",
+        *table(head, rows),
+    ]  # fmt: skip
+
+
+# --- plots ----------------------------------------------------------------------------------------
+
+
+def draw(result: Mapping[str, Any], out: Path) -> list[Path]:
+    """The plots, as ``ratios.png`` and ``plans.png``; none without matplotlib."""
+    try:
+        import matplotlib as mpl
+    except ImportError:
+        print(
+            "matplotlib is not installed, so there are no plots: bench --report draws them where "
+            "it is."
+        )
+        return []
+    mpl.use("Agg")
+    every = places(result)
+    timed = any(place.ratio(OURS) for place in every)
+    pages = [_draw_ratios(every, result, out / "ratios.png")] if timed else []
+    pages += (
+        [_draw_plans(result, out / "plans.png")]
+        if any(m["traces"] for m in result["models"].values())
+        else []
+    )
+    found = savings(result, every)
+    if len({saving.plans for saving in found}) > 1:
+        pages.append(_draw_savings(found, out / "savings.png"))
+    return pages
+
+
+def _draw_ratios(every: Sequence[Place], result: Mapping[str, Any], page: Path) -> Path:
+    """Ours over upstream at every place, with the spread; a row of axes for each kind of pass."""
+    from matplotlib import pyplot
+
+    kinds = [
+        kind for kind in TITLES if any(place.kind == kind and place.ratio(OURS) for place in every)
+    ]
+    height = 1.2 + 0.22 * sum(place.ratio(OURS) is not None for place in every) + 0.9 * len(kinds)
+    chosen = {
+        kind: [place for place in every if place.kind == kind and place.ratio(OURS)]
+        for kind in kinds
+    }
+    figure, axes = pyplot.subplots(
+        len(kinds), 1, figsize=(9, height), sharex=True, squeeze=False,
+        gridspec_kw={"height_ratios": [len(rows) + 1 for rows in chosen.values()]},
+    )  # fmt: skip
+    for axis, (kind, rows) in zip(axes[:, 0], chosen.items(), strict=True):
+        for height_of, (place, peer) in enumerate((place, OURS) for place in reversed(rows)):
+            ratio = place.ratio(peer)
+            assert ratio is not None
+            colour = "tab:green" if ratio.high < 1 else "tab:red" if ratio.low > 1 else "tab:gray"
+            spread = [[ratio.median - ratio.low], [ratio.high - ratio.median]]
+            axis.errorbar(
+                ratio.median, height_of, xerr=spread, fmt="o", color=colour, capsize=3, markersize=5
+            )
+        axis.set_yticks(
+            range(len(rows)),
+            [f"{place.model}, {place.label}" for place in reversed(rows)],
+            fontsize=8,
+        )
+        axis.axvline(1.0, color="black", linewidth=1)
+        axis.set_title(TITLES[kind], fontsize=10, loc="left")
+        axis.grid(axis="x", alpha=0.3)
+    axes[-1, 0].set_xlabel(
+        "time of sglang-musa-ext over SGLang's own fa3: median and range of the rounds"
+    )
+    where = f"{result['device']['name']}, SGLang {result['versions'].get('sglang')}"
+    axes[0, 0].set_title(where, fontsize=10, loc="right")
+    return _saved(figure, page)
+
+
+def _draw_plans(result: Mapping[str, Any], page: Path) -> Path:
+    """Kernels in a pass that compute plans, by model and peer."""
+    from matplotlib import pyplot
+
+    rows = [
+        (model, mode, {peer: planned(result, model, mode, peer) for peer in result["peers"]})
+        for model, contest in result["models"].items()
+        for mode in dict.fromkeys(trace["mode"] for trace in contest["traces"])
+    ]
+    figure, axis = pyplot.subplots(figsize=(9, 1.5 + 0.45 * len(rows)))
+    width = 0.8 / max(len(result["peers"]), 1)
+    for index, (peer, colour) in enumerate(
+        zip(result["peers"], ("tab:orange", "tab:green", "tab:blue"), strict=False)
+    ):
+        heights = [position + index * width for position in range(len(rows))]
+        found = [peers[peer] for _, _, peers in rows]
+        bars_of = axis.barh(
+            heights,
+            [one["plans"] if one else 0 for one in found],
+            width,
+            label=result["peers"][peer],
+            color=colour,
+        )
+        axis.bar_label(
+            bars_of, [f"{one['plans']:g}" if one else "not traced" for one in found], fontsize=8
+        )
+    axis.set_yticks(
+        [position + 0.4 - width / 2 for position in range(len(rows))],
+        [f"{m}, {k}" for m, k, _ in rows],
+    )
+    axis.invert_yaxis()
+    axis.set_xlabel("kernels in a pass that compute scheduler metadata")
+    axis.legend(fontsize=8)
+    return _saved(figure, page)
+
+
+def _draw_savings(found: Sequence[Saving], page: Path) -> Path:
+    """What the model of the costs says against what was measured."""
+    from matplotlib import pyplot
+
+    each, besides = fit(found)
+    figure, axis = pyplot.subplots(figsize=(6.5, 5))
+    for model in dict.fromkeys(saving.place.model for saving in found):
+        points = [saving for saving in found if saving.place.model == model]
+        axis.plot(
+            [s.plans for s in points], [s.microseconds for s in points], "o", label=model, alpha=0.7
+        )
+    ends = [0.0, max(saving.plans for saving in found) + 1]
+    line = [besides + each * end for end in ends]
+    axis.plot(
+        ends, line, color="black", linewidth=1, label=f"{each:.2f} µs a plan, {besides:+.1f} µs"
+    )
+    axis.set_xlabel("plans that a pass does not compute")
+    axis.set_ylabel("µs that a pass under graphs is shorter")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    return _saved(figure, page)
+
+
+def _saved(figure: Any, page: Path) -> Path:
+    from matplotlib import pyplot
+
+    figure.tight_layout()
+    figure.savefig(page, dpi=110)
+    pyplot.close(figure)
+    return page

@@ -1,0 +1,320 @@
+"""SGLang engines, each in a process of its own that answers over a pipe.
+
+The validation kit and the benchmark ask several engines the same questions and compare: other
+settings, another attention backend, another plugin. In one process they would share SGLang's
+globals.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import select
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import engine_changes
+
+GRAPH_SIZES = ("cuda_graph_bs_decode", "cuda_graph_bs")
+LARGEST_GRAPH = ("cuda_graph_max_bs_decode", "cuda_graph_max_bs")
+"""What releases of SGLang call the batch sizes to capture, and the largest; one of them takes a
+list.
+"""
+NO_PREFILL_GRAPH = ("disable_prefill_cuda_graph", "disable_piecewise_cuda_graph")
+"""What they call the switch that keeps prefill out of graphs."""
+FORCE_UPDATE = "SGLANG_MUSA_FA3_FORCE_UPDATE_METADATA"
+"""A plan for every call: a setting that an engine has only where it was asked for."""
+
+
+class EngineDied(RuntimeError):
+    """An engine's process ended, or said that it could not do what it was asked."""
+
+
+class Engine:
+    """An engine in a process of its own. It boots while others do, and the first question waits for
+    it.
+    """
+
+    def __init__(
+        self,
+        arguments: Mapping[str, Any],
+        environ: Mapping[str, str],
+        log: Path | None = None,
+        patience: float | None = None,
+    ) -> None:
+        """Start the process of an ``sglang.Engine(**arguments)``.
+
+        Args:
+            arguments: see :func:`graph_arguments` for those that are ours.
+            environ: variables on top of this process's.
+            log: where its output goes; ``None``: where ours goes.
+            patience: seconds that an answer may take; ``None``: any time.
+        """
+        reading, writing = os.pipe()
+        command = [
+            sys.executable,
+            str(Path(__file__).resolve()),
+            "--serve",
+            json.dumps(arguments),
+            str(writing),
+        ]
+        inherited = {name: value for name, value in os.environ.items() if name != FORCE_UPDATE}
+        output = contextlib.nullcontext() if log is None else log.open("w")
+        with output as stream:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, pass_fds=[writing], text=True, env=inherited | dict(environ),
+                stdout=stream, stderr=stream,
+            )  # fmt: skip
+        os.close(writing)
+        self._answers = os.fdopen(reading)
+        self._ready, self._patience, self._log = False, patience, log
+
+    def wait(self) -> Engine:
+        """Return when the engine is up.
+
+        Raises:
+            EngineDied: with its error.
+        """
+        if not self._ready:
+            self._read()
+            self._ready = True
+        return self
+
+    def ask(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> dict[str, Any]:
+        """Tokens and log-probabilities of each prompt's greedy continuation."""
+        return self._call({"prompts": prompts, "new_tokens": new_tokens, "logprobs": True})
+
+    def run(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> None:
+        """Continue these prompts as a server does that was asked for no log-probabilities."""
+        self._call({"prompts": prompts, "new_tokens": new_tokens})
+
+    def step_seconds(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> float:
+        """Seconds from one decode step to the next while these prompts are continued together."""
+        return float(
+            self._call({"prompts": prompts, "new_tokens": new_tokens, "steps": True})["seconds"]
+        )
+
+    def state(self) -> dict[str, Any]:
+        """The internal state of the engine's first scheduler."""
+        state: dict[str, Any] = self._call({"state": True})["states"][0]
+        return state
+
+    def reports(self) -> list[dict[str, Any]]:
+        """The state reports of the engine's backends of this package."""
+        states = self._call({"state": True})["states"]
+        return [report for state in states for report in state.get("sglang_musa_ext", [])]
+
+    def flush(self) -> None:
+        """Empty the prefix cache."""
+        self._call({"flush": True})
+
+    def scheduler(self, method: str, **arguments: Any) -> None:
+        """Call a method of every scheduler of the engine."""
+        self._call({"method": method, "arguments": arguments})
+
+    def kill(self) -> None:
+        """End its process at once; whoever waits for an answer gets an :class:`EngineDied`."""
+        # What it started ends with it: SGLang's processes watch their parent.
+        self._process.kill()
+
+    def close(self) -> None:
+        """End it, and wait for it: as a server ends where it serves, and at once where it still
+        boots.
+        """
+        assert self._process.stdin is not None
+        if not self._ready:
+            self.kill()
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        try:
+            self._process.wait(60)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            self._process.wait()
+        self._answers.close()
+
+    def _call(self, question: Mapping[str, Any]) -> dict[str, Any]:
+        self.wait()
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps(question) + "\n")
+            self._process.stdin.flush()
+        return self._read()
+
+    def _read(self) -> dict[str, Any]:
+        if not select.select([self._answers], [], [], self._patience)[0]:
+            raise EngineDied(
+                f"The engine gave no answer within {self._patience:.0f} s. {self._last_error()}"
+            )
+        line = self._answers.readline()
+        if not line:
+            raise EngineDied(
+                f"The engine's process ended with status {self._process.wait()}. "
+                f"{self._last_error()}"
+            )
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise EngineDied(f"{answer['error']} {self._last_error()}")
+        return answer
+
+    def _last_error(self) -> str:
+        return "Its output says why." if self._log is None else f"Its log: {last_error(self._log)}"
+
+
+@contextlib.contextmanager
+def engine(
+    arguments: Mapping[str, Any], environ: Mapping[str, str], log: Path | None = None
+) -> Iterator[Engine]:
+    """An engine that is up, while it is needed."""
+    process = Engine(arguments, environ, log)
+    try:
+        yield process.wait()
+    finally:
+        process.close()
+
+
+def last_error(log: Path) -> str:
+    """The last line of a log that names an error, or its last line; empty if there is no log."""
+    lines = (
+        [line.strip() for line in log.read_text(errors="replace").split("\n")]
+        if log.is_file()
+        else []
+    )
+    said = [line for line in lines if line]
+    errors = [
+        line
+        for line in said
+        if re.match(r"[\w.]*(Error|Exception|Died|Mismatch|Exhausted|Unavailable)\b", line)
+    ]
+    return (errors or said or [""])[-1][:1000]
+
+
+# --- in an engine's process -----------------------------------------------------------------------
+
+
+def serve(arguments: dict[str, Any], descriptor: int) -> None:
+    """Boot an engine, and answer questions from the standard input until it ends."""
+    os.set_inheritable(descriptor, False)
+    with os.fdopen(descriptor, "w") as stream:
+
+        def reply(answer: Mapping[str, Any]) -> None:
+            stream.write(json.dumps(answer, default=str) + "\n")
+            stream.flush()
+
+        try:
+            served = _boot(arguments)
+        except Exception as error:  # noqa: BLE001  # Whatever stops an engine is what the other side must hear.
+            traceback.print_exc()
+            reply({"error": f"{type(error).__name__}: {error}"})
+            return
+        reply({"ready": True})
+        for line in sys.stdin:
+            try:
+                reply(_answer(served, SimpleNamespace(**json.loads(line))))
+            except Exception as error:  # noqa: BLE001  # The same.
+                traceback.print_exc()
+                reply({"error": f"{type(error).__name__}: {error}"})
+        served.shutdown()
+
+
+def _boot(arguments: dict[str, Any]) -> Any:
+    import sglang
+
+    return sglang.Engine(**graph_arguments(arguments))
+
+
+def graph_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """``arguments`` with what they say of graphs in the words of the installed release of SGLang.
+
+    ``graphs`` holds the batch sizes to capture: none for no graphs, and one for every size up to it
+    that SGLang chooses. ``prefill_graphs`` says whether prefill may be captured too; without it
+    SGLang chooses.
+    """
+    import inspect
+
+    from sglang.srt.server_args import ServerArgs
+
+    known = {*inspect.signature(ServerArgs).parameters, *getattr(ServerArgs, "__annotations__", ())}
+    found = dict(arguments)
+    sizes, prefill = found.pop("graphs", ()), found.pop("prefill_graphs", True)
+    found["disable_cuda_graph"] = not sizes
+    wanted: list[tuple[tuple[str, str], Any]] = [] if prefill else [(NO_PREFILL_GRAPH, True)]
+    wanted += [(LARGEST_GRAPH, max(sizes))] if sizes else []
+    wanted += [(GRAPH_SIZES, list(sizes))] if len(sizes) > 1 else []
+    for names, value in wanted:
+        name = next((name for name in names if name in known), None)
+        if name is not None:
+            found[name] = value
+    return found
+
+
+def _answer(engine: Any, question: SimpleNamespace) -> dict[str, Any]:
+    if hasattr(question, "state"):
+        return {"states": engine.get_server_info()["internal_states"]}
+    if hasattr(question, "flush"):
+        _flush(engine)
+        return {}
+    if hasattr(question, "method"):
+        engine.collective_rpc(question.method, **question.arguments)
+        return {}
+    sampling = {"temperature": 0, "max_new_tokens": question.new_tokens, "ignore_eos": True}
+    if hasattr(question, "steps"):
+        return {"seconds": _step_seconds(engine, question.prompts, sampling)}
+    if not hasattr(question, "logprobs"):
+        engine.generate(input_ids=question.prompts, sampling_params=sampling)
+        return {}
+    answers = engine.generate(
+        input_ids=question.prompts, sampling_params=sampling, return_logprob=True
+    )
+    chosen = [answer["meta_info"]["output_token_logprobs"] for answer in answers]
+    tokens, logprobs = ([[entry[index] for entry in row] for row in chosen] for index in (1, 0))
+    return {"tokens": tokens, "logprobs": logprobs}
+
+
+def _flush(engine: Any, seconds: float = 30.0) -> None:
+    """Empty the prefix cache, which a scheduler refuses for a moment after its last answer."""
+    until = time.perf_counter() + seconds
+    while not getattr(engine.flush_cache(), "success", True):
+        if time.perf_counter() > until:
+            raise EngineDied(f"the prefix cache could not be emptied for {seconds:.0f} s")
+        time.sleep(0.05)
+
+
+def _step_seconds(
+    engine: Any, prompts: Sequence[Sequence[int]], sampling: Mapping[str, Any]
+) -> float:
+    """Between the first and the last token that the first request streams, so that prefill does not
+    count.
+    """
+    seen: list[tuple[float, int]] = []
+    for chunk in engine.generate(input_ids=prompts, sampling_params=sampling, stream=True):
+        if chunk.get("index", 0) == 0:
+            # Several tokens may come in one chunk where steps are faster than the stream.
+            seen.append((time.perf_counter(), chunk["meta_info"]["completion_tokens"]))
+    (first, tokens), (last, more) = seen[0], seen[-1]
+    return (last - first) / (more - tokens)
+
+
+if (
+    __name__ in ("__main__", "__mp_main__")
+    and os.environ.get("SGLANG_PLATFORM") == "musa_reference"
+):
+    # Up to 0.5.20 SGLang imports what a CPU lacks before it looks for platforms. Processes that the
+    # engine spawns run this as well.
+    from sglang_musa_ext.cpu.stand_ins import prepare_process
+
+    prepare_process()
+
+if __name__ in ("__main__", "__mp_main__"):
+    engine_changes.install()
+
+if __name__ == "__main__":
+    serve(json.loads(sys.argv[2]), int(sys.argv[3]))

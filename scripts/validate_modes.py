@@ -1,0 +1,569 @@
+"""Models without weights, served by SGLang with this package, beside SGLang's own ``fa3``, in every
+mode.
+
+Both peers call the same kernels of the same GPU, so that their answers must be the same: where
+SGLang's own are the same twice, ours must be equal to the last bit. Random weights do, because
+answers depend on every token before them, which is checked too. One thing must be equal for that:
+the plans. As shipped, SGLang's backend makes some for plain decode and leaves the others to the
+kernels, which may split the keys into another number of parts than FA3's ``get_scheduler_metadata``
+does. So it is compared with a plan of that function for every call, none of which is kept, and as
+shipped with what those plans change in it allowed. SGLang's own ``fa3`` runs on NVIDIA GPUs alone,
+and so does this part.
+
+A mode takes five engines: both peers under CUDA graphs, both eager, ours with every reused plan
+checked, and SGLang's own as shipped. They share the GPUs, several at a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import itertools
+import json
+import os
+import threading
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from engine_changes import PLANS, WEIGHTS
+from engine_process import Engine, EngineDied
+from model_configs import write_model
+from validate_engine import Answer, Missing, deviation, first_difference, first_divergence, guarded
+from validate_report import FAIL, PASS, SKIP, Outcome
+
+Emit = Callable[[Mapping[str, Any]], None]
+PART = "modes"
+
+
+@dataclass(frozen=True)
+class Mode:
+    """A way to serve a model."""
+
+    family: str
+    """The model's, of ``model_configs``."""
+    arguments: Mapping[str, Any]
+    """Of ``sglang.Engine``, besides :data:`COMMON`."""
+    plans: tuple[int, ...] = ()
+    """How many plans a pass of one of its backends may compute: one a geometry. Empty: counted, and
+    not judged.
+    """
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    """What its model has different from its family."""
+    draft: str = ""
+    """The family of the draft model, where there is one."""
+    gpus: int = 1
+
+
+CHAIN = {"speculative_num_steps": 3, "speculative_eagle_topk": 1, "speculative_num_draft_tokens": 4}
+TREE = {"speculative_num_steps": 3, "speculative_eagle_topk": 4, "speculative_num_draft_tokens": 8}
+EXPERTS = {"first_k_dense_replace": 1}
+# SGLang turns this fusion on for DeepSeek's models over several GPUs, and it has nothing to do with
+# attention. The first engine compiles it for minutes, while the others wait.
+UNFUSED = {"enforce_disable_flashinfer_allreduce_fusion": True}
+OVERLAP = {
+    "tp_size": 2,
+    "dp_size": 2,
+    "enable_dp_attention": True,
+    "enable_two_batch_overlap": True,
+    **UNFUSED,
+}
+MODES: Mapping[str, Mode] = {
+    "dense-page1": Mode("llama", {"page_size": 1}, (1,)),
+    "dense-page16": Mode("llama", {"page_size": 16}, (1,)),
+    "dense-page64": Mode("llama", {"page_size": 64}, (1,)),
+    "dense-page128": Mode("llama", {"page_size": 128}, (1,)),
+    "dense-chunked": Mode("llama", {"page_size": 64, "chunked_prefill_size": 512}, (1,)),
+    "deterministic": Mode("llama", {"page_size": 64, "enable_deterministic_inference": True}, (1,)),
+    "window-softcap": Mode("gemma2", {"page_size": 64}, (2,)),
+    "window-sinks": Mode("gpt_oss", {"page_size": 64}, (2,)),
+    "mla": Mode("deepseek_v3", {"page_size": 64}, (1,)),
+    "mla-chunked": Mode("deepseek_v3", {"page_size": 64, "chunked_prefill_size": 1024}, (1,)),
+    "eagle": Mode(
+        "llama", {"page_size": 64, "speculative_algorithm": "EAGLE", **CHAIN}, (1,), draft="eagle"
+    ),
+    # Over a tree verify and draft are cascades of two calls with a plan each, and prefill is one
+    # call.
+    "eagle-tree": Mode(
+        "llama", {"page_size": 1, "speculative_algorithm": "EAGLE", **TREE}, (1, 2), draft="eagle"
+    ),
+    "standalone": Mode(
+        "llama",
+        {"page_size": 64, "speculative_algorithm": "STANDALONE", **CHAIN},
+        (1,),
+        draft="llama",
+    ),
+    # SGLang takes the breadth of the search for the width of a tree, so that verify is a cascade
+    # here too.
+    "ngram": Mode(
+        "llama",
+        {"page_size": 1, "speculative_algorithm": "NGRAM", "speculative_num_draft_tokens": 4},
+        (1, 2),
+    ),
+    "tp2": Mode("llama", {"page_size": 64, "tp_size": 2}, (1,), gpus=2),
+    "tp2-mla": Mode("deepseek_v3", {"page_size": 64, "tp_size": 2, **UNFUSED}, (1,), gpus=2),
+    "pp2": Mode("llama", {"page_size": 64, "pp_size": 2}, (1,), gpus=2),
+    "pp2-mla": Mode("deepseek_v3", {"page_size": 64, "pp_size": 2}, (1,), gpus=2),
+    # Without another way to exchange tokens between experts, SGLang overlaps under data-parallel
+    # attention alone.
+    "two-batch-overlap": Mode("deepseek_v3", {"page_size": 64, **OVERLAP}, changes=EXPERTS, gpus=2),
+}
+OUTPUT_CHECKED = "dense-page64"
+"""The mode that is served once more with every call's output compared with the reference kernels'.
+"""
+COMMON: Mapping[str, Any] = {
+    "load_format": "dummy", "skip_tokenizer_init": True, "attention_backend": "fa3", "dtype": "bfloat16",
+    "random_seed": 0, "log_level": "warning", "context_length": 8192, "max_running_requests": 8,
+    "max_total_tokens": 16384, "prefill_graphs": False,
+    # How much there is comes from max_total_tokens. SGLang takes what this leaves, of what was free
+    # before loading, from what is free after; engines that load at the same time must not eat that
+    # up.
+    "mem_fraction_static": 0.9,
+}  # fmt: skip
+GRAPHS = [1, 2, 4, 8]
+ENVIRON = {"SGLANG_ENABLE_JIT_DEEPGEMM": "0", "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0"}
+"""Unless the environment says otherwise: nothing here computes in FP8, and GPUs are shared with
+other engines.
+"""
+BYTES = 6 << 30
+"""Device memory that an engine is counted with."""
+SECONDS = 600.0
+"""What one engine may take from its start to its end."""
+FIRST_PORT, PORTS = 21000, 50
+"""Where the ports of engines that talk over TCP begin, and how many each has for itself."""
+
+
+class Way(NamedTuple):
+    """Whose backend serves, and how."""
+
+    ours: bool
+    graphs: bool
+    check: str = "off"
+    shipped: bool = False
+    """Of upstream's backend: whether it plans as it does unless told otherwise, and not before
+    every call.
+    """
+
+    @property
+    def name(self) -> str:
+        """For a log's name and for progress."""
+        words = ["ours" if self.ours else "upstream", "graphs" if self.graphs else "eager"]
+        words += ["output"] if self.check == "output" else []
+        return ".".join([*words, *(["shipped"] if self.shipped else [])])
+
+    @property
+    def environ(self) -> dict[str, str]:
+        """What makes it so."""
+        if self.ours:
+            return {
+                "SGLANG_MUSA_EXT": "on",
+                "SGLANG_MUSA_EXT_KERNELS": "hopper",
+                "SGLANG_MUSA_EXT_CHECK": self.check,
+            }
+        return {"SGLANG_MUSA_EXT": "off"} | ({} if self.shipped else {PLANS: "1"})
+
+
+PEERS = {
+    "graphs": (Way(False, True), Way(True, True)),
+    "eager, plans checked": (Way(False, False), Way(True, False, "metadata")),
+}
+"""Upstream's and ours, which must be the same to the last bit: every call of both has the plan of
+FA3 for it.
+"""
+AS_SHIPPED = Way(False, True, shipped=True)
+"""Upstream's as it is. Its calls may have other numbers of splits, and its answers other last bits.
+"""
+OUTPUT = Way(True, False, "output")
+
+
+def phases(quick: bool) -> list[list[list[int]]]:
+    """Requests, one batch after another; the last batch tells whether answers depend on attention."""
+    lengths = (5, 70, 700) if quick else (5, 70, 700, 3000)
+    batch = [
+        [(7 * at + 13 * row) % 4000 + 3 for at in range(length)]
+        for row, length in enumerate(lengths)
+    ]
+    # What comes later finds what came first in the prefix cache: all of it, and all but a suffix.
+    return [batch, [batch[0]], [batch[-1]], [[*prompt, 9, 8, 7] for prompt in batch], twins()]
+
+
+def twins() -> list[list[int]]:
+    """Two prompts of one length that end in the same token, so that nothing but attention tells
+    them apart.
+    """
+    return [[(step * at + 29) % 4000 + 3 for at in range(99)] + [17] for step in (11, 23)]
+
+
+# --- the engines ----------------------------------------------------------------------------------
+
+
+@dataclass
+class Asked:
+    """What an engine gave: the same questions twice, with the prefix cache emptied between."""
+
+    answers: list[Answer]
+    reports: list[dict[str, Any]]
+
+    @property
+    def both(self) -> tuple[Answer, Answer]:
+        """Its two answers."""
+        return self.answers[0], self.answers[1]
+
+
+class Fleet:
+    """Engines on the GPUs, several at a time, each started when there is room and ended when it has
+    answered.
+    """
+
+    def __init__(
+        self, options: argparse.Namespace, cards: Sequence[str], jobs: int, emit: Emit
+    ) -> None:
+        """``cards`` are the GPUs as ``CUDA_VISIBLE_DEVICES`` names them."""
+        self.options, self.cards, self._emit = options, cards, emit
+        self._pool = ThreadPoolExecutor(jobs)
+        self._numbers = itertools.count()
+        self._found: dict[tuple[str, Way], Future[Asked]] = {}
+        self._up: list[str] = []
+        self._down = 0
+        self._lock = threading.Lock()
+
+    def begin(self, name: str, ways: Sequence[Way]) -> None:
+        """Have these engines of a mode started as soon as there is room, unless they have been."""
+        for way in ways:
+            if (name, way) not in self._found:
+                self._found[name, way] = self._pool.submit(
+                    self._ask, name, way, next(self._numbers)
+                )
+
+    def asked(self, name: str, way: Way) -> Asked:
+        """What an engine gave; waits for it.
+
+        Raises:
+            Missing: it is upstream's, and did not serve, so that there is nothing to compare with.
+            EngineDied: it is ours.
+        """
+        try:
+            return self._found[name, way].result()
+        except EngineDied as error:
+            if way.ours:
+                raise
+            raise Missing(f"SGLang's own fa3 does not serve this: {error}") from error
+
+    def close(self) -> None:
+        """Start no more engines, and wait for those that are up."""
+        self._pool.shutdown(cancel_futures=True)
+
+    def _ask(self, name: str, way: Way, number: int) -> Asked:
+        log = Path(self.options.out) / PART / f"{name}.{way.name}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with self._shown(f"{name}.{way.name}"), self._engine(name, way, number, log) as served:
+            asked = self._conversation(served, way)
+            log.with_suffix(".json").write_text(
+                json.dumps([asdict(answer) for answer in asked.answers]) + "\n"
+            )
+            return asked
+
+    @contextlib.contextmanager
+    def _engine(self, name: str, way: Way, number: int, log: Path) -> Iterator[Engine]:
+        mode = MODES[name]
+        cards = [self.cards[(number + index) % len(self.cards)] for index in range(mode.gpus)]
+        environ = {key: os.environ.get(key, value) for key, value in ENVIRON.items()}
+        environ |= {WEIGHTS: "1"} | way.environ | {"CUDA_VISIBLE_DEVICES": ",".join(cards)}
+        process = Engine(self._arguments(name, way, number), environ, log)
+        # An engine that hangs must not hang the others' cases.
+        alarm = threading.Timer(SECONDS, process.kill)
+        alarm.start()
+        try:
+            yield process.wait()
+        finally:
+            alarm.cancel()
+            process.close()
+
+    def _arguments(self, name: str, way: Way, number: int) -> dict[str, Any]:
+        mode, models = MODES[name], Path(self.options.scratch)
+        found = {**COMMON, **mode.arguments, "graphs": GRAPHS if way.graphs else []}
+        # Each engine writes its own, because they start at the same time.
+        found["model_path"] = str(
+            write_model(models / f"{name}.{number}", mode.family, **mode.changes)
+        )
+        if mode.draft:
+            draft = write_model(models / f"{name}.{number}.draft", mode.draft, num_hidden_layers=1)
+            found["speculative_draft_model_path"] = str(draft)
+        if mode.gpus > 1:
+            found["port"] = FIRST_PORT + PORTS * (number % 200)
+        return found
+
+    def _conversation(self, served: Engine, way: Way) -> Asked:
+        if way.check == "output":
+            # The reference kernels take their time.
+            answer = served.ask([prompt[:70] for prompt in phases(True)[0]], 4)
+            return Asked([Answer(answer["tokens"], answer["logprobs"], [])], served.reports())
+        count, answers = 8 if self.options.quick else 24, []
+        for _ in range(2):
+            found = [served.ask(batch, count) for batch in phases(self.options.quick)]
+            tokens, logprobs = (
+                [row for one in found for row in one[what]] for what in ("tokens", "logprobs")
+            )
+            answers.append(Answer(tokens, logprobs, []))
+            served.flush()
+        return Asked(answers, served.reports())
+
+    @contextlib.contextmanager
+    def _shown(self, name: str) -> Iterator[None]:
+        """Have an engine among those that are shown as up."""
+        self._show(self._up.append, name)
+        try:
+            yield
+        finally:
+            self._show(self._up.remove, name, 1)
+
+    def _show(self, change: Callable[[str], None], name: str, down: int = 0) -> None:
+        with self._lock:
+            change(name)
+            self._down += down
+            self._emit(
+                {
+                    "progress": f"{self._down} of {len(self._found)} engines done; up: {', '.join(self._up)}"
+                }
+            )
+
+
+# --- cases ----------------------------------------------------------------------------------------
+
+
+class Session:
+    """The cases of the modes that can run here."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self.fleet = fleet
+
+    def cases(
+        self, names: Sequence[str], done: Collection[str]
+    ) -> list[tuple[str, Callable[[], Outcome]]]:
+        """The cases of modes, by name. Their engines are all asked for at once."""
+        found = {name: self._of_mode(name) for name in names}
+        for name, cases in found.items():
+            if set(cases) - set(done):
+                self.fleet.begin(name, self._ways(name))
+        return [
+            (case, functools.partial(guarded, PART, case, functools.partial(judge, name)))
+            for name, cases in found.items()
+            for case, judge in cases.items()
+        ]
+
+    @staticmethod
+    def _ways(name: str) -> list[Way]:
+        return [
+            *itertools.chain(*PEERS.values()),
+            AS_SHIPPED,
+            *([OUTPUT] if name == OUTPUT_CHECKED else []),
+        ]
+
+    def _of_mode(self, name: str) -> dict[str, Callable[[str], Outcome]]:
+        found: dict[str, Callable[[str], Outcome]] = {
+            f"{name}: {how}": functools.partial(self._equal, peers=peers)
+            for how, peers in PEERS.items()
+        }
+        found[f"{name}: graphs, upstream as shipped"] = self._as_shipped
+        found[f"{name}: who served, and plans a pass"] = self._plans
+        found[f"{name}: answers depend on attention"] = self._depends
+        if name == OUTPUT_CHECKED:
+            found[f"{name}: every call's output beside the reference kernels'"] = self._output
+        return found
+
+    def _equal(self, name: str, peers: tuple[Way, Way]) -> Outcome:
+        right, ours = (self.fleet.asked(name, way) for way in peers)
+        outcome = judged_equal(ours, right)
+        if peers[1].check != "metadata":
+            return outcome
+        reuses = sum(
+            report["statistics"]["reuses"]
+            for report in ours.reports
+            if report["settings"]["check"] != "off"
+        )
+        values = {**outcome.numbers, "reused plans checked": reuses}
+        if not reuses:
+            return Outcome(PART, "", FAIL, f"no reused plan was checked; {outcome.reason}", values)
+        return Outcome(PART, "", outcome.status, outcome.reason, values)
+
+    def _as_shipped(self, name: str) -> Outcome:
+        planned, ours = (self.fleet.asked(name, way) for way in PEERS["graphs"])
+        return judged_equal(ours, self.fleet.asked(name, AS_SHIPPED), planned)
+
+    def _plans(self, name: str) -> Outcome:
+        upstream, reports = [], []
+        for theirs, ours in PEERS.values():
+            upstream += self.fleet.asked(name, theirs).reports
+            reports += self.fleet.asked(name, ours).reports
+        return judged_plans(reports, upstream, MODES[name].plans)
+
+    def _depends(self, name: str) -> Outcome:
+        answers = self.fleet.asked(name, PEERS["graphs"][0]).answers[0]
+        one, other = answers.logprobs[-2:]
+        values = {
+            "log-probability difference": max(abs(a - b) for a, b in zip(one, other, strict=True))
+        }
+        good = values["log-probability difference"] > 0
+        reason = (
+            ""
+            if good
+            else "prompts that differ before their last token got the same answer: equality says nothing"
+        )
+        return Outcome(PART, "", PASS if good else FAIL, reason, values)
+
+    def _output(self, name: str) -> Outcome:
+        asked = self.fleet.asked(name, OUTPUT)
+        calls = sum(
+            report["statistics"]["calls"]
+            for report in asked.reports
+            if report["settings"]["check"] == "output"
+        )
+        good = calls > 0
+        return Outcome(
+            PART,
+            "",
+            PASS if good else FAIL,
+            "" if good else "no call was compared",
+            {"calls": calls},
+        )
+
+
+def judged_equal(ours: Asked, right: Asked, other: Asked | None = None) -> Outcome:
+    """Whether our answers are upstream's, as far as upstream's are the same twice, and those of its
+    ``other`` way.
+    """
+    first, second = right.both
+    own = [deviation(second, first)]
+    own += [] if other is None else map(deviation, other.both, right.both)
+    allowed, repeated = 2 * max(error for error, _ in own), min(same for _, same in own)
+    compared = [deviation(mine, theirs) for mine, theirs in zip(ours.both, right.both, strict=True)]
+    error, same = max(error for error, _ in compared), min(same for _, same in compared)
+    total = sum(map(len, first.tokens))
+    values = {
+        "equal tokens": f"{same} of {total}",
+        "log-probability error": error,
+        "allowed": allowed,
+    }
+    good = same >= repeated and error <= allowed
+    pairs = list(zip(ours.both, right.both, strict=True))
+    tokens, logprobs = (
+        "; ".join(filter(None, itertools.starmap(first, pairs)))
+        for first in (first_divergence, first_difference)
+    )
+    beyond = (
+        f"tokens are equal, and log-probabilities differ by more than upstream's own do: {logprobs}"
+    )
+    reason = "" if good else tokens or beyond
+    if allowed:
+        reason = f"upstream's own answers differ from one time or way to another; {reason}"
+    return Outcome(PART, "", PASS if good else FAIL, reason, values)
+
+
+def judged_plans(
+    reports: Sequence[Mapping[str, Any]],
+    upstream: Sequence[Mapping[str, Any]],
+    wanted: Sequence[int],
+) -> Outcome:
+    """Whether ours served where it should and nowhere else, with as many plans a pass as there are
+    geometries.
+    """
+    counts: Counter[int] = Counter()
+    for report in reports:
+        counts.update(
+            {
+                int(plans): passes
+                for plans, passes in report["statistics"]["passes_by_plans"].items()
+            }
+        )
+    sums = {
+        name: sum(report["statistics"][name] for report in reports)
+        for name in ("planned_calls", "plans", "reuses")
+    }
+    seen = sorted({f"{report['backend']} on {report['kernels']}" for report in reports})
+    values = {"passes by plans": dict(sorted(counts.items())), **sums}
+    wrong = []
+    if upstream:
+        wrong.append("this package served where SGLang's own fa3 should have")
+    if seen != ["MusaFA3Backend on hopper"]:
+        wrong.append(
+            f"served by {'; '.join(seen) or 'no backend of this package'}, expected MusaFA3Backend "
+            "on hopper"
+        )
+    if wanted and set(counts) - set(wanted):
+        wrong.append(
+            f"passes computed {sorted(counts)} plans, expected {' or '.join(map(str, wanted))}"
+        )
+    if not sums["plans"]:
+        wrong.append("no call took a plan")
+    return Outcome(PART, "", FAIL if wrong else PASS, "; ".join(wrong), values)
+
+
+# --- the part -------------------------------------------------------------------------------------
+
+
+def missing(kernels: str, device: str) -> str:
+    """Why this part cannot run; empty if it can."""
+    if not device.startswith("cuda"):
+        return f"SGLang's own fa3, the peer of this part, runs on NVIDIA GPUs alone, and this device is {device}"
+    return (
+        ""
+        if kernels == "hopper"
+        else "on an NVIDIA GPU this part compares the hopper kernels: --kernels hopper"
+    )
+
+
+def visible_cards(count: int, device: str) -> list[str]:
+    """The ``count`` GPUs that PyTorch sees, as ``CUDA_VISIBLE_DEVICES`` names them; that of
+    ``device`` if it says.
+    """
+    named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    cards = named.split(",")[:count] if named else [str(index) for index in range(count)]
+    _, _, index = device.partition(":")
+    return [cards[int(index)]] if index else cards
+
+
+def default_jobs(cards: int, each: int = 1) -> int:
+    """How many engines of ``each`` GPUs the processor and the GPUs' free memory have room for."""
+    import torch
+
+    memory = sum(torch.cuda.mem_get_info(index)[0] // BYTES for index in range(cards)) // each
+    return max(1, min(len(os.sched_getaffinity(0)) // 2, memory))
+
+
+def run(options: argparse.Namespace, done: Collection[str], emit: Emit) -> None:
+    """Run the cases of every mode that was asked for, or say why there are none."""
+    from validate_device import find_device, run_cases
+
+    device = str(find_device(options))
+    names = [name for name in MODES if not options.modes or name in options.modes]
+    cards: list[str] = []
+    if not (why := missing(options.kernels, device)):
+        import torch
+
+        cards = visible_cards(torch.cuda.device_count(), device)
+    reasons = {name: why or _too_few(name, len(cards)) for name in names}
+    skipped = [name for name, reason in reasons.items() if reason]
+    most = max((MODES[name].gpus for name in names if name not in skipped), default=1)
+    fleet = Fleet(
+        options, cards, 1 if why else options.jobs or default_jobs(len(cards), most), emit
+    )
+    try:
+        cases = Session(fleet).cases([name for name in names if name not in skipped], done)
+        cases += [
+            (name, functools.partial(Outcome, PART, name, SKIP, reasons[name])) for name in skipped
+        ]
+        run_cases(cases, None, done, emit)
+    finally:
+        fleet.close()
+
+
+def _too_few(name: str, cards: int) -> str:
+    return (
+        f"it takes {MODES[name].gpus} GPUs, and there are {cards}"
+        if MODES[name].gpus > cards
+        else ""
+    )

@@ -1,1 +1,0 @@
-"""The benchmark: this package beside SGLang's own attention backends, taking turns on one device."""

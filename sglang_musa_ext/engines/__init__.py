@@ -1,1 +1,0 @@
-"""SGLang engines in processes of their own, for the validation kit and the benchmark."""

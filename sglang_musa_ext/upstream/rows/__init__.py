@@ -1,0 +1,29 @@
+"""The rows of the contract, by theme."""
+
+from __future__ import annotations
+
+from sglang_musa_ext.upstream.rows import (
+    backend,
+    cpu,
+    defaults,
+    kernels,
+    passes,
+    plugin,
+    speculation,
+    vision,
+)
+from sglang_musa_ext.upstream.rows.plugin import PLUGIN_SUPPORT
+
+REQUIREMENTS = (
+    *plugin.ROWS,
+    *kernels.ROWS,
+    *backend.ROWS,
+    *passes.ROWS,
+    *speculation.ROWS,
+    *defaults.ROWS,
+    *vision.ROWS,
+    *cpu.ROWS,
+)
+"""The whole contract."""
+
+__all__ = ["PLUGIN_SUPPORT", "REQUIREMENTS"]
