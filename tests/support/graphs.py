@@ -269,8 +269,12 @@ class GraphRunner:
             getattr(self.backend, "on_after_cuda_graph_warmup", lambda: None)()
         self.graphs[size], self.outputs[size] = graphs.capture(lambda: self.run(size))
 
-    def replay(self, step: Step) -> None:
-        """Fill the static buffers for ``step``, replay its graph, and require every layer's output."""
+    def replay(self, step: Step, eagerly: bool = False) -> None:
+        """Fill the static buffers for ``step``, replay its graph, and require every layer's output.
+
+        ``eagerly``: run the layers over the graph's buffers instead, as upstream's breakable graphs
+        do with attention.
+        """
         size = step.batch.batch_size
         self.lengths[:size] = step.batch.seq_lens
         self.table_rows[:size] = step.batch.req_pool_indices
@@ -284,6 +288,10 @@ class GraphRunner:
             fed.append(inputs)
         self.batches[size].seq_lens_cpu = self.lengths[:size].clone()
         prepare(self.backend, self.batches[size], capturing=False)
-        self.graphs[size].replay()
-        for layer, inputs, output in zip(self.model.layers, fed, self.outputs[size], strict=True):
+        outputs = self.outputs[size]
+        if eagerly:
+            outputs = self.run(size)
+        else:
+            self.graphs[size].replay()
+        for layer, inputs, output in zip(self.model.layers, fed, outputs, strict=True):
             self.model.require(output, step, layer, inputs)

@@ -1,0 +1,312 @@
+"""The oracle of the fuzzing: what every layer must return, and which plan every kernel call must have.
+
+Both are worked out anew for each call, from the call alone: no pass, no plan and no earlier call is
+known here. The output is attention in float64 over the keys and values that the test handed out.
+The plan is that of the reference kernels for the arguments that the call has, because a plan that
+is another one's may still give a right output.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from sglang_musa_ext.kernels import reference
+from sglang_musa_ext.kernels.reference import mla
+from tests.support.backend import Model, Step, replace_kernels
+
+Tensor = torch.Tensor
+
+UNITS = {torch.float32: 64, torch.float16: 8, torch.bfloat16: 4}
+"""Units in the last place of the largest output that a kernel may be off by. Half-precision kernels
+round the weights once more; a wrong plan leaves rows unwritten or whole runs of keys out.
+"""
+
+
+class Mismatch(AssertionError):
+    """A call got another output or another plan than the oracle's."""
+
+
+@dataclass
+class Totals:
+    """What was run; adds up over processes and runs."""
+
+    cases: int = 0
+    passes: int = 0
+    calls: int = 0
+    """Calls of an attention kernel, each with its plan or without one."""
+    raw_calls: int = 0
+    """Those over raw keys and values."""
+    outputs: int = 0
+    """Outputs of layers that were compared with the oracle's."""
+    plans: int = 0
+    reuses: int = 0
+    replays: int = 0
+    """Graphs that were replayed."""
+    mismatches: int = 0
+
+    def add(self, other: Totals) -> None:
+        """Add the counts of ``other``."""
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
+
+
+class JudgedModel(Model):
+    """A model whose outputs are compared with dense attention over all requests of a step at once.
+
+    No row may be NaN, which is what nobody wrote; :data:`JUDGED_ROWS` a request are compared.
+    """
+
+    totals: Totals
+
+    def require(
+        self,
+        result: Any,
+        step: Step,
+        layer: Any,
+        inputs: dict[str, Any],
+        sinks: Tensor | None = None,
+    ) -> None:
+        """Compare ``result`` of a layer with float64 over the keys that were handed out."""
+        wanted = padded_attention(self, step, layer, inputs["q"], sinks)
+        seen = result if isinstance(result, tuple) else (result,)
+        self.totals.outputs += 1
+        judged = _padded(step).judged
+        for what, got, exact in zip(("output", "log-sum-exp"), seen, wanted, strict=False):
+            if bool(got.isnan().any()):
+                raise Mismatch(f"{what} of layer {layer.layer_id} has rows that nobody wrote")
+            error = (got.reshape(step.rows, -1)[judged].double() - exact).abs().amax()
+            allowed = UNITS[self.dtype] * torch.finfo(self.dtype).eps * exact.abs().amax()
+            if not bool(error <= allowed + 1e-30):
+                raise Mismatch(
+                    f"{what} of layer {layer.layer_id} is off by {float(error):.3g}, where "
+                    f"{float(allowed):.3g} is allowed: {step.batch.forward_mode.name}, "
+                    f"{len(step.queries)} requests, lengths {_lengths(step)}"
+                )
+
+
+def _lengths(step: Step) -> list[int]:
+    return [len(queries.slots) for queries in step.queries]
+
+
+JUDGED_ROWS = 24
+"""Of a request with more query rows, its first and last ones and some between are compared."""
+
+
+@dataclass
+class _Padded:
+    """A step's judged rows and its keys as rectangles over the requests."""
+
+    judged: Tensor
+    """Index of each judged row among the step's."""
+    rows: Tensor
+    """The same as a rectangle, ``(requests, longest)``; padding repeats row 0."""
+    slots: Tensor
+    """KV slots, ``(requests, most keys)``; padding repeats the request's first slot."""
+    there: Tensor
+    """Which of ``slots`` are no padding."""
+    positions: Tensor
+    """Of each row, ``(requests, longest)``."""
+    kept: Tensor
+    """Which of ``rows`` are no padding."""
+    masks: Tensor | None
+    """What draft trees allow, ``(requests, longest, most keys)``."""
+
+
+def _padded(step: Step) -> _Padded:
+    known: _Padded | None = getattr(step, "padded", None)
+    if known is None:
+        known = _pad(step)
+        step.padded = known  # type: ignore[attr-defined]
+    return known
+
+
+def _pad(step: Step) -> _Padded:
+    chosen = [_judged_rows(len(queries.positions)) for queries in step.queries]
+    counts = [len(one) for one in chosen]
+    keys = _lengths(step)
+    shape = len(counts), max(counts), max(keys)
+    rows = torch.zeros(shape[:2], dtype=torch.long)
+    positions = torch.zeros(shape[:2], dtype=torch.long)
+    slots = torch.zeros(shape[0], shape[2], dtype=torch.long)
+    masks = None
+    if any(queries.mask is not None for queries in step.queries):
+        masks = torch.ones(shape, dtype=torch.bool)
+    start = 0
+    for index, queries in enumerate(step.queries):
+        count, own = counts[index], chosen[index]
+        rows[index, :count] = own + start
+        positions[index, :count] = queries.positions[own]
+        slots[index] = queries.slots[0]
+        slots[index, : keys[index]] = queries.slots
+        if masks is not None and queries.mask is not None:
+            masks[index, :count, : keys[index]] = queries.mask[own]
+        start += len(queries.positions)
+    kept = torch.arange(shape[1]) < torch.tensor(counts)[:, None]
+    there = torch.arange(shape[2]) < torch.tensor(keys)[:, None]
+    return _Padded(rows[kept], rows, slots, there, positions, kept, masks)
+
+
+def _judged_rows(count: int) -> Tensor:
+    if count <= JUDGED_ROWS:
+        return torch.arange(count)
+    return torch.linspace(0, count - 1, JUDGED_ROWS).long()
+
+
+def padded_attention(
+    model: Model, step: Step, layer: Any, q: Tensor, sinks: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Output ``(rows, heads * dim)`` and log-sum-exp ``(rows, heads)`` of the judged rows, in float64."""
+    padded = _padded(step)
+    k_pool, v_pool = model.truth.get_kv_buffer(layer.layer_id)
+    k, v = k_pool[padded.slots], v_pool[padded.slots]
+    heads, heads_kv = layer.tp_q_head_num, k.shape[2]
+    queries = q.view(-1, heads_kv, heads // heads_kv, layer.head_dim).double()[padded.rows]
+    scores = layer.scaling * torch.einsum("brhgd,bkhd->bhgrk", queries, k)
+    if layer.logit_cap:
+        scores = layer.logit_cap * torch.tanh(scores / layer.logit_cap)
+    visible = _visible(model, layer, padded)
+    scores = scores.masked_fill(~visible[:, None, None], -torch.inf)
+    lse = scores.logsumexp(-1)
+    if sinks is not None:
+        grouped = sinks.double().view(heads_kv, -1)[None, :, :, None]
+        lse = torch.logaddexp(lse, grouped.expand_as(lse))
+    weights = (scores - lse[..., None]).exp()
+    out = torch.einsum("bhgrk,bkhd->brhgd", weights, v)
+    lse = lse.permute(0, 3, 1, 2)
+    return out[padded.kept].flatten(1), lse[padded.kept].flatten(1)
+
+
+def _visible(model: Model, layer: Any, padded: _Padded) -> Tensor:
+    """Which keys each row sees, ``(requests, longest, most keys)``."""
+    key = torch.arange(padded.slots.shape[1])
+    row = padded.positions[..., None]
+    both_ways = layer.attn_type.name in ("ENCODER_ONLY", "DECODER_BIDIRECTIONAL")
+    seen = padded.there[:, None, :].expand(-1, row.shape[1], -1)
+    if not both_ways:
+        seen = seen & (key <= row)
+    if layer.sliding_window_size > -1:
+        seen = seen & (key >= row - layer.sliding_window_size)
+        if both_ways:
+            seen = seen & (key <= row + layer.sliding_window_size)
+    if model.chunk is not None and layer.use_irope:
+        seen = seen & (key // model.chunk == row // model.chunk)
+    return seen if padded.masks is None else seen & padded.masks
+
+
+# --- plans ----------------------------------------------------------------------------------------
+
+
+class InjectedFault(RuntimeError):
+    """What a kernel raises where the fuzzing makes it fail."""
+
+
+@dataclass
+class KernelWatch:
+    """Stands around a backend's kernels: counts calls, compares plans, and fails where it is told to."""
+
+    totals: Totals
+    compares_plans: bool = True
+    """Off where plans are of another library than the reference's, or inside a device's graph."""
+    fails_in: int | None = None
+    """The number of attention calls after which one raises :class:`InjectedFault`, once."""
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def serve(self, backend: Any) -> None:
+        """Stand around the kernels of ``backend``."""
+        replace_kernels(backend, self._wrap)
+
+    def _wrap(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        if name == "get_scheduler_metadata":
+            return function
+
+        def call(**arguments: Any) -> Any:
+            self._count(name)
+            if self.compares_plans and name == "flash_attn_with_kvcache":
+                require_own_plan(arguments)
+            return function(**arguments)
+
+        return call
+
+    def _count(self, name: str) -> None:
+        with self.lock:
+            self.totals.calls += 1
+            if name == "flash_attn_varlen_func":
+                self.totals.raw_calls += 1
+            if self.fails_in is None:
+                return
+            self.fails_in -= 1
+            if self.fails_in > 0:
+                return
+            self.fails_in = None
+        raise InjectedFault("out of memory, as the fuzzing asked for")
+
+
+def require_own_plan(arguments: dict[str, Any]) -> None:
+    """Require that a call's plan is the one that the reference makes for this very call.
+
+    A call without a plan runs in one split and natural order, which is always right.
+    """
+    plan = arguments.get("scheduler_metadata")
+    if isinstance(plan, tuple):
+        _require_own_latent_plan(arguments, *plan)
+    elif plan is not None and arguments.get("sinks") is None:
+        fresh = _plan_of(arguments)
+        if not torch.equal(plan[: len(fresh)], fresh):
+            raise Mismatch(
+                f"a call has another plan than its own:\n{plan.view(4, -1).tolist()}\n"
+                f"instead of\n{fresh.view(4, -1).tolist()}\n{_shapes(arguments)}"
+            )
+
+
+def _plan_of(arguments: dict[str, Any]) -> Tensor:
+    """The reference's plan of a call, from the meaning of FA3's arguments."""
+    q, k_cache, table = arguments["q"], arguments["k_cache"], arguments["page_table"]
+    cu_seqlens_q = arguments.get("cu_seqlens_q")
+    if cu_seqlens_q is None:
+        batch_size, max_seqlen_q = q.shape[:2]
+    else:
+        batch_size, max_seqlen_q = cu_seqlens_q.shape[0] - 1, arguments["max_seqlen_q"]
+    options: dict[str, Any] = {}
+    for name in ("causal", "window_size", "attention_chunk", "num_splits", "pack_gqa", "sm_margin"):
+        if arguments.get(name) is not None:
+            options[name] = arguments[name]
+    if arguments.get("k") is not None:
+        options["cu_seqlens_k_new"] = arguments.get("cu_seqlens_k_new")
+    return reference.get_scheduler_metadata(
+        batch_size=batch_size, max_seqlen_q=max_seqlen_q, max_seqlen_k=table.shape[1] * k_cache.shape[1],
+        num_heads_q=q.shape[-2], num_heads_kv=k_cache.shape[-2], headdim=q.shape[-1],
+        headdim_v=arguments["v_cache"].shape[-1], cache_seqlens=arguments["cache_seqlens"],
+        cu_seqlens_q=cu_seqlens_q, cache_leftpad=arguments.get("cache_leftpad"), **options,
+    )  # fmt: skip
+
+
+def _require_own_latent_plan(arguments: dict[str, Any], workspace: Tensor, reuse: bool) -> None:
+    """The same for MLA, where the plan is in the workspace if the call reuses it."""
+    if not reuse:
+        return
+    heads, longest = arguments["q"].shape[-2], arguments.get("max_seqlen_q")
+    if arguments.get("cu_seqlens_q") is None:
+        longest = arguments["q"].shape[1]
+    assert longest is not None
+    keys = arguments["cache_seqlens"].tolist()
+    fresh = mla._mla_plan(keys, mla.mla_parts(longest, heads))
+    held = workspace.view(torch.int32)[: len(fresh)].tolist()
+    if held != fresh:
+        raise Mismatch(
+            f"an MLA call reuses another plan than its own:\n{held}\ninstead of\n{fresh}\n"
+            f"{_shapes(arguments)}"
+        )
+
+
+def _shapes(arguments: dict[str, Any]) -> str:
+    shapes = {
+        name: tuple(value.shape) if isinstance(value, Tensor) else value
+        for name, value in arguments.items()
+        if value is not None and name != "scheduler_metadata"
+    }
+    return f"cache_seqlens {arguments['cache_seqlens'].tolist()}, {shapes}"
