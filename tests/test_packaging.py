@@ -175,7 +175,7 @@ def test_the_licence_is_whole(repository: Path) -> None:
         ("sglang.srt.plugins", "musa_ext"),
         ("sglang.srt.platforms", "musa_reference"),
         ("torch.backends", "musa_ext_guard"),
-        ("console_scripts", "sglang-musa-doctor"),
+        ("console_scripts", "sglang-musa-ext"),
     ],
 )
 def test_entry_points_load_where_nothing_else_is_installed(

@@ -1,4 +1,4 @@
-"""``python -m sglang_musa_ext.doctor``: what this environment would serve, and what stands in its
+"""``sglang-musa-ext doctor``: what this environment would serve, and what stands in its
 way.
 
 Each check is a row of :data:`CHECKS`; its probe answers with a :class:`CheckResult`, and a probe
@@ -40,7 +40,7 @@ DEVICE_TIMEOUT, TOOL_TIMEOUT = 60, 5
 """Seconds to wait for torch in a process of its own, and for the driver's tool."""
 
 _MIB = 1 << 20
-_INSTALL = "Install the vendor's stack with scripts/install-musa, into a new environment."
+_INSTALL = "Install the vendor's stack with sglang-musa-ext install, into a new environment."
 
 
 class Status(enum.Enum):
@@ -565,7 +565,7 @@ def _probe_torch(s: Surroundings) -> CheckResult:
             )
     pinned = _pinned_torch()
     if pinned is not None and _release(versions["torch"]) != pinned:
-        step = "Prefer a SGLang release of the same torch, or check with scripts/validate-musa before you rely on it."
+        step = "Prefer a SGLang release of the same torch, or check with sglang-musa-ext validate."
         return warned(f"{listed}; this SGLang is released with torch {pinned}.", step, **versions)
     return passed(f"{listed}.", **versions)
 
@@ -825,11 +825,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     split = given.index("--") if "--" in given else len(given)
     parser = argparse.ArgumentParser(
-        prog="sglang-musa-doctor",
+        prog="sglang-musa-ext doctor",
         usage="%(prog)s [--json] [-- SERVER ARGUMENTS]",
         description="What this environment would serve, and what stands in its way.",
         epilog="Exit status: 0 all passed, 1 there is a warning, 2 there is a failure. Example: "
-        "sglang-musa-doctor -- --model-path Qwen/Qwen3-8B --attention-backend fa3",
+        "sglang-musa-ext doctor -- --model-path Qwen/Qwen3-8B --attention-backend fa3",
     )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     options = parser.parse_args(given[:split])

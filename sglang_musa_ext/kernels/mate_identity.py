@@ -223,7 +223,7 @@ def _oddities(
             f"MATE {version} is newer than what this package knows.",
             f"a version from {_dotted(OLDEST)} to {_dotted(NEWEST)} (the sources of {CHECKED} were "
             "read).",
-            "Check its numbers with scripts/validate-musa before you rely on it.",
+            "Check its numbers with sglang-musa-ext validate before you rely on it.",
         )
     # From 0.2.1 on the wrapper is released with MATE and asks for the very same version.
     if (

@@ -17,20 +17,20 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import bench
-import bench_in_tree
-import bench_kernels
-import bench_probe
-import bench_report
 import pytest
 import torch
-from bench_probe import measurements
-from engine_process import Engine, EngineDied, graph_arguments, last_error
-from validate_numerics import Shape
 
 import sglang_musa_ext.attention
 from sglang_musa_ext import envs
+from sglang_musa_ext.benchmark import command as bench
+from sglang_musa_ext.benchmark import in_tree as bench_in_tree
+from sglang_musa_ext.benchmark import kernels as bench_kernels
+from sglang_musa_ext.benchmark import probe as bench_probe
+from sglang_musa_ext.benchmark import report as bench_report
+from sglang_musa_ext.benchmark.probe import measurements
+from sglang_musa_ext.engines.process import Engine, EngineDied, graph_arguments, last_error
 from sglang_musa_ext.kernels.provider import FA3Kernels, reference_kernels
+from sglang_musa_ext.validation.numerics import Shape
 
 MODEL = bench.Model("small", "llama", {}, 1 << 20, {}, "", (1,), (64,), ())
 RIGHT = {"tokens": [[4, 5]], "logprobs": [[-1.0, -2.0]]}
@@ -932,7 +932,9 @@ def test_the_benchmark_runs_without_a_gpu(tmp_path: Path) -> None:
     environ = {name: value for name, value in os.environ.items() if not name.startswith("SGLANG_")}
     command = [
         sys.executable,
-        str(Path(bench.__file__)),
+        "-m",
+        "sglang_musa_ext",
+        "bench",
         "--device",
         "cpu",
         "--rounds",

@@ -105,12 +105,15 @@ NEIGHBOURS = ("nvidia-nccl-cu13", "torch_musa", "mate-flash-attention", "deep-ge
 
 
 @pytest.fixture(autouse=True)
-def neighbours(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+def neighbours(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Put distributions on the search path that stand for whatever else is installed here."""
     environment = Machine(tmp_path_factory.mktemp("environment"))
     for name in NEIGHBOURS:
         environment.install(name, "0.0.1")
-    monkeypatch.setattr(sys, "path", [*sys.path, str(environment.folder)])
+    # Not by monkeypatch, which restores a path that a test prepends to as it was with this folder.
+    sys.path.append(str(environment.folder))
+    yield
+    sys.path.remove(str(environment.folder))
 
 
 @pytest.fixture
@@ -640,7 +643,8 @@ def report() -> tuple[dict[str, Any], float, int]:
         "-X",
         "importtime",
         "-m",
-        "sglang_musa_ext.doctor",
+        "sglang_musa_ext",
+        "doctor",
         "--json",
         "--",
         "--page-size",

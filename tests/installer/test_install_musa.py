@@ -1,4 +1,4 @@
-"""``scripts/install-musa`` with indexes and wheels made on the spot: nothing here needs a network."""
+"""``sglang-musa-ext install`` with indexes and wheels made on the spot: nothing here needs a network."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import venv
 import zipfile
 from pathlib import Path
 
-import install_musa
 import pip
 import pytest
-from install_musa import CONSTRAINTS, cohorts, normal, read_pins
 
+from sglang_musa_ext import install as install_musa
 from sglang_musa_ext.doctor import COLLIDING
+from sglang_musa_ext.install import CONSTRAINTS, cohorts, normal, read_pins
 
 COHORT = "torch2.11"
 PINS = read_pins(CONSTRAINTS / f"musa-{COHORT}.txt")
@@ -110,11 +110,11 @@ def install(
     environment: Environment, *options: str, **variables: str
 ) -> subprocess.CompletedProcess[str]:
     """Run the command as a person would, on ``environment``, with that folder as the current one."""
-    script = Path(__file__).resolve().parents[2] / "scripts" / "install-musa"
+    command = [sys.executable, "-m", "sglang_musa_ext", "install"]
     return subprocess.run(
-        [script, "--python", environment.python, "--cohort", COHORT, *options],
+        [*command, "--python", environment.python, "--cohort", COHORT, *options],
         cwd=environment.python.parent,
-        env={**os.environ, "PYTHON": sys.executable, **variables},
+        env={**os.environ, **variables},
         capture_output=True,
         text=True,
         check=False,
@@ -282,11 +282,7 @@ def test_no_file_names_an_index(repository: Path) -> None:
     """The URL of an index is the user's to give: it is neither in the constraints nor in the
     scripts.
     """
-    paths = [
-        *CONSTRAINTS.iterdir(),
-        repository / "scripts/install-musa",
-        repository / "scripts/install_musa.py",
-    ]
+    paths = [*CONSTRAINTS.iterdir(), repository / "sglang_musa_ext/install.py"]
     assert [path.name for path in paths if "://" in path.read_text()] == []
 
 

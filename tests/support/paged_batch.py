@@ -15,7 +15,7 @@ from sglang_musa_ext.kernels.reference import (
     get_scheduler_metadata,
     mla_plan_bytes,
 )
-from tests.support.attention_float64 import attention
+from sglang_musa_ext.validation.attention_float64 import attention
 
 
 @dataclass

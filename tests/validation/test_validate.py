@@ -11,24 +11,24 @@ import os
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-import engine_changes
 import pytest
 import torch
-import validate
-import validate_engine
-import validate_graphs
-import validate_memcheck
-import validate_modes
-import validate_numerics
-from engine_process import EngineDied
-from validate_report import ABSENT, FAIL, PASS, SKIP, Outcome, Report
 
+from sglang_musa_ext.engines import changes as engine_changes
+from sglang_musa_ext.engines.process import EngineDied
 from sglang_musa_ext.kernels.provider import FA3Kernels, reference_kernels
+from sglang_musa_ext.validation import command as validate
+from sglang_musa_ext.validation import engine as validate_engine
+from sglang_musa_ext.validation import graphs as validate_graphs
+from sglang_musa_ext.validation import memcheck as validate_memcheck
+from sglang_musa_ext.validation import modes as validate_modes
+from sglang_musa_ext.validation import numerics as validate_numerics
+from sglang_musa_ext.validation.report import ABSENT, FAIL, PASS, SKIP, Outcome, Report
 
 CPU = torch.device("cpu")
 
@@ -166,12 +166,12 @@ def test_the_report_says_what_was_never_seen_and_where_it_failed(tmp_path: Path)
 
 
 def run_kit(
-    out: Path, *arguments: str, program: Path | None = None
+    out: Path, *arguments: str, program: Sequence[str] = ("-m", "sglang_musa_ext", "validate")
 ) -> tuple[subprocess.CompletedProcess[str], Any]:
     """The kit as a user runs it, and its report."""
     command = [
         sys.executable,
-        str(program or validate.PROGRAM),
+        *program,
         "--kernels",
         "reference",
         "--out",
@@ -206,14 +206,12 @@ def test_one_command_passes_on_the_reference_kernels(tmp_path: Path) -> None:
 
 BROKEN = """
 import os, sys
-sys.path[:0] = [{scripts!r}]
-from pathlib import Path
-import validate
-import validate_engine
-validate.PROGRAM = Path(__file__)
+from sglang_musa_ext.validation import command
+command.PROGRAM = (__file__,)
 
 def cripple():
-    import dataclasses, functools, validate_device, validate_numerics
+    import dataclasses
+    from sglang_musa_ext.validation import device as validate_device, numerics as validate_numerics
     cases = [case for case in validate_numerics.cases() if case.name in {cases!r}]
     validate_numerics.cases = lambda: cases
     select = validate_device.select_kernels
@@ -227,7 +225,7 @@ def cripple():
 
 if "--child" in sys.argv:
     cripple()
-sys.exit(validate.main())
+sys.exit(command.main())
 """
 
 
@@ -245,12 +243,10 @@ def test_a_broken_provider_is_reported(tmp_path: Path, fault: str, reason: str) 
     """
     program = tmp_path / "broken.py"
     names = ["prefill", "decode, window", "verify of 4"]
-    program.write_text(
-        textwrap.dedent(BROKEN).format(
-            scripts=str(validate.PROGRAM.parent), cases=names, fault=fault
-        )
+    program.write_text(textwrap.dedent(BROKEN).format(cases=names, fault=fault))
+    done, report = run_kit(
+        tmp_path / "out", "--quick", "--only", "numerics", program=[str(program)]
     )
-    done, report = run_kit(tmp_path / "out", "--quick", "--only", "numerics", program=program)
     assert done.returncode == 1, done.stdout + done.stderr
     found = {outcome["name"].split(": ")[1]: outcome for outcome in report["outcomes"]}
     assert {name: outcome["status"] for name, outcome in found.items()} == {

@@ -15,7 +15,7 @@ from sglang_musa_ext.kernels.reference import (
     flash_attn_with_kvcache,
     planning,
 )
-from tests.support.attention_float64 import attention
+from sglang_musa_ext.validation.attention_float64 import attention
 from tests.support.paged_batch import (
     Batch,
     assert_attention,

@@ -17,9 +17,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from engine_process import FORCE_UPDATE, Engine
-from validate_engine import VOCABULARY, Missing, Variant, booted, build_model, guarded
-from validate_report import FAIL, PASS, Outcome
+from sglang_musa_ext.engines.process import FORCE_UPDATE, Engine
+from sglang_musa_ext.validation.engine import (
+    VOCABULARY,
+    Missing,
+    Variant,
+    booted,
+    build_model,
+    guarded,
+)
+from sglang_musa_ext.validation.report import FAIL, PASS, Outcome
 
 PART = "bench"
 PROMPT = 200
@@ -110,7 +117,7 @@ def run(
     options: argparse.Namespace, done: Collection[str], emit: Callable[[Mapping[str, Any]], None]
 ) -> None:
     """Run every case, and end the engines."""
-    from validate_device import run_cases
+    from sglang_musa_ext.validation.device import run_cases
 
     with contextlib.ExitStack() as stack:
         run_cases(Bench(options, stack).cases(), None, done, emit)

@@ -22,8 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from engine_process import Engine, EngineDied, engine
-from validate_report import FAIL, PASS, SKIP, Outcome
+from sglang_musa_ext.engines.process import Engine, EngineDied, engine
+from sglang_musa_ext.validation.report import FAIL, PASS, SKIP, Outcome
 
 PART = "engine"
 VOCABULARY = 512
@@ -315,6 +315,6 @@ def run(
     options: argparse.Namespace, done: Collection[str], emit: Callable[[Mapping[str, Any]], None]
 ) -> None:
     """Run every case; the engines have devices of their own, and this process has none."""
-    from validate_device import run_cases
+    from sglang_musa_ext.validation.device import run_cases
 
     run_cases(Session(options).cases(), None, done, emit)

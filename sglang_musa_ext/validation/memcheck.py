@@ -23,8 +23,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from validate_engine import guarded
-from validate_report import FAIL, PASS, SKIP, Outcome
+from sglang_musa_ext.validation.engine import guarded
+from sglang_musa_ext.validation.report import FAIL, PASS, SKIP, Outcome
 
 Emit = Callable[[Mapping[str, Any]], None]
 PART = "memcheck"
@@ -76,8 +76,9 @@ def check(name: str, sanitizer: str, options: SimpleNamespace) -> Outcome:
     log, result = stem.with_suffix(".log"), stem.with_suffix(".json")
     result.unlink(missing_ok=True)
     command = [
-        sanitizer, "--tool", "memcheck", "--error-exitcode", str(ERRORS), sys.executable, str(Path(__file__).resolve()),
-        name, "--kernels", options.kernels, "--device", options.device, "--result", str(result),
+        sanitizer, "--tool", "memcheck", "--error-exitcode", str(ERRORS),
+        sys.executable, "-m", "sglang_musa_ext.validation.memcheck", name,
+        "--kernels", options.kernels, "--device", options.device, "--result", str(result),
     ]  # fmt: skip
     environ = dict(os.environ)
     if not name.startswith("graphs"):
@@ -137,8 +138,8 @@ def missing(device: str, sanitizer: str | None) -> str:
 
 def run(options: argparse.Namespace, done: Collection[str], emit: Emit) -> None:
     """Run every case under the sanitizer, several at a time, or say why not."""
-    from validate_device import find_device, run_cases
-    from validate_modes import default_jobs
+    from sglang_musa_ext.validation.device import find_device, run_cases
+    from sglang_musa_ext.validation.modes import default_jobs
 
     device, sanitizer = str(find_device(options)), find_sanitizer()
     if (why := missing(device, sanitizer)) or sanitizer is None:
@@ -163,32 +164,30 @@ def run(options: argparse.Namespace, done: Collection[str], emit: Emit) -> None:
 
 
 def _case(name: str, options: argparse.Namespace) -> Outcome:
-    import validate_graphs
-    import validate_numerics
-    from validate_device import kernels_for
+    from sglang_musa_ext.validation import graphs, numerics
+    from sglang_musa_ext.validation.device import kernels_for
 
     kernels, device = kernels_for(options)
-    setting = validate_numerics.Setting(kernels, device, validate_numerics.dtypes(kernels)[0])
+    setting = numerics.Setting(kernels, device, numerics.dtypes(kernels)[0])
     if name == CONTROL:
         return _read_beside(setting)
     kind, _, plain = name.partition(": ")
     if kind == "graphs":
-        return validate_graphs.run_case(
-            plain, setting, validate_graphs.DeviceGraphs(device), LENGTHS
-        )
-    [case] = [case for case in validate_numerics.cases() if case.name == plain]
-    return validate_numerics.run_case(plain, case, setting)
+        return graphs.run_case(plain, setting, graphs.DeviceGraphs(device), LENGTHS)
+    [case] = [case for case in numerics.cases() if case.name == plain]
+    return numerics.run_case(plain, case, setting)
 
 
 def _read_beside(setting: Any) -> Outcome:
     """Decode with a page table that points far beside the cache."""
     import torch
-    import validate_numerics
+
+    from sglang_musa_ext.validation import numerics
 
     # With pages this small the kernels follow pointers; the hardware that copies large ones masks
     # what is outside.
-    shape = replace(validate_numerics.DECODE, page=16)
-    batch = validate_numerics.Batch(shape, setting.dtype, setting.device)
+    shape = replace(numerics.DECODE, page=16)
+    batch = numerics.Batch(shape, setting.dtype, setting.device)
     arguments = batch.arguments(causal=True) | {
         "page_table": torch.full_like(batch.page_table, 1 << 20)
     }

@@ -1,7 +1,7 @@
 """What the benchmark adds to the processes of an engine: who serves FA3, how long forwards take,
 what kernels they run.
 
-SGLang loads it as a plugin, through an entry point that ``bench.py`` writes into a folder of its
+SGLang loads it as a plugin, through an entry point that ``command.py`` writes into a folder of its
 own. It measures all peers alike, and changes nothing of what they compute: two device events around
 each forward of a model, and a clock around each attention call that Python makes. Where it is told
 to, it has the backends of several peers serve one engine's passes in turn.
@@ -174,7 +174,7 @@ def _again(runner: Any) -> Any:
 
 
 def _in_tree(runner: Any) -> Any:
-    from bench_in_tree import create_in_tree
+    from sglang_musa_ext.benchmark.in_tree import create_in_tree
 
     return create_in_tree(runner)
 
@@ -325,7 +325,7 @@ def register() -> None:
         # Imports take longer than all the rest, so engines of all models do them at the same time.
         _wait_for(Path(os.environ[GATE]))
     if os.environ.get(PEER) == IN_TREE:
-        from bench_in_tree import serve_in_tree
+        from sglang_musa_ext.benchmark.in_tree import serve_in_tree
 
         serve_in_tree()
     from sglang.srt.layers.attention.base_attn_backend import AttentionBackend

@@ -26,8 +26,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-CONSTRAINTS = ROOT / "constraints"
+PACKAGE = Path(__file__).resolve().parent
+CONSTRAINTS = PACKAGE / "constraints"
 INDEX_VARIABLE = "SGLANG_MUSA_EXT_VENDOR_INDEX"
 TORCH_GROUP = frozenset({"torch", "torch-musa", "torchvision", "torchaudio"})
 """What of these is installed already is left alone, once torch has shown to be the vendor's and of
@@ -182,7 +182,7 @@ def require_moore_threads(wheels: Path, pins: Mapping[str, str]) -> None:
     Raises:
         InstallError: naming the wheel and what it lacks.
     """
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as alone:
         for path in wheels.glob("*.whl"):
             name, version = path.name.split("-")[:2]
             # A pin without a local label stands for any, to pip too.
@@ -192,8 +192,9 @@ def require_moore_threads(wheels: Path, pins: Mapping[str, str]) -> None:
             ):
                 with zipfile.ZipFile(path) as archive:
                     archive.extractall(folder)
-        # Without site-packages, so that only the wheels can answer.
-        command = [sys.executable, "-I", "-S", "-c", IDENTIFY, folder, str(ROOT)]
+        # Without site-packages, where this package may stand itself, so that only the wheels can answer.
+        Path(alone, PACKAGE.name).symlink_to(PACKAGE)
+        command = [sys.executable, "-I", "-S", "-c", IDENTIFY, folder, alone]
         found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     if found:
         raise InstallError(
@@ -246,7 +247,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         SystemExit: by argparse, for bad ones.
     """
     parser = argparse.ArgumentParser(
-        prog="scripts/install-musa", description="Install the vendor's stack for MUSA."
+        prog="sglang-musa-ext install", description="Install the vendor's stack for MUSA."
     )
     parser.add_argument(
         "--index",
@@ -293,9 +294,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run(plan.install)
         run(plan.public)
     except InstallError as error:
-        print(f"install-musa: {error}", file=sys.stderr)
+        print(f"sglang-musa-ext install: {error}", file=sys.stderr)
         return 1
-    print(f"Installed. Next: {options.python} -m sglang_musa_ext.doctor")
+    print(f"Installed. Next: {options.python} -m sglang_musa_ext doctor")
     return 0
 
 

@@ -1,7 +1,7 @@
 """What a plan costs in a graph: the time of an FA3 call with its plan and without, and of a plan
 alone.
 
-``bench.py`` runs it in a process of its own. Calls stand between other kernels, as in a model:
+``command.py`` runs it in a process of its own. Calls stand between other kernels, as in a model:
 there the device hides a part of what a call launches before its main kernel. Without a graph it is
 the host's time that counts, so that of the same calls is measured too.
 """
@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from validate_graphs import DeviceGraphs
-from validate_numerics import Batch, Shape
 
 from sglang_musa_ext.kernels.provider import FA3Kernels, hopper_kernels
+from sglang_musa_ext.validation.graphs import DeviceGraphs
+from sglang_musa_ext.validation.numerics import Batch, Shape
 
 CALLS, REPLAYS = 32, 40
 SHAPES = {

@@ -16,8 +16,10 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
-from validate_device import Emit, kernels_for, run_cases
-from validate_numerics import (
+
+from sglang_musa_ext.kernels.provider import UnsupportedByKernels, UnsupportedKernelArgument
+from sglang_musa_ext.validation.device import Emit, kernels_for, run_cases
+from sglang_musa_ext.validation.numerics import (
     CAUSAL,
     SOFTCAP,
     WINDOW,
@@ -32,9 +34,7 @@ from validate_numerics import (
     judged,
     truth_options,
 )
-from validate_report import FAIL, SKIP, Outcome
-
-from sglang_musa_ext.kernels.provider import UnsupportedByKernels, UnsupportedKernelArgument
+from sglang_musa_ext.validation.report import FAIL, SKIP, Outcome
 
 Tensor = torch.Tensor
 PART = "graphs"

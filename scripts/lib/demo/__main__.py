@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Serve a small real model with SGLang on the CPU through sglang-musa-ext, and ask it a question.
 
 The first run makes the virtual environment (.venv) and the model (.cache/demo): some minutes. Later
@@ -21,11 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import demo_model
-from demo_model import prepare_model
-from demo_server import LOOPBACK, Child, DemoError, Server, free_port
+from scripts.lib.demo import model as demo_model
+from scripts.lib.demo.model import prepare_model
+from scripts.lib.demo.server import LOOPBACK, Child, DemoError, Server, free_port
 
-CACHE = Path(__file__).resolve().parent.parent / ".cache" / "demo"
+CACHE = Path(__file__).resolve().parents[3] / ".cache" / "demo"
 QUESTION = "What is the capital of France, and what is it known for?"
 MAX_TOKENS = 64
 ENVIRON = {

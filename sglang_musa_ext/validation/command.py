@@ -1,19 +1,15 @@
 """Validate sglang-musa-ext on the machine that has the GPU, and write one report to attach to an
 issue.
 
-scripts/validate [--kernels auto|mate|hopper|reference] [--only PARTS] [--modes MODES] [--quick]
-[--out FOLDER]
-
-It needs the installed stack alone: torch, sglang, sglang-musa-ext, and this checkout. Its parts are
+It needs the installed stack alone: torch, sglang and sglang-musa-ext. Its parts are
 
   doctor    what is installed, and what stands in the way
   numerics  the kernels, in every way that the backend calls them, against attention in float64
-  graphs    plans and kernels captured in the device's graphs, replayed with other lengths, against
-  float64 memcheck  NVIDIA's compute-sanitizer over the kernels in each of these ways; on NVIDIA
-  GPUs alone engine    a tiny random Llama served by SGLang with this package, against SGLang's
-  torch_native modes     models without weights served in every mode, against SGLang's own fa3; on
-  NVIDIA GPUs alone bench     decode step time with plans reused within a pass and without,
-  interleaved, verified before it is timed
+  graphs    plans and kernels in the device's graphs, replayed with other lengths, against float64
+  memcheck  NVIDIA's compute-sanitizer over the kernels in each of these ways; on NVIDIA GPUs alone
+  engine    a tiny random Llama served by SGLang with this package, against SGLang's torch_native
+  modes     models without weights served in every mode, against SGLang's own fa3; on NVIDIA GPUs alone
+  bench     decode step time with plans reused within a pass and without, verified before it is timed
 
 Every part runs in a process of its own, and what a case does to it (a crash, a hang) is a result:
 the case failed, and the rest goes on in another process. Exit status: 0 all that could run passed,
@@ -38,9 +34,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from validate_report import FAIL, PASS, SKIP, Outcome, Report, numbers
+from sglang_musa_ext.validation.report import FAIL, PASS, SKIP, Outcome, Report, numbers
 
-PROGRAM = Path(__file__).resolve()
+PROGRAM = ("-m", "sglang_musa_ext.validation.command")
 """What a part's process runs."""
 PARTS = ("doctor", "numerics", "graphs", "memcheck", "engine", "modes", "bench")
 SILENCE = {
@@ -83,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     head, _, rest = str(__doc__).partition("\n\n")
     parser = argparse.ArgumentParser(
-        prog="validate",
+        prog="sglang-musa-ext validate",
         description=head,
         epilog=rest,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -125,7 +121,7 @@ def _parts(text: str) -> tuple[str, ...]:
 
 
 def _modes(text: str) -> tuple[str, ...]:
-    from validate_modes import MODES
+    from sglang_musa_ext.validation.modes import MODES
 
     chosen = tuple(text.split(","))
     if unknown := set(chosen) - set(MODES):
@@ -229,7 +225,7 @@ class Run:
         finished = self.out / f"{part}.done.json"
         finished.write_text(json.dumps(list(done)))
         command = [
-            sys.executable, str(PROGRAM), "--child", part, "--fd", str(writing), "--done", str(finished),
+            sys.executable, *PROGRAM, "--child", part, "--fd", str(writing), "--done", str(finished),
             "--kernels", self.options.kernels, "--device", self.device, "--scratch", str(self.models.resolve()),
             "--out", str(self.out.resolve()), "--jobs", str(self.options.jobs),
             *(["--modes", ",".join(self.options.modes)] if self.options.modes else []),
@@ -272,7 +268,7 @@ class Run:
 
     def _doctor(self) -> None:
         """Take each check of the doctor as a case; a warning passes, with its text."""
-        command = [sys.executable, "-m", "sglang_musa_ext.doctor", "--json"]
+        command = [sys.executable, "-m", "sglang_musa_ext", "doctor", "--json"]
         try:
             done = subprocess.run(
                 command,
@@ -369,9 +365,8 @@ def _child(options: argparse.Namespace) -> int:
         with one_at_a_time:
             os.write(descriptor, json.dumps(message, default=str).encode() + b"\n")
 
-    module = importlib.import_module(
-        "validate_device" if options.child == "probe" else f"validate_{options.child}"
-    )
+    name = "device" if options.child == "probe" else options.child
+    module = importlib.import_module(f"sglang_musa_ext.validation.{name}")
     try:
         module.run(options, done, emit)
     except ImportError as error:

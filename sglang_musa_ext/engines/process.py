@@ -21,7 +21,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import engine_changes
+from sglang_musa_ext.engines import changes
 
 GRAPH_SIZES = ("cuda_graph_bs_decode", "cuda_graph_bs")
 LARGEST_GRAPH = ("cuda_graph_max_bs_decode", "cuda_graph_max_bs")
@@ -61,8 +61,8 @@ class Engine:
         reading, writing = os.pipe()
         command = [
             sys.executable,
-            str(Path(__file__).resolve()),
-            "--serve",
+            "-m",
+            "sglang_musa_ext.engines.process",
             json.dumps(arguments),
             str(writing),
         ]
@@ -303,18 +303,19 @@ def _step_seconds(
     return (last - first) / (more - tokens)
 
 
-if (
-    __name__ in ("__main__", "__mp_main__")
-    and os.environ.get("SGLANG_PLATFORM") == "musa_reference"
-):
-    # Up to 0.5.20 SGLang imports what a CPU lacks before it looks for platforms. Processes that the
-    # engine spawns run this as well.
-    from sglang_musa_ext.cpu.stand_ins import prepare_process
+def _prepare() -> None:
+    """Make this process ready for an engine before SGLang is imported in it."""
+    if os.environ.get("SGLANG_PLATFORM") == "musa_reference":
+        # Up to 0.5.20 SGLang imports what a CPU lacks before it looks for platforms.
+        from sglang_musa_ext.cpu.stand_ins import prepare_process
 
-    prepare_process()
+        prepare_process()
+    changes.install()
 
+
+# Processes that the engine spawns run this as well.
 if __name__ in ("__main__", "__mp_main__"):
-    engine_changes.install()
+    _prepare()
 
 if __name__ == "__main__":
-    serve(json.loads(sys.argv[2]), int(sys.argv[3]))
+    serve(json.loads(sys.argv[1]), int(sys.argv[2]))

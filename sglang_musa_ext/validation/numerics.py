@@ -1,8 +1,8 @@
 """The kernels of a provider, called as the attention backend calls them, against attention in
 float64.
 
-The truth is ``tests/support/attention_float64.py`` of the same checkout, loaded by its path: it
-shares nothing with the package, nor with the kernels. It is computed on the CPU. A result may be
+The truth is ``attention_float64.py`` beside this module: it shares nothing with the kernels, nor with the rest of
+the package. It is computed on the CPU. A result may be
 off by twice what PyTorch's own plain computation in the same dtype is off by, and by two roundings
 of the largest value.
 """
@@ -11,45 +11,30 @@ from __future__ import annotations
 
 import argparse
 import functools
-import importlib.util
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from validate_device import Emit, kernels_for, run_cases
-from validate_report import FAIL, PASS, SKIP, Outcome
 
 from sglang_musa_ext.kernels.provider import (
     FA3Kernels,
     UnsupportedByKernels,
     UnsupportedKernelArgument,
 )
+from sglang_musa_ext.validation.attention_float64 import attention
+from sglang_musa_ext.validation.device import Emit, kernels_for, run_cases
+from sglang_musa_ext.validation.report import FAIL, PASS, SKIP, Outcome
 
 Tensor = torch.Tensor
 
-TRUTH = Path(__file__).resolve().parent.parent / "tests" / "support" / "attention_float64.py"
 UNWRITTEN = 50.0
 """What slots without a key hold: kernels may load them and must mask them. NaN would survive a
 correct mask.
 """
 LATENT, ROPE = 512, 64
 PART = "numerics"
-
-
-def load_truth() -> Callable[..., tuple[Tensor, Tensor]]:
-    """``attention`` of the module in :data:`TRUTH`."""
-    spec = importlib.util.spec_from_file_location("attention_float64", TRUTH)
-    if spec is None or spec.loader is None or not TRUTH.is_file():
-        raise FileNotFoundError(
-            f"{TRUTH} is missing: run the kit from a complete checkout of sglang-musa-ext."
-        )
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    function: Callable[..., tuple[Tensor, Tensor]] = module.attention
-    return function
 
 
 # --- what is compared -----------------------------------------------------------------------------
@@ -206,7 +191,6 @@ def compare(
 
     ``sequences`` are q, k, v of each request; ``options`` are those of the truth.
     """
-    attention = load_truth()
     exact, plain = (
         [attention(q, k, v, dtype=wanted, **options) for q, k, v in sequences]
         for wanted in (torch.float64, dtype)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench_probe import AGAIN, IN_TREE, MODES, OURS, UNPLANNED, UPSTREAM
-from validate_report import table
+from sglang_musa_ext.benchmark.probe import AGAIN, IN_TREE, MODES, OURS, UNPLANNED, UPSTREAM
+from sglang_musa_ext.validation.report import table
 
 PLANNER = "prepare_varlen_num_blocks"
 """What the kernel that computes scheduler metadata has in its name, in every release of
@@ -191,7 +191,7 @@ def _missing(every: Sequence[Place], planned: Mapping[str, Sequence[str]]) -> li
 
 INTRODUCTION = [
     (
-        "Written by `scripts/bench`. The kernels are NVIDIA's FA3, as SGLang ships them: the gain "
+        "Written by `sglang-musa-ext bench`. The kernels are NVIDIA's FA3, as SGLang ships them: the gain "
         "on a Moore Threads "
         "GPU was not measured, and depends on what MATE's metadata kernel costs there. Models have "
         "random weights. A "

@@ -30,11 +30,18 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from engine_changes import PLANS, WEIGHTS
-from engine_process import Engine, EngineDied
-from model_configs import write_model
-from validate_engine import Answer, Missing, deviation, first_difference, first_divergence, guarded
-from validate_report import FAIL, PASS, SKIP, Outcome
+from sglang_musa_ext.engines.changes import PLANS, WEIGHTS
+from sglang_musa_ext.engines.models import write_model
+from sglang_musa_ext.engines.process import Engine, EngineDied
+from sglang_musa_ext.validation.engine import (
+    Answer,
+    Missing,
+    deviation,
+    first_difference,
+    first_divergence,
+    guarded,
+)
+from sglang_musa_ext.validation.report import FAIL, PASS, SKIP, Outcome
 
 Emit = Callable[[Mapping[str, Any]], None]
 PART = "modes"
@@ -536,7 +543,7 @@ def default_jobs(cards: int, each: int = 1) -> int:
 
 def run(options: argparse.Namespace, done: Collection[str], emit: Emit) -> None:
     """Run the cases of every mode that was asked for, or say why there are none."""
-    from validate_device import find_device, run_cases
+    from sglang_musa_ext.validation.device import find_device, run_cases
 
     device = str(find_device(options))
     names = [name for name in MODES if not options.modes or name in options.modes]

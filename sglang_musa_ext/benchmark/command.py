@@ -1,8 +1,6 @@
 """What reusing plans is worth: this package beside SGLang's own FA3 and its in-tree MUSA backend,
 on one GPU.
 
-scripts/bench [--models NAMES] [--peers NAMES] [--quick] [--out FOLDER]
-
 For each model an engine of every peer is up at the same time, with random weights, and they take
 turns, so that whatever the machine does meets all of them. Passes without graphs take turns in one
 engine, because there two processes of the same code differ by more than the peers do. A peer's
@@ -17,7 +15,7 @@ report says so in place of a time. It measures
   memory    what PyTorch's allocator holds, graph pools and workspaces among it
   kernels   a call with its plan and without, in a graph and without an engine
 
-and writes bench.json, from which `scripts/bench --report bench.json --out FOLDER` draws tables and
+and writes bench.json, from which `sglang-musa-ext bench --report bench.json` draws tables and
 plots again; of several such files, one report. It needs a GPU of
 the Hopper generation, SGLang with its FA3 kernels, and this package. With --device cpu it only
 exercises itself: the reference kernels against torch_native, and times that say nothing.
@@ -42,14 +40,23 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import engine_changes
-from bench_probe import AGAIN, GATE, IN_TREE, MODES, OURS, PEER, UNPLANNED, UPSTREAM, measurements
-from engine_process import Engine, EngineDied
-from model_configs import write_model
-from validate_engine import Answer, deviation
-from validate_report import versions
+from sglang_musa_ext.benchmark.probe import (
+    AGAIN,
+    GATE,
+    IN_TREE,
+    MODES,
+    OURS,
+    PEER,
+    UNPLANNED,
+    UPSTREAM,
+    measurements,
+)
+from sglang_musa_ext.engines import changes
+from sglang_musa_ext.engines.models import write_model
+from sglang_musa_ext.engines.process import Engine, EngineDied
+from sglang_musa_ext.validation.engine import Answer, deviation
+from sglang_musa_ext.validation.report import versions
 
-HERE = Path(__file__).resolve().parent
 PAGE = 64
 OCCUPIED = 4 << 30
 """Bytes of the GPU that may be in use before the benchmark starts: a context, and what a desktop
@@ -617,20 +624,16 @@ def peer_environment(peer: Peer, scratch: Path) -> dict[str, str]:
         "Metadata-Version: 2.1\nName: sglang-musa-ext-bench\nVersion: 0\n"
     )
     (plugin / "entry_points.txt").write_text(
-        "[sglang.srt.plugins]\nmusa_ext_bench = bench_probe:register\n"
+        "[sglang.srt.plugins]\nmusa_ext_bench = sglang_musa_ext.benchmark.probe:register\n"
     )
-    paths = [str(plugin.parent), str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [str(plugin.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     found = {
         "PYTHONPATH": os.pathsep.join(paths),
         PEER: peer.name,
         GATE: str(scratch / "gate"),
         "SGLANG_PLUGINS": "",
     }
-    return (
-        found
-        | {"SGLANG_ENABLE_JIT_DEEPGEMM": "0", engine_changes.WEIGHTS: "1"}
-        | dict(peer.environ)
-    )
+    return found | {"SGLANG_ENABLE_JIT_DEEPGEMM": "0", changes.WEIGHTS: "1"} | dict(peer.environ)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -681,7 +684,7 @@ def kernel_times() -> list[dict[str, Any]]:
         SystemExit: the kernels do not run there, so that nothing else would.
     """
     _say("kernels: a call with its plan and without, in a graph")
-    command = [sys.executable, str(HERE / "bench_kernels.py")]
+    command = [sys.executable, "-m", "sglang_musa_ext.benchmark.kernels"]
     done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         sys.exit(f"{command[-1]} ended with status {done.returncode}; its error is above.")
@@ -706,7 +709,7 @@ def chosen_places(model: Model, options: argparse.Namespace) -> Model:
 
 
 def _draw(result: Mapping[str, Any], out: Path) -> int:
-    from bench_report import write_report
+    from sglang_musa_ext.benchmark.report import write_report
 
     for page in write_report(result, out, {name: model.kinds for name, model in MODELS.items()}):
         print(page)
@@ -791,7 +794,7 @@ def _device(kind: str) -> dict[str, Any]:
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     head, _, rest = str(__doc__).partition("\n\n")
     parser = argparse.ArgumentParser(
-        prog="bench",
+        prog="sglang-musa-ext bench",
         description=head,
         epilog=rest,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -12,10 +12,10 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from validate_report import FAIL, Outcome
 
 from sglang_musa_ext.envs import Settings
 from sglang_musa_ext.kernels.provider import FA3Kernels, KernelsUnavailable, select_kernels
+from sglang_musa_ext.validation.report import FAIL, Outcome
 
 Emit = Callable[[Mapping[str, Any]], None]
 
@@ -37,7 +37,7 @@ def find_device(options: argparse.Namespace) -> torch.device:
         raise KernelsUnavailable(
             f"PyTorch {torch.__version__} sees no {kind} device, which --kernels {options.kernels} "
             "needs. Run "
-            "`python -m sglang_musa_ext.doctor`, which says what is missing."
+            "`sglang-musa-ext doctor`, which says what is missing."
         )
     return torch.device(kind)
 

