@@ -101,6 +101,8 @@ def test_a_python_gets_the_newest_sglang_that_it_has(
     ("output", "error", "status"),
     [
         (NO_CPU_BUILD, NoSuchVersionError, 1),
+        # So it ends where pip has a file of constraints that names torch.
+        ("ERROR: ResolutionImpossible: for help visit", NoSuchVersionError, 1),
         # Pip ends with the same words where the index was never reached.
         (SILENCE, SilentIndexError, 4),
         (FULL, DiskFullError, 3),

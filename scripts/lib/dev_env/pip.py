@@ -37,7 +37,8 @@ SILENT_INDEX = re.compile(
     r"WARNING: Retrying \(|Could not fetch URL|Read timed out|Connection refused"
     r"|Name or service not known|Temporary failure in name resolution"
 )
-NOT_FOUND = re.compile(r"No matching distribution found for (.+)")
+NOT_FOUND = re.compile(r"No matching distribution found for|ResolutionImpossible")
+"""Pip says the second where a constraint names a version that no index has either."""
 WRITING = "Installing collected packages"
 """Pip prints it when everything has been downloaded and the environment is about to change."""
 
@@ -90,10 +91,10 @@ def explain(output: str, command: str, folder: Path) -> InstallError:
             f"{command}\n{tail}\nA package index did not answer. Check the network and "
             "'pip config list', and run this again: what has been installed is kept."
         )
-    if missing := NOT_FOUND.search(output):
+    if NOT_FOUND.search(output):
         return NoSuchVersionError(
-            f"{command}\n{tail}\nNo configured index has {missing[1]} for this Python and "
-            "machine. 'pip config list' shows which indexes are asked."
+            f"{command}\n{tail}\nNo configured index has it for this Python and machine, or a "
+            "constraint forbids it: see 'pip config list'."
         )
     return InstallError(f"{command}\n{tail}\nThe command failed.")
 
