@@ -151,7 +151,7 @@ def test_the_readme_has_a_status_of_five_rows() -> None:
 @pytest.mark.parametrize("name", SETTINGS_PAGES)
 def test_every_variable_is_documented(name: str) -> None:
     """Each variable that the package reads has a row in the table of settings."""
-    variables = set(envs.VARIABLES.values())
+    variables = {*envs.VARIABLES.values(), *envs.TOOL_VARIABLES}
     assert len(variables) >= 6
     page = read(name)
     assert [variable for variable in sorted(variables) if f"| `{variable}` |" not in page] == []
@@ -189,3 +189,26 @@ def test_tracked_files_alone_are_pages() -> None:
     if listed.returncode:
         pytest.skip("this is no checkout")
     assert set(listed.stdout.split()) <= set(PAGES)
+
+
+def test_the_design_has_a_row_for_each_layer() -> None:
+    """Every folder and module of the package is explained, and nothing else is."""
+    table = read("docs/design.md").partition("\n## Folders")[2].partition("\n## ")[0]
+    rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    explained = {name.strip("/") for row in rows for name in re.findall(r"`([^`]+)`", row)}
+    entries = [path for path in (ROOT / "sglang_musa_ext").iterdir() if path.name[0] != "."]
+    folders = {path.name for path in entries if list(path.glob("*.py"))}
+    modules = {path.stem for path in entries if path.suffix == ".py"}
+    assert explained == folders | modules
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_tests_that_a_page_names_exist(name: str) -> None:
+    """A page that points at a test by name points at one that is there."""
+    named = set(re.findall(r"`(test_\w+)", read(name)))
+    defined = {
+        test
+        for path in (ROOT / "tests").rglob("test_*.py")
+        for test in re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE)
+    }
+    assert sorted(named - defined) == []
