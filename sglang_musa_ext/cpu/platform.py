@@ -188,9 +188,9 @@ def _take_kernels_of_musa() -> None:
 
 
 def _merge_states_in_pytorch() -> None:
-    """Lead SGLang's merge of attention states past its Triton kernel, whose meaning PyTorch computes much faster.
+    """Let SGLang merge attention states in PyTorch, where its Triton kernel would be interpreted.
 
-    Why: the interpreter runs one program a token and head, minutes for a few hundred tokens in chunks of a prefix.
+    Why: the interpreter runs a program for each token and head, one after the other.
     """
     from sglang.srt.layers.attention import merge_state
 

@@ -36,8 +36,8 @@ ENVIRONMENT = {
     # Accepted drafts are moved in the KV cache by a kernel that reads raw addresses, unless this is
     # set.
     "SGLANG_NATIVE_MOVE_KV_CACHE": "1",
-    # A build of torch for CUDA brings NCCL, and up to 0.5.22 SGLang gives each group of ranks a communicator of it
-    # wherever it can be loaded, which then asks CUDA for the device "cpu". SGLang loads the library of this name.
+    # The library that SGLang loads NCCL from. A torch built for CUDA brings NCCL, and up to 0.5.22
+    # SGLang gives ranks a communicator of it wherever it loads, which asks CUDA for a device "cpu".
     "SGLANG_NCCL_SO_PATH": "no NCCL for ranks on a CPU",
 }
 

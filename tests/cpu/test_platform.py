@@ -311,7 +311,10 @@ def platform_facts() -> dict[str, Any]:
     from sglang.srt.utils import get_device
     from sglang_musa_ext.cpu import platform as cpu_platform
     platform.init_backend()
-    modules = [sys.modules[name] for name in cpu_platform.MUSA_KERNEL_MODULES if name in sys.modules]
+    names = cpu_platform.MUSA_KERNEL_MODULES
+    modules = [sys.modules[name] for name in names if name in sys.modules]
+    has_plain_pool = not hasattr(SRTPlatform, "get_kv_pool_cls")
+    algorithms = ("EAGLE", "NGRAM", "UNHEARD_OF")
     free, total = platform.get_available_memory()
     print(json.dumps({
         "class": type(platform).__name__,
@@ -324,8 +327,8 @@ def platform_facts() -> dict[str, Any]:
                   platform.get_paged_allocator_cls().__name__],
         "defaults": defaults,
         "unchanged": defaults["chosen"] == chosen,
-        "plain_pool": defaults["open"]["disable_hybrid_swa_memory"] == (not hasattr(SRTPlatform, "get_kv_pool_cls")),
-        "algorithms": [platform.supports_speculative_algorithm(name) for name in ("EAGLE", "NGRAM", "UNHEARD_OF")],
+        "plain_pool": defaults["open"]["disable_hybrid_swa_memory"] == has_plain_pool,
+        "algorithms": [platform.supports_speculative_algorithm(name) for name in algorithms],
         "kernels_of_musa": [module._is_musa for module in modules],
         "trees": [module.sgl_build_tree_kernel_efficient.__module__ for module in modules],
     }))
@@ -387,7 +390,7 @@ def test_a_wait_for_cuda_returns_at_once() -> None:
 
 
 def test_states_merge_as_sglangs_own_kernel_merges_them() -> None:
-    """Under the platform SGLang merges with PyTorch, and gets what its Triton kernel gives in the interpreter."""
+    """SGLang merges with PyTorch, and gets what its Triton kernel gives in the interpreter."""
     code = """
     import importlib
     import torch
@@ -407,7 +410,7 @@ def test_states_merge_as_sglangs_own_kernel_merges_them() -> None:
 
 
 def test_no_rank_on_a_cpu_loads_nccl() -> None:
-    """Beside a build of torch for CUDA too, SGLang is led to a library of NCCL that cannot be loaded."""
+    """Beside a torch built for CUDA too, SGLang finds no library of NCCL that it could load."""
     code = """
     import torch
     torch.version.cuda = "13.0"
@@ -423,17 +426,21 @@ def test_no_rank_on_a_cpu_loads_nccl() -> None:
 
 @pytest.mark.parametrize(("machine", "warned"), [("aarch64", True), ("x86_64", False)])
 def test_sglangs_choice_for_arm_is_pointed_out(machine: str, warned: bool) -> None:
-    """On ARM, torch_native may be SGLang's choice or the user's, so it stays, with a word about it."""
+    """On ARM, torch_native may be SGLang's choice or the user's: it stays, with a word about it."""
     code = f"""
     import logging
     import platform as system
     system.machine = lambda: {machine!r}
     said = []
-    logging.getLogger("sglang_musa_ext.cpu.platform").addFilter(lambda record: said.append(record.getMessage()))
-    arguments = SimpleNamespace(attention_backend="torch_native", page_size=1, disable_cuda_graph=True,
-                                mem_fraction_static=0.5, max_total_tokens=100, disable_hybrid_swa_memory=True)
+    logger = logging.getLogger("sglang_musa_ext.cpu.platform")
+    logger.addFilter(lambda record: said.append(record.getMessage()))
+    arguments = SimpleNamespace(
+        attention_backend="torch_native", page_size=1, disable_cuda_graph=True,
+        mem_fraction_static=0.5, max_total_tokens=100, disable_hybrid_swa_memory=True,
+    )
     platform.apply_server_args_defaults(arguments)
-    print(json.dumps([arguments.attention_backend, any("--attention-backend fa3" in line for line in said)]))
+    warned = any("--attention-backend fa3" in line for line in said)
+    print(json.dumps([arguments.attention_backend, warned]))
     """
     assert run_python(PLATFORM + textwrap.dedent(code), UNDER_THE_PLATFORM) == [
         "torch_native",

@@ -101,7 +101,7 @@ class Machine:
 SUBJECTS = ("sglang", "sglang-musa-ext")
 """Distributions of the environment that the doctor is to see: the ones under test."""
 NEIGHBOURS = ("nvidia-nccl-cu13", "torch_musa", "mate-flash-attention", "deep-gemm")
-"""Distributions that an environment may hold, and that no check of a machine made here may notice."""
+"""Distributions that an environment may hold, which no check of a machine made here may notice."""
 
 
 @pytest.fixture(autouse=True)

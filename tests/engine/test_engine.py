@@ -224,7 +224,7 @@ def all_requests(case: DenseCase) -> list[Request]:
 
 
 def keep_plans_for_ever() -> None:
-    """Make the mistake that this package exists to avoid: a plan serves every pass of its geometry."""
+    """Make the mistake that this package avoids: a plan serves every pass of its geometry."""
     from sglang_musa_ext.attention.plans import SchedulerMetadataCache
 
     def begin_pass(self: Any) -> None:

@@ -522,18 +522,16 @@ CHECKED = [
 """Modes that run once more under ``SGLANG_MUSA_EXT_CHECK=metadata``."""
 
 NOT_ON_A_CPU = {
-    "two-batch overlap": "SGLang asks for an expert-parallel all-to-all backend, and all of them are CUDA's",
-    "torch.compile and graphs": "SGLang asks the platform for a graph runner, and a CPU captures no graphs",
-    "Gemma-4 (layers of different head dims)": "SGLang's own list of its attention backends lacks fa3",
-    "Llama-4 (chunked-local attention)": "SGLang's experts in PyTorch cannot weigh their input by the router",
+    "two-batch overlap": "SGLang asks for an expert-parallel all-to-all backend, all of them CUDA's",
+    "torch.compile and graphs": "SGLang asks the platform for a graph runner; a CPU has no graphs",
+    "Gemma-4 (layers of different head dims)": "SGLang's own list of its backends lacks fa3",
+    "Llama-4 (chunked-local attention)": "SGLang's experts in PyTorch cannot weigh their input",
     "Qwen3-Next (linear attention)": "its Triton kernels give wrong numbers in the interpreter",
-    "MLA with a tree of drafts (topk > 1)": "SGLang reads the tree's keys one a page, where MLA's pages hold 64",
+    "MLA with a tree of drafts (topk > 1)": "SGLang reads its keys one a page; MLA's pages hold 64",
     "NGRAM with pages of 64": "SGLang refuses it with every backend but flashinfer",
-    "cross attention": "its models take images or sound, whose processors these tests do not set up",
+    "cross attention": "its models take images or sound, whose processors are not set up here",
 }
-"""What cannot run here for reasons outside of attention; the README says which tests cover it
-instead.
-"""
+"""What cannot run here for reasons outside of attention; docs/status.md says what covers it."""
 
 
 @pytest.fixture(params=MODES, ids=lambda each: each.name, scope="module")
@@ -577,7 +575,7 @@ def test_tokens_equal_transformers(engines: EngineServer, each: Mode, run: Engin
 
 
 def test_plans_per_pass_are_the_model_s_geometries(each: Mode, run: EngineRun) -> None:
-    """Every backend computes one plan per geometry and pass, and serves the other layers from it."""
+    """Every backend computes a plan per geometry and pass, and serves the other layers from it."""
     reports = run.reports[-1]
     assert [report["backend"] for report in reports] == ["MusaFA3Backend"] * each.backends
     assert [report["statistics"] for report in reports] == [each.statistics()] * each.backends
@@ -598,7 +596,7 @@ def test_every_reused_plan_is_right(engines: EngineServer, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["EAGLE, topk 4", "MLA, topk 1"])
 def test_every_reused_plan_of_drafts_is_right(engines: EngineServer, name: str) -> None:
-    """The same with drafts: target, draft and draft-extend backends share a process, and no plan."""
+    """The same with drafts: target, draft and draft-extend backends share no plan."""
     (speculation,) = (each for each in SPECULATIONS if each.name == name)
     run = run_speculation(engines, speculation, {envs.CHECK: "metadata"})
     assert run.tokens == undrafted(engines, speculation)

@@ -1,7 +1,7 @@
 """The real SGLang engine for tests: SGLang is imported once, and each case runs in a process forked
 from there.
 
-``EngineServer`` starts ``python -m tests.support.engine``, which imports SGLang under the CPU reference
+``EngineServer`` starts ``python -m tests.support.engine``, which imports SGLang under the CPU
 platform and then forks a process for every task it is sent; the engine's own processes are forked
 too. An engine boots in about two seconds that way, instead of the half minute that three imports of
 SGLang take. What a fork hides (the order in which a fresh process imports things) is left to the

@@ -83,8 +83,8 @@ def parse_options() -> argparse.Namespace:
         "--dtype",
         choices=("float32", "bfloat16"),
         default="float32",
-        help="what to compute in; bfloat16 rounds coarsely enough for two right backends to choose different words, "
-        "so there the comparison is only shown (default: %(default)s)",
+        help="what to compute in; bfloat16 rounds coarsely enough for two right backends to choose "
+        "different words, so there the comparison is only shown (default: %(default)s)",
     )
     return parser.parse_args()
 

@@ -94,7 +94,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def release_for(wanted: str, python: tuple[int, ...]) -> str:
-    """Return the SGLang release ``wanted``, or the newest that runs on ``python`` if it does not."""
+    """Return the SGLang release ``wanted`` if it runs on ``python``, else the newest that does."""
     oldest_python = {row.version: oldest_of(row.requires_python) for row in SUPPORTED_RELEASES}
     if python >= oldest_python.get(wanted, (3, 0)):
         return wanted
@@ -172,7 +172,7 @@ class Environment:
         )
 
     def make_venv(self) -> None:
-        """Create the environment, or keep the one that is there if it is whole and of this Python."""
+        """Create the environment, unless there is one that is whole and of this Python."""
         if not (self.packages.is_dir() and self.pip.is_usable()):
             shutil.rmtree(self.folder, ignore_errors=True)
             require_room(self.folder.parent, SMALL)
