@@ -38,13 +38,12 @@ from scripts.lib.dev_env.pip import (
     require_room,
     run,
 )
+from sglang_musa_ext.envs import TORCH_BUILD, TORCH_INDEX
 from sglang_musa_ext.upstream.releases import SUPPORTED_RELEASES
 
 ROOT = Path(__file__).resolve().parents[3]
 TORCH = "2.13.0"
 SGLANG = "0.5.21"
-BUILD_VARIABLE = "SGLANG_MUSA_EXT_TORCH_BUILD"
-INDEX_VARIABLE = "SGLANG_MUSA_EXT_TORCH_INDEX"
 BUILDS = ("auto", "cpu", "default")
 SMALL, LARGE = 3, 7
 """GB of an environment with the CPU build of torch and with the one for CUDA, rounded up."""
@@ -87,9 +86,9 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--venv", default=".venv", help="the environment's folder (default: %(default)s)"
     )
     options = parser.parse_args(arguments)
-    options.build = os.environ.get(BUILD_VARIABLE, "").strip().lower() or "auto"
+    options.build = os.environ.get(TORCH_BUILD, "").strip().lower() or "auto"
     if options.build not in BUILDS:
-        parser.error(f"{BUILD_VARIABLE}={options.build!r}; expected {', '.join(BUILDS)}")
+        parser.error(f"{TORCH_BUILD}={options.build!r}; expected {', '.join(BUILDS)}")
     return options
 
 
@@ -163,11 +162,11 @@ class Environment:
         if facts["cuda"] is None:
             return (
                 f"this is torch's build for CPUs; for its default build {again} "
-                f"{BUILD_VARIABLE}=default"
+                f"{TORCH_BUILD}=default"
             )
         return (
             f"this is torch's build for CUDA {facts['cuda']}; for its build for CPUs, some 3 GB "
-            f"smaller, {again} {INDEX_VARIABLE}=URL, an index of CPU builds (PyTorch's "
+            f"smaller, {again} {TORCH_INDEX}=URL, an index of CPU builds (PyTorch's "
             "installation page names one)"
         )
 
@@ -221,7 +220,7 @@ def create_venv(folder: Path) -> None:
 
 def torch_index() -> list[str]:
     """Return pip's option for the index of torch alone, if the user names one."""
-    index = os.environ.get(INDEX_VARIABLE, "").strip()
+    index = os.environ.get(TORCH_INDEX, "").strip()
     return ["--index-url", index] if index else []
 
 
