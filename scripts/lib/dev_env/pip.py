@@ -110,9 +110,9 @@ def require_room(folder: Path, gigabytes: float) -> None:
 
 
 def no_room(folder: Path) -> str:
-    """Return what is free where, and what to do about it."""
-    places = {str(folder.parent): folder.parent, "TMPDIR": Path(tempfile.gettempdir())}
-    free = [f"{name}: {shutil.disk_usage(path).free / 1e9:.1f} GB" for name, path in places.items()]
+    """Return what is free in ``folder`` and for temporary files, and what to do about it."""
+    places = [folder if folder.exists() else folder.parent, Path(tempfile.gettempdir())]
+    free = [f"{place}: {shutil.disk_usage(place).free / 1e9:.1f} GB" for place in places]
     return (
         f"There is too little room ({', '.join(free)} free), or a limit of sizes ('ulimit -f', a "
         "quota). Make room and run this again; TMPDIR and PIP_CACHE_DIR may name other disks."
