@@ -127,6 +127,7 @@ expected.
 
 All of it runs on a CPU with the reference kernels, in one environment:
 {environment}.
+All of the tests under other Pythons: [pythons](pythons.md).
 A test is not applicable where the release lacks the feature that it tests.
 """
 
