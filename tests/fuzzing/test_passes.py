@@ -6,6 +6,8 @@ Here hypothesis chooses the sequences, from a fixed seed, and makes a failing on
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -36,6 +38,13 @@ ONE_PASS = (
     "decode", "prefill", "extend", "mixed", "verify", "draft extend", "padded", "interleaved", "threads",
 )  # fmt: skip
 OTHER = ("draft", "replay", "again", "fault", "finish", "idle", "reload")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def leaves_no_backend() -> Iterator[None]:
+    """Have backends gone that are cycles of references, with their slots in the shared workspace."""
+    yield
+    gc.collect()
 
 
 class Serving(RuleBasedStateMachine):
