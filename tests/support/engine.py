@@ -354,18 +354,18 @@ def _do_task(connection: Connection[Any, Any]) -> None:
 
 def run_engine(case: EngineCase) -> EngineRun:
     """Boot the engine of ``case`` with forked processes, and ask it."""
-    _fork_always()
+    fork_always()
     return ask_engine(case)
 
 
 def ask_engine(case: EngineCase) -> EngineRun:
     """Boot the engine of ``case`` and ask it, in this process."""
-    with _booted(case) as engine:
-        reports = [_reports(engine)]
+    with booted(case) as engine:
+        reports = [reports_of(engine)]
         phases = []
         for requests in case.phases:
             phases.append(engine.loop.run_until_complete(_phase(engine, requests)))
-            reports.append(_reports(engine))
+            reports.append(reports_of(engine))
         return EngineRun(phases, reports)
 
 
@@ -375,18 +375,19 @@ def embed(case: EngineCase) -> tuple[list[list[float]], list[dict[str, Any]]]:
     """
     from sglang.srt.managers.io_struct import EmbeddingReqInput
 
-    _fork_always()
+    fork_always()
     (requests,) = case.phases
-    with _booted(case) as engine:
+    with booted(case) as engine:
         request = EmbeddingReqInput(input_ids=[list(request.prompt) for request in requests])
         answers = engine.loop.run_until_complete(
             anext(engine.tokenizer_manager.generate_request(request, None))
         )
-        return [answer["embedding"] for answer in answers], _reports(engine)
+        return [answer["embedding"] for answer in answers], reports_of(engine)
 
 
 @contextlib.contextmanager
-def _booted(case: EngineCase) -> Iterator[Any]:
+def booted(case: EngineCase) -> Iterator[Any]:
+    """The engine of ``case`` in this process, shut down at the end."""
     os.environ.update(case.environ)
     import sglang
     import torch
@@ -406,13 +407,14 @@ def _booted(case: EngineCase) -> Iterator[Any]:
             engine.shutdown()
 
 
-def _fork_always() -> None:
+def fork_always() -> None:
     """Let the engine's own processes be forks of this one; SGLang asks for spawned ones."""
     multiprocessing.set_start_method("fork", force=True)
     multiprocessing.set_start_method = lambda *_, **__: None
 
 
-def _reports(engine: Any) -> list[dict[str, Any]]:
+def reports_of(engine: Any) -> list[dict[str, Any]]:
+    """``musa_fa3_report`` of every backend in every scheduler of ``engine``."""
     states = engine.get_server_info()["internal_states"]
     return [report for state in states for report in state.get("sglang_musa_ext", [])]
 
