@@ -13,6 +13,7 @@ import pytest
 from sglang_musa_ext import envs
 from tests.support.engine import EngineServer
 from tests.support.plan_table import NOTED, PlanCounts, plan_table, replace_table
+from tests.support.wheels import build_wheel
 
 _SETTINGS = (
     envs.MODE,
@@ -50,6 +51,14 @@ def pytest_configure(config: pytest.Config) -> None:
 def repository() -> Path:
     """The root of the checkout."""
     return Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def wheel(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel of this checkout."""
+    return build_wheel(
+        repository, tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    )
 
 
 @pytest.fixture(scope="session")

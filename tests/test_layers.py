@@ -60,7 +60,7 @@ LAYERS = {
     "install": layer(),
     "engines": layer("patching", lazy="cpu sglang torch sgl_kernel"),
     "validation": layer("engines policy kernels envs torch", lazy="*"),
-    "benchmark": layer("engines validation kernels torch", lazy="*"),
+    "benchmark": layer("engines validation policy envs kernels torch", lazy="*"),
     "__main__": layer(),
 }
 """By folder, or by module where one stands beside the folders."""

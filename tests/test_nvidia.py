@@ -34,7 +34,7 @@ import torch
 from sglang_musa_ext import envs
 from sglang_musa_ext.upstream.rows import REQUIREMENTS
 from tests.support import nvidia_state
-from tests.test_packaging import SOURCES, copy, pip
+from tests.support.wheels import SOURCES, copy, pip
 
 NAME = "sglang_musa_ext"
 WITHOUT = "without"

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import email
 import re
-import shutil
-import subprocess
-import sys
 import venv
 import zipfile
 from email.message import Message
 from pathlib import Path
 
 import pytest
+
+from tests.support.wheels import pip, run
 
 FORBIDDEN = {
     "torch": "the vendor's build would be replaced",
@@ -31,20 +30,6 @@ FORBIDDEN = {
     "mate-deep-gemm": "not on public indexes",
     "sageattention": "a CUDA build",
 }
-SOURCES = ("setup.cfg", "pyproject.toml", "README.md", "LICENSE", "sglang_musa_ext")
-
-
-@pytest.fixture(scope="session")
-def wheel(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel built from a copy of the sources, so that no left-over of an earlier build can slip
-    in.
-    """
-    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    for name in SOURCES:
-        copy(repository / name, source / name)
-    pip("wheel", "--no-deps", "--no-index", "--no-build-isolation", "--wheel-dir", target, source)
-    (built,) = target.glob("*.whl")
-    return built
 
 
 @pytest.fixture(scope="session")
@@ -64,24 +49,6 @@ def clean_python(tmp_path: Path) -> Path:
     """The interpreter of a new environment that holds nothing at all, not even pip."""
     venv.create(tmp_path / "clean", symlinks=True)
     return tmp_path / "clean" / "bin" / "python"
-
-
-def copy(source: Path, target: Path) -> None:
-    if source.is_dir():
-        shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
-    else:
-        shutil.copy2(source, target)
-
-
-def pip(*arguments: str | Path) -> None:
-    run(Path(sys.executable), "-m", "pip", *arguments)
-
-
-def run(python: Path, *arguments: str | Path) -> str:
-    """What ``python`` prints, in its isolated mode, so that nothing but its environment is seen."""
-    done = subprocess.run([python, "-I", *arguments], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 def dist_info(archive: zipfile.ZipFile) -> str:

@@ -10,13 +10,17 @@ from __future__ import annotations
 
 import json
 import statistics
+import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from sglang_musa_ext.kernels.provider import FA3Kernels, hopper_kernels
+from sglang_musa_ext import policy
+from sglang_musa_ext.engines.devices import import_vendor_modules
+from sglang_musa_ext.envs import Settings
+from sglang_musa_ext.kernels.provider import FA3Kernels, select_kernels
 from sglang_musa_ext.validation.graphs import DeviceGraphs
 from sglang_musa_ext.validation.numerics import Batch, Shape
 
@@ -86,7 +90,7 @@ def graph_timer(device: torch.device) -> Timer:
     """Microseconds of a function that is captured many times, between other kernels: the median of
     replays.
     """
-    cuda: Any = torch.cuda
+    module: Any = torch.get_device_module(device)
     filler = torch.randn(256, 256, device=device, dtype=torch.bfloat16)
 
     def timer(function: Callable[[], Any]) -> float:
@@ -98,11 +102,11 @@ def graph_timer(device: torch.device) -> Timer:
         graph, _ = DeviceGraphs(device).captured(mixed)
         times: list[float] = []
         for _ in range(REPLAYS):
-            start, end = (cuda.Event(enable_timing=True) for _ in range(2))
+            start, end = (module.Event(enable_timing=True) for _ in range(2))
             start.record()
             graph.replay()
             end.record()
-            cuda.synchronize()
+            module.synchronize()
             times.append(1e3 * start.elapsed_time(end) / CALLS)
         return statistics.median(times)
 
@@ -128,14 +132,18 @@ def host_timer(device: torch.device) -> Timer:
     return timer
 
 
-def main() -> None:
-    """Measure on the first GPU, and write the results to the standard output, a line each."""
-    device = torch.device("cuda", 0)
-    torch.cuda.set_device(device)
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure on the first device of the kind that ``arguments`` name, and print a line for each call."""
+    [kind] = sys.argv[1:] if arguments is None else arguments
+    import_vendor_modules()
+    device = torch.device(kind, 0)
+    torch.get_device_module(device).set_device(device)
+    [name] = [name for name, place in policy.DEVICE_OF_KERNELS.items() if place == kind]
+    kernels = select_kernels(Settings(kernels=name), device)
+    timers = {"graph": graph_timer(device), "host": host_timer(device)}
     with torch.inference_mode():
-        timers = {"graph": graph_timer(device), "host": host_timer(device)}
-        for found in measure(hopper_kernels(device), device, timers, SHAPES):
-            print(json.dumps(found), flush=True)
+        for row in measure(kernels, device, timers, SHAPES):
+            print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":

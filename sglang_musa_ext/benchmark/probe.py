@@ -1,7 +1,6 @@
-"""What the benchmark adds to the processes of an engine: who serves FA3, how long forwards take,
-what kernels they run.
+"""The benchmark's probe in the processes of an engine: who serves, how long, and by what kernels.
 
-SGLang loads it as a plugin, through an entry point that ``command.py`` writes into a folder of its
+SGLang loads it as a plugin, through an entry point that ``peers.py`` writes into a folder of its
 own. It measures all peers alike, and changes nothing of what they compute: two device events around
 each forward of a model, and a clock around each attention call that Python makes. Where it is told
 to, it has the backends of several peers serve one engine's passes in turn.
@@ -15,24 +14,39 @@ import multiprocessing
 import os
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-PEER = "SGLANG_MUSA_EXT_BENCH_PEER"
+from sglang_musa_ext.engines.devices import device_kind, device_module
+from sglang_musa_ext.engines.process import FORCE_UPDATE
+
+PEER = "MUSA_EXT_BENCH_PEER"
 """The environment variable that says which peer this engine is."""
-GATE = "SGLANG_MUSA_EXT_BENCH_GATE"
-"""The environment variable that names the file without which a scheduler goes no further than its
-imports.
-"""
-UPSTREAM, OURS, IN_TREE = "upstream", "ours", "in-tree"
+GATE = "MUSA_EXT_BENCH_GATE"
+"""The environment variable that names the file without which a scheduler goes no further than its imports."""
+DEVICE = "MUSA_EXT_BENCH_DEVICE"
+"""The environment variable that says which kind of device is measured: ``cuda``, ``musa`` or ``cpu``."""
+UPSTREAM, OURS, IN_TREE, TRITON, NO_REUSE = (
+    "upstream",
+    "ours",
+    "in-tree",
+    "triton",
+    "ours without reuse",
+)
 """The peers."""
 AGAIN, UNPLANNED = "upstream again", "ours without plans"
-"""Who serve beside the peers where they take turns in one engine: what two of the same differ by,
-and what plans do.
+"""Who serves beside the peers where they take turns in one engine: a second backend of the baseline's shows what two
+of the same differ by, and ours without plans what plans do.
 """
-MODES = {"decode": "DECODE", "verify": "TARGET_VERIFY", "prefill": "EXTEND", "eager": "DECODE"}
+FORWARD_MODES = {
+    "decode": "DECODE",
+    "verify": "TARGET_VERIFY",
+    "prefill": "EXTEND",
+    "eager": "DECODE",
+}
 """What SGLang calls the passes of each kind of place."""
 
 
@@ -57,12 +71,11 @@ class Clock:
     """Events of the device, or on a CPU the time itself."""
 
     def __init__(self) -> None:
-        import torch
-
-        self._device = torch.cuda if torch.cuda.is_available() else None
+        kind = os.environ.get(DEVICE, "")
+        self._device = device_module(kind or device_kind())
 
     def now(self) -> Any:
-        """A point in the current stream's work."""
+        """Return a point in the current stream's work."""
         if self._device is None:
             return time.perf_counter()
         event = self._device.Event(enable_timing=True)
@@ -70,7 +83,7 @@ class Clock:
         return event
 
     def milliseconds(self, start: Any, end: Any) -> float:
-        """From one point to another, once :meth:`settle` has returned."""
+        """Return the time from one point to another, once :meth:`settle` has returned."""
         return float(start.elapsed_time(end)) if self._device is not None else 1e3 * (end - start)
 
     def settle(self) -> None:
@@ -79,8 +92,27 @@ class Clock:
             self._device.synchronize()
 
     def capturing(self) -> bool:
-        """Whether the current stream's work goes into a graph, where no event can be timed."""
+        """Return whether the current stream's work goes into a graph, where no event can be timed."""
         return self._device is not None and self._device.is_current_stream_capturing()
+
+    def activities(self) -> list[Any]:
+        """Return what a profiler traces here: the device's kernels, or on a CPU its operators."""
+        import torch
+
+        kinds = torch.profiler.ProfilerActivity
+        if self._device is None:
+            return [kinds.CPU]
+        # PyTorch's module of the device has the name of its activity.
+        return [getattr(kinds, self._device.__name__.rpartition(".")[2].upper(), kinds.CUDA)]
+
+    def memory(self) -> dict[str, int]:
+        """Return the bytes that PyTorch's allocator has given out and holds, graph pools among them."""
+        if self._device is None:
+            return {}
+        return {
+            "allocated": self._device.memory_allocated(),
+            "reserved": self._device.memory_reserved(),
+        }
 
 
 class Turns:
@@ -133,7 +165,7 @@ class Turns:
 
     def _serve(self, name: str) -> None:
         self._leave()
-        self._leave = _dispatched() if name in (OURS, UNPLANNED) else lambda: None
+        self._leave = _dispatched() if name in OF_THIS_PACKAGE else lambda: None
         self._runner.attn_backend = self._backends[name]
 
 
@@ -146,24 +178,35 @@ def _dispatched() -> Callable[[], None]:
     return attention.install_kernel_dispatch()
 
 
-def _ours(runner: Any) -> Any:
+def _ours(runner: Any, **settings: str) -> Any:
     from sglang_musa_ext import envs
     from sglang_musa_ext.attention import mixin as attention
 
-    # Where this package is off, as in upstream's engine, it reads none of its other settings.
-    mode = os.environ.get(envs.MODE)
-    os.environ[envs.MODE] = "on"
-    try:
+    # Where this package is off, as in the baseline's engine, it reads none of its other settings.
+    with _environment({envs.MODE: "on", **settings}):
         return attention.MusaFA3Backend(runner)
+
+
+def _without_reuse(runner: Any) -> Any:
+    """Build our backend with a plan for every call."""
+    return _ours(runner, **{FORCE_UPDATE: "1"})
+
+
+@contextmanager
+def _environment(settings: Mapping[str, str]) -> Iterator[None]:
+    """Have these variables set, and afterwards be as they were."""
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    try:
+        yield
     finally:
-        os.environ.pop(envs.MODE)
-        os.environ.update({} if mode is None else {envs.MODE: mode})
+        for name, value in before.items():
+            os.environ.pop(name)
+            os.environ.update({} if value is None else {name: value})
 
 
 def _unplanned(runner: Any) -> Any:
-    """Our backend with all that it does but plan: each kernel call plans for itself, as upstream's
-    do.
-    """
+    """Build our backend with all that it does but plan: each kernel call plans for itself, as upstream's do."""
     backend = _ours(runner)
     backend._scheduler_metadata = lambda arguments, signature: None
     return backend
@@ -180,9 +223,11 @@ def _in_tree(runner: Any) -> Any:
 
 
 BACKENDS: Mapping[str, Callable[[Any], Any]] = {
-    OURS: _ours, IN_TREE: _in_tree, AGAIN: _again, UNPLANNED: _unplanned,
+    OURS: _ours, NO_REUSE: _without_reuse, IN_TREE: _in_tree, AGAIN: _again, UNPLANNED: _unplanned,
 }  # fmt: skip
-"""What builds a backend in an engine of upstream's, whose own one serves meanwhile."""
+"""What builds a backend in an engine of the baseline's, whose own one serves meanwhile."""
+OF_THIS_PACKAGE = (OURS, NO_REUSE, UNPLANNED)
+"""Who of them needs the kernels that upstream's forwards call led to it."""
 
 
 class Probe:
@@ -256,10 +301,7 @@ class Probe:
         left = self._wanted[1] - 1
         self._wanted = (mode, left) if left else None
         self.clock.settle()
-        activity = torch.profiler.ProfilerActivity
-        with torch.profiler.profile(
-            activities=[activity.CUDA, activity.CPU][: 1 if self.clock._device else 2]
-        ) as trace:
+        with torch.profiler.profile(activities=self.clock.activities()) as trace:
             result = run()
             self.clock.settle()
         kernels: dict[str, list[float]] = {}
@@ -294,7 +336,7 @@ class Probe:
             "forwards": rows,
             "traces": self.traces,
             "backend": self._backend(),
-            "memory": self._memory(),
+            "memory": self.clock.memory(),
         }
         self.forwards, self.traces = [], []
         return found
@@ -302,19 +344,6 @@ class Probe:
     def _backend(self) -> str:
         backend = getattr(self.runner, "attn_backend", None)
         return "none" if backend is None else type(backend).__name__
-
-    def _memory(self) -> dict[str, int]:
-        """Bytes that PyTorch's allocator has given out and holds in this process, graph pools among
-        them.
-        """
-        import torch
-
-        if not torch.cuda.is_available():
-            return {}
-        return {
-            "allocated": torch.cuda.memory_allocated(),
-            "reserved": torch.cuda.memory_reserved(),
-        }
 
 
 def register() -> None:
@@ -324,7 +353,8 @@ def register() -> None:
     if multiprocessing.parent_process() is not None:
         # Imports take longer than all the rest, so engines of all models do them at the same time.
         _wait_for(Path(os.environ[GATE]))
-    if os.environ.get(PEER) == IN_TREE:
+    # On a MUSA device SGLang serves its in-tree backend by itself, on MATE.
+    if os.environ.get(PEER) == IN_TREE and os.environ.get(DEVICE) != "musa":
         from sglang_musa_ext.benchmark.in_tree import serve_in_tree
 
         serve_in_tree()

@@ -9,10 +9,9 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from sglang_musa_ext.benchmark.probe import AGAIN, IN_TREE, MODES, OURS, UNPLANNED, UPSTREAM
+from sglang_musa_ext.benchmark.probe import AGAIN, FORWARD_MODES, OURS, TRITON, UNPLANNED, UPSTREAM
 from sglang_musa_ext.validation.report import table
 
 PLANNER = "prepare_varlen_num_blocks"
@@ -56,6 +55,8 @@ class Place:
     batch: int
     tokens: int
     points: Mapping[str, Mapping[str, Any]]
+    baseline: str = UPSTREAM
+    """The peer that the others' times are told as ratios to."""
 
     @property
     def what(self) -> str:
@@ -68,11 +69,11 @@ class Place:
         return found
 
     def ratio(self, peer: str, what: str = "") -> Ratio | None:
-        """A peer's times over upstream's; pass by pass where they took turns in one engine."""
+        """Return a peer's times over the baseline's; pass by pass where they took turns in one engine."""
         paired = self.points.get(peer, {}).get("over_upstream")
         if paired and not what:
             return Ratio.over(paired)
-        return Ratio.of(self.times(peer, what), self.times(UPSTREAM, what))
+        return Ratio.of(self.times(peer, what), self.times(self.baseline, what))
 
     @property
     def label(self) -> str:
@@ -88,24 +89,19 @@ def places(result: Mapping[str, Any]) -> list[Place]:
             key = (model, point["kind"], point["batch"], point["tokens"])
             found.setdefault(key, {})[point["peer"]] = point
     return [
-        Place(model, kind, batch, tokens, points)
+        Place(model, kind, batch, tokens, points, baseline_of(result))
         for (model, kind, batch, tokens), points in found.items()
     ]
 
 
-def write_report(
-    result: Mapping[str, Any], out: Path, planned: Mapping[str, Sequence[str]]
-) -> list[Path]:
-    """Write ``README.md`` and, with matplotlib, the plots into ``out``; returns their paths.
+def baseline_of(result: Mapping[str, Any]) -> str:
+    """Return the peer that the others are compared with."""
+    return str(result.get("baseline", UPSTREAM))
 
-    ``planned`` are the kinds of places of each model that the benchmark has: what is missing is
-    named.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    plots = draw(result, out)
-    page = out / "README.md"
-    page.write_text(as_markdown(result, [plot.name for plot in plots], planned), encoding="utf-8")
-    return [page, *plots]
+
+def compared(result: Mapping[str, Any]) -> list[str]:
+    """Return the peers that have a ratio to the baseline, in the order of the report's columns."""
+    return [peer for peer in result["peers"] if peer != baseline_of(result)]
 
 
 # --- tables ---------------------------------------------------------------------------------------
@@ -117,7 +113,7 @@ def as_markdown(
     planned: Mapping[str, Sequence[str]] | None = None,
 ) -> str:
     """The report for people."""
-    every = places(result)
+    every, baseline = places(result), baseline_of(result)
     device = ", ".join(
         f"{name} {value}" for name, value in result["device"].items() if name != "name"
     )
@@ -127,7 +123,8 @@ def as_markdown(
     missing = [f"* {what}" for what in _missing(every, planned or {})]
     notes = [f"* {name}: {one['note']}" for name, one in result["models"].items() if "note" in one]
     lines = [
-        f"# Benchmark on {result['device']['name']}", "", f"{device}; {stack}.", "", *INTRODUCTION, "",
+        f"# Benchmark on {result['device']['name']}", "", f"{device}; {stack}.", "",
+        f"{INTRODUCTION[_kind(result)]} {READING}", "",
         *table(("Model", "What it is", "Measured", "Rounds", "Tokens a request", "Load"), _runs(result)), "",
         *([*notes, ""] if notes else []),
         *(["Not measured:", "", *missing, ""] if missing else []),
@@ -136,11 +133,13 @@ def as_markdown(
         "## Plans in a pass", "", PLANS_SAY, "", *table(PLANS, planners(result)), "",
     ]  # fmt: skip
     for kind, title in TITLES.items():
-        beside = () if kind in GRAPHED else (AGAIN, UNPLANNED)
-        rows = [row(place, beside) for place in every if place.kind == kind]
-        lines += timed(title, BESIDE_SAY if beside else "", rows, beside)
-    steps = [row(place, what="step_ms") for place in every if place.kind == "verify"]
-    lines += timed("Whole step of speculative decoding", STEP_SAYS, steps)
+        beside = [] if kind in GRAPHED else _beside(result)
+        columns = [*compared(result), *beside]
+        rows = [row(place, columns) for place in every if place.kind == kind]
+        lines += timed(title, BESIDE_SAY if beside else "", rows, columns, baseline)
+    columns = compared(result)
+    steps = [row(place, columns, "step_ms") for place in every if place.kind == "verify"]
+    lines += timed("Whole step of speculative decoding", STEP_SAYS, steps, columns, baseline)
     if rows := hosts(result, every):
         lines += [
             "## Host time of an attention call, no graphs",
@@ -156,6 +155,12 @@ def as_markdown(
     if rows := [_kernel(one) for one in result.get("kernels", ())]:
         lines += ["## A call without any engine", "", KERNELS_SAY, "", *table(KERNELS, rows), ""]
     return "\n".join(lines)
+
+
+def _kind(result: Mapping[str, Any]) -> str:
+    """Return the kind of device that a result is of."""
+    names = {UPSTREAM: "cuda", TRITON: "musa"}
+    return "cpu" if result["device"]["name"].startswith("CPU") else names[baseline_of(result)]
 
 
 def _kernel(one: Mapping[str, Any]) -> list[str]:
@@ -189,29 +194,28 @@ def _missing(every: Sequence[Place], planned: Mapping[str, Sequence[str]]) -> li
     ]
 
 
-INTRODUCTION = [
-    (
-        "Written by `sglang-musa-ext bench`. The kernels are NVIDIA's FA3, as SGLang ships them: the gain "
-        "on a Moore Threads "
-        "GPU was not measured, and depends on what MATE's metadata kernel costs there. Models have "
-        "random weights. A "
-        "place has times only for peers whose log-probabilities are those of SGLang's own FA3, but "
-        "for what another "
-        "number of splits changes in the last bits. Ratios are times over those of SGLang's own "
-        "FA3, and below 1 is "
-        "faster: the median of the rounds, and in parentheses the least and the greatest. In each "
-        "round the peers took "
-        "turns. The load is that of the whole machine in the last minute of a model's turn: one "
-        "engine works at a "
-        "time, so above some 4 something else did too, and times in which the host is the limit "
-        "say little."
-    )
-]
+INTRODUCTION = {
+    "cuda": (
+        "Written by `sglang-musa-ext bench`. The kernels are NVIDIA's FA3, as SGLang ships them: the gain on a Moore "
+        "Threads GPU was not measured, and depends on what MATE's metadata kernel costs there."
+    ),
+    "musa": (
+        "Written by `sglang-musa-ext bench` on a MUSA device. The kernels of sglang-musa-ext and of SGLang's in-tree "
+        "backend are MATE's; the baseline is SGLang's triton, which serves where nobody names a backend. Kernels that "
+        "compute plans are counted by the name that they have in FlashAttention-3, and MATE may name them otherwise."
+    ),
+    "cpu": "Written by `sglang-musa-ext bench` on a CPU, where times say nothing.",
+}
+READING = (
+    "A place has times only for peers whose log-probabilities are those of the first peer, but for what another "
+    "number of splits changes in the last bits. Ratios are times over those of the first peer, and below 1 is "
+    "faster: the median of the rounds, and in parentheses the least and the greatest. In each round the peers took "
+    "turns. The load is that of the whole machine in the last minute of a model's turn: one engine works at a time, "
+    "so above some 4 something else did too, and times in which the host is the limit say little."
+)
 BARS_SAY = (
-    "What could be had at most is told with each measurement: under graphs by the last column of "
-    "*What a pass costs*, "
-    "a pass with no plan at all; without graphs, where the host limits a short pass, by *ours "
-    "without plans*."
+    "What could be had at most is told with each measurement: under graphs by the last column of *What a pass "
+    "costs*, a pass with no plan at all; without graphs, where the host limits a short pass, by *ours without plans*."
 )
 TITLES = {
     "decode": "Decode step, CUDA graphs",
@@ -224,50 +228,38 @@ PLANS = (
     "over upstream",
 )  # fmt: skip
 PLANS_SAY = (
-    "From a profiler's trace of single passes: of a prompt of 2048 tokens, and after it. The last "
-    "columns are what the "
-    "device works in all kernels of the pass, so that what the host takes between them does not "
-    "count. A call with a "
-    "plan that is not split has a kernel of 1 µs that clears a counter, in place of one that "
-    "plans. The in-tree "
-    "backend prefills a prompt without a prefix from keys and values as they were made, and "
-    "SGLang's own, which this "
-    "package runs, from the paged cache: hence its shorter time there."
+    "From a profiler's trace of single passes: of a prompt of 2048 tokens, and after it. The last columns are what "
+    "the device works in all kernels of the pass, so that what the host takes between them does not count. A call "
+    "with a plan that is not split has a kernel of 1 µs that clears a counter, in place of one that plans. The "
+    "in-tree backend prefills a prompt without a prefix from keys and values as they were made, and SGLang's own, "
+    "which this package runs, from the paged cache: hence its shorter time there."
 )
 KERNELS = (
     "Call", "In a graph: µs without a plan", "with it", "spared", "a plan alone",
     "Host, no graph: µs without a plan", "with it", "spared", "a plan alone",
 )  # fmt: skip
 KERNELS_SAY = (
-    "The library's own calls, without a line of this package in them. Without a plan a call "
-    "computes its own, in a "
-    "kernel that it launches first. With one, a call that is not split launches a kernel that "
-    "clears a counter of the "
-    "plan instead, so that the host spares little or nothing."
+    "The library's own calls, without a line of this package in them. Without a plan a call computes its own, in a "
+    "kernel that it launches first. With one, a call that is not split launches a kernel that clears a counter of "
+    "the plan instead, so that the host spares little or nothing."
 )
 STEP_SAYS = (
-    "From the end of one verify pass to the end of the next, with the draft's passes between, of "
-    "which SGLang extends "
-    "the draft without a graph. The host is the limit here, and each peer has an engine of its "
-    "own: see how much the "
+    "From the end of one verify pass to the end of the next, with the draft's passes between, of which SGLang extends "
+    "the draft without a graph. The host is the limit here, and each peer has an engine of its own: see how much the "
     "rounds of one peer differ by."
 )
 BESIDE_SAY = (
-    "The peers' backends took turns in one engine, pass by pass, and a ratio is of two passes of "
-    "one turn. *Upstream "
-    "again* is a second backend of SGLang's own: by as much two of the same differ. *Ours without "
-    "plans* does all that "
-    "this package does but plan: between it and ours lies what a planned call costs and spares in "
-    "FA3 itself."
+    "The peers' backends took turns in one engine, pass by pass, and a ratio is of two passes of one turn. *Upstream "
+    "again* is a second backend of the first peer's: by as much two of the same differ. *Ours without plans* does all "
+    "that this package does but plan: between it and ours lies what a planned call costs and spares in FA3 itself."
 )
 HOST = (
     "Model", "Pass", "upstream µs", "ours µs", "ours without plans µs", "ours / upstream", "Calls a pass",
     "Calls x difference, µs", "Pass longer by, µs",
 )  # fmt: skip
 HOSTS_SAY = (
-    "Where the host is the limit, a pass is longer by what its calls take longer, so the last two "
-    "columns agree; where "
-    "the device is, it is not."
+    "Where the host is the limit, a pass is longer by what its calls take longer, so the last two columns agree; "
+    "where the device is, it is not."
 )
 MEMORY = (
     "Model",
@@ -280,35 +272,37 @@ MEMORY = (
 )
 
 
+def _beside(result: Mapping[str, Any]) -> list[str]:
+    """Return who took turns beside the peers, at any place."""
+    names = {point["peer"] for model in result["models"].values() for point in model["points"]}
+    return [name for name in (AGAIN, UNPLANNED) if name in names]
+
+
 def timed(
-    title: str, said: str, rows: Sequence[Sequence[str]], beside: Sequence[str] = ()
+    title: str, said: str, rows: Sequence[Sequence[str]], columns: Sequence[str], baseline: str
 ) -> list[str]:
-    """The section of a kind of places, from what :func:`row` makes of each; nothing where there are
-    none.
-    """
+    """Return the section of a kind of places, from what :func:`row` makes of each; nothing without any."""
     if not rows:
         return []
-    ratios = [f"{peer} / upstream" for peer in (OURS, IN_TREE, *beside)]
-    head = ("Model", "Place", "upstream ms", "ours ms", *ratios)
+    ratios = [f"{peer} / {baseline}" for peer in columns]
+    head = ("Model", "Place", f"{baseline} ms", "ours ms", *ratios)
     return [f"## {title}", "", *([said, ""] if said else []), *table(head, rows), ""]
 
 
-def row(place: Place, beside: Sequence[str] = (), what: str = "") -> list[str]:
-    """One place, all peers, and who took turns ``beside`` them; ``what`` are the times, by default
-    the place's own.
-    """
+def row(place: Place, columns: Sequence[str], what: str = "") -> list[str]:
+    """Return the cells of one place; ``what`` are the times, by default the place's own."""
     cells = [place.model, place.label]
-    for peer in (UPSTREAM, OURS):
+    for peer in (place.baseline, OURS):
         times = place.times(peer, what)
         cells.append(f"{statistics.median(times):.3f}" if times else _why(place, peer))
-    for peer in (OURS, IN_TREE, *beside):
+    for peer in columns:
         ratio = place.ratio(peer, what)
         cells.append(str(ratio) if ratio else _why(place, peer))
     return cells
 
 
 def _why(place: Place, peer: str) -> str:
-    verdict: str = place.points.get(peer, place.points.get(UPSTREAM, {})).get("verdict", "")
+    verdict: str = place.points.get(peer, place.points.get(place.baseline, {})).get("verdict", "")
     return "–" if verdict in ("", "equal") else verdict
 
 
@@ -350,7 +344,7 @@ def planners(result: Mapping[str, Any]) -> list[list[str]]:
     for model, contest in result["models"].items():
         for mode in dict.fromkeys(trace["mode"] for trace in contest["traces"]):
             sides = {peer: planned(result, model, mode, peer) for peer in result["peers"]}
-            right = sides.get(UPSTREAM)
+            right = sides.get(baseline_of(result))
             for peer, found in sides.items():
                 if found:
                     row = [
@@ -377,12 +371,13 @@ def hosts(result: Mapping[str, Any], every: Iterable[Place]) -> list[list[str]]:
         ratio = place.ratio(OURS, "call_us")
         if ratio and place.kind not in GRAPHED:
             theirs, ours = (
-                statistics.median(place.times(peer, "call_us")) for peer in (UPSTREAM, OURS)
+                statistics.median(place.times(peer, "call_us")) for peer in (place.baseline, OURS)
             )
             longer = 1e3 * (
-                statistics.median(place.times(OURS)) - statistics.median(place.times(UPSTREAM))
+                statistics.median(place.times(OURS))
+                - statistics.median(place.times(place.baseline))
             )
-            traced = planned(result, place.model, MODES[place.kind], OURS)
+            traced = planned(result, place.model, FORWARD_MODES[place.kind], OURS)
             said = (
                 [f"{traced['calls']:g}", f"{traced['calls'] * (ours - theirs):+.0f}"]
                 if traced
@@ -400,8 +395,8 @@ def hosts(result: Mapping[str, Any], every: Iterable[Place]) -> list[list[str]]:
 
 
 def memory(result: Mapping[str, Any]) -> list[list[str]]:
-    """The table of memory."""
-    rows = []
+    """Return the table of memory."""
+    rows, baseline = [], baseline_of(result)
     for model, contest in result["models"].items():
         states = {
             peer: state for peer, state in contest["memory"].items() if state.get("allocator")
@@ -409,8 +404,8 @@ def memory(result: Mapping[str, Any]) -> list[list[str]]:
         for peer, state in states.items():
             sglang, held = state["sglang"], state["allocator"]
             more = (
-                held["reserved"] - states[UPSTREAM]["allocator"]["reserved"]
-                if UPSTREAM in states
+                held["reserved"] - states[baseline]["allocator"]["reserved"]
+                if baseline in states
                 else 0
             )
             token = 2**30 * sglang["kvcache"] / sglang["token_capacity"]
@@ -433,6 +428,7 @@ def _mebibytes(count: float) -> str:
 
 def bars(every: Sequence[Place], result: Mapping[str, Any]) -> list[list[str]]:
     """Each bar, what was measured, and whether it was met."""
+    baseline = baseline_of(result)
     wanted = [
         ("decode step at batch 1, dense: at most 1.00", 1.00, "decode", "dense"),
         ("decode step at batch 1, Gemma-2-like: at most 0.97", 0.97, "decode", "gemma2"),
@@ -466,14 +462,14 @@ def bars(every: Sequence[Place], result: Mapping[str, Any]) -> list[list[str]]:
     )
     for model in result["models"]:
         for mode in ("DECODE", "TARGET_VERIFY", "EXTEND"):
-            sides = [planned(result, model, mode, peer) for peer in (OURS, UPSTREAM)]
+            sides = [planned(result, model, mode, peer) for peer in (OURS, baseline)]
             if all(sides):
                 ours, theirs = (side["plans"] for side in sides if side)
                 met = (
                     "yes" if ours <= GEOMETRIES.get(model, 1) else NO_PLANS.get((model, mode), "no")
                 )
                 rows.append(
-                    [f"a plan a geometry: {model}, {mode}", f"{ours:g}, upstream {theirs:g}", met]
+                    [f"a plan a geometry: {model}, {mode}", f"{ours:g}, {baseline} {theirs:g}", met]
                 )
     return rows
 
@@ -518,15 +514,18 @@ def savings(result: Mapping[str, Any], every: Iterable[Place]) -> list[Saving]:
     found = []
     for place in every:
         if place.kind not in GRAPHED or not (
-            place.times(UPSTREAM, "forward_ms") and place.times(OURS, "forward_ms")
+            place.times(place.baseline, "forward_ms") and place.times(OURS, "forward_ms")
         ):
             continue
-        sides = [planned(result, place.model, MODES[place.kind], peer) for peer in (UPSTREAM, OURS)]
+        sides = [
+            planned(result, place.model, FORWARD_MODES[place.kind], peer)
+            for peer in (place.baseline, OURS)
+        ]
         if all(sides):
             theirs, ours = (side["plans"] for side in sides if side)
             times = [
                 1e3 * statistics.median(place.times(peer, "forward_ms"))
-                for peer in (UPSTREAM, OURS)
+                for peer in (place.baseline, OURS)
             ]
             found.append(Saving(place, theirs - ours, ours, times[0] - times[1], times[1]))
     return found
@@ -579,140 +578,3 @@ def cost_model(result: Mapping[str, Any], every: Sequence[Place]) -> list[str]:
         "top for each layer."), "",
         *table(head, rows),
     ]  # fmt: skip
-
-
-# --- plots ----------------------------------------------------------------------------------------
-
-
-def draw(result: Mapping[str, Any], out: Path) -> list[Path]:
-    """The plots, as ``ratios.png`` and ``plans.png``; none without matplotlib."""
-    try:
-        import matplotlib as mpl
-    except ImportError:
-        print(
-            "matplotlib is not installed, so there are no plots: bench --report draws them where "
-            "it is."
-        )
-        return []
-    mpl.use("Agg")
-    every = places(result)
-    timed = any(place.ratio(OURS) for place in every)
-    pages = [_draw_ratios(every, result, out / "ratios.png")] if timed else []
-    pages += (
-        [_draw_plans(result, out / "plans.png")]
-        if any(m["traces"] for m in result["models"].values())
-        else []
-    )
-    found = savings(result, every)
-    if len({saving.plans for saving in found}) > 1:
-        pages.append(_draw_savings(found, out / "savings.png"))
-    return pages
-
-
-def _draw_ratios(every: Sequence[Place], result: Mapping[str, Any], page: Path) -> Path:
-    """Ours over upstream at every place, with the spread; a row of axes for each kind of pass."""
-    from matplotlib import pyplot
-
-    kinds = [
-        kind for kind in TITLES if any(place.kind == kind and place.ratio(OURS) for place in every)
-    ]
-    height = 1.2 + 0.22 * sum(place.ratio(OURS) is not None for place in every) + 0.9 * len(kinds)
-    chosen = {
-        kind: [place for place in every if place.kind == kind and place.ratio(OURS)]
-        for kind in kinds
-    }
-    figure, axes = pyplot.subplots(
-        len(kinds), 1, figsize=(9, height), sharex=True, squeeze=False,
-        gridspec_kw={"height_ratios": [len(rows) + 1 for rows in chosen.values()]},
-    )  # fmt: skip
-    for axis, (kind, rows) in zip(axes[:, 0], chosen.items(), strict=True):
-        for height_of, (place, peer) in enumerate((place, OURS) for place in reversed(rows)):
-            ratio = place.ratio(peer)
-            assert ratio is not None
-            colour = "tab:green" if ratio.high < 1 else "tab:red" if ratio.low > 1 else "tab:gray"
-            spread = [[ratio.median - ratio.low], [ratio.high - ratio.median]]
-            axis.errorbar(
-                ratio.median, height_of, xerr=spread, fmt="o", color=colour, capsize=3, markersize=5
-            )
-        axis.set_yticks(
-            range(len(rows)),
-            [f"{place.model}, {place.label}" for place in reversed(rows)],
-            fontsize=8,
-        )
-        axis.axvline(1.0, color="black", linewidth=1)
-        axis.set_title(TITLES[kind], fontsize=10, loc="left")
-        axis.grid(axis="x", alpha=0.3)
-    axes[-1, 0].set_xlabel(
-        "time of sglang-musa-ext over SGLang's own fa3: median and range of the rounds"
-    )
-    where = f"{result['device']['name']}, SGLang {result['versions'].get('sglang')}"
-    axes[0, 0].set_title(where, fontsize=10, loc="right")
-    return _saved(figure, page)
-
-
-def _draw_plans(result: Mapping[str, Any], page: Path) -> Path:
-    """Kernels in a pass that compute plans, by model and peer."""
-    from matplotlib import pyplot
-
-    rows = [
-        (model, mode, {peer: planned(result, model, mode, peer) for peer in result["peers"]})
-        for model, contest in result["models"].items()
-        for mode in dict.fromkeys(trace["mode"] for trace in contest["traces"])
-    ]
-    figure, axis = pyplot.subplots(figsize=(9, 1.5 + 0.45 * len(rows)))
-    width = 0.8 / max(len(result["peers"]), 1)
-    for index, (peer, colour) in enumerate(
-        zip(result["peers"], ("tab:orange", "tab:green", "tab:blue"), strict=False)
-    ):
-        heights = [position + index * width for position in range(len(rows))]
-        found = [peers[peer] for _, _, peers in rows]
-        bars_of = axis.barh(
-            heights,
-            [one["plans"] if one else 0 for one in found],
-            width,
-            label=result["peers"][peer],
-            color=colour,
-        )
-        axis.bar_label(
-            bars_of, [f"{one['plans']:g}" if one else "not traced" for one in found], fontsize=8
-        )
-    axis.set_yticks(
-        [position + 0.4 - width / 2 for position in range(len(rows))],
-        [f"{m}, {k}" for m, k, _ in rows],
-    )
-    axis.invert_yaxis()
-    axis.set_xlabel("kernels in a pass that compute scheduler metadata")
-    axis.legend(fontsize=8)
-    return _saved(figure, page)
-
-
-def _draw_savings(found: Sequence[Saving], page: Path) -> Path:
-    """What the model of the costs says against what was measured."""
-    from matplotlib import pyplot
-
-    each, besides = fit(found)
-    figure, axis = pyplot.subplots(figsize=(6.5, 5))
-    for model in dict.fromkeys(saving.place.model for saving in found):
-        points = [saving for saving in found if saving.place.model == model]
-        axis.plot(
-            [s.plans for s in points], [s.microseconds for s in points], "o", label=model, alpha=0.7
-        )
-    ends = [0.0, max(saving.plans for saving in found) + 1]
-    line = [besides + each * end for end in ends]
-    axis.plot(
-        ends, line, color="black", linewidth=1, label=f"{each:.2f} µs a plan, {besides:+.1f} µs"
-    )
-    axis.set_xlabel("plans that a pass does not compute")
-    axis.set_ylabel("µs that a pass under graphs is shorter")
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
-    return _saved(figure, page)
-
-
-def _saved(figure: Any, page: Path) -> Path:
-    from matplotlib import pyplot
-
-    figure.tight_layout()
-    figure.savefig(page, dpi=110)
-    pyplot.close(figure)
-    return page

@@ -18,11 +18,11 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-WEIGHTS = "SGLANG_MUSA_EXT_SCRIPTS_WEIGHTS"
+WEIGHTS = "MUSA_EXT_ENGINE_WEIGHTS"
 """Set for engines whose models, loaded with ``load_format="dummy"``, get weights of
 :func:`initialize`.
 """
-PLANS = "SGLANG_MUSA_EXT_SCRIPTS_PLANS"
+PLANS = "MUSA_EXT_ENGINE_PLANS"
 """Set for engines whose upstream backend asks FA3 for a plan before every call, and uses none
 twice.
 """

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
-import importlib.util
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict
@@ -13,6 +11,8 @@ from typing import Any
 
 import torch
 
+from sglang_musa_ext import policy
+from sglang_musa_ext.engines.devices import import_vendor_modules, is_available
 from sglang_musa_ext.envs import Settings
 from sglang_musa_ext.kernels.provider import FA3Kernels, KernelsUnavailable, select_kernels
 from sglang_musa_ext.validation.report import FAIL, Outcome
@@ -26,25 +26,19 @@ def find_device(options: argparse.Namespace) -> torch.device:
     Raises:
         KernelsUnavailable: it is not there.
     """
-    for name in ("torch_musa", "torchada"):
-        if importlib.util.find_spec(name) is not None:
-            importlib.import_module(name)
+    import_vendor_modules()
     if options.device != "auto":
         return torch.device(options.device)
-    kinds = {"mate": "musa", "hopper": "cuda", "reference": "cpu"}
-    kind = kinds.get(options.kernels) or ("musa" if _available("musa") else "cpu")
-    if kind != "cpu" and not _available(kind):
+    # With the kernels left open they are those of the device that is there; an NVIDIA GPU has none unasked.
+    kind = policy.DEVICE_OF_KERNELS.get(options.kernels) or (
+        "musa" if is_available("musa") else "cpu"
+    )
+    if kind != "cpu" and not is_available(kind):
         raise KernelsUnavailable(
             f"PyTorch {torch.__version__} sees no {kind} device, which --kernels {options.kernels} "
-            "needs. Run "
-            "`sglang-musa-ext doctor`, which says what is missing."
+            "needs. Run `sglang-musa-ext doctor`, which says what is missing."
         )
     return torch.device(kind)
-
-
-def _available(kind: str) -> bool:
-    module = getattr(torch, kind, None)
-    return module is not None and bool(module.is_available())
 
 
 def kernels_for(options: argparse.Namespace) -> tuple[FA3Kernels, torch.device]:

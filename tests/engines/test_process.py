@@ -1,0 +1,63 @@
+"""Engines in processes of their own: how they are asked, and what they say when they end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sglang_musa_ext.engines.process import Engine, EngineDied, graph_arguments, last_error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({"graphs": []}, {"disable_cuda_graph": True}),
+        ({"graphs": [8]}, {"disable_cuda_graph": False, "cuda_graph_max_bs_decode": 8}),
+        (
+            {"graphs": [1, 8], "prefill_graphs": False},
+            {"disable_cuda_graph": False, "cuda_graph_max_bs_decode": 8, "cuda_graph_bs_decode": [1, 8],
+             "disable_prefill_cuda_graph": True},
+        ),
+    ],
+)  # fmt: skip
+def test_graphs_are_asked_for_in_the_words_of_the_release(arguments: Any, expected: Any) -> None:
+    """The installed release's own names for batch sizes to capture take the values."""
+    assert graph_arguments({"page_size": 64, **arguments}) == {"page_size": 64, **expected}
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        (
+            (
+                "loading\nTraceback:\n  x\ntorch.AcceleratorError: CUDA error: illegal\nSearch for "
+                "it\n"
+            ),
+            "torch.AcceleratorError",
+        ),
+        ("RuntimeError: first\nValueError: second\nwarning: done\n", "ValueError: second"),
+        ("loading\nKilled\n\n", "Killed"),
+        ("", ""),
+    ],
+)
+def test_an_engine_that_died_says_the_last_error_of_its_log(
+    text: str, error: str, tmp_path: Path
+) -> None:
+    """The error that ended it is more than the status that it ended with."""
+    log = tmp_path / "engine.log"
+    log.write_text(text)
+    assert last_error(log).startswith(error)
+    assert last_error(tmp_path / "none.log") == ""
+
+
+def test_an_engine_that_cannot_boot_says_why(tmp_path: Path) -> None:
+    """The first question gets the error, with what the log says last."""
+    log = tmp_path / "engine.log"
+    engine = Engine({"model_path": str(tmp_path / "none"), "device": "cpu", "graphs": []}, {}, log)
+    try:
+        with pytest.raises(EngineDied, match=r"Its log: \w+"):
+            engine.ask([[4]], 1)
+    finally:
+        engine.close()

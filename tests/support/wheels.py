@@ -1,0 +1,37 @@
+"""The wheel of this checkout, and pip, without a network."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+SOURCES = ("setup.cfg", "pyproject.toml", "README.md", "LICENSE", "sglang_musa_ext")
+
+
+def build_wheel(repository: Path, source: Path, target: Path) -> Path:
+    """Build the wheel from a copy of the sources, so that no left-over of an earlier build slips in."""
+    for name in SOURCES:
+        copy(repository / name, source / name)
+    pip("wheel", "--no-deps", "--no-index", "--no-build-isolation", "--wheel-dir", target, source)
+    (built,) = target.glob("*.whl")
+    return built
+
+
+def copy(source: Path, target: Path) -> None:
+    if source.is_dir():
+        shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+    else:
+        shutil.copy2(source, target)
+
+
+def pip(*arguments: str | Path) -> None:
+    run(Path(sys.executable), "-m", "pip", *arguments)
+
+
+def run(python: Path, *arguments: str | Path) -> str:
+    """What ``python`` prints, in its isolated mode, so that nothing but its environment is seen."""
+    done = subprocess.run([python, "-I", *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
