@@ -36,18 +36,10 @@ TORCH_INDEX = "SGLANG_MUSA_EXT_TORCH_INDEX"
 """URL of an index of CPU builds of PyTorch, for ``scripts/dev-env``."""
 TORCH_BUILD = "SGLANG_MUSA_EXT_TORCH_BUILD"
 """Which build of PyTorch ``scripts/dev-env`` takes."""
-BENCH_PEER = "SGLANG_MUSA_EXT_BENCH_PEER"
-BENCH_GATE = "SGLANG_MUSA_EXT_BENCH_GATE"
-SCRIPTS_WEIGHTS = "SGLANG_MUSA_EXT_SCRIPTS_WEIGHTS"
-SCRIPTS_PLANS = "SGLANG_MUSA_EXT_SCRIPTS_PLANS"
 TOOL_VARIABLES = (
     VENDOR_INDEX,
     TORCH_INDEX,
     TORCH_BUILD,
-    BENCH_PEER,
-    BENCH_GATE,
-    SCRIPTS_WEIGHTS,
-    SCRIPTS_PLANS,
 )
 """Variables of this project's own tools, which a server has no use for and does not mind."""
 

@@ -26,9 +26,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sglang_musa_ext.envs import VENDOR_INDEX
+
 PACKAGE = Path(__file__).resolve().parent
 CONSTRAINTS = PACKAGE / "constraints"
-INDEX_VARIABLE = "SGLANG_MUSA_EXT_VENDOR_INDEX"
 TORCH_GROUP = frozenset({"torch", "torch-musa", "torchvision", "torchaudio"})
 """What of these is installed already is left alone, once torch has shown to be the vendor's and of
 the same release.
@@ -251,8 +252,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--index",
-        default=os.environ.get(INDEX_VARIABLE),
-        help=f"URL of Moore Threads' package index (default: {INDEX_VARIABLE})",
+        default=os.environ.get(VENDOR_INDEX),
+        help=f"URL of Moore Threads' package index (default: {VENDOR_INDEX})",
     )
     parser.add_argument(
         "--public-index", help="URL of a public index for the last step (default: pip's own)"
@@ -274,7 +275,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if not options.index:
         parser.error(
-            f"give the URL of Moore Threads' package index with --index, or in {INDEX_VARIABLE}"
+            f"give the URL of Moore Threads' package index with --index, or in {VENDOR_INDEX}"
         )
     return options
 

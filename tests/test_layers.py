@@ -57,7 +57,7 @@ LAYERS = {
     ),
     "guard": layer("envs patching upstream"),
     "doctor": layer("envs policy upstream", lazy="*"),
-    "install": layer(),
+    "install": layer("envs"),
     "engines": layer("patching", lazy="cpu sglang torch sgl_kernel"),
     "validation": layer("engines policy kernels envs torch", lazy="*"),
     "benchmark": layer("engines validation policy envs kernels torch", lazy="*"),
