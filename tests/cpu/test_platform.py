@@ -9,16 +9,20 @@ from __future__ import annotations
 import importlib.machinery
 import importlib.util
 import json
+import logging
 import os
+import platform as system
 import subprocess
 import sys
 import textwrap
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from sglang_musa_ext.cpu import stand_ins
+from tests.support.engine import EngineServer
 
 UNDER_THE_PLATFORM = {"SGLANG_PLATFORM": "musa_reference"}
 
@@ -382,70 +386,88 @@ def test_speculative_decoding_takes_the_kernels_of_musa(platform_facts: dict[str
     assert set(platform_facts["trees"]) == {"sglang_musa_ext.cpu.trees"}
 
 
+# In forks of a process that has imported SGLang under the platform -----------------------------------
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device to wait for")
-def test_a_wait_for_cuda_returns_at_once() -> None:
+def test_a_wait_for_cuda_returns_at_once(engines: EngineServer) -> None:
     """Without a CUDA device, upstream's unconditional waits for one do not raise."""
-    code = PLATFORM + "import torch; print(json.dumps(torch.cuda.synchronize()))"
-    assert run_python(code, UNDER_THE_PLATFORM) is None
+    engines.call(torch.cuda.synchronize)
 
 
-def test_states_merge_as_sglangs_own_kernel_merges_them() -> None:
-    """SGLang merges with PyTorch, and gets what its Triton kernel gives in the interpreter."""
-    code = """
-    import importlib
-    import torch
+def merge_in_both_ways() -> bool:
+    """Compare SGLang's merge of states under the platform with its Triton kernel, interpreted.
+
+    Rows of the first attention have no key by -inf, and rows of the second by +inf. Returns whether
+    the two are different functions.
+    """
+    from sglang.kernels.ops.attention.merge_state import merge_state_triton
     from sglang.srt.layers.attention import merge_state as module
-    kernel = module.merge_state_triton
-    platform.init_backend()
+    from sglang.srt.platforms import current_platform
+
+    current_platform.init_backend()
     generator = torch.Generator().manual_seed(0)
     lse = torch.randn(2, 5, 3, generator=generator) * 3
     lse[0, 1], lse[1, 2] = -torch.inf, torch.inf
     for dtype in (torch.float32, torch.bfloat16):
         out = torch.randn(2, 5, 3, 24, generator=generator).to(dtype)
         merged = module.merge_state(out[0], lse[0], out[1], lse[1])
-        torch.testing.assert_close(merged, kernel(out[0], lse[0], out[1], lse[1]))
-    print(json.dumps(module.merge_state_triton is not kernel))
-    """
-    assert run_python(PLATFORM + textwrap.dedent(code), UNDER_THE_PLATFORM)
+        torch.testing.assert_close(merged, merge_state_triton(out[0], lse[0], out[1], lse[1]))
+    return module.merge_state_triton is not merge_state_triton
 
 
-def test_no_rank_on_a_cpu_loads_nccl() -> None:
-    """Beside a torch built for CUDA too, SGLang finds no library of NCCL that it could load."""
-    code = """
-    import torch
-    torch.version.cuda = "13.0"
+def test_states_merge_as_sglangs_own_kernel_merges_them(engines: EngineServer) -> None:
+    """SGLang merges with PyTorch, and gets what its Triton kernel gives in the interpreter."""
+    assert engines.call(merge_in_both_ways)
+
+
+def load_nccl() -> str:
+    """Load NCCL as SGLang does beside a torch built for CUDA; return why that fails."""
     from sglang.srt.distributed.device_communicators.pynccl_wrapper import NCCLLibrary
-    try:
+
+    torch.version.cuda = "13.0"
+    with pytest.raises(OSError) as error:  # noqa: PT011 (the words are the caller's)
         NCCLLibrary()
-    except OSError as error:
-        print(json.dumps(str(error)))
-    """
-    wanted = stand_ins.ENVIRONMENT["SGLANG_NCCL_SO_PATH"]
-    assert wanted in run_python(PLATFORM + textwrap.dedent(code), UNDER_THE_PLATFORM)
+    return str(error.value)
+
+
+def test_no_rank_on_a_cpu_loads_nccl(engines: EngineServer) -> None:
+    """Beside a torch built for CUDA too, SGLang finds no library of NCCL that it could load."""
+    assert stand_ins.ENVIRONMENT["SGLANG_NCCL_SO_PATH"] in engines.call(load_nccl)
+
+
+def defaults_on(machine: str) -> tuple[str, list[str]]:
+    """Apply the platform's defaults to torch_native on ``machine``; return backend and log."""
+    from sglang.srt.platforms import current_platform
+
+    said: list[str] = []
+
+    def keep(record: logging.LogRecord) -> bool:
+        said.append(record.getMessage())
+        return True
+
+    logging.getLogger("sglang_musa_ext.cpu.platform").addFilter(keep)
+    system.machine = lambda: machine
+    arguments = SimpleNamespace(
+        attention_backend="torch_native",
+        page_size=1,
+        disable_cuda_graph=True,
+        mem_fraction_static=0.5,
+        max_total_tokens=100,
+        disable_hybrid_swa_memory=True,
+    )
+    current_platform.apply_server_args_defaults(arguments)
+    return arguments.attention_backend, said
 
 
 @pytest.mark.parametrize(("machine", "warned"), [("aarch64", True), ("x86_64", False)])
-def test_sglangs_choice_for_arm_is_pointed_out(machine: str, warned: bool) -> None:
+def test_sglangs_choice_for_arm_is_pointed_out(
+    engines: EngineServer, machine: str, warned: bool
+) -> None:
     """On ARM, torch_native may be SGLang's choice or the user's: it stays, with a word about it."""
-    code = f"""
-    import logging
-    import platform as system
-    system.machine = lambda: {machine!r}
-    said = []
-    logger = logging.getLogger("sglang_musa_ext.cpu.platform")
-    logger.addFilter(lambda record: said.append(record.getMessage()))
-    arguments = SimpleNamespace(
-        attention_backend="torch_native", page_size=1, disable_cuda_graph=True,
-        mem_fraction_static=0.5, max_total_tokens=100, disable_hybrid_swa_memory=True,
-    )
-    platform.apply_server_args_defaults(arguments)
-    warned = any("--attention-backend fa3" in line for line in said)
-    print(json.dumps([arguments.attention_backend, warned]))
-    """
-    assert run_python(PLATFORM + textwrap.dedent(code), UNDER_THE_PLATFORM) == [
-        "torch_native",
-        warned,
-    ]
+    backend, said = engines.call(defaults_on, machine)
+    assert backend == "torch_native"
+    assert any("--attention-backend fa3" in line for line in said) is warned
 
 
 # Not importlib.util's find_spec, which sees the stand-in that another test may have installed here.
