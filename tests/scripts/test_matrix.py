@@ -6,17 +6,11 @@ import json
 import re
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-from sglang_musa_ext.upstream.releases import SUPPORTED_RELEASES
-
-pytest.importorskip(
-    "tomllib", reason="releases.toml is read with tomllib, which Python has from 3.11 on"
-)
 
 from scripts.lib.matrix import __main__ as matrix
 from scripts.lib.matrix import levels as matrix_levels
@@ -30,8 +24,10 @@ from scripts.lib.matrix.data import (
     read_rows,
     select_levels,
     select_rows,
+    split_by_python,
 )
 from scripts.lib.matrix.report import Cell, closing_line, details, markdown, terminal_table
+from sglang_musa_ext.upstream.releases import SUPPORTED_RELEASES
 
 ALL_PASS = {"contract": "pass", "backend": "pass", "engine": "pass"}
 EXCEPTION = ExpectedFailure("backend", "test_old", "It cannot.")
@@ -210,6 +206,13 @@ def test_releases_and_levels_are_selected() -> None:
     )
     assert select_levels("engine,contract") == ["contract", "engine"]
     assert select_levels("") == ["contract", "backend", "engine"]
+
+
+def test_releases_for_another_python_are_left_out() -> None:
+    """What SGLang's own metadata asks for decides, not what is listed here."""
+    old, new = release(), replace(release(version="0.5.22"), requires_python=">=3.11")
+    assert split_by_python([old, new], "3.10.14") == ([old], [new])
+    assert split_by_python([old, new], "3.12.0") == ([old, new], [])
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 
 import sglang_musa_ext
+from scripts.lib.matrix.data import read_toml
 from sglang_musa_ext.upstream import releases
 from sglang_musa_ext.upstream.allowances import ALLOWANCES
 from sglang_musa_ext.upstream.check import (
@@ -45,14 +46,8 @@ from sglang_musa_ext.upstream.rows import REQUIREMENTS
 from sglang_musa_ext.upstream.rows.passes import PASS_METHODS
 from sglang_musa_ext.upstream.source import SourceTree
 
-tomllib = pytest.importorskip(
-    "tomllib", reason="releases.toml is read with tomllib, which Python has from 3.11 on"
-)
-
 PACKAGE = Path(sglang_musa_ext.__file__).parent
-RELEASES: list[dict[str, Any]] = tomllib.loads(
-    (Path(__file__).parents[1] / "releases.toml").read_text()
-)["release"]
+RELEASES: list[dict[str, Any]] = read_toml(Path(__file__).parents[1] / "releases.toml")["release"]
 VERSIONS = [row["version"] for row in RELEASES]
 
 FA = "sglang.srt.layers.attention.flashattention_backend"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -84,18 +85,17 @@ def read_rows(path: Path) -> list[MatrixRow]:
     """Read the rows of ``path``, oldest release first.
 
     Raises:
-        MatrixError: if this Python has no TOML reader, or a row has a value that it cannot have.
+        MatrixError: if a row has a value that it cannot have.
     """
-    try:
-        # Named in a string, because the type checker assumes the oldest Python, which lacks it.
-        tomllib = importlib.import_module("tomllib")
-    except ImportError:
-        raise MatrixError(
-            "The matrix needs Python 3.11 or newer: releases.toml is read with tomllib, and SGLang "
-            "0.5.22 and newer need it too. Run it with another Python, for instance: "
-            "PYTHON=python3.11 scripts/matrix"
-        ) from None
-    return [_parse_row(entry, path) for entry in tomllib.loads(path.read_text())["release"]]
+    return [_parse_row(entry, path) for entry in read_toml(path)["release"]]
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Return the content of a TOML file, on Python 3.10 too."""
+    # Named in a string, because the type checker assumes the oldest Python, which lacks tomllib.
+    reader = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
+    content: dict[str, Any] = reader.loads(path.read_text(encoding="utf-8"))
+    return content
 
 
 def _parse_row(entry: Mapping[str, Any], path: Path) -> MatrixRow:
@@ -131,6 +131,16 @@ def select_rows(rows: Sequence[MatrixRow], wanted: str) -> list[MatrixRow]:
             f"{', '.join(versions)}."
         )
     return [row for row in rows if row.version in chosen]
+
+
+def split_by_python(
+    rows: Sequence[MatrixRow], python_version: str
+) -> tuple[list[MatrixRow], list[MatrixRow]]:
+    """Return the rows of the releases that this Python can run, and the rows that are left out."""
+    from packaging.specifiers import SpecifierSet  # The environment has it; --help runs without.
+
+    fitting = [row for row in rows if SpecifierSet(row.requires_python).contains(python_version)]
+    return fitting, [row for row in rows if row not in fitting]
 
 
 def select_levels(wanted: str) -> list[str]:
