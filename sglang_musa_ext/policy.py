@@ -185,3 +185,205 @@ DEFAULT_RULES = tuple(
     )
 )
 """Every rule against ``fa3`` by default, each a row."""
+
+
+# --- limits of MATE's releases --------------------------------------------------------------------
+
+MateRelease = tuple[int, ...]
+"""MATE's release as numbers: ``(0, 2, 7)``."""
+
+OLDEST_MATE = (0, 1, 3)
+"""The first MATE whose wrapper has all functions of FA3 that are needed."""
+NEWEST_MATE = (0, 2, 7)
+"""The newest MATE that is known to be in use; newer ones are served with a warning."""
+NEWEST_READ_MATE = (0, 2, 2)
+"""The newest MATE whose source could be read; what is said of later ones is from release notes."""
+MATE_RELEASES = (
+    (0, 1, 3), (0, 2, 0), (0, 2, 1), (0, 2, 2), (0, 2, 3), (0, 2, 4), (0, 2, 5), (0, 2, 6), (0, 2, 7),
+)  # fmt: skip
+"""The releases that the table in ``docs/mate.md`` has columns for."""
+
+
+@dataclass(frozen=True)
+class KernelLimit:
+    """Something that MATE does not do, or does otherwise than FA3, from one release to another."""
+
+    name: str
+    feature: str
+    """What it is about, for people."""
+    effect: str
+    """One of :data:`EFFECTS`: what happens where the limit holds."""
+    why: str
+    """What MATE would do, or what it needs."""
+    since: MateRelease = (0,)
+    """The first release that it holds for."""
+    until: MateRelease | None = None
+    """The first release that it holds for no more; ``None``: it holds for all that are known."""
+    arguments: tuple[str, ...] = ()
+    """Arguments of the kernels that no call may use where it holds."""
+    function: str | None = None
+    """The function that ``arguments`` are of; ``None``: of both."""
+
+    def holds(self, release: MateRelease) -> bool:
+        """Return whether this is a limit of ``release``."""
+        return self.since <= release and (self.until is None or release < self.until)
+
+
+EFFECTS = {
+    "refused at start": "the server does not start; the error names the option and the choices",
+    "refused": "the call raises, with the argument's name",
+    "adapted": "the call is made in another way, with the same result",
+    "no plan": "calls are made without scheduler metadata",
+    "slower": "it works, on a slower path; one warning says so",
+}
+
+KERNEL_LIMITS = (
+    KernelLimit(
+        "new_keys", "new keys appended by the kernel (`k`, `v`)", "refused",
+        "takes them and drops them", until=(0, 2, 0),
+        arguments=("k", "v"), function="flash_attn_with_kvcache",
+    ),
+    KernelLimit(
+        "cache_batch_idx", "`cache_batch_idx`", "refused", "asserts that it is None",
+        until=(0, 2, 0), arguments=("cache_batch_idx",),
+    ),
+    KernelLimit(
+        "cache_leftpad", "`cache_leftpad`", "refused", "asserts that it is None",
+        until=(0, 2, 1), arguments=("cache_leftpad",),
+    ),
+    KernelLimit(
+        "rotary", "`rotary_cos`, `rotary_sin`", "refused", "asserts that they are None",
+        until=(0, 2, 1), arguments=("rotary_cos", "rotary_sin"),
+    ),
+    KernelLimit(
+        "attention_chunk", "`attention_chunk` (Llama 4)", "refused", "asserts that it is 0",
+        until=(0, 2, 2), arguments=("attention_chunk",),
+    ),
+    KernelLimit(
+        "raw_softcap", "softcap over raw keys, head dimensions up to 128 and 192/128", "refused",
+        "gives the call to a kernel that knows no softcap", until=(0, 2, 1),
+    ),
+    KernelLimit(
+        "old_window", "`window_size` beside `causal`", "adapted",
+        "forgets the window of a causal call, and reads windows with two sides or none; those with "
+        "one side are refused", until=(0, 2, 0),
+    ),
+    KernelLimit(
+        "causal_window", "`window_size=(-1, 0)` over raw keys", "adapted",
+        "asserts that there is no window, though it takes this one for none: the call is made with "
+        "`causal`, which means the same", since=(0, 2, 0),
+    ),
+    KernelLimit(
+        "one_request", "one request over raw keys, with padded rows", "adapted",
+        "takes the lengths of the tensors for those of the request: the call passes `seqused_k`, "
+        "which MATE gives to kernels that read lengths",
+    ),
+    KernelLimit(
+        "batch_size", "batches above 992 requests", "refused at start",
+        "cannot compile a plan for them", until=(0, 2, 0),
+    ),
+    KernelLimit(
+        "head_dims_192", "head dimensions 192/192", "refused at start", "has no kernel for them",
+        until=(0, 2, 0),
+    ),
+    KernelLimit(
+        "head_dims", "head dimensions beside 64/64, 128/128, 192/128, 192/192, 256/256, 384/384, "
+        "512/512 (each rounded up)", "refused at start", "has no kernel for them",
+    ),
+    KernelLimit(
+        "fp8_e4m3", "`--kv-cache-dtype fp8_e4m3`", "refused at start", "has no kernel that reads fp8",
+        until=(0, 2, 3),
+    ),
+    KernelLimit(
+        "fp8_e5m2", "`--kv-cache-dtype fp8_e5m2`", "refused at start",
+        "has no kernel that reads it, and SGLang itself serves it with `triton` in place of `fa3`",
+        until=(0, 2, 5),
+    ),
+    KernelLimit(
+        "fp8_head_dims", "fp8 KV cache with head dimensions above 256", "refused at start",
+        "needs queries in fp8 too, which SGLang casts up to head dimension 256",
+    ),
+    KernelLimit(
+        "fp8_mla", "fp8 KV cache in MLA", "refused at start",
+        "no source of MATE that could be read has an MLA kernel that reads fp8",
+    ),
+    KernelLimit(
+        "mla_page_size", "MLA with pages other than 64", "refused at start",
+        "has MLA kernels for pages of 64 alone",
+    ),
+    KernelLimit(
+        "page_size", "pages other than 64", "slower", "loads such pages without its copy engine",
+    ),
+    KernelLimit(
+        "sinks_dtype", "attention sinks in another type than bfloat16", "refused",
+        "reads bfloat16 alone",
+    ),
+    KernelLimit(
+        "sinks_plan", "scheduler metadata with attention sinks (GPT-OSS)", "no plan",
+        "ignores it, so that computing it would be in vain",
+    ),
+    KernelLimit(
+        "mla_options", "window, softcap, chunks and sinks in MLA", "refused",
+        "leaves them out without a word",
+    ),
+    KernelLimit(
+        "strided_rows", "a KV cache whose head dimension is strided", "refused",
+        "would need a copy of the whole cache",
+    ),
+)  # fmt: skip
+"""Every known limit of MATE, each a row: adapter, checks at start and docs read them from here."""
+
+MATE_HEAD_DIMS = (64, 128, 192, 256, 384, 512)
+"""What MATE rounds a head dimension up to."""
+_HEAD_DIM_PAIRS = ((64, 64), (128, 128), (192, 128), (192, 192), (256, 256), (384, 384), (512, 512))
+LARGEST_OLD_BATCH = 992
+"""Requests that MATE can plan for where the limit ``batch_size`` holds."""
+LARGEST_FP8_HEAD_DIM = 256
+"""The largest head dimension whose queries SGLang casts to the type of an fp8 KV cache."""
+
+
+def kernel_limits(release: MateRelease) -> dict[str, KernelLimit]:
+    """Return the limits of a release of MATE, by name."""
+    return {limit.name: limit for limit in KERNEL_LIMITS if limit.holds(release)}
+
+
+def mate_dtypes(release: MateRelease) -> tuple[str, ...]:
+    """Return the names of the types that a release of MATE reads a KV cache in."""
+    limits = kernel_limits(release)
+    fp8 = {"fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}
+    return (*HALF_DTYPES, *(dtype for name, dtype in fp8.items() if name not in limits))
+
+
+def mate_head_dim_pairs(release: MateRelease) -> tuple[tuple[int, int], ...]:
+    """Return the pairs of head dimensions, of keys and of values, that a release has kernels for."""
+    absent = {(192, 192)} if "head_dims_192" in kernel_limits(release) else set()
+    return tuple(pair for pair in _HEAD_DIM_PAIRS if pair not in absent)
+
+
+def mate_serves_head_dims(release: MateRelease, headdim: int, headdim_v: int) -> bool:
+    """Return whether a release has a kernel for these head dimensions of keys and of values."""
+    if max(headdim, headdim_v) > MATE_HEAD_DIMS[-1]:
+        return False
+    return rounded_head_dims(headdim, headdim_v) in mate_head_dim_pairs(release)
+
+
+def rounded_head_dims(headdim: int, headdim_v: int) -> tuple[int, int]:
+    """Return the pair of head dimensions whose kernel MATE takes for these, up to 512 each."""
+    return _rounded_head_dim(headdim), _rounded_head_dim(headdim_v)
+
+
+def mate_plan_vector(release: MateRelease, batch_size: int) -> int:
+    """Return the length of each of the four vectors that a plan consists of.
+
+    From 0.2.4 on it is the batch size rounded up to 4; the padding is never written.
+    """
+    return -(-batch_size // 4) * 4 if release >= (0, 2, 4) else batch_size
+
+
+def mate_largest_batch(release: MateRelease) -> int | None:
+    """Return the most requests that a release can plan for; ``None``: there is no such limit."""
+    return LARGEST_OLD_BATCH if "batch_size" in kernel_limits(release) else None
+
+
+def _rounded_head_dim(size: int) -> int:
+    return next(rounded for rounded in MATE_HEAD_DIMS if size <= rounded)

@@ -1,15 +1,30 @@
-"""Calls with FA3's keyword names on functions that differ in names: read off their signatures once."""
+"""Calls with FA3's keyword names, on functions that differ in names and in what they do.
+
+What a call needs is settled by its argument names, once a call site; then by its *traits*, the
+types and options that it has, once for each that the site sees; and last by its tensors, in every
+call. So a further call costs the host a few comparisons.
+"""
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
 from sglang_musa_ext.kernels.record import UnsupportedKernelArgument
+
+Arguments = dict[str, Any]
+Rule = Callable[[Arguments], Arguments]
+"""Returns a call's arguments as the function wants them, or raises. The answer follows from the
+call's names and traits alone, and what a rule puts in is no tensor.
+"""
+Step = Callable[[Arguments], None]
+"""Changes the arguments of one call, in place."""
+Finish = Callable[[Any], Any]
+"""Returns what FA3 would return, from what the function returned."""
 
 _SYNONYMS = (
     ("sinks", "s_aux", "learnable_sink"),
@@ -24,54 +39,160 @@ _SYNONYMS = (
 """Names that FA3's interfaces have for one and the same argument."""
 
 
-def adapt(function: Callable[..., Any], *, dense_page_table: bool = False) -> Callable[..., Any]:
-    """``function``, callable the way upstream's forwards call FA3; see :class:`FA3Kernels`.
+class StepRule(NamedTuple):
+    """A step, and the calls that take it."""
 
-    Args:
-        function: of a library with FA3's interface.
-        dense_page_table: whether it reads a page table as if its rows followed one another, as MATE
-            does. The table is copied then where they do not; never the KV cache.
+    applies: Callable[[Arguments], bool]
+    """Answers by the call's names and traits alone."""
+    step: Step
+
+
+class FinishRule(NamedTuple):
+    """A change of the result, and the calls whose results it changes."""
+
+    applies: Callable[[Arguments], bool]
+    """Answers by the call's names and traits alone."""
+    finish: Finish
+
+
+class AdaptedFunction:
+    """A function of a library, callable the way upstream's forwards call FA3.
+
+    It takes keywords alone. ``ver=3``, and arguments that the library lacks, are dropped where they
+    ask for nothing, and refused by name otherwise; ``out=`` is honoured.
     """
-    parameters = inspect.signature(function).parameters
-    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    own_names = _own_names(parameters)
-    writes_out = "out" in parameters
 
-    @functools.lru_cache(maxsize=64)
-    def differences(names: tuple[str, ...]) -> tuple[dict[str, str], list[str]]:
-        """The function's own names for some of ``names``, and those that it lacks: worked out once
-        a call site.
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        *,
+        rules: Sequence[Rule] = (),
+        steps: Sequence[StepRule] = (),
+        finishes: Sequence[FinishRule] = (),
+        traits: Callable[[tuple[str, ...]], Callable[[Arguments], Any]] | None = None,
+    ) -> None:
+        """Read the signature of ``function``.
+
+        Args:
+            function: of a library with FA3's interface.
+            rules: are asked in this order, with FA3's names, once for each names and traits.
+            steps: are taken in this order, in every call that they apply to.
+            finishes: likewise, of results.
+            traits: returns, for a call site's argument names, what reads off a call everything that
+                rules, steps and finishes decide by; ``None``: they decide by names alone.
         """
-        renamed = {name: own_names[name] for name in names if name in own_names}
-        return renamed, [name for name in names if name not in parameters and name not in renamed]
+        functools.update_wrapper(self, function)
+        self.function = function
+        self.rules, self.steps, self.finishes = tuple(rules), tuple(steps), tuple(finishes)
+        self.traits_of = traits
+        self.parameters = inspect.signature(function).parameters
+        kinds = [parameter.kind for parameter in self.parameters.values()]
+        self.takes_any = inspect.Parameter.VAR_KEYWORD in kinds
+        self.own_names = _own_names(self.parameters)
+        self._sites: dict[tuple[str, ...], CallSite] = {}
 
-    @functools.wraps(function)
-    def call(**arguments: Any) -> Any:
-        _require_version_3(arguments.pop("ver", 3))
-        out = None if writes_out else arguments.pop("out", None)
-        renamed, lacking = differences(tuple(arguments))
-        for name, own in renamed.items():
+    def __call__(self, **arguments: Any) -> Any:
+        """Call the function with FA3's keywords."""
+        return self.prepare(tuple(arguments))(arguments)
+
+    def prepare(self, names: tuple[str, ...]) -> CallSite:
+        """Return what serves calls whose arguments have exactly these names."""
+        site = self._sites.get(names)
+        if site is None:
+            site = self._sites[names] = CallSite(self, names)
+        return site
+
+    def lacks(self, name: str) -> bool:
+        """Return whether the function has no argument for FA3's ``name``."""
+        return name not in self.parameters and name not in self.own_names
+
+    def refuse(self, name: str) -> None:
+        """Raise for a call that needs an argument that the function lacks."""
+        raise UnsupportedKernelArgument(
+            f"{_name(self.function)} has no argument {name!r}, and the call needs it: "
+            "the model uses a feature that these kernels do not have. Serve it with another "
+            "--attention-backend."
+        )
+
+
+class _Way(NamedTuple):
+    """How calls of a site that have the same traits are made."""
+
+    dropped: tuple[str, ...]
+    given: Arguments
+    """Values in place of those of the call, or beside them."""
+    steps: tuple[Step, ...]
+    renamed: tuple[tuple[str, str], ...]
+    finishes: tuple[Finish, ...]
+
+
+class CallSite:
+    """Serves the calls of one function that have the same argument names.
+
+    Lifetime: it lives as long as the function, and holds no tensor.
+    """
+
+    def __init__(self, adapted: AdaptedFunction, names: tuple[str, ...]) -> None:
+        self._adapted, self._function = adapted, adapted.function
+        self._copies_out = "out" in names and "out" not in adapted.parameters
+        settled = {"ver", "out"}
+        self._lacking = [n for n in names if n not in settled and adapted.lacks(n)]
+        self._has_version = "ver" in names
+        self._traits = None if adapted.traits_of is None else adapted.traits_of(names)
+        # A site sees few of them, and comparing takes less time than hashing.
+        self._ways: list[tuple[Any, _Way]] = []
+
+    def __call__(self, arguments: Arguments) -> Any:
+        """Call the function with ``arguments``, a dict that is used up by it."""
+        out = arguments.pop("out") if self._copies_out else None
+        way = self._way(arguments)
+        for name in way.dropped:
+            del arguments[name]
+        if way.given:
+            arguments.update(way.given)
+        for step in way.steps:
+            step(arguments)
+        for name, own in way.renamed:
             arguments[own] = arguments.pop(name)
-        for name in lacking:
-            if _asks_for_nothing(arguments[name]):
-                del arguments[name]
-            elif not takes_any:
-                raise UnsupportedKernelArgument(
-                    f"{function.__module__}.{function.__name__} has no argument {name!r}, and the "
-                    "call needs it: the "
-                    "model uses a feature that these kernels do not have. Serve it with another "
-                    "--attention-backend."
-                )
-        if dense_page_table and arguments.get("page_table") is not None:
-            arguments["page_table"] = arguments["page_table"].contiguous()
-        result = function(**arguments)
+        result = self._function(**arguments)
+        for finish in way.finishes:
+            result = finish(result)
         return result if out is None else _into(out, result)
 
-    return call
+    def _way(self, arguments: Arguments) -> _Way:
+        version = arguments["ver"] if self._has_version else 3
+        unused = [_asks_for_nothing(arguments[name]) for name in self._lacking]
+        traits = (version, unused, None if self._traits is None else self._traits(arguments))
+        for known, way in self._ways:
+            if known == traits:
+                return way
+        way = self._settle(arguments)
+        self._ways.append((traits, way))
+        return way
+
+    def _settle(self, arguments: Arguments) -> _Way:
+        """Work out how calls with the traits of this one are made."""
+        adapted = self._adapted
+        wanted = dict(arguments)
+        _require_version_3(wanted.pop("ver", 3))
+        for rule in adapted.rules:
+            wanted = rule(wanted)
+        for name in [name for name in wanted if adapted.lacks(name) and name != "out"]:
+            if _asks_for_nothing(wanted[name]):
+                del wanted[name]
+            elif not adapted.takes_any:
+                adapted.refuse(name)
+        return _Way(
+            dropped=tuple(name for name in arguments if name not in wanted),
+            given={n: v for n, v in wanted.items() if n not in arguments or arguments[n] is not v},
+            steps=tuple(rule.step for rule in adapted.steps if rule.applies(wanted)),
+            renamed=tuple((n, adapted.own_names[n]) for n in wanted if n in adapted.own_names),
+            finishes=tuple(rule.finish for rule in adapted.finishes if rule.applies(wanted)),
+        )
 
 
 def _own_names(parameters: Mapping[str, inspect.Parameter]) -> dict[str, str]:
-    """What the function with these parameters calls the arguments that it has under another name."""
+    """Return the function's own names for the arguments that it has under another name."""
     own = {}
     for names in _SYNONYMS:
         known = [name for name in names if name in parameters]
@@ -79,22 +200,42 @@ def _own_names(parameters: Mapping[str, inspect.Parameter]) -> dict[str, str]:
     return own
 
 
+def _name(function: Any) -> str:
+    """Name a function for messages; a partial one by the function that it calls."""
+    function = getattr(function, "func", function)
+    return f"{function.__module__}.{function.__name__}"
+
+
 def _require_version_3(version: Any) -> None:
     if version != 3:
         raise UnsupportedKernelArgument(
             f"The call asks for FlashAttention {version} (ver={version}), and these kernels are "
-            "FlashAttention-3. "
-            "Start the server with --attention-backend fa3."
+            "FlashAttention-3. Start the server with --attention-backend fa3."
         )
 
 
 def _asks_for_nothing(value: Any) -> bool:
-    """Whether an argument's value is the one that stands for "not used" in FA3's interfaces."""
+    """Return whether an argument's value stands for "not used" in FA3's interfaces."""
     return value is None or value is False
 
 
 def _into(out: torch.Tensor, result: Any) -> Any:
-    """``result`` with its output written to ``out``, for a kernel that cannot write there itself."""
+    """Write a result's output to ``out``, for a kernel that cannot write there itself."""
     if isinstance(result, tuple):
         return (_into(out, result[0]), *result[1:])
     return out.copy_(result.view(out.shape))
+
+
+# --- steps ----------------------------------------------------------------------------------------
+
+
+def _make_page_table_dense(arguments: Arguments) -> None:
+    table = arguments["page_table"]
+    if table is not None:
+        arguments["page_table"] = table.contiguous()
+
+
+DENSE_PAGE_TABLE = StepRule(lambda arguments: "page_table" in arguments, _make_page_table_dense)
+"""For functions that read a page table as if its rows followed one another, as MATE does: the table
+is copied where they do not; never the KV cache.
+"""

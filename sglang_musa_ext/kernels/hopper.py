@@ -12,7 +12,7 @@ import torch
 
 from sglang_musa_ext import envs
 from sglang_musa_ext.kernels import mate_identity
-from sglang_musa_ext.kernels.adapter import adapt
+from sglang_musa_ext.kernels.adapter import AdaptedFunction
 from sglang_musa_ext.kernels.record import (
     HALF,
     FA3Kernels,
@@ -107,10 +107,11 @@ def hopper_record(
     """
     return FA3Kernels(
         name="hopper",
-        flash_attn_with_kvcache=adapt(library.flash_attn_with_kvcache),
-        flash_attn_varlen_func=adapt(library.flash_attn_varlen_func),
-        get_scheduler_metadata=adapt(library.get_scheduler_metadata),
-        dtypes=HALF,
+        flash_attn_with_kvcache=AdaptedFunction(library.flash_attn_with_kvcache),
+        flash_attn_varlen_func=AdaptedFunction(library.flash_attn_varlen_func),
+        get_scheduler_metadata=AdaptedFunction(library.get_scheduler_metadata),
+        dtypes=HALF | {torch.float8_e4m3fn},
+        mla_dtypes=HALF,
         metadata_uses_softcap=True,
         plans_unequal_queries=plans_unequal_queries,
         plans_for_itself=True,

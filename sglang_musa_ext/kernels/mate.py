@@ -1,20 +1,33 @@
-"""MATE's kernels: what they cannot do, and what its releases do otherwise."""
+"""MATE's kernels, with FA3's meaning whatever the release.
+
+Where MATE would leave out an argument without a word, the call is refused: a wrong number looks
+like any other. What a release lacks or does otherwise stands in ``policy.KERNEL_LIMITS``; here is
+how each of these limits is met.
+"""
 
 from __future__ import annotations
 
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
 import torch
 
-from sglang_musa_ext import envs
+from sglang_musa_ext import envs, policy
 from sglang_musa_ext.kernels import mate_identity
-from sglang_musa_ext.kernels.adapter import adapt
+from sglang_musa_ext.kernels.adapter import (
+    DENSE_PAGE_TABLE,
+    AdaptedFunction,
+    Arguments,
+    FinishRule,
+    Rule,
+    StepRule,
+)
 from sglang_musa_ext.kernels.record import (
+    FP8,
     HALF,
     FA3Kernels,
     KernelsUnavailable,
@@ -27,44 +40,59 @@ from sglang_musa_ext.kernels.record import (
 
 logger = logging.getLogger(__name__)
 
+Release = policy.MateRelease
+
 
 def mate_kernels(device: torch.device) -> FA3Kernels:
-    """MATE, through its FlashAttention-3 wrapper."""
+    """Return MATE, through its FlashAttention-3 wrapper.
+
+    Raises:
+        KernelsUnavailable: the device is no MUSA device, or what is installed is not MATE.
+    """
     if device.type != "musa":
         raise KernelsUnavailable(
             f"The 'mate' kernels run on a MUSA device, and the KV cache is on {device}. Set "
-            f"{envs.KERNELS}=auto, or "
-            "start the server on a machine with a Moore Threads GPU."
+            f"{envs.KERNELS}=auto, or start the server on a machine with a Moore Threads GPU."
         )
     return mate_record(*_import_mate())
 
 
-def mate_record(library: Any, release: tuple[int, ...]) -> FA3Kernels:
+def mate_record(library: Any, release: Release) -> FA3Kernels:
     """Return the record of a library with the functions of MATE's wrapper.
 
     Args:
         library: has the three functions of FA3.
         release: MATE's, as numbers: ``(0, 2, 7)``.
     """
+    dtypes = frozenset(getattr(torch, name) for name in policy.mate_dtypes(release))
     return FA3Kernels(
         name="mate",
-        flash_attn_with_kvcache=mate_function(library.flash_attn_with_kvcache, release),
-        flash_attn_varlen_func=mate_function(library.flash_attn_varlen_func, release),
-        get_scheduler_metadata=adapt(library.get_scheduler_metadata),
-        dtypes=HALF,
-        mla_plan_bytes=_mate_mla_plan_bytes,
-        mla_page_sizes=(64,),
+        flash_attn_with_kvcache=_attention(library.flash_attn_with_kvcache, release),
+        flash_attn_varlen_func=_attention(library.flash_attn_varlen_func, release),
+        get_scheduler_metadata=_planning(library.get_scheduler_metadata, release),
+        dtypes=dtypes,
+        mla_dtypes=HALF,
+        mla_plan_bytes=_mla_plan_bytes,
+        mla_page_sizes=(policy.PAGE_SIZE,),
+        fastest_page_size=policy.PAGE_SIZE,
+        serves_head_dims=functools.partial(policy.mate_serves_head_dims, release),
+        head_dims=head_dims_in_words(release),
+        largest_batch=policy.mate_largest_batch(release),
+        drops_plan=has_sinks,
+        static_num_splits=functools.partial(_static_num_splits, release),
+        serves_raw_keys=functools.partial(serves_raw_keys, release),
+        plan_contents=plan_contents,
         versions=versions_of(
             "mate", "mate-mubin", "flash_attn_3", "mate-flash-attention", "torch_musa"
         ),
     )
 
 
-def _import_mate() -> tuple[ModuleType, tuple[int, ...]]:
-    """MATE's FA3 wrapper and MATE's release, once what is installed has shown that it is the one.
+def _import_mate() -> tuple[ModuleType, Release]:
+    """Import MATE's FA3 wrapper, once what is installed has shown that it is the one.
 
     Raises:
-        KernelsUnavailable: with everything that is wrong: what was found, where, whose, and the
+        KernelsUnavailable: with everything that is wrong: what was seen, where, whose, and the
             remedy.
     """
     identity = mate_identity.identify_mate()
@@ -78,10 +106,83 @@ def _import_mate() -> tuple[ModuleType, tuple[int, ...]]:
     return import_library(identity.wrapper_module, mate_identity.INSTALL), identity.release
 
 
-def _mate_mla_plan_bytes(
+# --- what every caller may know before a call ------------------------------------------------------
+
+
+def head_dims_in_words(release: Release) -> str:
+    """List the head dimensions that a release has kernels for, for messages."""
+    pairs = ", ".join(f"{qk}/{v}" for qk, v in policy.mate_head_dim_pairs(release))
+    return f"a pair that rounds up to one of {pairs}"
+
+
+def has_sinks(arguments: Mapping[str, Any]) -> bool:
+    """Return whether a call has attention sinks, with which MATE ignores its plan."""
+    return arguments.get("sinks") is not None or arguments.get("s_aux") is not None
+
+
+def serves_raw_keys(
+    release: Release,
+    *,
+    dtype: torch.dtype,
+    headdim: int,
+    headdim_v: int,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    attention_chunk: int = 0,
+    has_sinks: bool = False,
+) -> bool:
+    """Return whether MATE's kernels that are compiled in advance serve a call over raw keys.
+
+    All other calls are exact too, but run on the kernels that calls over a cache run on.
+    """
+    del release  # It has been the same in all of them.
+    plain = not (softcap or attention_chunk or has_sinks or _bounded(window_size))
+    return plain and dtype in HALF and _is_precompiled(headdim, headdim_v)
+
+
+def _is_precompiled(headdim: int, headdim_v: int) -> bool:
+    return (headdim, headdim_v) == (192, 128) or headdim == headdim_v <= 128
+
+
+def plan_contents(plan: torch.Tensor, batch_size: int) -> torch.Tensor:
+    """Return what two computations of one plan have in common: ``(4, batch_size)``, of int32.
+
+    Up to 0.2.3 a plan is four vectors of the batch size. From 0.2.4 on they are of the batch size
+    rounded up to 4, and the padding is never written.
+
+    Args:
+        plan: int32, ``(n,)``.
+        batch_size: number of requests.
+
+    Raises:
+        ValueError: for a length that neither layout has.
+    """
+    padded = -(-batch_size // 4) * 4
+    for length in (batch_size, padded):
+        if plan.numel() == 4 * length:
+            return plan.view(4, length)[:, :batch_size]
+    raise ValueError(
+        f"A plan of MATE has {plan.numel()} values for a batch of {batch_size}, which "
+        f"{envs.CHECK} cannot compare. Expected {4 * batch_size} or {4 * padded}. Unset "
+        f"{envs.CHECK}, and report this with the version of MATE."
+    )
+
+
+def _static_num_splits(release: Release, **geometry: Any) -> int | None:
+    """Return the number of splits that MATE launches on the current device."""
+    from sglang_musa_ext.kernels.reference.planning import launched_splits
+
+    properties = torch.get_device_module("musa").get_device_properties()
+    caps_windows = release >= (0, 2, 1)
+    return launched_splits(
+        multiprocessors=properties.multi_processor_count, caps_windows=caps_windows, **geometry
+    )
+
+
+def _mla_plan_bytes(
     batch_size: int, max_seqlen_q: int, num_heads_q: int, device: torch.device
 ) -> int:
-    """Upper bound of an MLA plan: 32 bytes a tile-scheduler part, at most one part a
+    """Return an upper bound of an MLA plan: 32 bytes a tile-scheduler part, at most one part a
     multiprocessor; 4 a request.
     """
     multiprocessors: int = (
@@ -90,80 +191,116 @@ def _mate_mla_plan_bytes(
     return 32 * multiprocessors + 4 * (batch_size + 1)
 
 
-_Arguments = dict[str, Any]
+# --- the functions --------------------------------------------------------------------------------
 
 
-_APPENDING = ("k", "v")
-
-
-_SINCE_0_2_1 = ("cache_leftpad", "cache_batch_idx", "rotary_cos", "rotary_sin", "attention_chunk")
-
-
-_IGNORED_BY_MLA = ("softcap", "attention_chunk", "sinks", "s_aux")
-
-
-_INPUTS = ("q", "qv", "k", "v", "k_cache", "v_cache")
-
-
-_SCALES = ("q_descale", "k_descale", "v_descale")
-
-
-def mate_function(function: Callable[..., Any], release: tuple[int, ...]) -> Callable[..., Any]:
-    """An attention function of MATE's wrapper with FA3's meaning, whatever the release.
-
-    Where MATE would leave out an argument without a word, the call is refused: a wrong number looks
-    like any other.
-    """
-    rules = [
-        _require_half,
+def _attention(function: Callable[..., Any], release: Release) -> AdaptedFunction:
+    """Adapt an attention function of MATE's wrapper."""
+    over_cache = "k_cache" in inspect.signature(function).parameters
+    limits = policy.kernel_limits(release)
+    own = "flash_attn_with_kvcache" if over_cache else "flash_attn_varlen_func"
+    rules: list[Rule] = [
+        functools.partial(_require_dtypes, release),
         _require_bfloat16_sinks,
         _require_dense_rows,
         _require_mla_decode,
         _drop_unset,
     ]
-    if release < (0, 2, 1):
-        rules += [functools.partial(_refuse_until, "0.2.1", _SINCE_0_2_1), _refuse_unread_softcap]
-    if release < (0, 2):
-        # MATE 0.1.3's function of a paged cache takes new keys and drops them; its varlen function
-        # has others by these names, which it reads.
-        appends = "k_cache" in inspect.signature(function).parameters
-        rules += [functools.partial(_refuse_until, "0.2.0", _APPENDING)] if appends else []
-        rules += [_window_of_mate_0_1]
-    adapted = adapt(function, dense_page_table=True)
-
-    @functools.wraps(function)
-    def call(**arguments: Any) -> Any:
-        for rule in rules:
-            arguments = rule(arguments)
-        result = adapted(**arguments)
-        padded_mla = arguments.get("qv") is not None and arguments.get("cu_seqlens_q") is None
-        return _with_fa3_layout(result) if padded_mla else result
-
-    return call
-
-
-def _require_half(arguments: _Arguments) -> _Arguments:
-    """Refuse fp8, and drop its scales, which mean nothing to other dtypes."""
-    dtypes = {tensor.dtype for name in _INPUTS if (tensor := arguments.get(name)) is not None}
-    if len(dtypes) > 1 or not dtypes <= HALF:
-        raise _not_half(arguments)
-    for name in _SCALES:
-        arguments.pop(name, None)
-    return arguments
-
-
-def _not_half(arguments: _Arguments) -> UnsupportedKernelArgument:
-    found = {name: arguments[name].dtype for name in _INPUTS if arguments.get(name) is not None}
-    seen = ", ".join(f"{name} {short_name(dtype)}" for name, dtype in found.items())
-    return UnsupportedKernelArgument(
-        "MATE's attention kernels take queries, keys and values of one dtype out of "
-        f"{short_names(HALF)}, and fp8 not "
-        f"at all; the call has {seen}. Start the server with --kv-cache-dtype auto and --dtype "
-        "bfloat16."
+    for limit in limits.values():
+        if limit.arguments and limit.function in (None, own):
+            rules.append(functools.partial(_refuse, limit))
+    by_limit = _RULES_OVER_CACHE if over_cache else _RULES_OVER_RAW_KEYS
+    rules += [rule for name, rule in by_limit.items() if name in limits]
+    steps = [DENSE_PAGE_TABLE, DESCALES, *([] if over_cache else [ONE_REQUEST])]
+    return AdaptedFunction(
+        function, rules=rules, steps=steps, finishes=[_PADDED_MLA], traits=call_traits
     )
 
 
-def _require_bfloat16_sinks(arguments: _Arguments) -> _Arguments:
+def _planning(function: Callable[..., Any], release: Release) -> AdaptedFunction:
+    """Adapt ``get_scheduler_metadata``."""
+    largest = policy.mate_largest_batch(release)
+    rules = [] if largest is None else [functools.partial(_refuse_large_batch, largest)]
+    return AdaptedFunction(
+        function, rules=rules, traits=lambda names: lambda call: call.get("batch_size", 0)
+    )
+
+
+_INPUTS = ("q", "qv", "k", "v", "k_cache", "v_cache")
+_SINKS = ("sinks", "s_aux")
+_CACHES = ("k", "v", "k_cache", "v_cache")
+_SCALES = ("q_descale", "k_descale", "v_descale")
+_OPTIONS = ("causal", "window_size", "softcap", "attention_chunk", "num_splits")
+_PRESENCES = (
+    "page_table", "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "cache_batch_idx", "cache_leftpad",
+    "rotary_cos", "rotary_sin",
+)  # fmt: skip
+"""Arguments of which only matters whether a call has them."""
+
+
+def call_traits(names: tuple[str, ...]) -> Callable[[Arguments], Any]:
+    """Return what reads off a call all that the rules, steps and finishes here decide by."""
+    tensors = [name for name in (*_INPUTS, *_SINKS) if name in names]
+    caches = [name for name in _CACHES if name in names]
+    options = [name for name in _OPTIONS if name in names]
+    presences = [name for name in _PRESENCES if name in names]
+    # Head dimensions decide where there is a kernel for some of them alone.
+    measured = [name for name in ("q", "qv", "v") if name in names]
+    if "k_cache" in names and "qv" not in names:
+        measured = []
+
+    def traits(arguments: Arguments) -> Any:
+        values = [arguments[name] for name in tensors]
+        return (
+            [None if value is None else value.dtype for value in values],
+            [arguments[name] for name in options],
+            [arguments[name] is None for name in presences],
+            [_last_stride(arguments[name]) for name in caches],
+            [_head_dim(arguments[name]) for name in measured],
+            type(arguments.get("scheduler_metadata")) is tuple,
+        )
+
+    return traits
+
+
+def _last_stride(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.stride(-1)
+
+
+def _head_dim(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.size(-1)
+
+
+# --- rules: arguments as MATE wants them, or a refusal ---------------------------------------------
+
+
+def _require_dtypes(release: Release, arguments: Arguments) -> Arguments:
+    """Refuse what MATE reads not at all or not together; drop scales that mean nothing to half
+    precision.
+    """
+    dtypes = {tensor.dtype for name in _INPUTS if (tensor := arguments.get(name)) is not None}
+    known = frozenset(getattr(torch, name) for name in policy.mate_dtypes(release))
+    if len(dtypes) > 1 or not dtypes <= known:
+        raise _unreadable(arguments, known)
+    if dtypes <= HALF:
+        return {name: value for name, value in arguments.items() if name not in _SCALES}
+    if arguments.get("qv") is not None:
+        raise _unreadable(arguments, HALF)
+    return arguments
+
+
+def _unreadable(arguments: Arguments, known: frozenset[torch.dtype]) -> UnsupportedKernelArgument:
+    dtypes = {name: arguments[name].dtype for name in _INPUTS if arguments.get(name) is not None}
+    seen = ", ".join(f"{name} {short_name(dtype)}" for name, dtype in dtypes.items())
+    kind = "MLA" if arguments.get("qv") is not None else "attention"
+    return UnsupportedKernelArgument(
+        f"MATE's {kind} kernels of this release take queries, keys and values of one dtype out of "
+        f"{short_names(known)}, and no fp8 besides; the call has {seen}. Start the server with "
+        "--kv-cache-dtype auto and --dtype bfloat16."
+    )
+
+
+def _require_bfloat16_sinks(arguments: Arguments) -> Arguments:
     sinks = arguments.get("sinks")
     if sinks is None:
         sinks = arguments.get("s_aux")
@@ -171,14 +308,13 @@ def _require_bfloat16_sinks(arguments: _Arguments) -> _Arguments:
         # Rounding them here would be a choice about the model's weights, made anew in every call.
         raise UnsupportedKernelArgument(
             f"The attention sinks have dtype {short_name(sinks.dtype)}, and MATE's kernels read "
-            "bfloat16. Load the model's "
-            "sinks as bfloat16, as SGLang does for FA3, or serve it with another "
-            "--attention-backend."
+            "bfloat16. Load the model's sinks as bfloat16, as SGLang does for FA3, or serve it "
+            "with another --attention-backend."
         )
     return arguments
 
 
-def _require_dense_rows(arguments: _Arguments) -> _Arguments:
+def _require_dense_rows(arguments: Arguments) -> Arguments:
     """Refuse a cache that a kernel could only read from a copy: the copy would be as large as the
     cache.
     """
@@ -188,23 +324,29 @@ def _require_dense_rows(arguments: _Arguments) -> _Arguments:
         if cache is not None and cache.stride(-1) != 1:
             raise UnsupportedKernelArgument(
                 f"The last dimension of {name} has stride {cache.stride(-1)}, and MATE's kernels "
-                "need 1. Start the "
-                "server with the default layout of its KV cache."
+                "need 1. Start the server with the default layout of its KV cache."
             )
     return arguments
 
 
-def _require_mla_decode(arguments: _Arguments) -> _Arguments:
-    """Refuse ``qv`` but as MLA has it, and in MLA what its kernels leave out without a word."""
+_IGNORED_BY_MLA = ("softcap", "attention_chunk", "sinks", "s_aux")
+
+
+def _require_mla_decode(arguments: Arguments) -> Arguments:
+    """Refuse ``qv`` but as MLA has it, and in MLA what its kernels leave out without a word.
+
+    Later sources of MATE take ``qv`` without a workspace, or ``only_qv``, and give such a call to
+    kernels that compile at first use. The workspace works in every release and runs on kernels
+    compiled in advance, so there is one way for all.
+    """
     qv = arguments.get("qv")
     if qv is None:
         return arguments
-    headdims = [None if tensor is None else tensor.shape[-1] for tensor in (arguments.get("q"), qv)]
-    if headdims != [64, 512]:
+    head_dims = [_head_dim(arguments.get("q")), _head_dim(qv)]
+    if head_dims != [64, 512]:
         raise UnsupportedKernelArgument(
-            f"The call has q and qv with head dimensions {headdims[0]} and {headdims[1]}, and "
-            "MATE's MLA kernels "
-            "have 64 and 512. Serve the model with another --attention-backend."
+            f"The call has q and qv with head dimensions {head_dims[0]} and {head_dims[1]}, and "
+            "MATE's MLA kernels have 64 and 512. Serve the model with another --attention-backend."
         )
     if not isinstance(arguments.get("scheduler_metadata"), tuple):
         raise UnsupportedKernelArgument(
@@ -216,20 +358,18 @@ def _require_mla_decode(arguments: _Arguments) -> _Arguments:
     if ignored:
         raise UnsupportedKernelArgument(
             f"The call has {', '.join(ignored)} in MLA, which MATE's MLA kernels would ignore "
-            "without a word. Serve "
-            "the model with another --attention-backend."
+            "without a word. Serve the model with another --attention-backend."
         )
     return arguments
 
 
-def _drop_unset(arguments: _Arguments) -> _Arguments:
+def _drop_unset(arguments: Arguments) -> Arguments:
     """Leave out what is ``None`` where FA3 has another word for "none": not every release of MATE
     takes both.
     """
-    for name in ("window_size", "attention_chunk", "softcap", "num_splits"):
-        if name in arguments and arguments[name] is None:
-            del arguments[name]
-    return arguments
+    words = ("window_size", "attention_chunk", "softcap", "num_splits")
+    unset = {name for name in words if name in arguments and arguments[name] is None}
+    return {name: value for name, value in arguments.items() if name not in unset}
 
 
 def _is_given(value: Any) -> bool:
@@ -240,35 +380,42 @@ def _bounded(window: Any) -> bool:
     return window is not None and max(window) >= 0
 
 
-def _refuse_until(release: str, names: Sequence[str], arguments: _Arguments) -> _Arguments:
-    given = [name for name in names if _is_given(arguments.get(name))]
+def _refuse(limit: policy.KernelLimit, arguments: Arguments) -> Arguments:
+    """Refuse a call that uses an argument of ``limit``."""
+    given = [name for name in limit.arguments if _is_given(arguments.get(name))]
     if given:
+        assert limit.until is not None
+        release = ".".join(map(str, limit.until))
         raise UnsupportedKernelArgument(
-            f"The call needs {', '.join(given)}, which MATE has from {release} on. {mate_identity.INSTALL}"
+            f"The call needs {', '.join(given)}, which MATE has from {release} on; before, MATE "
+            f"{limit.why}. {mate_identity.INSTALL}"
         )
     return arguments
 
 
-def _refuse_unread_softcap(arguments: _Arguments) -> _Arguments:
+def _refuse_unread_softcap(arguments: Arguments) -> Arguments:
     """Refuse the calls that MATE before 0.2.1 gives to a kernel that knows no softcap."""
-    q, v = arguments["q"], arguments.get("v")
-    if v is None or not arguments.get("softcap") or "k_cache" in arguments:
+    if not arguments.get("softcap") or not _goes_to_precompiled(arguments | {"softcap": 0.0}):
         return arguments
-    by_others = _bounded(arguments.get("window_size")) or any(
-        arguments.get(name) is not None
-        for name in ("sinks", "s_aux", "seqused_q", "seqused_k", "page_table")
+    raise UnsupportedKernelArgument(
+        f"The call has softcap={arguments['softcap']} with head dimension "
+        f"{_head_dim(arguments['q'])}, which varlen attention of MATE before 0.2.1 ignores without "
+        f"a word. {mate_identity.INSTALL}"
     )
-    headdims = (q.shape[-1], v.shape[-1])
-    if not by_others and (headdims == (192, 128) or (headdims[0] == headdims[1] <= 128)):
+
+
+def _refuse_large_batch(largest: int, arguments: Arguments) -> Arguments:
+    batch = arguments.get("batch_size", 0)
+    if batch > largest:
         raise UnsupportedKernelArgument(
-            f"The call has softcap={arguments['softcap']} with head dimension {headdims[0]}, which "
-            "varlen attention "
-            f"of MATE before 0.2.1 ignores without a word. {mate_identity.INSTALL}"
+            f"A plan for batch_size={batch} was asked for, and this release of MATE plans for "
+            f"{largest} requests at most. Start the server with --max-running-requests {largest}. "
+            f"{mate_identity.INSTALL}"
         )
     return arguments
 
 
-def _window_of_mate_0_1(arguments: _Arguments) -> _Arguments:
+def _window_of_mate_0_1(arguments: Arguments) -> Arguments:
     """Say a window the way MATE 0.1 reads it: both sides, and not ``causal``, with which it forgets
     the window.
     """
@@ -280,16 +427,113 @@ def _window_of_mate_0_1(arguments: _Arguments) -> _Arguments:
     if left < 0 < right or right < 0:
         raise UnsupportedKernelArgument(
             f"The call has window_size={(left, right)}, and MATE 0.1 reads windows with two sides "
-            "or none. "
-            f"{mate_identity.INSTALL}"
+            f"or none. {mate_identity.INSTALL}"
         )
     if left < 0:
         return arguments | {"causal": True, "window_size": (-1, -1)}
     return arguments | {"causal": False, "window_size": (left, right)}
 
 
+def _causal_for_its_window(arguments: Arguments) -> Arguments:
+    """Say ``causal`` for a window that ends at a row's own key and has no other side."""
+    left, right = arguments.get("window_size", (-1, -1))
+    if left >= 0 or right != 0:
+        return arguments
+    return arguments | {"causal": True, "window_size": (-1, -1)}
+
+
+_RULES_OVER_CACHE: Mapping[str, Rule] = {"old_window": _window_of_mate_0_1}
+_RULES_OVER_RAW_KEYS: Mapping[str, Rule] = {
+    "raw_softcap": _refuse_unread_softcap,
+    "old_window": _window_of_mate_0_1,
+    "causal_window": _causal_for_its_window,
+}
+"""What meets a limit of ``policy.KERNEL_LIMITS``, by its name, where more is needed than to refuse
+arguments.
+"""
+
+
+# --- steps: what every call needs ------------------------------------------------------------------
+
+
+def _goes_to_precompiled(arguments: Arguments) -> bool:
+    """Return whether MATE gives a call over raw keys to its kernels that are compiled in advance."""
+    others = ("page_table", "block_table", "seqused_q", "seqused_k", "qv", *_SINKS)
+    if any(arguments.get(name) is not None for name in others):
+        return False
+    if any(_is_given(arguments.get(name)) for name in ("softcap", "attention_chunk")):
+        return False
+    q, v = arguments.get("q"), arguments.get("v")
+    if q is None or v is None or q.dtype in FP8 or _bounded(arguments.get("window_size")):
+        return False
+    return _is_precompiled(q.size(-1), v.size(-1))
+
+
+def _is_over_one_run(arguments: Arguments) -> bool:
+    offsets = (arguments.get("cu_seqlens_q"), arguments.get("cu_seqlens_k"))
+    return None not in offsets and _goes_to_precompiled(arguments)
+
+
+def _read_lengths_of_one_request(arguments: Arguments) -> None:
+    """Have MATE read the lengths of one request where rows of the tensors may be padding.
+
+    For a batch of one its precompiled kernels take the tensors' lengths for the request's. These
+    are the same where ``max_seqlen_q`` and ``max_seqlen_k`` are, because for one request they are
+    its lengths; but not in a graph, which is replayed for others. ``seqused_k`` is a view, and
+    nothing waits for the device.
+    """
+    ends = arguments["cu_seqlens_k"]
+    if ends.size(0) != 2:
+        return
+    q, k = arguments["q"], arguments["k"]
+    lengths = (arguments.get("max_seqlen_q"), arguments.get("max_seqlen_k"))
+    if (q.size(0), k.size(0)) != lengths or _is_capturing(q.device):
+        arguments["seqused_k"] = ends[1:]
+
+
+ONE_REQUEST = StepRule(_is_over_one_run, _read_lengths_of_one_request)
+
+
+def _is_capturing(device: torch.device) -> bool:
+    if device.type in ("cpu", "meta"):
+        return False
+    return bool(torch.get_device_module(device).is_current_stream_capturing())
+
+
+def _is_fp8(arguments: Arguments) -> bool:
+    return getattr(arguments.get("q"), "dtype", None) in FP8
+
+
+def _complete_descales(arguments: Arguments) -> None:
+    """Give every scale of an fp8 call, ``(batch, heads_kv)`` of float32; those it lacks are 1.
+
+    SGLang expands a layer's scale to the batch of the server, which is not the batch of the call
+    where a request is cut into several, as in chunked attention.
+    """
+    q, offsets = arguments["q"], arguments.get("cu_seqlens_q")
+    keys = arguments["k_cache"] if "k_cache" in arguments else arguments["k"]
+    shape = (q.size(0) if offsets is None else offsets.size(0) - 1, keys.size(-2))
+    for name in _SCALES:
+        scale = arguments.get(name)
+        if scale is None:
+            scale = torch.ones((1, 1), dtype=torch.float32, device=q.device)
+        elif tuple(scale.shape) != shape and scale.dim() == 2 and scale.stride(0) == 0:
+            scale = scale[:1]
+        arguments[name] = scale.float().expand(shape)
+
+
+DESCALES = StepRule(_is_fp8, _complete_descales)
+
+
+# --- finishes: results as FA3 has them -------------------------------------------------------------
+
+
+def _is_padded_mla(arguments: Arguments) -> bool:
+    return arguments.get("qv") is not None and arguments.get("cu_seqlens_q") is None
+
+
 def _with_fa3_layout(result: Any) -> Any:
-    """The result of an MLA call of padded queries, with ``softmax_lse`` as FA3 has it.
+    """Lay ``softmax_lse`` of an MLA call of padded queries out as FA3 does.
 
     That is ``(batch, nheads, seqlen_q)``; MATE's MLA kernels give ``(batch, seqlen_q, nheads)``,
     and FA3's own ``(nheads, total_q)`` for packed queries alone.
@@ -298,3 +542,6 @@ def _with_fa3_layout(result: Any) -> Any:
         return result
     out, lse, *rest = result
     return (out, lse.transpose(1, 2), *rest)
+
+
+_PADDED_MLA = FinishRule(_is_padded_mla, _with_fa3_layout)

@@ -7,15 +7,26 @@ does not know which one it has; an adapter settles what differs between them.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 
 from sglang_musa_ext import envs, policy
 from sglang_musa_ext.envs import Settings
-from sglang_musa_ext.kernels.adapter import adapt
+from sglang_musa_ext.kernels.adapter import DENSE_PAGE_TABLE, AdaptedFunction
 from sglang_musa_ext.kernels.hopper import hopper_kernels
-from sglang_musa_ext.kernels.mate import mate_kernels
+from sglang_musa_ext.kernels.mate import (
+    DESCALES,
+    ONE_REQUEST,
+    call_traits,
+    has_sinks,
+    head_dims_in_words,
+    mate_kernels,
+    plan_contents,
+    serves_raw_keys,
+)
 from sglang_musa_ext.kernels.record import (
     HALF,
     FA3Kernels,
@@ -57,22 +68,52 @@ def select_kernels(settings: Settings, device: torch.device) -> FA3Kernels:
     return _PROVIDERS[choice.kernels](device)
 
 
-def reference_kernels(device: torch.device | None = None) -> FA3Kernels:
-    """PyTorch kernels that behave like MATE, on any device; slow, and exact enough to compare with."""
+def reference_kernels(
+    device: torch.device | None = None, release: policy.MateRelease = policy.NEWEST_MATE
+) -> FA3Kernels:
+    """Return PyTorch kernels that behave like a release of MATE, on any device.
+
+    They are slow, and exact enough to compare with.
+
+    Args:
+        device: makes no difference.
+        release: of MATE, as numbers.
+    """
     from sglang_musa_ext.kernels import reference
 
+    mate_dtypes = frozenset(getattr(torch, name) for name in policy.mate_dtypes(release))
+    with_cache = functools.partial(reference.flash_attn_with_kvcache, release=release)
+    varlen = functools.partial(reference.flash_attn_varlen_func, release=release)
     return FA3Kernels(
         name="reference",
-        flash_attn_with_kvcache=adapt(reference.flash_attn_with_kvcache, dense_page_table=True),
-        flash_attn_varlen_func=adapt(reference.flash_attn_varlen_func),
-        get_scheduler_metadata=reference.get_scheduler_metadata,
-        dtypes=HALF | {torch.float32},
+        flash_attn_with_kvcache=AdaptedFunction(
+            with_cache, steps=[DENSE_PAGE_TABLE, DESCALES], traits=call_traits
+        ),
+        flash_attn_varlen_func=AdaptedFunction(
+            varlen, steps=[DESCALES, ONE_REQUEST], traits=call_traits
+        ),
+        get_scheduler_metadata=functools.partial(reference.get_scheduler_metadata, release=release),
+        dtypes=mate_dtypes | {torch.float32},
+        mla_dtypes=HALF | {torch.float32},
         mla_plan_bytes=lambda batch, seqlen, heads, _: reference.mla_plan_bytes(
             batch, seqlen, heads
         ),
-        mla_page_sizes=(64,),
+        mla_page_sizes=(policy.PAGE_SIZE,),
+        serves_head_dims=functools.partial(policy.mate_serves_head_dims, release),
+        head_dims=head_dims_in_words(release),
+        largest_batch=policy.mate_largest_batch(release),
+        drops_plan=has_sinks,
+        static_num_splits=reference.launched_splits,
+        serves_raw_keys=functools.partial(_serves_raw_keys, release),
+        plan_contents=plan_contents,
         versions=versions_of("torch"),
     )
+
+
+def _serves_raw_keys(release: policy.MateRelease, *, dtype: torch.dtype, **call: Any) -> bool:
+    """Answer as MATE does, for float32 as for half precision."""
+    like = torch.bfloat16 if dtype == torch.float32 else dtype
+    return serves_raw_keys(release, dtype=like, **call)
 
 
 _PROVIDERS: Mapping[str, Callable[[torch.device], FA3Kernels]] = {

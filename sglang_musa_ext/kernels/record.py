@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import inspect
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -12,7 +13,12 @@ from typing import Any
 
 import torch
 
+from sglang_musa_ext import policy
+
+logger = logging.getLogger(__name__)
+
 HALF = frozenset({torch.float16, torch.bfloat16})
+FP8 = frozenset({torch.float8_e4m3fn, torch.float8_e5m2})
 
 
 FUNCTIONS = ("flash_attn_with_kvcache", "flash_attn_varlen_func", "get_scheduler_metadata")
@@ -44,7 +50,7 @@ class FA3Kernels:
     flash_attn_varlen_func: Callable[..., Any]
     get_scheduler_metadata: Callable[..., torch.Tensor]
     dtypes: frozenset[torch.dtype]
-    """What q, k and v can be."""
+    """The types that the kernels read a KV cache in; fp8 ones take queries of the same type."""
     mla_plan_bytes: Callable[[int, int, int, torch.device], int] | None = None
     """Bytes of workspace that a plan needs, from
     ``(batch_size, max_seqlen_q, num_heads_q, device)``. ``None``: MLA calls take ordinary scheduler
@@ -52,6 +58,16 @@ class FA3Kernels:
     """
     mla_page_sizes: tuple[int, ...] | None = None
     """Page sizes that MLA calls take; ``None``: any. Other calls take any page size."""
+    mla_dtypes: frozenset[torch.dtype] | None = None
+    """The types that MLA calls read a KV cache in; ``None``: all of ``dtypes``."""
+    fastest_page_size: int | None = None
+    """The page size that other calls than MLA are fastest with; ``None``: no size stands out."""
+    serves_head_dims: Callable[[int, int], bool] = lambda headdim, headdim_v: True
+    """Whether there is a kernel for these head dimensions of keys and of values."""
+    head_dims: str = "any"
+    """The head dimensions that there are kernels for, for messages."""
+    largest_batch: int | None = None
+    """The most requests that can be planned for; ``None``: no limit is known."""
     metadata_uses_softcap: bool = False
     """Whether scheduler metadata depends on ``has_softcap``."""
     plans_unequal_queries: bool = True
@@ -59,6 +75,19 @@ class FA3Kernels:
     plans_for_itself: bool = False
     """Whether a call without a plan makes the same one, so that a plan is worth its time from the
     second call on.
+    """
+    drops_plan: Callable[[Mapping[str, Any]], bool] = lambda arguments: False
+    """Whether a ``flash_attn_with_kvcache`` call with these arguments ignores its plan, so that
+    none should be computed.
+    """
+    static_num_splits: Callable[..., int | None] = lambda **geometry: None
+    """The number of splits that a call launches, from the keywords of ``get_scheduler_metadata``
+    that are no tensors; ``None``: unknown. With 1, a plan settles the order of requests alone.
+    """
+    serves_raw_keys: Callable[..., bool] = lambda **call: False
+    """Whether ``flash_attn_varlen_func`` over raw keys and values serves a call as exactly as
+    ``flash_attn_with_kvcache`` over a cache of them, on kernels that are no slower, from ``dtype``,
+    ``headdim``, ``headdim_v``, ``window_size``, ``softcap``, ``attention_chunk``, ``has_sinks``.
     """
     plan_contents: Callable[[torch.Tensor, int], torch.Tensor] = lambda plan, batch_size: plan
     """What of a plan's tensor says something, from it and the batch size; for comparing two plans.
@@ -71,46 +100,126 @@ class FA3Kernels:
     """Distribution names and versions behind the functions, for reports; ``library`` is the module
     that they come from, where there is a choice."""
 
-    def attention(self, names: Iterable[str]) -> Callable[..., Any]:
-        """What serves ``flash_attn_with_kvcache`` calls with these names: the library itself, if it
-        has them all.
+    def prepare(self, function: str, names: tuple[str, ...]) -> Callable[[dict[str, Any]], Any]:
+        """Return what serves calls that have exactly these argument names; it takes them as a dict.
 
-        Adapting a call takes a quarter of the host's time that this package adds to one, and most
-        calls need none.
+        It may change the dict. What depends on the names is settled here, what depends on types and
+        options by the first call that has them; a further call costs a few comparisons.
+
+        Args:
+            function: ``flash_attn_with_kvcache`` or ``flash_attn_varlen_func``.
+            names: of a call's arguments.
         """
-        if self.unadapted is None or not set(names) <= set(
-            inspect.signature(self.unadapted).parameters
-        ):
-            return self.flash_attn_with_kvcache
-        return self.unadapted
+        adapted = getattr(self, function)
+        if function == "flash_attn_with_kvcache" and self._has_all(names):
+            adapted = self.unadapted
+        prepare = getattr(adapted, "prepare", None)
+        if prepare is None:
+            return lambda arguments: adapted(**arguments)
+        site: Callable[[dict[str, Any]], Any] = prepare(names)
+        return site
 
-    def require(self, *, page_size: int, kv_cache_dtype: torch.dtype, use_mla: bool) -> None:
+    def _has_all(self, names: Iterable[str]) -> bool:
+        """Return whether the library's own function has arguments of all these names."""
+        if self.unadapted is None:
+            return False
+        return set(names) <= set(inspect.signature(self.unadapted).parameters)
+
+    def attention(self, names: Iterable[str]) -> Callable[..., Any]:
+        """Return the library's own ``flash_attn_with_kvcache`` if it has all these names, else the
+        adapted one.
+        """
+        if self._has_all(names):
+            assert self.unadapted is not None
+            return self.unadapted
+        return self.flash_attn_with_kvcache
+
+    def require(
+        self,
+        *,
+        page_size: int,
+        kv_cache_dtype: torch.dtype,
+        use_mla: bool,
+        head_dims: Iterable[tuple[int, int]] = (),
+        largest_batch: int | None = None,
+    ) -> None:
         """Refuse a configuration that these kernels cannot serve, before the first request.
+
+        A configuration that they serve on a slower path is warned of.
+
+        Args:
+            page_size: tokens in a page of the KV cache.
+            kv_cache_dtype: of the KV cache.
+            use_mla: whether the model has multi-head latent attention.
+            head_dims: of keys and of values, for each kind of layer whose attention goes over raw
+                keys or an ordinary KV cache: not those of MLA's latent cache.
+            largest_batch: the most requests that a batch can have; ``None``: unknown.
 
         Raises:
             UnsupportedByKernels: naming the option, its value and the choices.
         """
-        if kv_cache_dtype not in self.dtypes:
+        self._require_dtype(kv_cache_dtype, use_mla)
+        self._require_page_size(page_size, use_mla)
+        for headdim, headdim_v in head_dims:
+            self._require_head_dims(headdim, headdim_v, kv_cache_dtype)
+        if None not in (largest_batch, self.largest_batch) and largest_batch > self.largest_batch:  # type: ignore[operator]
             raise UnsupportedByKernels(
-                f"The KV cache has dtype {short_name(kv_cache_dtype)} (--kv-cache-dtype, or --dtype "
-                "with it at 'auto'), "
-                f"which the {self.name!r} kernels cannot read. Expected one of: "
-                f"{short_names(self.dtypes)}. Start the "
-                "server with --kv-cache-dtype auto and a --dtype from this list, or with another "
-                "--attention-backend."
+                f"Batches of up to {largest_batch} requests do not work with the {self.name!r} "
+                f"kernels, which plan for {self.largest_batch} at most. Start the server with "
+                f"--max-running-requests {self.largest_batch}, or with a newer release of them."
             )
+
+    def _require_dtype(self, dtype: torch.dtype, use_mla: bool) -> None:
+        if dtype not in self.dtypes:
+            raise UnsupportedByKernels(
+                f"The KV cache has dtype {short_name(dtype)} (--kv-cache-dtype, or --dtype with it "
+                f"at 'auto'), which the {self.name!r} kernels cannot read. Expected one of: "
+                f"{short_names(self.dtypes)}. Start the server with --kv-cache-dtype auto and a "
+                "--dtype from this list, or with another --attention-backend."
+            )
+        if use_mla and self.mla_dtypes is not None and dtype not in self.mla_dtypes:
+            raise UnsupportedByKernels(
+                f"--kv-cache-dtype {short_name(dtype)} does not work with the MLA kernels of "
+                f"{self.name!r}. Expected one of: {short_names(self.mla_dtypes)}. Start the server "
+                "with --kv-cache-dtype auto, or with another --attention-backend."
+            )
+
+    def _require_page_size(self, page_size: int, use_mla: bool) -> None:
         if use_mla and self.mla_page_sizes is not None and page_size not in self.mla_page_sizes:
             choices = ", ".join(map(str, self.mla_page_sizes))
             raise UnsupportedByKernels(
                 f"--page-size {page_size} does not work with the MLA kernels of {self.name!r}. "
-                f"Expected: {choices}. "
-                f"Start the server with --page-size {self.mla_page_sizes[0]}, or without the "
-                "option."
+                f"Expected: {choices}. Start the server with --page-size "
+                f"{self.mla_page_sizes[0]}, or without the option."
             )
+        if self.fastest_page_size not in (None, page_size):
+            logger.warning(
+                "--page-size %s works with the %r kernels, on a slower path: they are fastest with "
+                "--page-size %s, which is the default.",
+                page_size,
+                self.name,
+                self.fastest_page_size,
+            )
+
+    def _require_head_dims(self, headdim: int, headdim_v: int, dtype: torch.dtype) -> None:
+        if not self.serves_head_dims(headdim, headdim_v):
+            raise UnsupportedByKernels(
+                f"The model has layers with head dimensions {headdim}/{headdim_v} of keys/values, "
+                f"which the {self.name!r} kernels do not have. Expected {self.head_dims}. Start "
+                "the server with another --attention-backend, such as triton."
+            )
+        if dtype not in FP8 or headdim <= policy.LARGEST_FP8_HEAD_DIM:
+            return
+        raise UnsupportedByKernels(
+            f"--kv-cache-dtype {short_name(dtype)} does not work with head dimension {headdim}: "
+            "SGLang casts queries to the type of the KV cache up to head dimension "
+            f"{policy.LARGEST_FP8_HEAD_DIM}, and these kernels take both in one type. Start the "
+            "server with --kv-cache-dtype auto."
+        )
 
 
 def import_library(name: str, remedy: str) -> ModuleType:
-    """The module ``name``, with the three FA3 functions in it.
+    """Import the module ``name``, which has the three FA3 functions.
 
     Raises:
         KernelsUnavailable: it cannot be imported, for whatever reason its loading has, or lacks a

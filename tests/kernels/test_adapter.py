@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from sglang_musa_ext.kernels.adapter import adapt
+from sglang_musa_ext.kernels.adapter import DENSE_PAGE_TABLE, AdaptedFunction
 from sglang_musa_ext.kernels.provider import (
     UnsupportedKernelArgument,
     reference_kernels,
@@ -18,7 +18,7 @@ from sglang_musa_ext.kernels.provider import (
 
 def adapted(function: Callable[..., Any], **how: Any) -> Callable[..., Any]:
     """``function`` as the provider's user calls it."""
-    return adapt(function, **how)
+    return AdaptedFunction(function, **how)
 
 
 def echo(
@@ -155,7 +155,7 @@ def test_a_strided_page_table_is_made_contiguous() -> None:
     """MATE reads the table as if it were dense: it gets the same pages, densely."""
     table = torch.arange(32, dtype=torch.int32).view(4, 8)[:, :3]
     assert not table.is_contiguous()
-    given = adapted(echo, dense_page_table=True)(q=1, page_table=table)["page_table"]
+    given = adapted(echo, steps=[DENSE_PAGE_TABLE])(q=1, page_table=table)["page_table"]
     assert given.is_contiguous()
     torch.testing.assert_close(given, table, rtol=0, atol=0)
     # NVIDIA's kernels take rows with gaps, and a copy would cost them time.
@@ -165,7 +165,7 @@ def test_a_strided_page_table_is_made_contiguous() -> None:
 def test_a_dense_page_table_is_not_copied() -> None:
     """What is dense already is handed on as the object it is."""
     table = torch.zeros(4, 8, dtype=torch.int32)
-    assert adapted(echo, dense_page_table=True)(q=1, page_table=table)["page_table"] is table
+    assert adapted(echo, steps=[DENSE_PAGE_TABLE])(q=1, page_table=table)["page_table"] is table
 
 
 def test_the_kv_cache_is_never_copied() -> None:
@@ -176,7 +176,7 @@ def test_the_kv_cache_is_never_copied() -> None:
     cache = pool[:, 0]
     table = torch.zeros(4, 8, dtype=torch.int32)[:, :2]
     assert not cache.is_contiguous()
-    given = adapted(echo, dense_page_table=True)(q=1, k_cache=cache, page_table=table)["k_cache"]
+    given = adapted(echo, steps=[DENSE_PAGE_TABLE])(q=1, k_cache=cache, page_table=table)["k_cache"]
     assert given is cache
     assert given.data_ptr() == pool.data_ptr()
 
@@ -228,4 +228,4 @@ def test_the_reference_refuses_what_mate_lacks() -> None:
     keyword.
     """
     with pytest.raises(UnsupportedKernelArgument, match="'score_mod'"):
-        reference_kernels().flash_attn_with_kvcache(q=1, score_mod=abs)
+        reference_kernels().flash_attn_with_kvcache(q=torch.zeros(1, 1, 64), score_mod=abs)

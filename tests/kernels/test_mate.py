@@ -11,16 +11,17 @@ import pytest
 import torch
 
 from sglang_musa_ext.envs import Settings
+from sglang_musa_ext.kernels import mate
 from sglang_musa_ext.kernels.provider import (
     FA3Kernels,
     KernelsUnavailable,
+    UnsupportedByKernels,
     UnsupportedKernelArgument,
     mate_kernels,
 )
 from tests.support.kernel_libraries import (
     MUSA,
     PLAN,
-    RELEASES,
     WRAPPER,
     half,
     install_mate,
@@ -32,6 +33,7 @@ from tests.support.kernel_libraries import (
     write_distribution,
     write_mate,
 )
+from tests.support.mate_signatures import RELEASES
 
 
 def test_mate_comes_with_its_versions(packages: Path) -> None:
@@ -210,13 +212,212 @@ def test_every_release_refuses_version_4(release: FA3Kernels) -> None:
         release.flash_attn_varlen_func(**raw(ver=4))
 
 
-def test_every_release_refuses_fp8(release: FA3Kernels) -> None:
-    """A cache in fp8 is refused with what the call has and how to start the server."""
-    cache = half(4, 64, 2, 128, dtype=torch.float8_e4m3fn)
-    with pytest.raises(
-        UnsupportedKernelArgument, match=r"k_cache float8_e4m3fn.*--kv-cache-dtype auto"
-    ):
-        release.flash_attn_with_kvcache(**paged(k_cache=cache, v_cache=cache))
+FP8_RELEASES = {
+    torch.float8_e4m3fn: ((0, 2, 3), (0, 2, 2)),
+    torch.float8_e5m2: ((0, 2, 5), (0, 2, 4)),
+}
+"""The first release that reads a cache of this type, and the last that does not."""
+
+
+def record(release: tuple[int, ...]) -> FA3Kernels:
+    """The kernels of a release, on functions that return what they were called with."""
+    functions: dict[str, Any] = {}
+    exec(WRAPPER, functions)
+    return mate.mate_record(SimpleNamespace(**functions), release)
+
+
+def fp8_call(dtype: torch.dtype, **more: Any) -> dict[str, Any]:
+    cache = half(4, 64, 2, 128, dtype=dtype)
+    return paged(q=half(2, 8, 128, dtype=dtype), k_cache=cache, v_cache=cache) | more
+
+
+@pytest.mark.parametrize("dtype", FP8_RELEASES, ids=str)
+def test_fp8_is_refused_before_its_release(dtype: torch.dtype) -> None:
+    """A cache in fp8 is refused in the call with what it has, and at start by the option."""
+    kernels = record(FP8_RELEASES[dtype][1])
+    name = str(dtype).removeprefix("torch.")
+    with pytest.raises(UnsupportedKernelArgument, match=rf"k_cache {name}.*--kv-cache-dtype auto"):
+        kernels.flash_attn_with_kvcache(**fp8_call(dtype))
+    with pytest.raises(UnsupportedByKernels, match="--kv-cache-dtype"):
+        kernels.require(page_size=64, kv_cache_dtype=dtype, use_mla=False)
+
+
+@pytest.mark.parametrize("dtype", FP8_RELEASES, ids=str)
+def test_fp8_has_all_its_scales(dtype: torch.dtype) -> None:
+    """Each scale is float32 and of the call's batch and key heads; one that is not given is 1."""
+    kernels = record(FP8_RELEASES[dtype][0])
+    kernels.require(page_size=64, kv_cache_dtype=dtype, use_mla=False)
+    offsets = torch.tensor([0, 1, 2], dtype=torch.int32)
+    # SGLang expands a layer's scale to the server's batch, here of another size.
+    given = dict(k_descale=torch.tensor(0.5).expand(5, 2), v_descale=None)
+    seen = vars(kernels.flash_attn_with_kvcache(**fp8_call(dtype, cu_seqlens_q=offsets, **given)))
+    for name, value in (("q_descale", 1.0), ("k_descale", 0.5), ("v_descale", 1.0)):
+        assert seen[name].dtype == torch.float32
+        assert torch.equal(seen[name], torch.full((2, 2), value))
+
+
+def test_scales_of_single_requests_are_kept() -> None:
+    """Scales that differ between requests are handed on as they are."""
+    scales = torch.tensor([[0.5, 1.0], [2.0, 3.0]])
+    call = fp8_call(torch.float8_e4m3fn, k_descale=scales)
+    assert torch.equal(vars(record((0, 2, 7)).flash_attn_with_kvcache(**call))["k_descale"], scales)
+
+
+def test_mla_refuses_fp8() -> None:
+    """No source of MATE that could be read has an MLA kernel that reads fp8."""
+    call = {
+        name: value.to(torch.float8_e4m3fn) if name in ("q", "qv", "k_cache", "v_cache") else value
+        for name, value in mla().items()
+    }
+    with pytest.raises(UnsupportedKernelArgument, match=r"MLA kernels.*qv float8_e4m3fn"):
+        record((0, 2, 7)).flash_attn_with_kvcache(**call)
+
+
+ONE = dict(
+    cu_seqlens_q=torch.tensor([0, 2], dtype=torch.int32),
+    cu_seqlens_k=torch.tensor([0, 3], dtype=torch.int32),
+    max_seqlen_q=2, max_seqlen_k=3,
+)  # fmt: skip
+"""One request of two queries and three keys."""
+
+
+def one_request(queries: int, keys: int, **more: Any) -> dict[str, Any]:
+    """A call for :data:`ONE` with so many rows."""
+    return raw(q=half(queries, 8, 128), k=half(keys, 2, 128), v=half(keys, 2, 128)) | ONE | more
+
+
+@pytest.mark.parametrize("rows", [(2, 4), (5, 3), (5, 4)], ids=str)
+def test_lengths_of_one_request_are_read_where_rows_are_padded(
+    release: FA3Kernels, rows: tuple[int, int]
+) -> None:
+    """MATE takes all rows of one request for its own, unless ``seqused_k`` is there."""
+    given = vars(release.flash_attn_varlen_func(**one_request(*rows)))
+    assert given["seqused_k"].tolist() == [3]
+    assert given["seqused_k"].data_ptr() == ONE["cu_seqlens_k"][1:].data_ptr()  # type: ignore[index]
+
+
+def test_one_request_without_padding_goes_to_precompiled_kernels(release: FA3Kernels) -> None:
+    """Where all rows are the request's, MATE's lengths are right, and its fast kernels serve."""
+    assert vars(release.flash_attn_varlen_func(**one_request(2, 3)))["seqused_k"] is None
+
+
+def test_one_request_in_a_graph_is_read_as_padded(
+    release: FA3Kernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A graph is replayed for requests of other lengths than those of its capture."""
+    monkeypatch.setattr(mate, "_is_capturing", lambda device: True)
+    given = vars(release.flash_attn_varlen_func(**one_request(2, 3)))
+    assert given["seqused_k"].tolist() == [3]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"window_size": (7, 0)},
+        {"sinks": half(8)},
+        {"seqused_k": torch.tensor([1], dtype=torch.int32)},
+        {"cu_seqlens_q": torch.tensor([0, 1, 2], dtype=torch.int32),
+         "cu_seqlens_k": torch.tensor([0, 1, 3], dtype=torch.int32)},
+    ],
+    ids=["window", "sinks", "lengths", "two"],
+)  # fmt: skip
+def test_calls_whose_lengths_mate_reads_are_left_alone(more: Any) -> None:
+    """Only MATE's precompiled kernels, and only for one request, take rows for lengths."""
+    given = vars(record((0, 2, 7)).flash_attn_varlen_func(**one_request(5, 4, **more)))
+    assert given["seqused_k"] is more.get("seqused_k")
+
+
+def test_a_window_that_is_causal_is_said_to_be() -> None:
+    """From 0.2.0 on, MATE asserts that its precompiled kernels get no window of (-1, 0)."""
+    kernels = record((0, 2, 2))
+    call = one_request(2, 3, causal=False, window_size=(-1, 0))
+    given = vars(kernels.flash_attn_varlen_func(**call))
+    assert (given["causal"], given["window_size"]) == (True, (-1, -1))
+
+
+def test_plans_of_large_batches_are_refused_where_none_can_be_made() -> None:
+    """0.1.3 cannot compile a plan for more than 992 requests; the option is named."""
+    old, new = record((0, 1, 3)), record((0, 2, 0))
+    assert old.get_scheduler_metadata(**PLAN | {"batch_size": 992})
+    with pytest.raises(UnsupportedKernelArgument, match="--max-running-requests 992"):
+        old.get_scheduler_metadata(**PLAN | {"batch_size": 993})
+    assert new.get_scheduler_metadata(**PLAN | {"batch_size": 993})
+    start: dict[str, Any] = dict(page_size=64, kv_cache_dtype=torch.bfloat16, use_mla=False)
+    old.require(**start, largest_batch=992)
+    with pytest.raises(UnsupportedByKernels, match="--max-running-requests 992"):
+        old.require(**start, largest_batch=993)
+    new.require(**start, largest_batch=4096)
+
+
+def test_head_dims_by_release() -> None:
+    """192/192 is there from 0.2.0 on."""
+    assert not record((0, 1, 3)).serves_head_dims(192, 192)
+    assert record((0, 2, 0)).serves_head_dims(192, 192)
+    assert record((0, 1, 3)).serves_head_dims(192, 128)
+
+
+@pytest.mark.parametrize("name", ["sinks", "s_aux"])
+def test_a_plan_for_sinks_is_known_to_be_dropped(release: FA3Kernels, name: str) -> None:
+    """MATE ignores it, so that none should be computed."""
+    assert release.drops_plan(paged(**{name: half(8)}))
+    assert not release.drops_plan(paged(**{name: None}))
+    assert not release.drops_plan(paged())
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 4, 5, 993])
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_contents_of_a_plan_are_all_but_its_padding(batch: int, padded: bool) -> None:
+    """Every value of a request counts, and no other; in the layouts before 0.2.4 and from it on."""
+    length = -(-batch // 4) * 4 if padded else batch
+    plan = torch.arange(4 * length, dtype=torch.int32)
+    contents = mate.plan_contents(plan, batch)
+    assert contents.flatten().tolist() == [
+        vector * length + index for vector in range(4) for index in range(batch)
+    ]
+
+
+def test_a_plan_of_an_unknown_layout_is_not_compared() -> None:
+    """Leaving parts out could hide a difference."""
+    with pytest.raises(ValueError, match=r"17 values for a batch of 3.*Expected 12 or 16"):
+        mate.plan_contents(torch.zeros(17), 3)
+
+
+RAW: dict[str, Any] = dict(dtype=torch.bfloat16, headdim=128, headdim_v=128)
+
+
+@pytest.mark.parametrize(
+    ("change", "served"),
+    [
+        ({}, True),
+        ({"headdim": 192}, True),
+        ({"headdim": 80, "headdim_v": 80}, True),
+        ({"headdim": 192, "headdim_v": 192}, False),
+        ({"headdim": 256, "headdim_v": 256}, False),
+        ({"dtype": torch.float8_e4m3fn}, False),
+        ({"window_size": (127, 0)}, False),
+        ({"softcap": 30.0}, False),
+        ({"attention_chunk": 8192}, False),
+        ({"has_sinks": True}, False),
+    ],
+    ids=str,
+)
+def test_calls_over_raw_keys_on_precompiled_kernels(change: dict[str, Any], served: bool) -> None:
+    """It is known before a call whether kernels that MATE compiled in advance serve it."""
+    assert record((0, 2, 7)).serves_raw_keys(**RAW | change) is served
+
+
+def test_the_number_of_splits_is_that_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A decode of one long request fills the multiprocessors; a full batch needs no splits."""
+    properties = SimpleNamespace(multi_processor_count=60)
+    module = SimpleNamespace(get_device_properties=lambda: properties)
+    monkeypatch.setattr(torch, "get_device_module", lambda device: module)
+    decode = dict(max_seqlen_q=1, max_seqlen_k=8192, num_heads_q=32, num_heads_kv=8, headdim=128)
+    kernels = record((0, 2, 7))
+    splits = kernels.static_num_splits(batch_size=1, **decode)
+    assert splits is not None
+    assert 0.85 * 60 <= 8 * splits <= 60
+    assert kernels.static_num_splits(batch_size=64, **decode) == 1
+    assert kernels.static_num_splits(batch_size=64, **decode, num_splits=3) == 3
 
 
 def test_every_release_refuses_mixed_dtypes(release: FA3Kernels) -> None:
@@ -326,9 +527,10 @@ def test_softmax_lse_of_other_attention_is_untouched(packages: Path) -> None:
 @pytest.mark.parametrize(
     ("state", "name"),
     [
-        *(("0.1.3", name) for name in ("k", "v")),
+        *(("0.1.3", name) for name in ("k", "v", "cache_batch_idx")),
         *((state, name) for state in ("0.1.3", "0.2.0") for name in
-          ("cache_leftpad", "cache_batch_idx", "rotary_cos", "rotary_sin")),
+          ("cache_leftpad", "rotary_cos", "rotary_sin")),
+        *((state, "attention_chunk") for state in ("0.1.3", "0.2.0", "0.2.1")),
     ],
 )  # fmt: skip
 def test_what_a_release_lacks_is_refused_by_name(packages: Path, state: str, name: str) -> None:
@@ -336,10 +538,11 @@ def test_what_a_release_lacks_is_refused_by_name(packages: Path, state: str, nam
     has it.
     """
     kernels = install_mate(packages, state)
+    value = 4096 if name == "attention_chunk" else half(2, 2, 128)
     with pytest.raises(
-        UnsupportedKernelArgument, match=rf"needs {name}, which MATE has from 0\.2\.[01] on"
+        UnsupportedKernelArgument, match=rf"needs {name}, which MATE has from 0\.2\.[012] on"
     ):
-        kernels.flash_attn_with_kvcache(**paged(**{name: half(2, 2, 128)}))
+        kernels.flash_attn_with_kvcache(**paged(**{name: value}))
 
 
 @pytest.mark.parametrize("name", ["k", "cache_leftpad", "rotary_cos", "cache_batch_idx"])

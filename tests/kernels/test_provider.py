@@ -87,10 +87,10 @@ def provider(name: str, packages: Path) -> FA3Kernels:
 PROVIDERS = ("mate", "hopper", "reference")
 
 
-@pytest.mark.parametrize("name", PROVIDERS)
-@pytest.mark.parametrize(
-    "dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float64, torch.uint8], ids=str
-)
+UNREADABLE = [(name, dtype) for name in PROVIDERS for dtype in (torch.float64, torch.uint8)]
+
+
+@pytest.mark.parametrize(("name", "dtype"), [*UNREADABLE, ("hopper", torch.float8_e5m2)], ids=str)
 def test_a_kv_cache_dtype_that_cannot_be_read_is_refused(
     packages: Path, name: str, dtype: torch.dtype
 ) -> None:
@@ -111,6 +111,53 @@ def test_float32_is_refused_where_kernels_cannot_read_it(packages: Path, name: s
     """GPU kernels read half precision alone."""
     with pytest.raises(UnsupportedByKernels, match="float32"):
         provider(name, packages).require(page_size=64, kv_cache_dtype=torch.float32, use_mla=False)
+
+
+@pytest.mark.parametrize("name", PROVIDERS)
+def test_fp8_is_accepted_where_a_kernel_reads_it(packages: Path, name: str) -> None:
+    """A cache in e4m3 is served, but not MLA's, and not with wider heads than SGLang casts."""
+    kernels = provider(name, packages)
+    fp8: dict[str, Any] = dict(page_size=64, kv_cache_dtype=torch.float8_e4m3fn)
+    kernels.require(**fp8, use_mla=False, head_dims=[(256, 256)])
+    with pytest.raises(UnsupportedByKernels, match=r"--kv-cache-dtype float8_e4m3fn .* MLA"):
+        kernels.require(**fp8, use_mla=True)
+    with pytest.raises(UnsupportedByKernels, match=r"head dimension 512.*--kv-cache-dtype auto"):
+        kernels.require(**fp8, use_mla=False, head_dims=[(128, 128), (512, 512)])
+
+
+@pytest.mark.parametrize("name", ["mate", "reference"])
+@pytest.mark.parametrize("head_dims", [(64, 128), (576, 512), (128, 64)], ids=str)
+def test_head_dims_without_a_kernel_are_refused(
+    packages: Path, name: str, head_dims: tuple[int, int]
+) -> None:
+    """The error names the pair, the choices and the option."""
+    with pytest.raises(UnsupportedByKernels) as caught:
+        provider(name, packages).require(
+            page_size=64, kv_cache_dtype=torch.bfloat16, use_mla=False, head_dims=[head_dims]
+        )
+    for part in (f"{head_dims[0]}/{head_dims[1]}", repr(name), "192/128", "--attention-backend"):
+        assert part in str(caught.value)
+
+
+def test_hopper_takes_any_head_dims(packages: Path) -> None:
+    """NVIDIA's own library refuses what it lacks."""
+    provider("hopper", packages).require(
+        page_size=64, kv_cache_dtype=torch.bfloat16, use_mla=False, head_dims=[(64, 512)]
+    )
+
+
+@pytest.mark.parametrize("page_size", [1, 128])
+def test_pages_that_mate_reads_slowly_are_warned_of(
+    packages: Path, page_size: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One warning names the option and the better choice; pages of 64 have none."""
+    kernels = provider("mate", packages)
+    caplog.clear()
+    kernels.require(page_size=64, kv_cache_dtype=torch.bfloat16, use_mla=False)
+    assert not caplog.messages
+    kernels.require(page_size=page_size, kv_cache_dtype=torch.bfloat16, use_mla=False)
+    assert f"--page-size {page_size} works" in caplog.text
+    assert "--page-size 64" in caplog.text
 
 
 def test_float32_is_accepted_by_the_reference() -> None:

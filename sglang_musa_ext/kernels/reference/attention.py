@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sglang_musa_ext import policy
 from sglang_musa_ext.kernels.reference.planning import (
     KEY_TILE,
     MULTIPROCESSORS,
@@ -36,14 +37,15 @@ class KeyStore:
     page_table: Tensor | None
     rows: list[int]
     offsets: list[int]
+    k_scales: Tensor | None = None
+    v_scales: Tensor | None = None
 
     def gather(self, batch: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Keys and values ``[start, stop)`` of a batch, float32 ``(heads, keys, dim)``."""
         first, last = self.offsets[batch] + start, self.offsets[batch] + stop
-        return tuple(  # type: ignore[return-value]
-            self._read(cache, self.rows[batch], first, last).float().transpose(0, 1)
-            for cache in (self.k, self.v)
-        )
+        k = self._read(self.k, self.rows[batch], first, last).float().transpose(0, 1)
+        v = self._read(self.v, self.rows[batch], first, last).float().transpose(0, 1)
+        return _scaled(k, self.k_scales, batch), _scaled(v, self.v_scales, batch)
 
     def _read(self, cache: Tensor, row: int, first: int, last: int) -> Tensor:
         if cache.dim() == 3:
@@ -53,7 +55,7 @@ class KeyStore:
         size = cache.shape[1]
         pages = self.page_table[row, first // size : ceil_div(last, size)]
         skipped = first - first // size * size
-        return cache.index_select(0, pages).flatten(0, 1)[skipped : skipped + last - first]
+        return _select(cache, pages).flatten(0, 1)[skipped : skipped + last - first]
 
     def write(self, batch: int, at: int, k_new: Tensor, v_new: Tensor) -> None:
         """Put new keys and values ``(new, heads, dim)`` at position ``at`` of a batch, in place."""
@@ -67,6 +69,18 @@ class KeyStore:
             else:
                 size = cache.shape[1]
                 cache[self.page_table[row].long()[where // size], where % size] = new
+
+
+def _scaled(values: Tensor, scales: Tensor | None, batch: int) -> Tensor:
+    """Multiply ``(heads_kv, n, dim)`` by a batch's scales of each key head."""
+    return values if scales is None else values * scales[batch][:, None, None]
+
+
+def _select(cache: Tensor, pages: Tensor) -> Tensor:
+    """Return these pages of a cache. PyTorch selects no fp8 on a CPU, so that goes as bytes."""
+    if cache.element_size() > 1:
+        return cache.index_select(0, pages)
+    return cache.view(torch.uint8).index_select(0, pages).view(cache.dtype)
 
 
 @dataclass(frozen=True)
@@ -84,6 +98,8 @@ class Problem:
     scale: float
     softcap: float = 0.0
     sinks: Tensor | None = None
+    q_scales: Tensor | None = None
+    release: policy.MateRelease = policy.NEWEST_MATE
 
     @property
     def ratio(self) -> int:
@@ -95,7 +111,8 @@ class Problem:
         start, count = self.row_starts[batch], self.row_counts[batch]
         q = self.q[start : start + count].float()
         grouped = q.view(count, self.heads_kv, self.ratio, q.shape[-1]).transpose(0, 1)
-        return grouped.reshape(self.heads_kv, count * self.ratio, q.shape[-1])
+        packed = grouped.reshape(self.heads_kv, count * self.ratio, q.shape[-1])
+        return _scaled(packed, self.q_scales, batch)
 
 
 @dataclass(frozen=True)
@@ -143,7 +160,10 @@ def unwritten(flat_q: Tensor, headdim_v: int, out: Tensor | None = None) -> tupl
     """Output and LSE buffers of NaN, or the caller's output as it is."""
     total, heads = flat_q.shape[:2]
     lse = flat_q.new_full((heads, total), math.nan, dtype=torch.float32)
-    return flat_q.new_full((total, heads, headdim_v), math.nan) if out is None else out, lse
+    # Attention of fp8 is bfloat16, as in FA3.
+    dtype = torch.bfloat16 if flat_q.element_size() == 1 else flat_q.dtype
+    empty = flat_q.new_full((total, heads, headdim_v), math.nan, dtype=dtype)
+    return empty if out is None else out, lse
 
 
 def forward(
@@ -161,7 +181,7 @@ def forward(
             MULTIPROCESSORS - sm_margin,
         )  # fmt: skip
     flat_out, lse = unwritten(problem.q, problem.headdim_v, out)
-    _run(problem, tile, _visits(metadata, batch, launched), static, flat_out, lse)
+    _run(problem, tile, _visits(metadata, batch, launched, problem.release), static, flat_out, lse)
     return flat_out, lse
 
 
@@ -174,11 +194,14 @@ class _Visit:
     splits: int
 
 
-def _visits(metadata: Tensor | None, batch: int, launched_tiles: int) -> list[_Visit]:
+def _visits(
+    metadata: Tensor | None, batch: int, launched_tiles: int, release: policy.MateRelease
+) -> list[_Visit]:
     """Read the metadata; without any, every batch runs in one split, in natural order."""
     if metadata is None:
         return [_Visit(index, launched_tiles, 1) for index in range(batch)]
-    splits, table, tiles, _ = metadata[: 4 * batch].view(4, batch).tolist()
+    length = policy.mate_plan_vector(release, batch)
+    splits, table, tiles, _ = metadata[: 4 * length].view(4, length)[:, :batch].tolist()
     for index in table:
         if not 0 <= index < batch:
             raise RefusedValue(

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from sglang_musa_ext import policy
 from sglang_musa_ext.kernels.reference.attention import (
     KeyStore,
     Problem,
@@ -18,15 +21,18 @@ from sglang_musa_ext.kernels.reference.attention import (
 from sglang_musa_ext.kernels.reference.mla import mla_decode
 from sglang_musa_ext.kernels.reference.planning import as_list, lengths, resolve_mask
 from sglang_musa_ext.kernels.reference.refusals import (
+    FP8_DTYPES,
     RefusedValue,
     check_cache_strides,
     check_capacity,
+    check_descales,
     check_devices,
     check_dtypes,
     check_index_vectors,
     check_keys,
     check_metadata,
     check_page_table,
+    check_release,
     check_sinks,
     head_ratio,
     refuse_context_parallelism,
@@ -70,8 +76,9 @@ def flash_attn_with_kvcache(
     cp_world_size: int = 1,
     cp_rank: int = 0,
     cp_tot_seqused_k: Tensor | None = None,
+    release: policy.MateRelease = policy.NEWEST_MATE,
 ) -> Tensor | tuple[Tensor, ...]:
-    """Attention over a KV cache, with MATE's interface.
+    """Attention over a KV cache, as a release of MATE has it.
 
     ``q``: ``(batch, seqlen_q, heads, dim)``, or ``(total_q, heads, dim)`` with int32 ``cu_seqlens_q``
     ``(batch + 1,)`` and ``max_seqlen_q``. ``k_cache``, ``v_cache``: ``(pages, page_size, heads_kv, dim)`` with
@@ -94,7 +101,6 @@ def flash_attn_with_kvcache(
     rows beyond ``cu_seqlens_q[-1]`` are unwritten, hence NaN.
     """
     refuse_set(dict(rotary_cos=rotary_cos, rotary_sin=rotary_sin, rotary_seqlens=rotary_seqlens))
-    refuse_set(dict(q_descale=q_descale, k_descale=k_descale, v_descale=v_descale))
     refuse_context_parallelism(cp_world_size, cp_rank)
     if isinstance(cache_seqlens, int):
         cache_seqlens = torch.full(
@@ -103,7 +109,7 @@ def flash_attn_with_kvcache(
     sinks = sinks if sinks is not None else s_aux
     tensors = dict(k_cache=k_cache, v_cache=v_cache, k=k, v=v, qv=qv)
     check_cache_strides(k_cache, v_cache)
-    check_dtypes(q, tensors)
+    check_dtypes(q, tensors, release)
     per_batch = dict(
         cache_seqlens=cache_seqlens, cache_batch_idx=cache_batch_idx, cache_leftpad=cache_leftpad
     )
@@ -137,13 +143,16 @@ def flash_attn_with_kvcache(
     rule = resolve_mask(queries.longest, capacity, causal, window_size, attention_chunk or 0)
     heads_kv, headdim_v = k_cache.shape[2], v_cache.shape[3]
     head_ratio(q.shape[-2], heads_kv)
-    metadata = check_metadata(scheduler_metadata, batch) if sinks is None else None
-    flat = q.reshape(-1, *q.shape[-2:])
+    gated = dict(per_batch, attention_chunk=attention_chunk, k=k, v=v)
+    check_release(release, batch, q.shape[-1], headdim_v, gated)
+    descales = dict(q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
+    q_scales, k_scales, v_scales = check_descales(q, descales, (batch, heads_kv))
+    metadata = check_metadata(scheduler_metadata, batch, release) if sinks is None else None
     problem = Problem(
-        flat,
+        q.reshape(-1, *q.shape[-2:]),
         heads_kv,
         headdim_v,
-        store,
+        replace(store, k_scales=k_scales, v_scales=v_scales),
         queries.starts,
         queries.counts,
         keys,
@@ -151,6 +160,8 @@ def flash_attn_with_kvcache(
         scale,
         softcap,
         sinks,
+        q_scales,
+        release,
     )
     out, lse = forward(problem, queries, capacity, metadata, num_splits, pack_gqa, sm_margin)
     out = out.view(*q.shape[:-1], headdim_v)
@@ -250,21 +261,26 @@ def flash_attn_varlen_func(
     cp_rank: int = 0,
     cp_tot_seqused_k: Tensor | None = None,
     out: Tensor | None = None,
+    release: policy.MateRelease = policy.NEWEST_MATE,
 ) -> Tensor | tuple[Tensor, ...]:
-    """Attention of ragged queries over ragged, dense or paged keys, with MATE's interface.
+    """Attention of ragged queries over ragged, dense or paged keys, as a release of MATE has it.
 
     ``k``, ``v``: ``(total_k, heads_kv, dim)`` with int32 ``cu_seqlens_k`` ``(batch + 1,)``, or
     ``(batch, seqlen_k, heads_kv, dim)``, or pages with ``page_table`` (also called ``block_table``) and
     ``seqused_k`` ``(batch,)``. ``seqused_q``: rows in use of each batch. ``out``: like ``q`` with v's head
-    dimension, written in place and returned; its padding rows stay as they are. All else as in
+    dimension, written in place and returned; its padding rows stay as they are.
+
+    As in MATE, one request over raw keys takes all rows of the tensors for its own, whatever
+    ``cu_seqlens_q`` and ``cu_seqlens_k`` say, where MATE has a kernel compiled in advance: no ``seqused_*``,
+    window, softcap or sinks, and head dimensions up to 128, or 192 and 128. All else as in
     :func:`flash_attn_with_kvcache`, but without ``qv``. Returns ``out``, or ``(out, softmax_lse)`` with
     ``return_softmax_lse`` or ``return_attn_probs``.
     """
-    refuse_set(dict(qv=qv, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale))
+    refuse_set(dict(qv=qv))
     refuse_context_parallelism(cp_world_size, cp_rank)
     sinks = sinks if sinks is not None else s_aux
     table = page_table if page_table is not None else block_table
-    check_dtypes(q, dict(k=k, v=v))
+    check_dtypes(q, dict(k=k, v=v), release)
     indices = dict(
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
@@ -274,6 +290,11 @@ def flash_attn_varlen_func(
     check_devices(q, {**indices, "k": k, "v": v, "page_table": table, "sinks": sinks})
     batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
     check_index_vectors(dict(seqused_q=seqused_q, seqused_k=seqused_k), batch)
+    options = dict(softcap=softcap, attention_chunk=attention_chunk, window_size=window_size)
+    others = dict(page_table=table, seqused_q=seqused_q, seqused_k=seqused_k, sinks=sinks)
+    if batch == 1 and _is_precompiled(q, v, cu_seqlens_q, cu_seqlens_k, options, others):
+        cu_seqlens_q, max_seqlen_q = cu_seqlens_q.new_tensor([0, q.shape[0]]), q.shape[0]  # type: ignore[union-attr]
+        cu_seqlens_k, max_seqlen_k = cu_seqlens_k.new_tensor([0, k.shape[0]]), k.shape[0]  # type: ignore[union-attr]
     queries = find_queries(q, cu_seqlens_q, max_seqlen_q, seqused_q)
     check_keys(k, v, q, 4 if cu_seqlens_k is None else 3)
     check_sinks(sinks, q)
@@ -283,14 +304,17 @@ def flash_attn_varlen_func(
     rule = resolve_mask(queries.longest, span, causal, window_size, attention_chunk or 0)
     heads_kv, headdim_v = k.shape[-2], v.shape[-1]
     head_ratio(q.shape[-2], heads_kv)
-    metadata = check_metadata(scheduler_metadata, batch) if sinks is None else None
+    check_release(release, batch, q.shape[-1], headdim_v, dict(attention_chunk=attention_chunk))
+    descales = dict(q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
+    q_scales, k_scales, v_scales = check_descales(q, descales, (batch, heads_kv))
+    metadata = check_metadata(scheduler_metadata, batch, release) if sinks is None else None
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     flat, flat_out = q.reshape(-1, *q.shape[-2:]), _checked_out(out, q, headdim_v, queries)
     problem = Problem(
         flat,
         heads_kv,
         headdim_v,
-        store,
+        replace(store, k_scales=k_scales, v_scales=v_scales),
         queries.starts,
         queries.counts,
         keys,
@@ -298,12 +322,34 @@ def flash_attn_varlen_func(
         scale,
         softcap,
         sinks,
+        q_scales,
+        release,
     )
     written, lse = forward(
         problem, queries, capacity, metadata, num_splits, pack_gqa, sm_margin, flat_out
     )
     result = written.view(*q.shape[:-1], headdim_v) if out is None else out
     return (result, _shaped_lse(lse, q)) if return_softmax_lse or return_attn_probs else result
+
+
+def _is_precompiled(
+    q: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    options: dict[str, Any],
+    others: dict[str, Tensor | None],
+) -> bool:
+    """Return whether MATE gives a call over raw keys to its kernels that are compiled in advance."""
+    if cu_seqlens_q is None or cu_seqlens_k is None or q.dtype in FP8_DTYPES:
+        return False
+    window = options.pop("window_size") or (-1, -1)
+    if any(options.values()) or any(value is not None for value in others.values()):
+        return False
+    if max(-1 if side is None else side for side in window) >= 0:
+        return False
+    head_dims = (q.shape[-1], v.shape[-1])
+    return head_dims == (192, 128) or head_dims[0] == head_dims[1] <= 128
 
 
 def _varlen_keys(
@@ -340,11 +386,10 @@ def _checked_out(out: Tensor | None, q: Tensor, headdim_v: int, queries: Queries
     if out is None:
         return None
     expected = (*q.shape[:-1], headdim_v)
-    if tuple(out.shape) != expected or out.dtype != q.dtype or out.device != q.device:
+    dtype = torch.bfloat16 if q.dtype in FP8_DTYPES else q.dtype
+    if tuple(out.shape) != expected or out.dtype != dtype or out.device != q.device:
         seen = f"{tuple(out.shape)} {out.dtype} on {out.device}"
-        raise RefusedValue(
-            "out", seen, f"{expected} {q.dtype} on {q.device}", "Allocate it like q."
-        )
+        raise RefusedValue("out", seen, f"{expected} {dtype} on {q.device}", "Allocate it like q.")
     flat = out.flatten(0, 1) if out.dim() == 4 else out
     for start, count in zip(queries.starts, queries.counts, strict=True):
         flat[start : start + count] = math.nan

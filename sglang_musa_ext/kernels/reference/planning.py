@@ -5,12 +5,17 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from sglang_musa_ext.kernels.reference.refusals import RefusedValue, check_index_vectors, head_ratio
+from sglang_musa_ext import policy
+from sglang_musa_ext.kernels.reference.refusals import (
+    check_index_vectors,
+    check_release,
+    head_ratio,
+)
 
 MULTIPROCESSORS = 56
 """How many multiprocessors the reference pretends to have; splits and MLA parts depend on it."""
@@ -20,13 +25,6 @@ KEY_TILE = 64
 
 
 MAX_SPLITS = 128
-
-
-HEAD_DIM_BUCKETS = (64, 128, 192, 256, 384, 512)
-
-
-HEAD_DIM_PAIRS = ((64, 64), (128, 128), (192, 128), (192, 192), (256, 256), (384, 384), (512, 512))
-"""Bucketed (query, value) head dimensions that MATE has a kernel for."""
 
 
 _L2_BYTES = 3 * 512 * 1024
@@ -69,35 +67,13 @@ class MaskRule:
 def tile_shape(
     max_seqlen_q: int, head_ratio: int, headdim: int, headdim_v: int, pack_gqa: bool | None = None
 ) -> TileShape:
-    """The tile that metadata and forward derive, each for itself, from the same four numbers."""
-    pair = _head_dim_pair(headdim, headdim_v)
+    """Return the tile that metadata and forward derive, each for itself, from the same numbers."""
+    pair = policy.rounded_head_dims(headdim, headdim_v)
     packed = max_seqlen_q * head_ratio <= _PACKED_ROWS_LIMIT if pack_gqa is None else bool(pack_gqa)
     fixed = {256: 32 if packed else 192, 384: 64, 512: 32}
     rows = max_seqlen_q * head_ratio if packed else max_seqlen_q
     by_rows = next((size for size in (32, 64, 128, 192) if rows <= size), 256)
     return TileShape(fixed.get(pair[0], by_rows), KEY_TILE, packed)
-
-
-def _head_dim_pair(headdim: int, headdim_v: int) -> tuple[int, int]:
-    for name, size in (("head dimension", headdim), ("value head dimension", headdim_v)):
-        if size > HEAD_DIM_BUCKETS[-1]:
-            raise RefusedValue(
-                name, size, "at most 512", "Use another attention backend for this model."
-            )
-    pair = (_bucket(headdim), _bucket(headdim_v))
-    if pair not in HEAD_DIM_PAIRS:
-        known = ", ".join(f"{qk}/{v}" for qk, v in HEAD_DIM_PAIRS)
-        raise RefusedValue(
-            "the pair of head dimensions",
-            f"{headdim}/{headdim_v} (rounded up {pair[0]}/{pair[1]})",
-            f"one that rounds up to one of {known}",
-            "Use another attention backend for this model.",
-        )
-    return pair
-
-
-def _bucket(size: int) -> int:
-    return next(bucket for bucket in HEAD_DIM_BUCKETS if size <= bucket)
 
 
 def resolve_mask(
@@ -179,16 +155,20 @@ def get_scheduler_metadata(
     num_splits: int = 0,
     pack_gqa: bool | None = None,
     sm_margin: int = 0,
+    release: policy.MateRelease = policy.NEWEST_MATE,
 ) -> Tensor:
-    """Plan one forward; ``qkv_dtype``, ``page_size`` and ``has_softcap`` do not matter, as in MATE.
+    """Plan one forward as a release of MATE does.
 
+    ``qkv_dtype``, ``page_size`` and ``has_softcap`` do not matter, as in MATE up to 0.2.4.
     ``cache_seqlens`` and ``cache_leftpad`` are ``(batch,)``, ``cu_seqlens_q`` and ``cu_seqlens_k_new``
     ``(batch + 1,)``, all int32 and contiguous; ``cache_seqlens`` of ``None`` means ``max_seqlen_k`` each, and
     ``cu_seqlens_k_new`` *adds* its lengths. ``max_seqlen_k`` must be the capacity the forward will see
     (``page_table.shape[1] * page_size``).
 
-    Returns int32 ``(4 * batch,)`` beside ``cache_seqlens``: ``num_splits_dynamic``, ``batch_table`` (position
-    to batch, most work first), ``num_m_blocks`` (query tiles), ``num_nheads_in_l2``, ordered by position.
+    Returns int32 beside ``cache_seqlens``, four vectors that are ordered by position:
+    ``num_splits_dynamic``, ``batch_table`` (position to batch, most work first), ``num_m_blocks``
+    (query tiles) and ``num_nheads_in_l2``. Each is ``(batch,)``, from MATE 0.2.4 on ``(batch`` rounded
+    up to ``4,)`` with whatever the memory held behind the batch.
     """
     headdim_v = headdim if headdim_v is None else headdim_v
     ratio = head_ratio(num_heads_q, num_heads_kv)
@@ -197,6 +177,7 @@ def get_scheduler_metadata(
     check_index_vectors(
         {"cache_seqlens": cache_seqlens, "cache_leftpad": cache_leftpad}, batch_size
     )
+    check_release(release, batch_size, headdim, headdim_v, {})
     rule = resolve_mask(max_seqlen_q, max_seqlen_k, causal, window_size, attention_chunk)
     tile = tile_shape(max_seqlen_q, ratio, headdim, headdim_v, pack_gqa)
     static = num_splits if num_splits > 0 else static_num_splits(
@@ -221,7 +202,13 @@ def get_scheduler_metadata(
     device = next(
         (t.device for t in (cache_seqlens, cu_seqlens_q) if t is not None), torch.device("cpu")
     )
-    return torch.tensor(columns, dtype=torch.int32, device=device).flatten()
+    contents = torch.tensor(columns, dtype=torch.int32, device=device)
+    padding = policy.mate_plan_vector(release, batch_size) - batch_size
+    # Another at every call: what a device's memory held before is not ours to know.
+    return torch.nn.functional.pad(contents, (0, padding), value=next(_GARBAGE)).flatten()
+
+
+_GARBAGE = itertools.count(-(2**30))
 
 
 def _planned_key_tiles(keys: int, tile: TileShape, rule: MaskRule) -> int:
@@ -286,6 +273,47 @@ def _heads_in_l2(key_tiles: int, headdims: int, heads: int, ratio: int) -> int:
     fitting = _L2_BYTES // (KEY_TILE * headdims * 2)
     count = next((n for n in (16, 8, 4, 2) if max(key_tiles, 1) * n <= fitting), 1)
     return min(count * ratio, heads)
+
+
+def launched_splits(
+    *,
+    batch_size: int,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    num_heads_q: int,
+    num_heads_kv: int,
+    headdim: int,
+    headdim_v: int | None = None,
+    causal: bool = False,
+    window_size: Sequence[int | None] | None = (-1, -1),
+    attention_chunk: int = 0,
+    num_splits: int = 0,
+    pack_gqa: bool | None = None,
+    sm_margin: int = 0,
+    multiprocessors: int = MULTIPROCESSORS,
+    caps_windows: bool = True,
+    **unused: object,
+) -> int:
+    """Return how many splits a call launches, from the keywords of :func:`get_scheduler_metadata`.
+
+    Args:
+        multiprocessors: of the device.
+        caps_windows: whether keys beyond a window are left out of the count: from MATE 0.2.1 on.
+        unused: keywords that make no difference.
+    """
+    if num_splits > 0:
+        return num_splits
+    headdim_v = headdim if headdim_v is None else headdim_v
+    tile = tile_shape(
+        max_seqlen_q, head_ratio(num_heads_q, num_heads_kv), headdim, headdim_v, pack_gqa
+    )
+    rule = resolve_mask(max_seqlen_q, max_seqlen_k, causal, window_size, attention_chunk)
+    if rule.local and not caps_windows:
+        rule = replace(rule, left=max_seqlen_k, right=max_seqlen_q)
+    return static_num_splits(
+        tile, batch_size, max_seqlen_q, max_seqlen_k, num_heads_q, num_heads_kv, headdim, headdim_v, rule,
+        multiprocessors - sm_margin,
+    )  # fmt: skip
 
 
 def ceil_div(a: int, b: int) -> int:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
+
+from sglang_musa_ext import policy
 
 
 class KernelRefusal(Exception):
@@ -28,7 +32,30 @@ class RefusedFeature(KernelRefusal, NotImplementedError):
     """An argument asks for something the kernels, or this reference, cannot do."""
 
 
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+def check_release(
+    release: policy.MateRelease,
+    batch: int,
+    headdim: int,
+    headdim_v: int,
+    arguments: Mapping[str, object],
+) -> None:
+    """Refuse what this release of MATE cannot do; an argument that is 0 or ``None`` is not used."""
+    if not policy.mate_serves_head_dims(release, headdim, headdim_v):
+        known = ", ".join(f"{qk}/{v}" for qk, v in policy.mate_head_dim_pairs(release))
+        raise RefusedValue(
+            "the pair of head dimensions",
+            f"{headdim}/{headdim_v}",
+            f"one that rounds up to one of {known}, at most 512",
+            "Use another attention backend for this model.",
+        )
+    largest = policy.mate_largest_batch(release)
+    if largest is not None and batch > largest:
+        raise RefusedValue("batch_size", batch, f"at most {largest}", "Use a newer MATE.")
+    for limit in policy.kernel_limits(release).values():
+        refuse_set({name: arguments.get(name) for name in limit.arguments})
 
 
 def head_ratio(heads_q: int, heads_kv: int) -> int:
@@ -60,13 +87,16 @@ def check_index_vectors(vectors: dict[str, Tensor | None], length: int) -> None:
             )
 
 
-def check_dtypes(q: Tensor, others: dict[str, Tensor | None]) -> None:
-    """Refuse what is not of q's dtype, and any q that MATE does not take."""
-    if q.dtype not in _DTYPES:
+def check_dtypes(q: Tensor, others: dict[str, Tensor | None], release: policy.MateRelease) -> None:
+    """Refuse what is not of q's dtype, and any q that this release of MATE does not take."""
+    names = policy.mate_dtypes(release)
+    if q.dtype not in (torch.float32, *(getattr(torch, name) for name in names)):
         raise RefusedType(
-            "q.dtype", q.dtype, "torch.bfloat16 or torch.float16 (and, in this reference, torch.float32)",
-            "fp8 attention does not exist here: set the KV cache to auto or bf16.",
-        )  # fmt: skip
+            "q.dtype",
+            q.dtype,
+            f"one of {', '.join(names)} (and, in this reference, float32)",
+            "Set the KV cache to auto or bf16 where it is fp8.",
+        )
     for name, tensor in others.items():
         if tensor is not None and tensor.dtype != q.dtype:
             raise RefusedType(
@@ -75,6 +105,23 @@ def check_dtypes(q: Tensor, others: dict[str, Tensor | None]) -> None:
                 f"q's own {q.dtype}",
                 "Set the KV cache to auto or bf16.",
             )
+
+
+def check_descales(
+    q: Tensor, descales: dict[str, Tensor | None], shape: tuple[int, int]
+) -> tuple[Tensor | None, ...]:
+    """Return the scales of an fp8 call, each float32 ``(batch, heads_kv)``; refuse any other.
+
+    Half precision has none. ``None`` stands for 1.
+    """
+    if q.dtype not in FP8_DTYPES:
+        refuse_set({**descales})
+        return (None, None, None)
+    for name, scale in descales.items():
+        if scale is not None and (tuple(scale.shape) != shape or scale.dtype != torch.float32):
+            seen = f"{tuple(scale.shape)} {scale.dtype}"
+            raise RefusedValue(name, seen, f"{shape} torch.float32", "Expand the layer's scale.")
+    return tuple(descales.values())
 
 
 def check_devices(q: Tensor, others: dict[str, Tensor | None]) -> None:
@@ -153,7 +200,7 @@ def check_sinks(sinks: Tensor | None, q: Tensor) -> None:
         )  # fmt: skip
 
 
-def check_metadata(metadata: object, batch: int) -> Tensor | None:
+def check_metadata(metadata: object, batch: int, release: policy.MateRelease) -> Tensor | None:
     """Return a plan that is long enough for the batch; refuse any other."""
     if metadata is None:
         return None
@@ -165,9 +212,10 @@ def check_metadata(metadata: object, batch: int) -> Tensor | None:
             "an int32 tensor from get_scheduler_metadata",
             "(workspace, reuse) is for MLA.",
         )
-    if metadata.dim() != 1 or metadata.shape[0] < 4 * batch:
+    vector = policy.mate_plan_vector(release, batch)
+    if metadata.dim() != 1 or metadata.shape[0] < 4 * vector:
         raise RefusedValue(
-            "scheduler_metadata.shape", tuple(metadata.shape), f"a metadata buffer of at least 4 * {batch} values",
+            "scheduler_metadata.shape", tuple(metadata.shape), f"a metadata buffer of at least 4 * {vector} values",
             "The metadata buffer is too small: it was computed for a smaller batch.",
         )  # fmt: skip
     return metadata
@@ -184,7 +232,7 @@ def check_capacity(name: str, counts: list[int], capacity: int) -> None:
 def refuse_set(arguments: dict[str, object]) -> None:
     """Refuse every argument that has a value."""
     for name, value in arguments.items():
-        if value is not None:
+        if isinstance(value, Tensor) or value:
             raise RefusedFeature(name, "given", "None", f"The reference does not implement {name}.")
 
 

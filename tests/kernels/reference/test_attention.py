@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from sglang_musa_ext import policy
 from sglang_musa_ext.kernels.reference import attention as attention_of_reference
 from sglang_musa_ext.kernels.reference import (
     flash_attn_varlen_func,
     flash_attn_with_kvcache,
-    planning,
 )
 from sglang_musa_ext.validation.attention_float64 import attention
 from tests.support.paged_batch import (
@@ -44,7 +44,9 @@ def test_paged_attention_is_attention(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("dims", [*planning.HEAD_DIM_PAIRS, (80, 80), (40, 56)])
+@pytest.mark.parametrize(
+    "dims", [*policy.mate_head_dim_pairs(policy.NEWEST_MATE), (80, 80), (40, 56)]
+)
 def test_head_dimensions_and_dtypes(dims: tuple[int, int], dtype: torch.dtype) -> None:
     """Every bucket of head dimensions, and some between, in every dtype."""
     batch = Batch([1, 20], [40, 70], dim=dims[0], dim_v=dims[1], dtype=dtype)

@@ -18,6 +18,7 @@ from sglang_musa_ext.kernels.reference import (
     flash_attn_with_kvcache,
     get_scheduler_metadata,
 )
+from tests.support.mate_signatures import SIGNATURES
 from tests.support.paged_batch import (
     Batch,
     Latent,
@@ -39,7 +40,8 @@ WIDE = torch.zeros(2, 8, dtype=torch.int32)
 @pytest.mark.parametrize(
     ("changes", "error", "match"),
     [
-        (dict(q=fp8(SMALL.q)), RefusedType, "fp8"),
+        (dict(q=fp8(SMALL.q)), RefusedType, "k_cache.dtype"),
+        (dict(q=fp8(SMALL.q), release=(0, 2, 2)), RefusedType, "fp8"),
         (dict(k_cache=fp8(SMALL.k_cache)), RefusedType, "k_cache.dtype"),
         (dict(q=SMALL.q.double()), RefusedType, "float64"),
         (dict(v_cache=SMALL.v_cache.bfloat16()), RefusedType, "q's own"),
@@ -84,7 +86,11 @@ WIDE = torch.zeros(2, 8, dtype=torch.int32)
         ),
         (dict(scheduler_metadata=torch.zeros(8)), RefusedType, "scheduler_metadata"),
         (dict(scheduler_metadata=(torch.zeros(8), False)), RefusedType, "for MLA"),
-        (dict(scheduler_metadata=int32([1, 1, 0, 2, 1, 1, 1, 1])), RefusedValue, "batch table"),
+        (
+            dict(scheduler_metadata=int32([1, 1, 0, 2, 1, 1, 1, 1]), release=(0, 2, 3)),
+            RefusedValue,
+            "batch table",
+        ),
         (dict(qv=torch.zeros(4, 4, 64)), RefusedFeature, "qv is for MLA"),
         (dict(sinks=torch.zeros(2, dtype=torch.bfloat16)), RefusedValue, r"sinks\.shape"),
         (dict(sinks=torch.zeros(4, dtype=torch.float16)), RefusedType, r"sinks\.dtype"),
@@ -181,47 +187,17 @@ def test_an_unknown_keyword_is_a_type_error(name: str) -> None:
         SMALL.call(**{name: None})
 
 
-MATE_SIGNATURES = {
-    flash_attn_with_kvcache: (
-        "q k_cache v_cache k=None v=None qv=None rotary_cos=None rotary_sin=None "
-        "cache_seqlens=None "
-        "cache_batch_idx=None cache_leftpad=None page_table=None cu_seqlens_q=None "
-        "cu_seqlens_k_new=None "
-        "max_seqlen_q=None rotary_seqlens=None q_descale=None k_descale=None v_descale=None "
-        "softmax_scale=None "
-        "causal=False window_size=(-1,-1) attention_chunk=0 softcap=0.0 rotary_interleaved=True "
-        "scheduler_metadata=None num_splits=0 pack_gqa=None sm_margin=0 return_softmax_lse=False "
-        "sinks=None "
-        "s_aux=None cp_world_size=1 cp_rank=0 cp_tot_seqused_k=None"
-    ),
-    flash_attn_varlen_func: (
-        "q k v cu_seqlens_q=None cu_seqlens_k=None max_seqlen_q=None max_seqlen_k=None "
-        "seqused_q=None "
-        "seqused_k=None page_table=None block_table=None softmax_scale=None causal=False qv=None "
-        "q_descale=None "
-        "k_descale=None v_descale=None window_size=(-1,-1) attention_chunk=0 softcap=0.0 "
-        "scheduler_metadata=None "
-        "num_splits=0 pack_gqa=None deterministic=False sm_margin=0 return_attn_probs=False "
-        "return_softmax_lse=False sinks=None s_aux=None cp_world_size=1 cp_rank=0 "
-        "cp_tot_seqused_k=None out=None"
-    ),
-    get_scheduler_metadata: (
-        "batch_size max_seqlen_q max_seqlen_k num_heads_q num_heads_kv headdim cache_seqlens "
-        "qkv_dtype=torch.bfloat16 headdim_v=None cu_seqlens_q=None cu_seqlens_k_new=None "
-        "cache_leftpad=None "
-        "page_size=None max_seqlen_k_new=0 causal=False window_size=(-1,-1) attention_chunk=0 "
-        "has_softcap=False "
-        "num_splits=0 pack_gqa=None sm_margin=0"
-    ),
-}
-
-
-@pytest.mark.parametrize("function", MATE_SIGNATURES, ids=lambda function: function.__name__)
+@pytest.mark.parametrize(
+    "function",
+    [flash_attn_with_kvcache, flash_attn_varlen_func, get_scheduler_metadata],
+    ids=lambda function: function.__name__,
+)
 def test_signatures_are_those_of_mate(function: Any) -> None:
-    """Names, order and defaults are those of MATE 0.2.2's wrapper."""
-    parameters = inspect.signature(function).parameters.values()
+    """Names, order and defaults are those of MATE's wrapper, and the last keyword is ours."""
+    *parameters, release = inspect.signature(function).parameters.values()
     seen = [
         p.name if p.default is p.empty else f"{p.name}={p.default}".replace(" ", "")
         for p in parameters
     ]
-    assert " ".join(seen) == MATE_SIGNATURES[function]
+    assert " ".join(seen) == SIGNATURES["0.2.2"][function.__name__]
+    assert release.name == "release"
