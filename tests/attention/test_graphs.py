@@ -11,7 +11,7 @@ from typing import Any, cast
 import pytest
 import torch
 
-from sglang_musa_ext import envs
+from sglang_musa_ext import envs, policy
 from tests.support.backend import (
     Draft,
     ForwardMode,
@@ -299,7 +299,8 @@ def test_captures_leave_no_more_than_one_pass_in_the_cache(graphs: CpuGraphs) ->
     runner = captured(MODELS["mha"](), graphs, sizes=range(1, 9))
     assert len(runner.backend._plans._plans) == 1
     plans = [graph.kernels("get_scheduler_metadata")[0].result for graph in runner.graphs.values()]
-    assert [plan.numel() for plan in plans] == [4 * size for size in runner.graphs]
+    vectors = [policy.mate_plan_vector(policy.NEWEST_MATE, size) for size in runner.graphs]
+    assert [plan.numel() for plan in plans] == [4 * vector for vector in vectors]
 
 
 def test_graphs_of_an_mla_model_share_one_slot(graphs: CpuGraphs) -> None:
