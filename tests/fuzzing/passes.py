@@ -21,6 +21,7 @@ import torch
 from sglang_musa_ext import envs
 from tests.fuzzing.oracle import InjectedFault, JudgedModel, KernelWatch, Totals
 from tests.support.backend import (
+    DEVICE,
     AttentionType,
     Draft,
     ForwardMode,
@@ -32,7 +33,7 @@ from tests.support.backend import (
     mla_layer,
     upstream,
 )
-from tests.support.graphs import CpuGraphs, GraphRunner
+from tests.support.graphs import CpuGraphs, DeviceGraphs, GraphRunner
 
 DRAFT_TOKENS = 4
 DRAFT_STEPS = 4
@@ -50,6 +51,11 @@ HOST_FREE_DRAFT_EXTEND = "GPU-only" in inspect.getsource(
     upstream.FlashAttentionBackend.init_forward_metadata
 )
 """Whether this SGLang reads draft-extend v2 without lengths on the host."""
+
+
+ON_GPU = DEVICE != "cpu"
+ON_DEVICE: dict[str, Any] = {"dtype": torch.bfloat16, "fill": 0.0} if ON_GPU else {}
+"""A device's kernels read whole tiles, whose padding must not be NaN."""
 
 
 @dataclass(frozen=True)
@@ -181,7 +187,8 @@ class World:
 
     @staticmethod
     def _whole_pass(served: Served, operation: Operation) -> None:
-        with served.mode():
+        # The default device and the switch of inference mode are each thread's own.
+        with torch.device(DEVICE), served.mode():
             for _ in range(3):
                 for _ in served.turns(operation, served.backend):
                     pass
@@ -226,14 +233,15 @@ class Served:
         self.model = JudgedModel(
             _layers(lane), page_size=lane.page_size, context_len=lane.context_len, table_rows=8,
             mla=lane.mla, window=lane.window, window_pages=lane.window_pages, chunk=lane.chunk,
-            draft_worker=lane.drafts, seed=lane.seed, arguments=lane.arguments(),
+            draft_worker=lane.drafts, seed=lane.seed, arguments=lane.arguments(), **ON_DEVICE,
         )  # fmt: skip
         self.model.totals = self.totals
         self.sinks = [
             self.model.normal(layer.tp_q_head_num) if options.get("sinks") else None
             for layer, options in zip(self.model.layers, lane.layers, strict=True)
         ]
-        self.watch = KernelWatch(self.totals)
+        # A GPU's kernels have plans of their own, and a graph is replayed without its kernels' names.
+        self.watch = KernelWatch(self.totals, compares_plans=not ON_GPU)
         self._model_runner = self.model.runner()
         self._build()
 
@@ -571,7 +579,7 @@ class Served:
     def _captured(self) -> GraphRunner:
         if self._runner is None:
             backend = self._new_backend()
-            graphs = CpuGraphs()
+            graphs = DeviceGraphs() if ON_GPU else CpuGraphs()
             graphs.serve(backend)
             verifies = self.lane.topk == 1 and not self.lane.drafts
             tokens = DRAFT_TOKENS if verifies else 1

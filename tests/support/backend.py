@@ -31,6 +31,7 @@ import torch
 # Tests take `attention` and `upstream` from here, because what this module prepares must come
 # before their import.
 __all__ = [
+    "DEVICE",
     "AttentionType",
     "Call",
     "Counts",
@@ -71,12 +72,17 @@ def environment(**values: str) -> Iterator[None]:
                 os.environ[name] = value
 
 
-prepare_process()
+DEVICE = os.environ.get("FUZZING_DEVICE", "cpu")
+"""Where models and KV caches are: a CPU, or the GPU on which ``scripts/soak --kernels hopper`` runs."""
+if DEVICE == "cpu":
+    prepare_process()
+torch.set_default_device(DEVICE)
 # All tensors are small, and threads that wait for one another take longer than the work.
 torch.set_num_threads(1)
 # SGLang looks for its platform once, while it is imported; the tests choose their own settings
 # afterwards. It also warns of the quantizations that a CPU does not have.
-with warnings.catch_warnings(), environment(SGLANG_PLATFORM="musa_reference"):
+_PLATFORM = {"SGLANG_PLATFORM": "musa_reference"} if DEVICE == "cpu" else {}
+with warnings.catch_warnings(), environment(**_PLATFORM):
     warnings.simplefilter("ignore")
     from sglang.srt.configs.model_config import AttentionArch
     from sglang.srt.layers.attention import flashattention_backend as upstream
@@ -305,7 +311,7 @@ class Model:
     arguments: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.random = torch.Generator().manual_seed(self.seed)
+        self.random = torch.Generator(DEVICE).manual_seed(self.seed)
         pages_a_row = -(-self.context_len // self.page_size)
         # Page 0 is upstream's padding page; the others are dealt out in no order, as after some
         # hours of serving.
@@ -349,7 +355,7 @@ class Model:
             # Up to 0.5.18 upstream looks for hooks of a unified pool here, which ours has not.
             token_to_kv_pool_allocator=SimpleNamespace(),
             kv_index_translator=self._translator(),
-            device="cpu",
+            device=DEVICE,
             kv_cache_dtype=self.dtype,
             kv_cache_dtype_str="auto",
             page_size=self.page_size,
@@ -394,7 +400,7 @@ class Model:
     def publish(self) -> Any:
         """Make this model's server arguments those of the process, through upstream's own setter."""
         arguments = ServerArgs(
-            model_path="dummy", device="cpu", page_size=self.page_size, **self.arguments
+            model_path="dummy", device=DEVICE, page_size=self.page_size, **self.arguments
         )
         if hasattr(arguments, "resolve_once"):
             arguments.resolve_once()
@@ -574,7 +580,7 @@ class Model:
             seq_lens_sum=sum(lengths),
         )
         extra = {
-            "seq_lens_cpu": torch.tensor(lengths),
+            "seq_lens_cpu": torch.tensor(lengths, device="cpu"),
             "positions": torch.cat([one.positions for one in queries]),
             "spec_algorithm": SpeculativeAlgorithm.NONE,
             # Up to 0.5.12 the forwards take the pools from the batch.

@@ -166,6 +166,24 @@ class CpuGraphs:
         return call
 
 
+class DeviceGraphs:
+    """A GPU's own graphs, under the names that ``torch.cuda`` has."""
+
+    def __init__(self) -> None:
+        self._pool: Any = None
+
+    def serve(self, backend: Any) -> None:
+        """Nothing: ``backend`` asks the device."""
+
+    def capture(self, function: Callable[[], Any]) -> tuple[Any, Any]:
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            result = function()
+        self._pool = graph.pool()
+        return graph, result
+
+
 # --- what upstream's graph runner does ------------------------------------------------------------
 
 
@@ -231,7 +249,7 @@ class GraphRunner:
         if self.model.mla:
             shapes["k"] = (rows, 1, layer.v_head_dim)
             shapes["k_rope"] = (rows, 1, layer.head_dim - layer.v_head_dim)
-        return {name: torch.zeros(shape) for name, shape in shapes.items()}
+        return {name: torch.zeros(shape, dtype=self.model.dtype) for name, shape in shapes.items()}
 
     def _batch(self, size: int) -> Any:
         """The batch of a graph: upstream's own class over the static buffers."""
@@ -241,7 +259,7 @@ class GraphRunner:
         fields = {
             "forward_mode": ForwardMode.TARGET_VERIFY if verify else ForwardMode.DECODE,
             "batch_size": size, "req_pool_indices": self.table_rows[:size], "seq_lens": self.lengths[:size],
-            "seq_lens_cpu": self.lengths[:size].clone(), "out_cache_loc": self.loc[:rows],
+            "seq_lens_cpu": self.lengths[:size].cpu().clone(), "out_cache_loc": self.loc[:rows],
             "positions": torch.zeros(rows, dtype=torch.int64),
             "spec_info": Draft(draft_token_num=self.tokens, num_tokens_per_req=self.tokens) if verify else None,
         }  # fmt: skip
@@ -286,7 +304,7 @@ class GraphRunner:
                 assert value is not None
                 self.inputs[index][name][: step.rows] = value
             fed.append(inputs)
-        self.batches[size].seq_lens_cpu = self.lengths[:size].clone()
+        self.batches[size].seq_lens_cpu = self.lengths[:size].cpu().clone()
         prepare(self.backend, self.batches[size], capturing=False)
         outputs = self.outputs[size]
         if eagerly:
