@@ -60,6 +60,7 @@ def _register(settings: Settings) -> None:
         logger.warning("%s", support.message)
     _take_over(create_musa_fa3_backend)
     _take_over_drafts(_draft_backend_of_ours)
+    _have_ranks_agree(settings)
     if _on_musa():
         _take_defaults()
         _repair_vision()
@@ -129,6 +130,28 @@ def _on_musa() -> bool:
     from sglang.srt.utils import is_musa
 
     return bool(is_musa())
+
+
+def _have_ranks_agree(settings: Settings) -> None:
+    """Have the ranks of a server compare themselves. What upstream has changed about that costs
+    nothing else, unless the comparison was asked for.
+
+    Raises:
+        PluginError: ``SGLANG_MUSA_EXT=on``, and ranks cannot be compared on this SGLang.
+    """
+    from sglang_musa_ext import ranks
+    from sglang_musa_ext.upstream import check
+
+    if not (violations := check.check_upstream(used_by=("ranks",))):
+        ranks.install_agreement()
+        return
+    listed = "; ".join(map(str, violations))
+    if settings.mode == "on":
+        raise PluginError(
+            f"{envs.MODE}=on, and the ranks of a server cannot be compared on this SGLang: "
+            f"{listed} Install a tested release, or set {envs.MODE}=auto."
+        )
+    logger.warning("sglang_musa_ext cannot compare the ranks of a server. %s", listed)
 
 
 def _take_defaults() -> None:

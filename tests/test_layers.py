@@ -53,9 +53,10 @@ LAYERS = {
     "musa_vision": layer("envs patching upstream", lazy="kernels"),
     "plugin": layer(
         "envs policy patching",
-        lazy="attention cpu guard musa_defaults musa_vision sglang upstream",
+        lazy="attention cpu guard musa_defaults musa_vision ranks sglang upstream",
     ),
     "guard": layer("envs patching upstream"),
+    "ranks": layer("envs policy patching upstream", lazy="kernels torch"),
     "doctor": layer("envs policy upstream", lazy="*"),
     "install": layer("envs"),
     "engines": layer("patching", lazy="cpu sglang torch sgl_kernel"),

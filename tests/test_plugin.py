@@ -156,6 +156,7 @@ def musa(imported: Upstream, monkeypatch: pytest.MonkeyPatch) -> Callable[[tuple
         # They reach further into SGLang than a test puts back; tests/test_musa_defaults.py has
         # their own.
         monkeypatch.setattr("sglang_musa_ext.musa_defaults.install_defaults", lambda: None)
+        monkeypatch.setattr("sglang_musa_ext.ranks.install_agreement", lambda: None)
 
     return believe
 
@@ -925,3 +926,20 @@ def test_a_broken_contract_of_defaults_costs_them_alone(
     assert sglang.backends["fa3"] is create_musa_fa3_backend
     assert "moved: ('musa_defaults',)" in caplog.text
     assert "--attention-backend fa3" in caplog.text
+
+
+def test_ranks_that_cannot_be_compared_are_an_error_where_it_was_asked_for(
+    sglang: Upstream,
+    musa: Callable[[tuple[int, int]], None],
+    set_environment: Callable[[dict[str, str]], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """SGLANG_MUSA_EXT=on promises ranks that are alike, and does not serve without knowing."""
+    musa((3, 1))
+    monkeypatch.setattr(check, "check_upstream", lambda *, used_by: [f"moved: {used_by}"])
+    support = releases.Support("0.5.99", releases.Standing.NEWER)
+    monkeypatch.setattr(check, "require_upstream", lambda: support)
+    set_environment({"SGLANG_MUSA_EXT": "on"})
+    register()
+    with pytest.raises(PluginError, match=r"moved: \('ranks',\)"):
+        sglang.backends["fa3"](None)

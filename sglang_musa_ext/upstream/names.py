@@ -11,6 +11,9 @@ IN_TREE_MODULE = "sglang.srt.hardware_backend.musa.attention.flashattention_back
 VISION = "sglang.srt.layers.attention.vision"
 """The module of the vision tower's attention."""
 
+MODEL_RUNNER = "sglang.srt.model_executor.model_runner"
+"""The module of the class that joins a rank to its process group and then loads weights."""
+
 KERNEL_PARAMETERS = {
     "flash_attn_with_kvcache": ("q", "k_cache", "v_cache"),
     "flash_attn_varlen_func": ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k"),

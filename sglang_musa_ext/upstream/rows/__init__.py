@@ -9,6 +9,7 @@ from sglang_musa_ext.upstream.rows import (
     kernels,
     passes,
     plugin,
+    ranks,
     speculation,
     vision,
 )
@@ -22,6 +23,7 @@ REQUIREMENTS = (
     *speculation.ROWS,
     *defaults.ROWS,
     *vision.ROWS,
+    *ranks.ROWS,
     *cpu.ROWS,
 )
 """The whole contract."""
