@@ -13,6 +13,7 @@ from torch._C._distributed_c10d import HashStore
 
 from sglang_musa_ext import envs, ranks
 from sglang_musa_ext.ranks import Note, Place, RanksDisagreeError
+from sglang_musa_ext.upstream.names import MODEL_RUNNER
 
 FACTS = {
     "sglang-musa-ext": "0.2.0",
@@ -159,7 +160,7 @@ def model_runner(monkeypatch: pytest.MonkeyPatch) -> tuple[type, list[str]]:
             done.append("load")
 
     monkeypatch.setattr(ranks, "require_agreement", lambda runner: done.append("agree"))
-    module: Any = ModuleType(ranks.MODEL_RUNNER)
+    module: Any = ModuleType(MODEL_RUNNER)
     module.ModelRunner = ModelRunner
     ranks._wrap_loading(module)
     ranks._wrap_loading(module)
