@@ -103,7 +103,18 @@ def _import_mate() -> tuple[ModuleType, Release]:
         )
     for warning in identity.warnings:
         logger.warning("%s", warning)
+    _warn_of_unread(identity.release)
     return import_library(identity.wrapper_module, mate_identity.INSTALL), identity.release
+
+
+def _warn_of_unread(release: Release) -> None:
+    if policy.NEWEST_READ_MATE < release[:3] <= policy.NEWEST_MATE:
+        logger.warning(
+            "MATE %s is served by what its release notes say: its source could not be read, as those "
+            "of %s were. Check its numbers with sglang-musa-ext validate before you rely on it.",
+            ".".join(map(str, release)),
+            mate_identity.sources_read(),
+        )
 
 
 # --- what every caller may know before a call ------------------------------------------------------

@@ -20,17 +20,11 @@ from importlib.metadata import Distribution
 from pathlib import Path
 from typing import NamedTuple
 
-OLDEST = (0, 1, 3)
-"""The first MATE whose wrapper has all functions of FA3 that are needed."""
-NEWEST = (0, 2, 7)
-"""The newest MATE that is known to be in use; newer ones are served with a warning."""
-CHECKED = "0.1.3, 0.2.0, 0.2.1 and 0.2.2"
-"""The releases whose sources the adapter was written against."""
+from sglang_musa_ext.policy import MATE_RELEASES, NEWEST_MATE, NEWEST_READ_MATE, OLDEST_MATE
 
 INSTALL = (
     "Install MATE and its flash_attn_3 wrapper of the same version from Moore Threads' own package "
-    "index, with "
-    "--no-deps (never 'mate' from a public index, which is another project)."
+    "index, with --no-deps (never 'mate' from a public index, which is another project)."
 )
 
 _VENDOR = re.compile(r"moore\s*threads|\bmusa\b", re.IGNORECASE)
@@ -100,7 +94,8 @@ class MateIdentity:
         """MATE's release as numbers; where nothing says it, the first or the newest one with this
         wrapper.
         """
-        return _release(self.version) or (OLDEST if self.wrapper == LEGACY.distribution else NEWEST)
+        known = _release(self.version)
+        return known or (OLDEST_MATE if self.wrapper == LEGACY.distribution else NEWEST_MATE)
 
 
 def identify_mate() -> MateIdentity:
@@ -187,8 +182,10 @@ def _misfits(generation: Generation | None, version: str | None) -> Iterator[Pro
     release = _release(version)
     if release is None:
         return
-    if release < OLDEST:
-        yield Problem(f"MATE {version} is too old.", f"MATE {_dotted(OLDEST)} or newer.", INSTALL)
+    if release < OLDEST_MATE:
+        yield Problem(
+            f"MATE {version} is too old.", f"MATE {_dotted(OLDEST_MATE)} or newer.", INSTALL
+        )
     elif generation == LEGACY and release >= (0, 2):
         # It passes MATE an argument that MATE 0.2 removed, and every call of varlen attention is a
         # TypeError.
@@ -214,15 +211,15 @@ def _oddities(
     if release is None:
         yield Problem(
             "No distribution says which version of MATE this is.",
-            f"a version from {_dotted(OLDEST)} to {_dotted(NEWEST)}.",
+            f"a version from {_dotted(OLDEST_MATE)} to {_dotted(NEWEST_MATE)}.",
             "Install MATE as a package rather than by a search path, so that its version can be "
             "checked.",
         )
-    elif release[:3] > NEWEST:
+    elif release[:3] > NEWEST_MATE:
         yield Problem(
             f"MATE {version} is newer than what this package knows.",
-            f"a version from {_dotted(OLDEST)} to {_dotted(NEWEST)} (the sources of {CHECKED} were "
-            "read).",
+            f"a version from {_dotted(OLDEST_MATE)} to {_dotted(NEWEST_MATE)} (the sources "
+            f"of {sources_read()} were read).",
             "Check its numbers with sglang-musa-ext validate before you rely on it.",
         )
     # From 0.2.1 on the wrapper is released with MATE and asks for the very same version.
@@ -415,6 +412,11 @@ def _release(version: str | None) -> tuple[int, ...] | None:
     """The numbers of a version: ``(0, 2, 7)`` of ``0.2.7+musa``; ``None`` where it has none."""
     found = re.match(r"\d+(\.\d+)*", version or "")
     return tuple(map(int, found.group().split("."))) if found else None
+
+
+def sources_read() -> str:
+    """List the releases whose sources the adapter was written against."""
+    return ", ".join(_dotted(release) for release in MATE_RELEASES if release <= NEWEST_READ_MATE)
 
 
 def _dotted(release: tuple[int, ...]) -> str:

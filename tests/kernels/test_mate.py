@@ -212,6 +212,17 @@ def test_every_release_refuses_version_4(release: FA3Kernels) -> None:
         release.flash_attn_varlen_func(**raw(ver=4))
 
 
+@pytest.mark.parametrize(("state", "warned"), [("0.2.2", False), ("later", True)])
+def test_a_release_known_from_notes_alone_is_warned_of(
+    packages: Path, state: str, warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One warning says what it is served by, and what to do."""
+    install_mate(packages, state)
+    messages = [message for message in caplog.messages if "release notes" in message]
+    assert len(messages) == warned
+    assert all("sglang-musa-ext validate" in message for message in messages)
+
+
 FP8_RELEASES = {
     torch.float8_e4m3fn: ((0, 2, 3), (0, 2, 2)),
     torch.float8_e5m2: ((0, 2, 5), (0, 2, 4)),
