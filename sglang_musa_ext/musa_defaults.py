@@ -8,11 +8,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
 from sglang_musa_ext import patching, policy
-from sglang_musa_ext.policy import Configuration
+from sglang_musa_ext.announce import announce
+from sglang_musa_ext.upstream.limits import Configuration
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +32,7 @@ def install_defaults() -> patching.Undo:
     with contextlib.ExitStack() as undo:
         for owner, name in _default_choosers():
             undo.callback(patching.wrap(owner, name, _preferring_fa3))
+        undo.callback(_follow_models())
         undo.callback(patching.wrap(*_settling_method(), _marking))
         for name in ("triton", "flashinfer"):
             watched = functools.partial(_watched, name)
@@ -44,7 +48,7 @@ def device_capability() -> tuple[int, int]:
     return major, minor
 
 
-# --- the attention backend ------------------------------------------------------------------------
+# --- the default ----------------------------------------------------------------------------------
 
 
 def _default_choosers() -> list[tuple[Any, str]]:
@@ -63,15 +67,7 @@ def _preferring_fa3(original: Callable[..., Any]) -> Callable[..., Any]:
     def choose(server_args: Any, use_mla_backend: bool, model_config: Any) -> Any:
         chosen = original(server_args, use_mla_backend, model_config)
         asked = _configuration(server_args, use_mla_backend, model_config)
-        reasons = policy.reasons_against_fa3(asked)
-        if not reasons:
-            return "fa3"
-        logger.info(
-            "sglang_musa_ext leaves the attention backend to SGLang (%s), because %s.",
-            chosen,
-            "; ".join(reasons),
-        )
-        return chosen
+        return _settle(chosen, asked, policy.reasons_against_fa3(asked))
 
     return choose
 
@@ -79,16 +75,117 @@ def _preferring_fa3(original: Callable[..., Any]) -> Callable[..., Any]:
 def _configuration(server_args: Any, use_mla_backend: bool, model_config: Any) -> Configuration:
     from sglang.srt import platforms
 
-    return Configuration(
-        dtype=server_args.dtype,
-        kv_cache_dtype=server_args.kv_cache_dtype,
-        page_size=server_args.page_size,
+    return Configuration.of(
+        server_args,
+        model_config,
         use_mla=use_mla_backend,
-        topk=server_args.speculative_eagle_topk,
-        architectures=tuple(model_config.hf_config.architectures or ()),
         capability=device_capability(),
         other_platform=platforms.current_platform.is_out_of_tree(),
     )
+
+
+def _settle(named: str, asked: Configuration, reasons: Sequence[str]) -> str:
+    """Return the backend that serves where SGLang names ``named``, and say why, once."""
+    model = ", ".join(asked.architectures)
+    if named == "fa3":
+        return named
+    if reasons:
+        _say_once(
+            f"sglang_musa_ext leaves the attention backend of {model} to SGLang ({named}), because "
+            f"{'; '.join(reasons)}."
+        )
+        return named
+    _say_once(
+        f"sglang_musa_ext chooses the attention backend fa3 for {model}, because none was named; "
+        f"without this package SGLang takes {named}."
+    )
+    return "fa3"
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    announce(logger, line)
+
+
+# --- models whose backend upstream names before it asks for the default ---------------------------
+
+
+_COLLECT = "collect_model_override_declarations"
+_DECLARING = ("sglang.srt.arg_groups.overrides", "sglang.srt.arg_groups.model_hook")
+"""The modules that have this name, from 0.5.15 and from 0.5.19 on."""
+
+
+def _follow_models() -> patching.Undo:
+    """Take ``fa3`` for the models that upstream puts on Triton on devices it does not know."""
+    from sglang.srt.server_args import ServerArgs
+
+    with contextlib.ExitStack() as undo:
+        if hasattr(ServerArgs, "_handle_model_specific_adjustments"):  # up to 0.5.18
+            method = "_handle_model_specific_adjustments"
+            undo.callback(patching.wrap(ServerArgs, method, _adjusting_models))
+        for name in _DECLARING:
+            undo.callback(_unwrap_declarations, name)
+            undo.callback(patching.after_import(name, _wrap_declarations))
+        return undo.pop_all().close
+
+
+def _adjusting_models(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Up to 0.5.14 a method settles what depends on the model, in the arguments themselves."""
+
+    @functools.wraps(original)
+    def adjust(self: Any) -> Any:
+        was_open = _is_open(self)
+        result = original(self)
+        if was_open and self.attention_backend is not None:
+            self.attention_backend = _in_place_of(self.attention_backend, self)
+        return result
+
+    return adjust
+
+
+def _wrap_declarations(module: ModuleType) -> None:
+    if hasattr(module, _COLLECT):
+        patching.wrap(module, _COLLECT, _declaring_models)
+
+
+def _unwrap_declarations(name: str) -> None:
+    module = sys.modules.get(name)
+    if hasattr(module, _COLLECT):
+        patching.replace(module, _COLLECT, patching.original_of(getattr(module, _COLLECT)))
+
+
+def _declaring_models(original: Callable[..., Any]) -> Callable[..., Any]:
+    """From 0.5.15 on models declare what they want, and arguments are not changed."""
+
+    @functools.wraps(original)
+    def collect(architecture: str, server_args: Any, hf_config: Any) -> Any:
+        declarations = original(architecture, server_args, hf_config)
+        if _is_open(server_args):
+            for _, declared in declarations:
+                if declared.get("attention_backend") is not None:
+                    named = declared["attention_backend"]
+                    declared["attention_backend"] = _in_place_of(named, server_args)
+        return declarations
+
+    return collect
+
+
+def _is_open(server_args: Any) -> bool:
+    """Tell whether nobody has named a backend."""
+    options = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
+    return all(getattr(server_args, option) is None for option in options)
+
+
+def _in_place_of(named: str, server_args: Any) -> str:
+    """Return the backend for a model for which upstream names ``named`` by itself."""
+    if hasattr(server_args, "get_model_config"):  # up to 0.5.18
+        use_mla, model_config = server_args.use_mla_backend(), server_args.get_model_config()
+    else:
+        from sglang.srt.arg_groups.model_override_base import model_config_of, use_mla_backend
+
+        use_mla, model_config = use_mla_backend(server_args), model_config_of(server_args)
+    asked = _configuration(server_args, use_mla, model_config)
+    return _settle(named, asked, policy.reasons_against_fa3_in_place_of(named, asked))
 
 
 # --- what came too late ---------------------------------------------------------------------------

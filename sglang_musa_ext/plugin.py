@@ -12,12 +12,11 @@ import contextlib
 import functools
 import logging
 import os
-import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
 from sglang_musa_ext import envs, patching, policy
+from sglang_musa_ext.announce import announce
 from sglang_musa_ext.envs import Settings
 
 logger = logging.getLogger(__name__)
@@ -71,13 +70,7 @@ def _register(settings: Settings) -> None:
 
 
 def _announce(line: str) -> None:
-    """Have ``line`` seen: SGLang loads plugins before it sets its log up, whose level is then still
-    Python's own.
-    """
-    if logger.isEnabledFor(logging.INFO) and logger.hasHandlers():
-        logger.info("%s", line)
-    else:
-        print(f"[{time.strftime('%Y-%m-%d %H:%M:%S')}] {line}", file=sys.stderr, flush=True)
+    announce(logger, line)
 
 
 def activate_platform() -> str | None:
@@ -104,7 +97,29 @@ def create_musa_fa3_backend(runner: Any) -> Any:
     attention = _ready_attention()
     if not runner.spec_algorithm.is_none():
         attention.install_class_names()
-    return attention.MusaFA3Backend(runner)
+    backend = attention.MusaFA3Backend(runner)
+    _require_upstream_serves(backend, runner)
+    return backend
+
+
+def _require_upstream_serves(backend: Any, runner: Any) -> None:
+    """Refuse, or warn of, a configuration that upstream's own code cannot serve with ``fa3``.
+
+    Raises:
+        PluginError: naming what is seen, what would happen, and what to set instead.
+    """
+    from sglang_musa_ext.upstream import check
+    from sglang_musa_ext.upstream.limits import Configuration, limits_of
+
+    package = check.find_package()
+    assert package is not None  # it is what called this
+    limits = limits_of(Configuration.of_backend(backend, runner), check.read_version(package))
+    for limit in limits:
+        if not limit.is_fatal:
+            logger.warning("SGLang's %s", limit)
+    fatal = [limit for limit in limits if limit.is_fatal]
+    if fatal:
+        raise PluginError("\n".join(f"SGLang's {limit}" for limit in fatal))
 
 
 def _reason_to_stay_idle(settings: Settings) -> str | None:

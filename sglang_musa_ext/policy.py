@@ -8,10 +8,11 @@ SGLang.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sglang_musa_ext import envs
 from sglang_musa_ext.envs import Settings
+from sglang_musa_ext.upstream.limits import Configuration, limits_of
 
 PAGE_SIZE = 64
 """Tokens in a page of the KV cache: what MATE's MLA kernels take, and what all others are fastest
@@ -99,92 +100,84 @@ def reason_against_capability(capability: tuple[int, int]) -> str | None:
 
 
 @dataclass(frozen=True)
-class Configuration:
-    """What a server is asked for, as far as it decides about its attention backend.
-
-    Each field has the value that leaves the choice open, so that callers give what they know.
-    """
-
-    dtype: str = "auto"
-    kv_cache_dtype: str = "auto"
-    page_size: int | None = None
-    use_mla: bool = False
-    topk: int | None = None
-    """``--speculative-eagle-topk``: branches of a draft tree; ``None`` or 1: a chain, or none."""
-    architectures: tuple[str, ...] = ()
-    """Class names from the model's ``config.json``."""
-    capability: tuple[int, int] | None = None
-    """MP version of the device; ``None``: unknown."""
-    other_platform: bool = False
-    """Whether another platform plugin serves this process."""
-
-
-@dataclass(frozen=True)
 class DefaultRule:
     """A condition under which ``fa3`` is not chosen where nobody named a backend."""
 
-    reason: Callable[[Configuration], str | None]
-    """Returns why ``fa3`` could not serve the configuration; ``None``: the rule does not apply."""
+    applies: Callable[[Configuration], bool]
+    reason: str
+    """Why not; fields of the configuration stand in braces."""
 
 
-def reasons_against_fa3(configuration: Configuration) -> tuple[str, ...]:
-    """Return why ``fa3`` is no default for ``configuration``; empty: it is."""
-    reasons = (rule.reason(configuration) for rule in DEFAULT_RULES)
-    return tuple(reason for reason in reasons if reason is not None)
-
-
-def _another_platform(asked: Configuration) -> str | None:
-    return "another platform plugin chooses it" if asked.other_platform else None
-
-
-def _whisper(asked: Configuration) -> str | None:
-    if "WhisperForConditionalGeneration" in asked.architectures:
-        return "SGLang runs Whisper on one backend alone"
-    return None
-
-
-def _kv_cache_dtype(asked: Configuration) -> str | None:
-    if asked.kv_cache_dtype in HALF_OPTIONS:
-        return None
-    return f"MATE cannot read --kv-cache-dtype {asked.kv_cache_dtype}"
-
-
-def _dtype(asked: Configuration) -> str | None:
-    return None if asked.dtype in HALF_OPTIONS else f"MATE cannot read --dtype {asked.dtype}"
-
-
-def _mla_page_size(asked: Configuration) -> str | None:
-    if not asked.use_mla or asked.page_size in (None, PAGE_SIZE):
-        return None
-    return f"MATE's MLA kernels cannot read --page-size {asked.page_size}"
-
-
-def _mla_tree(asked: Configuration) -> str | None:
-    if not asked.use_mla or (asked.topk or 1) == 1:
-        return None
-    return (
-        f"an MLA model with --speculative-eagle-topk {asked.topk} is not served by fa3 at page "
-        f"size {PAGE_SIZE}"
-    )
-
-
-def _capability(asked: Configuration) -> str | None:
-    return None if asked.capability is None else reason_against_capability(asked.capability)
-
-
-DEFAULT_RULES = tuple(
-    DefaultRule(reason)
-    for reason in (
-        _another_platform,
-        _whisper,
-        _kv_cache_dtype,
-        _dtype,
-        _mla_page_size,
-        _mla_tree,
-        _capability,
-    )
+DEFAULT_RULES = (
+    DefaultRule(lambda asked: asked.other_platform, "another platform plugin chooses it"),
+    DefaultRule(
+        lambda asked: "WhisperForConditionalGeneration" in asked.architectures,
+        "SGLang runs Whisper on one backend alone",
+    ),
+    DefaultRule(
+        lambda asked: asked.has_sinks,
+        "with attention sinks MATE does not split a long context among multiprocessors",
+    ),
+    DefaultRule(
+        lambda asked: asked.kv_cache_dtype not in HALF_OPTIONS,
+        "MATE cannot read --kv-cache-dtype {0.kv_cache_dtype} in every release",
+    ),
+    DefaultRule(
+        lambda asked: asked.dtype not in HALF_OPTIONS, "MATE cannot read --dtype {0.dtype}"
+    ),
+    DefaultRule(
+        lambda asked: asked.use_mla and asked.page_size not in (None, PAGE_SIZE),
+        "MATE's MLA kernels cannot read --page-size {0.page_size}",
+    ),
 )
-"""Every rule against ``fa3`` by default, each a row."""
+"""Every rule against ``fa3`` by default that is no limit of upstream's, each a row."""
+
+FA3_ON_OTHER_DEVICES = frozenset(
+    {
+        "Olmo2ForCausalLM",
+        "Llama4ForConditionalGeneration",
+        "Llama4ForCausalLM",
+        "Exaone4ForCausalLM",
+        "ExaoneMoEForCausalLM",
+        "ExaoneMoeForCausalLM",
+    }
+)
+"""Models that SGLang puts on ``fa3`` where it has it, and on ``triton`` on every device that it does
+not know, MUSA among them.
+"""
+
+
+def reasons_against_fa3(asked: Configuration, version: str | None = None) -> tuple[str, ...]:
+    """Return why ``fa3`` is no default for ``asked``; empty: it is.
+
+    Args:
+        asked: a server's configuration; an unset page size is the default one.
+        version: SGLang's; ``None``: unknown, and every limit of upstream's counts.
+    """
+    reasons = [rule.reason.format(asked) for rule in DEFAULT_RULES if rule.applies(asked)]
+    if asked.capability is not None and (old := reason_against_capability(asked.capability)):
+        reasons.append(old)
+    paged = replace(asked, page_size=asked.page_size or PAGE_SIZE)
+    reasons += [f"fa3 does not serve {limit.condition}" for limit in limits_of(paged, version)]
+    return tuple(reasons)
+
+
+def reasons_against_fa3_in_place_of(
+    named: str, asked: Configuration, version: str | None = None
+) -> tuple[str, ...]:
+    """Return why a backend that SGLang names for a model stays; empty: ``fa3`` takes its place.
+
+    Args:
+        named: the backend that SGLang's own rule for the model names.
+        asked: the server's configuration.
+        version: SGLang's; ``None``: unknown.
+    """
+    reasons = reasons_against_fa3(asked, version)
+    if reasons:
+        return reasons
+    if named != "triton" or not set(asked.architectures) & FA3_ON_OTHER_DEVICES:
+        return (f"SGLang itself names {named} for {', '.join(asked.architectures)}",)
+    return ()
 
 
 # --- limits of MATE's releases --------------------------------------------------------------------

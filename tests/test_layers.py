@@ -41,7 +41,8 @@ def layer(eager: str = "", lazy: str = "") -> Layer:
 LAYERS = {
     "__init__": layer(),
     "envs": layer(),
-    "policy": layer("envs"),
+    "announce": layer(),
+    "policy": layer("envs upstream"),
     "patching": layer(),
     "upstream": layer(),
     "kernels": layer("envs policy torch", lazy="*"),
@@ -49,10 +50,10 @@ LAYERS = {
     "cpu": layer(
         "sglang torch numpy psutil", lazy="policy patching kernels upstream transformers triton"
     ),
-    "musa_defaults": layer("policy patching", lazy="sglang"),
+    "musa_defaults": layer("announce policy patching upstream", lazy="sglang"),
     "musa_vision": layer("envs patching upstream", lazy="kernels"),
     "plugin": layer(
-        "envs policy patching",
+        "announce envs policy patching",
         lazy="attention cpu guard musa_defaults musa_vision ranks sglang upstream",
     ),
     "guard": layer("envs patching upstream"),

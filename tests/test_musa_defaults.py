@@ -4,9 +4,11 @@ import functools
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -32,7 +34,8 @@ class ServerArgs:
         self.attention_backend = None
         self.page_size = None
         self.kv_cache_dtype = self.dtype = "auto"
-        self.speculative_eagle_topk = None
+        self.speculative_eagle_topk = self.speculative_algorithm = None
+        self.enable_mixed_chunk = False
         vars(self).update(given)
 
     def settle(self) -> None:
@@ -158,6 +161,7 @@ def musa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     }
     yield Musa(type(request.param.__name__, (request.param,), methods), monkeypatch)
     musa_defaults._warn_of_lateness.cache_clear()
+    musa_defaults._say_once.cache_clear()
 
 
 # The attention backend ---------------------------------------------------------------------------
@@ -216,7 +220,7 @@ def test_fa3_is_chosen_for_what_it_serves(
         ({"dtype": "float32"}, False, "--dtype float32"),
         ({"page_size": 1}, True, "--page-size 1"),
         ({"model_config": WHISPER}, False, "Whisper"),
-        ({"speculative_eagle_topk": 4}, True, "--speculative-eagle-topk 4"),
+        ({"speculative_eagle_topk": 4}, True, "--speculative-eagle-topk"),
     ],
     ids=["fp8", "float32", "page", "whisper", "tree"],
 )
@@ -332,8 +336,8 @@ from sglang_musa_ext import plugin
 plugin.register()
 from sglang.srt.server_args import ServerArgs
 
-def settled(**given):
-    arguments = ServerArgs(model_path=sys.argv[1], device="cuda", **given)
+def settled(model, **given):
+    arguments = ServerArgs(model_path=model, device="cuda", **given)
     if hasattr(arguments, "resolve_once"):
         arguments.resolve_once()
     try:
@@ -345,13 +349,96 @@ def settled(**given):
     carried = getattr(pickle.loads(pickle.dumps(arguments)), "_musa_ext_present", False)
     return view.attention_backend, view.page_size, carried
 
-print("RESULT", json.dumps([settled(), settled(attention_backend="triton", page_size=32)]))
+def outcome(model, given):
+    try:
+        return settled(model, **given)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+for name, model, given in json.loads(sys.argv[1]):
+    print("KIND", name, file=sys.stderr, flush=True)
+    print("RESULT", json.dumps([name, outcome(model, given)]), flush=True)
 """
-TINY = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "intermediate_size": 128,
-    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128,
-    "torch_dtype": "bfloat16",
+_SHAPE = {
+    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 128, "torch_dtype": "bfloat16",
 }  # fmt: skip
+DRAFT = "speculative_draft_model_path"
+_TREE = {
+    "speculative_algorithm": "EAGLE",
+    "speculative_num_steps": 3,
+    "speculative_eagle_topk": 4,
+    "speculative_num_draft_tokens": 8,
+}
+_LATENT = {
+    "kv_lora_rank": 512,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "first_k_dense_replace": 2,
+    "num_key_value_heads": 4,
+}
+_VISION = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "image_size": 56, "patch_size": 14, "model_type": "siglip_vision_model",
+}  # fmt: skip
+
+
+def model(architecture: str, model_type: str, **fields: Any) -> dict[str, Any]:
+    """The configuration file of a small model."""
+    return {"architectures": [architecture], "model_type": model_type, **_SHAPE, **fields}
+
+
+LLAMA_FILE = model("LlamaForCausalLM", "llama")
+MLA_FILE = model("DeepseekV2ForCausalLM", "deepseek_v2", **_LATENT)
+GEMMA_3_IMAGES = {
+    "architectures": ["Gemma3ForConditionalGeneration"],
+    "model_type": "gemma3",
+    "torch_dtype": "bfloat16",
+    "mm_tokens_per_image": 16,
+    "text_config": model("Gemma3ForCausalLM", "gemma3_text", head_dim=16, sliding_window=64),
+    "vision_config": _VISION,
+}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A model, and what it gets on MUSA."""
+
+    config: dict[str, Any]
+    backend: str
+    """Of the server."""
+    reason: str
+    """A word of the one line of the log that says why; empty: nobody needs to be told."""
+    given: dict[str, Any] = field(default_factory=dict)
+    """Options of the server."""
+
+
+CHOSEN = "chooses the attention backend fa3 for"
+KINDS = {
+    "Llama": Kind(LLAMA_FILE, "fa3", CHOSEN),
+    "Llama, named": Kind(
+        LLAMA_FILE, "triton", "", {"attention_backend": "triton", "page_size": 32}
+    ),
+    "OLMo-3": Kind(
+        model("Olmo3ForCausalLM", "olmo3", sliding_window=64, head_dim=16), "fa3", CHOSEN
+    ),
+    "GPT-OSS": Kind(
+        model("GptOssForCausalLM", "gpt_oss", head_dim=16, num_local_experts=4, sliding_window=64),
+        "triton",
+        "with attention sinks",
+    ),
+    "MLA": Kind(MLA_FILE, "fa3", CHOSEN),
+    "MLA, a tree": Kind(MLA_FILE, "", "of an MLA model", _TREE),
+    "Gemma-3 with images": Kind(GEMMA_3_IMAGES, "", "both ways"),
+    "float16 beside bfloat16": Kind(
+        LLAMA_FILE | {"torch_dtype": "float16"},
+        "",
+        "a float16 model",
+        {"kv_cache_dtype": "bfloat16"},
+    ),
+}
 
 
 def python_path(version: str) -> str | None:
@@ -360,28 +447,48 @@ def python_path(version: str) -> str | None:
     return str(root) if (root / "sglang").is_dir() else None
 
 
-@pytest.mark.parametrize("version", [release.version for release in SUPPORTED_RELEASES])
-def test_a_release_gets_the_defaults(version: str, tmp_path: Path) -> None:
-    """On MUSA a real release settles on fa3 with pages of 64, keeps what was chosen, and carries
-    the mark along.
-    """
+def settled_kinds(version: str, folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """What a release settles each kind on, and what it logs meanwhile."""
     path = python_path(version)
     package = find_package()
     if path is None and (package is None or read_version(package) != version):
         pytest.skip(f"SGLANG_RELEASES names no directory with {version}/sglang")
-    (tmp_path / "config.json").write_text(json.dumps(TINY))
+    asked = []
+    for number, (name, kind) in enumerate(KINDS.items()):
+        place = folder / str(number)
+        place.mkdir()
+        (place / "config.json").write_text(json.dumps(kind.config))
+        draft = {DRAFT: str(place)} if "speculative_algorithm" in kind.given else {}
+        asked.append((name, str(place), kind.given | draft))
     environment = {name: value for name, value in os.environ.items() if "MUSA" not in name}
     environment |= {"PYTHONPATH": path} if path else {}
     done = subprocess.run(
-        [sys.executable, "-c", CHILD, str(tmp_path)],
+        [sys.executable, "-c", CHILD, json.dumps(asked)],
         capture_output=True,
         text=True,
         env=environment,
         check=False,
     )
-    results = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    assert results, done.stderr[-2000:]
-    assert json.loads(results[0].removeprefix("RESULT ")) == [
-        ["fa3", 64, True],
-        ["triton", 32, True],
-    ]
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    assert len(lines) == len(KINDS), done.stderr[-2000:]
+    logs = re.split(r"^KIND (.*)$", done.stderr, flags=re.MULTILINE)
+    return (
+        dict(json.loads(line.removeprefix("RESULT ")) for line in lines),
+        dict(zip(logs[1::2], logs[2::2], strict=True)),
+    )
+
+
+@pytest.mark.parametrize("version", [release.version for release in SUPPORTED_RELEASES])
+def test_a_release_gets_the_defaults(version: str, tmp_path: Path) -> None:
+    """On MUSA a real release settles each kind of model on what serves it, with pages of 64, says
+    so in one line, keeps what was chosen, and carries the mark along.
+    """
+    results, logs = settled_kinds(version, tmp_path)
+    assert results["Llama"] == ["fa3", 64, True]
+    assert results["Llama, named"] == ["triton", 32, True]
+    for name, kind in KINDS.items():
+        backend = results[name][0] if isinstance(results[name], list) else results[name]
+        assert backend == kind.backend if kind.backend else backend != "fa3", name
+        ours = [line for line in logs[name].splitlines() if "sglang_musa_ext" in line]
+        assert len(ours) == bool(kind.reason), (name, ours)
+        assert all(kind.reason in line for line in ours)

@@ -43,7 +43,20 @@ BAD = [
 ]
 
 # A model runner without speculative decoding, as far as this package's factory looks at one.
-RUNNER: Any = SimpleNamespace(spec_algorithm=SimpleNamespace(is_none=lambda: True))
+RUNNER: Any = SimpleNamespace(
+    spec_algorithm=SimpleNamespace(is_none=lambda: True),
+    server_args=SimpleNamespace(
+        dtype="auto",
+        kv_cache_dtype="auto",
+        page_size=None,
+        speculative_eagle_topk=None,
+        speculative_algorithm=None,
+        enable_mixed_chunk=False,
+    ),
+    model_config=SimpleNamespace(hf_config=SimpleNamespace(architectures=["LlamaForCausalLM"])),
+)
+BACKEND = {"page_size": 64, "topk": 0, "kv_cache_dtype": "torch.bfloat16", "use_mla": False}
+"""What a backend of upstream's says of itself."""
 
 
 class Upstream:
@@ -172,7 +185,7 @@ def attention(monkeypatch: pytest.MonkeyPatch) -> Any:
         "install_class_names",
     ):
         setattr(module, name, functools.partial(module.installed.append, name))
-    module.MusaFA3Backend = lambda runner: SimpleNamespace(runner=runner)
+    module.MusaFA3Backend = lambda runner: SimpleNamespace(runner=runner, **BACKEND)
     monkeypatch.setitem(sys.modules, "sglang_musa_ext.attention.mixin", module)
     monkeypatch.setattr(sglang_musa_ext.attention, "mixin", module, raising=False)
     return module
@@ -278,7 +291,8 @@ def test_speculative_decoding_makes_our_class_names_known(
     """
     create_musa_fa3_backend(RUNNER)
     assert "install_class_names" not in attention.installed
-    create_musa_fa3_backend(SimpleNamespace(spec_algorithm=SimpleNamespace(is_none=lambda: False)))
+    speculating = {"spec_algorithm": SimpleNamespace(is_none=lambda: False)}
+    create_musa_fa3_backend(SimpleNamespace(**(vars(RUNNER) | speculating)))
     assert "install_class_names" in attention.installed
 
 
@@ -558,10 +572,38 @@ def test_the_capability_of_other_devices_is_not_asked_for(
 
 def test_building_a_backend_installs_what_it_needs_first(sglang: Upstream, attention: Any) -> None:
     """Dispatch and report are in place before the first backend exists."""
-    attention.MusaFA3Backend = lambda runner: list(attention.installed)
-    assert {"install_kernel_dispatch", "install_state_report"} <= set(
-        create_musa_fa3_backend(RUNNER)
+    attention.MusaFA3Backend = lambda runner: SimpleNamespace(
+        installed_before=list(attention.installed), **BACKEND
     )
+    before = create_musa_fa3_backend(RUNNER).installed_before
+    assert {"install_kernel_dispatch", "install_state_report"} <= set(before)
+
+
+@pytest.mark.parametrize(
+    ("options", "fatal"),
+    [
+        ({"speculative_algorithm": "NGRAM"}, False),
+        ({"enable_mixed_chunk": True}, True),
+    ],
+)
+def test_what_upstream_cannot_serve_is_said_at_start(
+    sglang: Upstream,
+    attention: Any,
+    caplog: pytest.LogCaptureFixture,
+    options: dict[str, Any],
+    fatal: bool,
+) -> None:
+    """A limit of upstream's stops a server that it would end later, or warns."""
+    server_args = SimpleNamespace(**(vars(RUNNER.server_args) | options))
+    hf_config = SimpleNamespace(architectures=["Llama4ForCausalLM"])
+    changed = {"server_args": server_args, "model_config": SimpleNamespace(hf_config=hf_config)}
+    runner = SimpleNamespace(**(vars(RUNNER) | changed))
+    if fatal:
+        with pytest.raises(PluginError, match="fa3 does not serve attention in chunks"):
+            create_musa_fa3_backend(runner)
+    else:
+        assert create_musa_fa3_backend(runner).runner is runner
+        assert "NGRAM" in caplog.text
 
 
 # Draft models ------------------------------------------------------------------------------------

@@ -8,7 +8,8 @@ import pytest
 
 from sglang_musa_ext import policy
 from sglang_musa_ext.envs import Settings
-from sglang_musa_ext.policy import Configuration, choose_kernels, choose_service
+from sglang_musa_ext.policy import choose_kernels, choose_service
+from sglang_musa_ext.upstream.limits import Configuration
 
 
 @pytest.mark.parametrize(
@@ -67,7 +68,12 @@ def test_kernels_of_a_device(named: str, device: str, kernels: str | None) -> No
         ({"kv_cache_dtype": "fp8_e4m3"}, "--kv-cache-dtype fp8_e4m3"),
         ({"dtype": "float32"}, "--dtype float32"),
         ({"use_mla": True, "page_size": 1}, "--page-size 1"),
-        ({"use_mla": True, "topk": 4}, "--speculative-eagle-topk 4"),
+        ({"use_mla": True, "topk": 4}, "--speculative-eagle-topk"),
+        ({"has_sinks": True}, "sinks"),
+        ({"is_encoder_decoder": True}, "encoder-decoder"),
+        ({"has_sliding_windows": True, "topk": 4}, "sliding windows"),
+        ({"dtype": "float16", "kv_cache_dtype": "bfloat16"}, "float16"),
+        ({"architectures": ("Gemma3ForConditionalGeneration",)}, "both ways"),
         ({"capability": (2, 2)}, "2.2"),
     ],
 )
@@ -82,6 +88,9 @@ def test_a_rule_against_fa3_names_what_it_is_about(asked: dict[str, Any], word: 
     [
         {},
         {"page_size": 1},
+        {"page_size": 1, "is_encoder_decoder": True},
+        {"page_size": 1, "has_sliding_windows": True, "topk": 4},
+        {"has_sliding_windows": True},
         {"use_mla": True},
         {"use_mla": True, "page_size": 64, "topk": 1},
         {"topk": 4},
@@ -97,3 +106,23 @@ def test_every_reason_is_given() -> None:
     """Who changes one option learns of the next before the next start."""
     asked = Configuration(dtype="float32", kv_cache_dtype="fp8_e5m2", capability=(2, 1))
     assert len(policy.reasons_against_fa3(asked)) == 3
+
+
+@pytest.mark.parametrize(
+    ("named", "architecture", "taken"),
+    [
+        ("triton", "Olmo2ForCausalLM", True),
+        ("triton", "Llama4ForCausalLM", True),
+        ("flashinfer", "Olmo2ForCausalLM", False),
+        ("triton", "Gemma4ForConditionalGeneration", False),
+        ("dsa", "DeepseekV32ForCausalLM", False),
+    ],
+)
+def test_what_upstream_names_for_a_model_stays_but_where_it_means_no_device_of_ours(
+    named: str, architecture: str, taken: bool
+) -> None:
+    """Triton gives way for models that upstream itself puts on fa3 where it has it."""
+    asked = Configuration(architectures=(architecture,))
+    reasons = policy.reasons_against_fa3_in_place_of(named, asked)
+    assert (reasons == ()) == taken
+    assert taken or named in reasons[0]

@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 from sglang_musa_ext import __version__, envs, policy
 from sglang_musa_ext.envs import Settings, SettingsError
 from sglang_musa_ext.upstream import check, releases, rows
+from sglang_musa_ext.upstream.limits import Configuration
 
 PLUGIN = "musa_ext"
 """The name of this package's plugin, as ``SGLANG_PLUGINS`` gives it."""
@@ -358,7 +359,7 @@ def _attention(options: argparse.Namespace, s: Surroundings) -> tuple[str, str]:
     if not s.has_our_defaults:
         return SGLANGS_CHOICE, "this package has defaults on MUSA and on its CPU platform alone"
     if s.kernels == "mate":
-        asked = policy.Configuration(
+        asked = Configuration(
             dtype=options.dtype,
             kv_cache_dtype=options.kv_cache_dtype,
             page_size=options.page_size,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sglang_musa_ext.upstream.rows import (
     backend,
+    benchmark,
     cpu,
     defaults,
     kernels,
@@ -25,6 +26,7 @@ REQUIREMENTS = (
     *vision.ROWS,
     *ranks.ROWS,
     *cpu.ROWS,
+    *benchmark.ROWS,
 )
 """The whole contract."""
 

@@ -53,6 +53,64 @@ ROWS = (
     Requirement(
         "method",
         _SERVER_ARGS,
+        "ServerArgs._handle_model_specific_adjustments",
+        ("self",),
+        None,
+        "0.5.18",
+        used_by=_USER,
+        why="Up to 0.5.14 it puts some models on triton, in the arguments; those may get fa3.",
+        remove_when=_UNTIL_0_5_19,
+    ),
+    *(
+        Requirement(
+            "method",
+            _SERVER_ARGS,
+            f"ServerArgs.{method}",
+            ("self",),
+            None,
+            "0.5.18",
+            used_by=_USER,
+            why="It says what the model is, where the model has been put on triton.",
+            remove_when=_UNTIL_0_5_19,
+        )
+        for method in ("get_model_config", "use_mla_backend")
+    ),
+    Requirement(
+        "function",
+        "sglang.srt.arg_groups.overrides",
+        "collect_model_override_declarations",
+        ("architecture", "server_args", "hf_config"),
+        "0.5.15",
+        used_by=_USER,
+        why="It returns what models declare, triton for some of them; those may get fa3.",
+        remove_when=_UNTIL_UPSTREAM_CHOOSES_IT,
+    ),
+    Requirement(
+        "module_global",
+        "sglang.srt.arg_groups.model_hook",
+        "collect_model_override_declarations",
+        (),
+        "0.5.19",
+        used_by=_USER,
+        why="What models declare is collected through this name.",
+        remove_when=_UNTIL_UPSTREAM_CHOOSES_IT,
+    ),
+    *(
+        Requirement(
+            "function",
+            "sglang.srt.arg_groups.model_override_base",
+            function,
+            ("server_args",),
+            "0.5.19",
+            used_by=_USER,
+            why="It says what the model is, where the model has been put on triton.",
+            remove_when=_UNTIL_UPSTREAM_CHOOSES_IT,
+        )
+        for function in ("model_config_of", "use_mla_backend")
+    ),
+    Requirement(
+        "method",
+        _SERVER_ARGS,
         "ServerArgs.__post_init__",
         ("self",),
         None,

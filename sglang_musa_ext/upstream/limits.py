@@ -1,0 +1,217 @@
+"""What SGLang's own ``fa3`` cannot serve, whoever's kernels it has: rows, one for each limit.
+
+Such a configuration ends a server in the middle of serving, or answers wrongly, with upstream's
+class as with ours. The defaults on MUSA do not choose ``fa3`` for it, and a server that names
+``fa3`` stops at start, or is warned where the model still serves much.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from sglang_musa_ext.upstream.releases import version_key
+from sglang_musa_ext.upstream.requirement import NONE_KNOWN
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """What a server is asked for, as far as it decides about its attention backend.
+
+    Each field has the value that leaves the choice open, so that callers give what they know.
+    """
+
+    dtype: str = "auto"
+    """Of the model, in SGLang's or PyTorch's spelling."""
+    kv_cache_dtype: str = "auto"
+    page_size: int | None = None
+    """Tokens in a page; ``None``: what SGLang chooses."""
+    use_mla: bool = False
+    topk: int | None = None
+    """``--speculative-eagle-topk``: branches of a draft tree; ``None`` or 1: a chain, or none."""
+    speculative_algorithm: str | None = None
+    draft_uses_mla: bool = False
+    architectures: tuple[str, ...] = ()
+    """Class names from the model's ``config.json``."""
+    is_encoder_decoder: bool = False
+    has_sliding_windows: bool = False
+    has_sinks: bool = False
+    """Whether attention has sinks."""
+    mixed_chunk: bool = False
+    """``--enable-mixed-chunk``."""
+    capability: tuple[int, int] | None = None
+    """MP version of the device; ``None``: unknown."""
+    other_platform: bool = False
+    """Whether another platform plugin serves this process."""
+
+    @classmethod
+    def of(cls, server_args: Any, model_config: Any, **known: Any) -> Configuration:
+        """Return the configuration of a server.
+
+        Args:
+            server_args: SGLang's ``ServerArgs``, or a view of it.
+            model_config: SGLang's ``ModelConfig``.
+            known: fields from who knows them better.
+        """
+        text = getattr(model_config, "hf_text_config", model_config.hf_config)
+        fields = {
+            "dtype": _name(getattr(model_config, "dtype", server_args.dtype)),
+            "kv_cache_dtype": server_args.kv_cache_dtype,
+            "page_size": server_args.page_size,
+            "topk": server_args.speculative_eagle_topk,
+            "speculative_algorithm": server_args.speculative_algorithm,
+            "architectures": tuple(getattr(model_config.hf_config, "architectures", None) or ()),
+            "is_encoder_decoder": getattr(model_config, "is_encoder_decoder", False),
+            "has_sliding_windows": _has_sliding_windows(text),
+            "has_sinks": getattr(model_config, "has_attention_sinks", False),
+            "mixed_chunk": server_args.enable_mixed_chunk,
+        }
+        return cls(**(fields | known))
+
+    @classmethod
+    def of_backend(cls, backend: Any, runner: Any) -> Configuration:
+        """Return the configuration that a backend has been built with.
+
+        Args:
+            backend: upstream's backend, or one that derives from it.
+            runner: SGLang's ``ModelRunner`` that it was built for.
+        """
+        window = getattr(runner, "sliding_window_size", None)
+        return cls.of(
+            runner.server_args,
+            runner.model_config,
+            kv_cache_dtype=_name(backend.kv_cache_dtype),
+            page_size=backend.page_size,
+            topk=backend.topk,
+            use_mla=backend.use_mla,
+            has_sliding_windows=window is not None and window > -1,
+            draft_uses_mla=backend.use_mla and getattr(runner, "is_draft_worker", False),
+        )
+
+    @property
+    def is_tree(self) -> bool:
+        """Whether drafts are trees and not chains."""
+        return self.topk is not None and self.topk > 1
+
+    @property
+    def has_large_pages(self) -> bool:
+        """Whether a page has more than one token, as far as is known."""
+        return self.page_size is not None and self.page_size > 1
+
+
+def _name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _has_sliding_windows(text_config: Any) -> bool:
+    is_used = getattr(text_config, "use_sliding_window", True)
+    return is_used and getattr(text_config, "sliding_window", None) is not None
+
+
+@dataclass(frozen=True)
+class UpstreamLimit:
+    """A configuration that SGLang's ``fa3`` cannot serve, or not rightly."""
+
+    condition: str
+    """The configuration, in words that follow "fa3 does not serve"."""
+    applies: Callable[[Configuration], bool]
+    happens: str
+    """What a server does that is started all the same."""
+    instead: str
+    """What to set in its place."""
+    is_fatal: bool = True
+    """Whether nothing useful is served, so that a server is stopped at start; else it is warned."""
+    since: str | None = None
+    until: str | None = None
+    """The releases that have it, both included; ``None``: the oldest, and still."""
+    reported: str = NONE_KNOWN
+    """The issue or pull request of SGLang about it."""
+
+    def holds_in(self, version: str | None) -> bool:
+        """Tell whether SGLang ``version`` has the limit; ``None``: any version."""
+        if version is None:
+            return True
+        key = version_key(version)
+        if self.since is not None and key < version_key(self.since):
+            return False
+        return self.until is None or key <= version_key(self.until)
+
+    def __str__(self) -> str:
+        return f"fa3 does not serve {self.condition}: {self.happens}. {self.instead}."
+
+
+_TWO_WAY_IMAGES = frozenset({"Gemma3ForConditionalGeneration"})
+"""Models whose tokens of an image attend to one another both ways."""
+_CHUNKED = frozenset({"Llama4ForConditionalGeneration", "Llama4ForCausalLM"})
+"""Models with attention in chunks."""
+_FLOAT16 = frozenset({"float16", "fp16", "half"})
+_BFLOAT16 = frozenset({"bfloat16", "bf16"})
+
+
+def _is_one_of(asked: Configuration, architectures: Iterable[str]) -> bool:
+    return bool(set(asked.architectures) & set(architectures))
+
+
+UPSTREAM_LIMITS = (
+    UpstreamLimit(
+        "an encoder-decoder model at pages of more than one token",
+        lambda asked: asked.is_encoder_decoder and asked.has_large_pages,
+        "its cross-attention has a table of tokens where kernels read one of pages, which ends in "
+        "an IndexError or in wrong text",
+        "Start the server with --page-size 1, or with another --attention-backend",
+    ),
+    UpstreamLimit(
+        "a draft tree (--speculative-eagle-topk above 1) over sliding windows at pages of more than "
+        "one token",
+        lambda asked: asked.is_tree and asked.has_sliding_windows and asked.has_large_pages,
+        "the first draft ends in an AssertionError",
+        "Start the server with --speculative-eagle-topk 1, or with --page-size 1",
+    ),
+    UpstreamLimit(
+        "a draft tree (--speculative-eagle-topk above 1) of an MLA model at pages of more than one "
+        "token",
+        lambda asked: asked.is_tree and asked.use_mla and asked.has_large_pages,
+        "its verification has a table of tokens where kernels read one of pages",
+        "Start the server with --speculative-eagle-topk 1",
+    ),
+    UpstreamLimit(
+        "a draft model with MLA under --speculative-algorithm STANDALONE",
+        lambda asked: asked.speculative_algorithm == "STANDALONE" and asked.draft_uses_mla,
+        "the first draft ends in an AttributeError",
+        "Take a draft model without MLA, or the model's own MTP layer",
+    ),
+    UpstreamLimit(
+        "a float16 model with a bfloat16 KV cache",
+        lambda asked: asked.dtype in _FLOAT16 and asked.kv_cache_dtype in _BFLOAT16,
+        "the first forward ends in an error about dtypes",
+        "Start the server with --kv-cache-dtype auto, or with --dtype bfloat16",
+    ),
+    UpstreamLimit(
+        "attention in chunks (Llama-4) with --enable-mixed-chunk",
+        lambda asked: asked.mixed_chunk and _is_one_of(asked, _CHUNKED),
+        "a pass of prefills and decodes together attends to the whole context in its layers with "
+        "chunks",
+        "Start the server without --enable-mixed-chunk",
+    ),
+    UpstreamLimit(
+        "images whose tokens attend to one another both ways (Gemma-3)",
+        lambda asked: _is_one_of(asked, _TWO_WAY_IMAGES),
+        "they attend one way only, and answers about images are worse; text alone is right",
+        "Start the server with --attention-backend triton to ask about images",
+        is_fatal=False,
+    ),
+    UpstreamLimit(
+        "--speculative-algorithm NGRAM up to the end of the context",
+        lambda asked: asked.speculative_algorithm == "NGRAM",
+        "a request that reaches it may end the server with a leak of its pool",
+        "Keep requests shorter than the context by --speculative-num-draft-tokens",
+        is_fatal=False,
+    ),
+)
+"""Every limit of upstream's that is known; defaults, start-up and doctor read it from here."""
+
+
+def limits_of(asked: Configuration, version: str | None = None) -> list[UpstreamLimit]:
+    """Return the limits that ``asked`` meets in SGLang ``version`` (``None``: in any)."""
+    return [limit for limit in UPSTREAM_LIMITS if limit.holds_in(version) and limit.applies(asked)]

@@ -1,0 +1,100 @@
+"""Limits of SGLang's own ``fa3``: each is met by what it is about, and is still in the sources."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sglang_musa_ext.upstream.limits import UPSTREAM_LIMITS, Configuration, limits_of
+from sglang_musa_ext.upstream.names import FLASH_ATTENTION
+from sglang_musa_ext.upstream.releases import SUPPORTED_RELEASES
+from sglang_musa_ext.upstream.requirement import NONE_KNOWN
+
+# By a word of its condition: a configuration that meets the limit, and the change that avoids it.
+MEETING: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "encoder-decoder": ({"is_encoder_decoder": True, "page_size": 64}, {"page_size": 1}),
+    "over sliding windows": (
+        {"topk": 4, "has_sliding_windows": True, "page_size": 64},
+        {"topk": 1},
+    ),
+    "of an MLA model": ({"topk": 4, "use_mla": True, "page_size": 64}, {"topk": 1}),
+    "STANDALONE": (
+        {"speculative_algorithm": "STANDALONE", "draft_uses_mla": True},
+        {"speculative_algorithm": "EAGLE"},
+    ),
+    "bfloat16 KV cache": (
+        {"dtype": "float16", "kv_cache_dtype": "bfloat16"},
+        {"kv_cache_dtype": "auto"},
+    ),
+    "in chunks": (
+        {"mixed_chunk": True, "architectures": ("Llama4ForCausalLM",)},
+        {"mixed_chunk": False},
+    ),
+    "both ways": (
+        {"architectures": ("Gemma3ForConditionalGeneration",)},
+        {"architectures": ("Gemma3ForCausalLM",)},
+    ),
+    "NGRAM": ({"speculative_algorithm": "NGRAM"}, {"speculative_algorithm": None}),
+}
+
+
+@pytest.mark.parametrize("word", MEETING)
+def test_a_limit_is_met_by_what_it_is_about_and_avoided_by_what_it_says(word: str) -> None:
+    """Each limit applies to its configuration alone, and not to the one that it sends people to."""
+    meeting, change = MEETING[word]
+    (limit,) = limits_of(Configuration(**meeting))
+    assert word in limit.condition
+    assert limits_of(Configuration(**(meeting | change))) == []
+
+
+def test_every_limit_is_tried() -> None:
+    """A new row needs a configuration that meets it."""
+    assert len(MEETING) == len(UPSTREAM_LIMITS)
+
+
+@pytest.mark.parametrize("limit", UPSTREAM_LIMITS, ids=lambda limit: limit.condition[:30])
+def test_a_limit_says_what_to_do(limit: Any) -> None:
+    """A row has what happens, what to set instead, and where it is reported."""
+    assert str(limit).startswith(f"fa3 does not serve {limit.condition}: ")
+    assert "--" in limit.instead or "model" in limit.instead
+    assert limit.reported == NONE_KNOWN or re.fullmatch(r"[\w.-]+/[\w.-]+#\d+", limit.reported)
+
+
+# What shows in upstream's source that a limit is there; the others take a running server to see.
+EVIDENCE = {
+    "over sliding windows": r"doesn't support topk > 1 speculative decoding with page size > 1",
+    "encoder-decoder": (
+        r"encoder_page_table = (?:forward_batch\.req_to_token_pool|self\.req_to_token_pool)"
+        r"\.req_to_token\["
+    ),
+    "in chunks": (
+        r"if forward_batch\.forward_mode == ForwardMode\.EXTEND:\n"
+        r"\s+self\._maybe_init_local_attn_metadata"
+    ),
+}
+
+
+@pytest.mark.parametrize("version", [release.version for release in SUPPORTED_RELEASES])
+@pytest.mark.parametrize("word", EVIDENCE)
+def test_a_limit_is_in_the_sources_of_its_releases(word: str, version: str) -> None:
+    """A row that upstream has mended, or has not from where it says, is noticed."""
+    root = Path(os.environ.get("SGLANG_RELEASES", "/nonexistent")) / version
+    if not (root / "sglang").is_dir():
+        pytest.skip(f"SGLANG_RELEASES names no directory with {version}/sglang")
+    (limit,) = (limit for limit in UPSTREAM_LIMITS if word in limit.condition)
+    source = (root / (FLASH_ATTENTION.replace(".", "/") + ".py")).read_text(encoding="utf-8")
+    assert bool(re.search(EVIDENCE[word], source)) == limit.holds_in(version)
+
+
+def test_bounds_are_kept() -> None:
+    """A row counts in its releases alone; where the release is not known, it counts."""
+    from dataclasses import replace
+
+    limit = replace(UPSTREAM_LIMITS[0], since="0.5.14", until="0.5.20")
+    holding = [v for v in ("0.5.11", "0.5.14", "0.5.20", "0.5.21") if limit.holds_in(v)]
+    assert holding == ["0.5.14", "0.5.20"]
+    assert limit.holds_in(None)
