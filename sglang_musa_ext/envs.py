@@ -15,6 +15,8 @@ MODE = "SGLANG_MUSA_EXT"
 KERNELS = "SGLANG_MUSA_EXT_KERNELS"
 MLA_WORKSPACE_MB = "SGLANG_MUSA_EXT_MLA_WORKSPACE_MB"
 CHECK = "SGLANG_MUSA_EXT_CHECK"
+RAW_PREFILL = "SGLANG_MUSA_EXT_RAW_PREFILL"
+PLANS = "SGLANG_MUSA_EXT_PLANS"
 FORCE_UPDATE_METADATA = "SGLANG_MUSA_FA3_FORCE_UPDATE_METADATA"
 """Upstream's own variable for its in-tree MUSA backend; it keeps its meaning here."""
 PLATFORM = "SGLANG_PLATFORM"
@@ -25,6 +27,8 @@ VARIABLES = {
     "kernels": KERNELS,
     "mla_workspace_mb": MLA_WORKSPACE_MB,
     "check": CHECK,
+    "raw_prefill": RAW_PREFILL,
+    "plans": PLANS,
     "force_update_metadata": FORCE_UPDATE_METADATA,
     "platform": PLATFORM,
 }
@@ -97,6 +101,15 @@ class Settings:
     the reference kernels'.
     """
 
+    raw_prefill: bool = True
+    """Prefill prompts without a prefix over the layers' own keys instead of the paged cache."""
+
+    plans: str = "auto"
+    """``auto``: plan where the kernels would not do as well alone; ``captured``: of kernels that
+    plan for themselves, plan the calls of graphs alone; ``always``: plan every call that takes a
+    plan.
+    """
+
     force_update_metadata: bool = False
     """Compute a plan for every call instead of reusing one within a pass."""
 
@@ -122,6 +135,8 @@ class Settings:
             kernels=_choice(source, KERNELS, ("auto", "mate", "hopper", "reference")),
             mla_workspace_mb=_positive_int(source, MLA_WORKSPACE_MB, cls.mla_workspace_mb),
             check=_choice(source, CHECK, ("off", "metadata", "output")),
+            raw_prefill=_choice(source, RAW_PREFILL, ("on", "off")) == "on",
+            plans=_choice(source, PLANS, ("auto", "captured", "always")),
             force_update_metadata=_flag(source, FORCE_UPDATE_METADATA),
             platform=platform,
         )

@@ -257,7 +257,7 @@ def _ready_attention() -> Any:
     """Import the attention module and install it into upstream's; for processes that run a model."""
     _require_capability()
     from sglang_musa_ext import guard
-    from sglang_musa_ext.attention import mixin as attention
+    from sglang_musa_ext.attention import selection as attention
 
     attention.install_kernel_dispatch()
     guard.refuse_others()

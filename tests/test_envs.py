@@ -12,6 +12,8 @@ DEFAULTS = {
     "kernels": "auto",
     "mla_workspace_mb": 1,
     "check": "off",
+    "raw_prefill": True,
+    "plans": "auto",
     "force_update_metadata": False,
     "platform": "",
 }
@@ -20,13 +22,17 @@ FIELDS = {
     "SGLANG_MUSA_EXT_KERNELS": "kernels",
     "SGLANG_MUSA_EXT_MLA_WORKSPACE_MB": "mla_workspace_mb",
     "SGLANG_MUSA_EXT_CHECK": "check",
+    "SGLANG_MUSA_EXT_RAW_PREFILL": "raw_prefill",
+    "SGLANG_MUSA_EXT_PLANS": "plans",
     "SGLANG_MUSA_FA3_FORCE_UPDATE_METADATA": "force_update_metadata",
 }
 CHOICES = {
     "SGLANG_MUSA_EXT": ("auto", "on", "off"),
     "SGLANG_MUSA_EXT_KERNELS": ("auto", "mate", "hopper", "reference"),
     "SGLANG_MUSA_EXT_CHECK": ("off", "metadata", "output"),
+    "SGLANG_MUSA_EXT_PLANS": ("auto", "captured", "always"),
 }
+RAW = "SGLANG_MUSA_EXT_RAW_PREFILL"
 FLAG = "SGLANG_MUSA_FA3_FORCE_UPDATE_METADATA"
 SIZE = "SGLANG_MUSA_EXT_MLA_WORKSPACE_MB"
 TRUE, FALSE = ("1", "true", "yes", "y"), ("0", "false", "no", "n")
@@ -38,6 +44,8 @@ GOOD = [
     ("SGLANG_MUSA_EXT_CHECK", " metadata\n", "metadata"),
     *((FLAG, spelling, True) for spelling in (*TRUE, "True", " YES ")),
     *((FLAG, spelling, False) for spelling in (*FALSE, "False", " NO ")),
+    (RAW, "on", True),
+    (RAW, " OFF", False),
     (SIZE, "1", 1),
     (SIZE, "128", 128),
     (SIZE, " 007 ", 7),
@@ -49,6 +57,7 @@ BAD = [
         for bad in ("nonsense", "on,off", "1", "offf")
     ),
     ("SGLANG_MUSA_EXT", "true", CHOICES["SGLANG_MUSA_EXT"]),
+    *((RAW, bad, ("on", "off")) for bad in ("1", "true", "nonsense")),
     *((FLAG, bad, (*TRUE, *FALSE)) for bad in ("maybe", "2", "-1", "on", "off")),
     *(
         (SIZE, bad, ("a whole number of MiB from 1 up",))

@@ -42,7 +42,7 @@ IDLE = {"unset": {}, "auto": {envs.MODE: "auto"}, "off": {envs.MODE: "off"}}
 """Settings under which NVIDIA's users get upstream."""
 ON = {envs.MODE: "on", envs.KERNELS: "hopper"}
 UNLOADED = (
-    "attention.mixin", "attention.plans", "cpu.platform", "cpu.stand_ins", "cpu.trees", "kernels.provider",
+    "attention.selection", "attention.plans", "cpu.platform", "cpu.stand_ins", "cpu.trees", "kernels.provider",
     "kernels.reference",
 )  # fmt: skip
 """Modules of ours that load torch or the attention of SGLang."""
@@ -229,8 +229,10 @@ def test_the_comparison_sees_the_package_at_work(states: dict[str, State]) -> No
     shows.
     """
     backends = {name: made["classes"][0] for name, made in states["on"].at("backends").items()}
-    assert backends.pop("draft decode") == f"{NAME}.attention.mixin.MusaFA3MultiStepDraftBackend"
-    assert set(backends.values()) == {f"{NAME}.attention.mixin.MusaFA3Backend"}
+    assert (
+        backends.pop("draft decode") == f"{NAME}.attention.selection.MusaFA3MultiStepDraftBackend"
+    )
+    assert set(backends.values()) == {f"{NAME}.attention.selection.MusaFA3Backend"}
     found = list(differences(compared(states[WITHOUT]), compared(states["on"])))
     attention = "/modules/sglang.srt.layers.attention"
     for place in (

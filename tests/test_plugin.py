@@ -177,7 +177,7 @@ def musa(imported: Upstream, monkeypatch: pytest.MonkeyPatch) -> Callable[[tuple
 @pytest.fixture
 def attention(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A stand-in of this package's attention module, which builds a record of what it is asked for."""
-    module: Any = ModuleType("sglang_musa_ext.attention.mixin")
+    module: Any = ModuleType("sglang_musa_ext.attention.selection")
     module.installed = []
     for name in (
         "install_kernel_dispatch",
@@ -186,8 +186,8 @@ def attention(monkeypatch: pytest.MonkeyPatch) -> Any:
     ):
         setattr(module, name, functools.partial(module.installed.append, name))
     module.MusaFA3Backend = lambda runner: SimpleNamespace(runner=runner, **BACKEND)
-    monkeypatch.setitem(sys.modules, "sglang_musa_ext.attention.mixin", module)
-    monkeypatch.setattr(sglang_musa_ext.attention, "mixin", module, raising=False)
+    monkeypatch.setitem(sys.modules, "sglang_musa_ext.attention.selection", module)
+    monkeypatch.setattr(sglang_musa_ext.attention, "selection", module, raising=False)
     return module
 
 
@@ -623,7 +623,7 @@ def our_classes(sglang: Upstream, monkeypatch: pytest.MonkeyPatch) -> Iterator[A
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        real: Any = importlib.import_module("sglang_musa_ext.attention.mixin")
+        real: Any = importlib.import_module("sglang_musa_ext.attention.selection")
     for name in ("install_kernel_dispatch", "install_state_report"):
         monkeypatch.setattr(real, name, lambda: None)
     for name in ("MusaFA3Backend", "MusaFA3MultiStepDraftBackend"):
@@ -838,7 +838,7 @@ def test_registering_imports_no_kernels(loaded: dict[str, Any], case: str) -> No
         if name.partition(".")[0] in ("sgl_kernel", "mate", "flash_attn_interface")
     }
     assert not {name for name in new if name.endswith("flashattention_backend")}
-    assert "sglang_musa_ext.attention.mixin" not in new
+    assert "sglang_musa_ext.attention.selection" not in new
     assert "sglang_musa_ext.kernels.provider" not in new
 
 

@@ -1,97 +1,61 @@
 """Composition: upstream's ``FlashAttentionBackend`` on the kernels of this package.
 
-``MusaFA3Backend(MusaFA3Mixin, FlashAttentionBackend)`` runs upstream's own forwards. While one of
-them runs, the kernel names that it calls lead here, where each call gets the plan of its pass and
-geometry and goes to the selected kernels. No forward and no metadata method of upstream is copied
-or re-implemented.
+:class:`MusaFA3Mixin` runs upstream's own forwards. While one of them runs, the kernel names that it
+calls lead here, where each call gets the plan of its pass and geometry and goes to the selected
+kernels. No forward and no metadata method of upstream is copied or re-implemented.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-import operator
-import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import sglang
 import torch
-from sglang.srt.layers.attention import flashattention_backend as upstream
-from sglang.srt.layers.attention.flashattention_backend import (
-    FlashAttentionBackend,
-    FlashAttentionMultiStepBackend,
-)
+from sglang.srt.layers.attention.flashattention_backend import FlashAttentionBackend
 
-from sglang_musa_ext.attention.plans import (
-    NOT_REMEMBERED,
+from sglang_musa_ext import patching
+from sglang_musa_ext.attention import checks
+from sglang_musa_ext.attention.calls import (
+    Arguments,
     CallGeometry,
-    MLAWorkspace,
-    SchedulerMetadataCache,
-    stream_probe,
+    CallSite,
+    KnownCall,
+    OwnKeys,
+    has_equal_queries,
+    is_upstreams,
+    planned_tensors,
 )
+from sglang_musa_ext.attention.dispatch import RUNNING
+from sglang_musa_ext.attention.plans import SchedulerMetadataCache, Tensors, stream_probe
+from sglang_musa_ext.attention.raw_keys import new_rows, over_raw_keys, raw_arguments
+from sglang_musa_ext.attention.workspace import MLAWorkspace
 from sglang_musa_ext.envs import Settings
-from sglang_musa_ext.kernels.provider import (
-    FA3Kernels,
-    UnsupportedByKernels,
-    reference_kernels,
-    select_kernels,
-)
+from sglang_musa_ext.kernels.provider import FA3Kernels, UnsupportedByKernels, select_kernels
+from sglang_musa_ext.upstream.names import KERNEL_PARAMETERS
+from sglang_musa_ext.upstream.rows.passes import PASS_METHODS
 
 logger = logging.getLogger(__name__)
 
-KERNEL_PARAMETERS = {
-    "flash_attn_with_kvcache": ("q", "k_cache", "v_cache"),
-    "flash_attn_varlen_func": ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k"),
-}
-"""The module globals through which upstream's forwards call FA3, with the parameters they may pass
-by position.
-"""
+_MOST_SITES = 64
+"""Kinds of calls with the same names that a backend remembers: a model has a few."""
 
-PASS_METHODS = (
-    "init_forward_metadata",
-    "init_forward_metadata_capture_cuda_graph",
-    "init_forward_metadata_replay_cuda_graph",
-    "init_forward_metadata_out_graph",
-    "init_forward_metadata_in_graph",
-    "stage_draft_extend_metadata",
-    "on_after_cuda_graph_warmup",
-    "init_forward_metadata_for_breakable_cuda_graph_capture",
-    "prepare_forward_metadata_for_breakable_cuda_graph_replay",
-    "prepare_full_cuda_graph_chunked_prefix",
-)
-"""Upstream methods that prepare metadata for a forward pass, over all releases: none of a pass's
-plans outlives one.
-"""
+CONSTRUCTION = threading.RLock()
+"""Held while names of upstream's modules stand for ours: constructors of two threads take turns."""
 
-IN_TREE_MODULE = "sglang.srt.hardware_backend.musa.attention.flashattention_backend"
-"""Upstream's own MUSA backend, which the draft factory imports by this name on a MUSA device."""
+Attention = Callable[[Arguments], Any]
+"""Serves a kernel call from all its arguments, which it may change."""
 
 
 class UnsupportedAttentionVersion(ValueError):
     """Another attention version than FA3 was asked for."""
-
-
-class _RunningLayers(threading.local):
-    """The backends whose layers run on this thread, innermost last.
-
-    Per thread, so that two engines in two threads do not meet. A ``ContextVar`` would do the same,
-    but Dynamo cannot trace one (checked on torch 2.13), and upstream traces its models under
-    ``--enable-torch-compile``.
-    """
-
-    def __init__(self) -> None:
-        self.stack: list[MusaFA3Mixin] = []
-
-
-_RUNNING = _RunningLayers()
-_CONSTRUCTION = threading.RLock()
-"""Held while names of upstream's modules stand for ours; see :func:`upstream_builds_ours`."""
 
 
 class MusaFA3Mixin:
@@ -104,11 +68,10 @@ class MusaFA3Mixin:
     topk: int
     page_size: int
     kv_cache_dtype: torch.dtype
-    forward_metadata: object
+    forward_metadata: Any
 
     def __init__(self, model_runner: Any, *args: Any, fa_impl_ver: int = 3, **kwargs: Any) -> None:
-        """Build upstream's backend for ``model_runner``, then put it on the kernels that the
-        settings select.
+        """Build upstream's backend for ``model_runner``, and put it on the selected kernels.
 
         Takes the arguments of upstream's ``FlashAttentionBackend``.
 
@@ -121,8 +84,8 @@ class MusaFA3Mixin:
         if fa_impl_ver != 3:
             raise UnsupportedAttentionVersion(
                 f"FlashAttention {fa_impl_ver} was asked for (fa_impl_ver={fa_impl_ver}), and this "
-                "backend has "
-                "FlashAttention 3 alone. Start the server with --attention-backend fa3."
+                "backend has FlashAttention 3 alone. "
+                "Start the server with --attention-backend fa3."
             )
         self._settings = Settings.from_environ()
         # Read off the pool because the runner's own device name carries no index.
@@ -138,171 +101,239 @@ class MusaFA3Mixin:
         self._replace_upstream_kernels()
         self._plans = SchedulerMetadataCache(stream_probe(self._pool_device))
         self._workspace = self._mla_workspace()
-        self._sites: dict[tuple[str, ...], _CallSite] = {}
-        # A check sees every call, a plan for every call reuses none, and a plan in a workspace is
-        # its slot's.
-        self._recalls = (
-            self._settings.check == "off"
-            and not self._settings.force_update_metadata
-            and self._workspace is None
-        )
-        _BACKENDS.add(self)
+        self._sites: dict[tuple[str, ...], list[CallSite]] = {}
+        """The kinds of paged calls that this backend has served, by their names."""
+        self._functions: dict[tuple[str, tuple[str, ...]], Attention] = {}
+        """What serves calls, by function and names."""
+        self._new_rows: int | None = None
+        """The rows of the running pass, where its layers attend to nothing but their own keys."""
+        self._own_keys: OwnKeys | None = None
+        """Keys and values of the running layer, where a call may be served from them."""
+        # A check sees every call, and a plan for every call reuses none.
+        self._remembers = self._settings.check == "off" and not self._settings.force_update_metadata
+        self._raw_prefill = self._settings.raw_prefill and not self.use_mla
+        BACKENDS.add(self)
         logger.info("sglang_musa_ext serves attention: %s", self._configuration())
 
     def forward_extend(
-        self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, *args: Any, **kwargs: Any
+        self,
+        q: Any,
+        k: Any,
+        v: Any,
+        layer: Any,
+        forward_batch: Any,
+        save_kv_cache: bool = True,
+        **kwargs: Any,
     ) -> Any:
-        """Upstream's forward for prefill, verify and draft-extend, on the selected kernels."""
-        self._plans.begin_layer(layer, forward_batch, self.forward_metadata)
-        running = _RUNNING.stack
+        """Run upstream's forward for prefill, verify and draft-extend on the selected kernels."""
+        if self._plans.begin_layer(layer, forward_batch, self.forward_metadata):
+            self._new_rows = new_rows(forward_batch) if self._raw_prefill else None
+        # Keys that this forward does not write to the cache may be others than the cache's.
+        serves = self._new_rows is not None and k is not None and save_kv_cache
+        self._own_keys = (k, v) if serves else None
+        running = RUNNING.stack
         running.append(self)
         try:
-            return super().forward_extend(q, k, v, layer, forward_batch, *args, **kwargs)  # type: ignore[misc]
+            return super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)  # type: ignore[misc]
         finally:
             running.pop()
+            self._own_keys = None
 
     def forward_decode(
-        self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, *args: Any, **kwargs: Any
+        self,
+        q: Any,
+        k: Any,
+        v: Any,
+        layer: Any,
+        forward_batch: Any,
+        save_kv_cache: bool = True,
+        **kwargs: Any,
     ) -> Any:
-        """Upstream's forward for decode, on the selected kernels."""
+        """Run upstream's forward for decode on the selected kernels."""
         self._plans.begin_layer(layer, forward_batch, self.forward_metadata)
-        running = _RUNNING.stack
+        running = RUNNING.stack
         running.append(self)
         try:
-            return super().forward_decode(q, k, v, layer, forward_batch, *args, **kwargs)  # type: ignore[misc]
+            return super().forward_decode(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)  # type: ignore[misc]
         finally:
             running.pop()
 
     def flash_attn_with_kvcache(self, **arguments: Any) -> Any:
-        """FA3's function of this name over a paged KV cache, with the plan of this pass."""
-        if not (_RUNNING.stack and _RUNNING.stack[-1] is self):
+        """Run FA3's function of this name over a paged KV cache, with the plan of this pass."""
+        if not (RUNNING.stack and RUNNING.stack[-1] is self):
             self._begin_outside()
-        return self._call_flash_attn_with_kvcache(arguments)
+        return self.call_flash_attn_with_kvcache(arguments)
 
     def flash_attn_varlen_func(self, **arguments: Any) -> Any:
-        """FA3's function of this name over raw keys and values; it takes no plan, as upstream
-        passes none.
-        """
-        return self._call_flash_attn_varlen_func(arguments)
+        """Run FA3's function of this name over raw keys and values, without a plan, as upstream."""
+        return self.call_flash_attn_varlen_func(arguments)
 
-    def _call_flash_attn_with_kvcache(self, arguments: dict[str, Any]) -> Any:
-        plans = self._plans
+    def call_flash_attn_with_kvcache(self, arguments: Arguments) -> Any:
+        """Serve a call over a paged KV cache; ``arguments`` may be changed."""
+        plans, own_keys = self._plans, self._own_keys
         plans.statistics.calls += 1
         if arguments.get("k") is None:
             # Upstream passes the cumulative lengths of all keys under this name. FA3 reads it as
             # lengths of keys still to be appended, which a plan then counts twice, so it goes only
             # where new keys go.
             arguments.pop("cu_seqlens_k_new", None)
-        names = tuple(arguments)
-        site = self._sites.get(names) or self._new_site(names)
-        signature = _signature(arguments, site) if self._recalls else None
-        metadata = plans.begin_call(signature)
-        if metadata is NOT_REMEMBERED:
-            metadata = self._scheduler_metadata(arguments, signature)
-        arguments["scheduler_metadata"] = metadata
-        result = site.attention(**arguments)
-        if self._settings.check == "output" and not plans.capturing:
-            _require_reference_output(result, arguments, self._pool_device, plans)
+        known = plans.begin_call(arguments, own_keys)
+        if known is None:
+            return self._call_unlike_others(arguments, own_keys)
+        if known.raw and own_keys is not None:
+            plans.statistics.raw_calls += 1
+            return known.attention(over_raw_keys(arguments, *own_keys))
+        arguments["scheduler_metadata"] = known.plan
+        return known.attention(arguments)
+
+    def call_flash_attn_varlen_func(self, arguments: Arguments) -> Any:
+        """Serve a call over raw keys and values; ``arguments`` may be changed."""
+        self._plans.statistics.calls += 1
+        return self._prepared("flash_attn_varlen_func", arguments)(arguments)
+
+    def _call_unlike_others(self, arguments: Arguments, own_keys: OwnKeys | None) -> Any:
+        """Serve the first call of its kind in a pass, and have those like it find their way."""
+        paged = dict(arguments)
+        raw = None if own_keys is None else self._raw_arguments(arguments, own_keys)
+        if raw is None:
+            result = self._call_with_plan(arguments, own_keys)
+        else:
+            result = self._call_over_raw_keys(arguments, own_keys, raw)
+        if self._settings.check == "output" and not self._plans.capturing:
+            checks.require_reference_output(result, paged, self._pool_device, self._place())
         return result
 
-    def _call_flash_attn_varlen_func(self, arguments: dict[str, Any]) -> Any:
-        self._plans.statistics.calls += 1
-        return self._kernels.flash_attn_varlen_func(**arguments)
+    def _call_over_raw_keys(
+        self, arguments: Arguments, own_keys: OwnKeys | None, raw: Arguments
+    ) -> Any:
+        """Serve a call with ``raw`` in place of ``arguments``, and remember that."""
+        attention = self._prepared("flash_attn_varlen_func", raw)
+        self._plans.statistics.raw_calls += 1
+        result = attention(raw)
+        site = self._site(arguments)
+        if site is not None:
+            known = KnownCall(site, arguments, attention, own_keys, raw=True)
+            self._plans.remember(known, None)
+        return result
 
-    def musa_fa3_report(self) -> dict[str, Any]:
-        """What this backend is and has done, as plain data: for logs, ``/server_info`` and tests."""
-        return {
-            "backend": type(self).__name__,
-            "kernels": self._kernels.name,
-            "sglang": sglang.__version__,
-            "versions": dict(self._kernels.versions),
-            "device": str(self._pool_device),
-            "page_size": self.page_size,
-            "settings": asdict(self._settings),
-            "statistics": self._plans.statistics.report(),
-        }
+    def _call_with_plan(self, arguments: Arguments, own_keys: OwnKeys | None) -> Any:
+        """Serve a call with its plan, and have calls like it get both again."""
+        site = self._site(arguments)
+        if site is None:
+            geometry = CallGeometry.of(arguments, self._kernels)
+            plan = self._scheduler_metadata(arguments, geometry, geometry.keywords())
+            arguments["scheduler_metadata"] = plan
+            return self._prepared("flash_attn_with_kvcache", arguments)(arguments)
+        known = KnownCall(site, arguments, site.attention, own_keys)
+        plan = self._scheduler_metadata(arguments, *site.geometry_of(arguments))
+        arguments["scheduler_metadata"] = plan
+        result = site.attention(arguments)
+        in_place = isinstance(plan, tuple)
+        # Whether this call wrote the plan of its slot or found it there, those like it find it.
+        self._plans.remember(known, (plan[0], True) if in_place else plan, in_place=in_place)
+        return result
 
-    def _configuration(self) -> str:
-        """What this backend serves with, as one line for a log."""
-        versions = ", ".join(
-            f"{name} {version}" for name, version in self._kernels.versions.items()
+    def _site(self, arguments: Arguments) -> CallSite | None:
+        """Return the kind of a call; ``None`` for calls that upstream's layers do not make."""
+        if not self._remembers:
+            return None
+        names = tuple(arguments)
+        sites = self._sites.get(names, ())
+        for site in sites:
+            if site.is_of(arguments):
+                return site
+        return self._new_site(names, arguments) if is_upstreams(arguments) else None
+
+    def _new_site(self, names: tuple[str, ...], arguments: Arguments) -> CallSite:
+        attention = self._prepared(
+            "flash_attn_with_kvcache", arguments | {"scheduler_metadata": None}
         )
-        workspace = "none" if self._workspace is None else f"{self._settings.mla_workspace_mb} MiB"
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        return (
-            f"{type(self).__name__} on {self._kernels.name} kernels ({versions}), rank "
-            f"{torch.distributed.get_rank() if distributed else 0}, device {self._pool_device}, "
-            "page size "
-            f"{self.page_size}, MLA workspace {workspace}, checks {self._settings.check}, plans "
-            f"{'for every call' if self._settings.force_update_metadata else 'reused within a pass'}, "
-            f"SGLang {sglang.__version__}"
-        )
-
-    def _begin_outside(self) -> None:
-        """Have the next kernel call be a pass of its own, which no layer makes."""
-        # No layer has this batch, so that what comes before and after is another pass.
-        self._plans.begin_layer(None, self._OUTSIDE, None)
-        self._plans.end_pass()
-
-    def _new_site(self, names: tuple[str, ...]) -> _CallSite:
-        """The site of the first call with these names."""
-        attention = self._kernels.attention((*names, "scheduler_metadata"))
-        site = self._sites[names] = _CallSite(names, attention, _values_getter(names))
+        site = CallSite(arguments, CallGeometry.of(arguments, self._kernels), attention)
+        sites = self._sites.setdefault(names, [])
+        if len(sites) >= _MOST_SITES:
+            sites.clear()
+        sites.append(site)
         return site
 
-    def _scheduler_metadata(self, arguments: dict[str, Any], signature: object) -> Any:
-        """The ``scheduler_metadata`` of a call: a tensor, for MLA on MATE ``(workspace, reuse)``,
-        or ``None``.
-        """
-        tensors = tuple(arguments.get(name) for name in _PLANNED_TENSORS)
-        if not self._takes_plan(arguments):
-            self._plans.remember(signature, None, tensors)
+    def _raw_arguments(self, arguments: Arguments, own_keys: OwnKeys) -> Arguments | None:
+        """Return the arguments over raw keys that stand for a call, or ``None`` if none do."""
+        rows = {tensor.shape[0] for tensor in (arguments["q"], *own_keys)}
+        # Rows that only pad the batch belong to no request.
+        if rows != {self._new_rows} or self._plans.capturing:
             return None
-        geometry = _geometry(arguments, self._kernels)
+        return raw_arguments(arguments, own_keys, self.forward_metadata, self._kernels)
+
+    def _prepared(self, function: str, arguments: Arguments) -> Attention:
+        """Return what serves calls of ``function`` with the names of this one."""
+        key = function, tuple(arguments)
+        attention = self._functions.get(key)
+        if attention is None:
+            attention = self._functions[key] = self._kernels.prepare(*key)
+        return attention
+
+    # --- plans ------------------------------------------------------------------------------------
+
+    def _scheduler_metadata(
+        self, arguments: Arguments, geometry: CallGeometry, keywords: dict[str, Any]
+    ) -> Any:
+        """Return the ``scheduler_metadata`` of a call, whose geometry ``keywords`` say, too.
+
+        That is a tensor, for MLA on MATE ``(workspace, reuse)``, or ``None``.
+        """
+        if not self._takes_plan(arguments):
+            return None
+        tensors = planned_tensors(arguments)
         if self._settings.force_update_metadata:
             self._plans.forget_plans()
         if geometry.has_qv and self._workspace is not None:
             return self._mla_plan(geometry, tensors, arguments)
-        compute = functools.partial(self._compute_plan, geometry, arguments)
+        if self._is_unsplit(keywords):
+            self._plans.statistics.unsplit_calls += 1
+            return None
+        compute = functools.partial(self._compute_plan, keywords, tensors)
         plan, reused = self._plans.plan(geometry, tensors, compute)
         if reused and self._checking:
             used, fresh = (
-                self._kernels.plan_contents(p, geometry.batch_size) for p in (plan, compute())
+                self._kernels.plan_contents(each, geometry.batch_size) for each in (plan, compute())
             )
-            _require_same_plan(used, fresh, geometry, self._plans)
-        self._plans.remember(signature, plan, tensors)
+            checks.require_same_plan(used, fresh, geometry, self._place())
         return plan
 
-    def _takes_plan(self, arguments: dict[str, Any]) -> bool:
-        """Whether a call gets a plan: where the kernels have one for it, and where theirs would not
-        do as well.
+    def _takes_plan(self, arguments: Arguments) -> bool:
+        """Tell whether a call gets a plan.
+
+        It does where the kernels have one for it, and would not do as well without.
         """
-        if self._kernels.plans_for_itself and self._plans.most_calls == 1:
+        if self._kernels.drops_plan(arguments):
+            return False
+        if self._settings.plans != "always" and self._kernels.plans_for_itself:
             # A draft model of one layer, say: nothing would reuse a plan, and the host takes long
             # to compute one.
+            if self._plans.most_calls == 1:
+                return False
+            if self._settings.plans == "captured" and not self._plans.capturing:
+                return False
+        return self._kernels.plans_unequal_queries or has_equal_queries(arguments)
+
+    def _is_unsplit(self, keywords: dict[str, Any]) -> bool:
+        """Tell whether the kernels are known not to split a call, so that a plan says nothing."""
+        if self._settings.plans == "always" or not self._kernels.combines_unsplit:
             return False
-        return self._kernels.plans_unequal_queries or _has_equal_queries(arguments)
+        return self._kernels.static_num_splits(**keywords) == 1
 
     @property
     def _checking(self) -> bool:
-        """Whether reused plans are to be recomputed. A comparison waits for the device, which a
-        capture forbids.
+        """Whether reused plans are to be recomputed.
+
+        A comparison waits for the device, which a capture forbids.
         """
         return self._settings.check != "off" and not self._plans.capturing
 
-    def _compute_plan(self, geometry: CallGeometry, arguments: dict[str, Any]) -> torch.Tensor:
-        fields = geometry._asdict()
-        del fields["has_qv"], fields["device"]
-        tensors = {
-            name: arguments[name] for name in _PLANNED_TENSORS if arguments.get(name) is not None
-        }
-        return self._kernels.get_scheduler_metadata(**fields, **tensors)
+    def _compute_plan(self, keywords: dict[str, Any], tensors: Tensors) -> torch.Tensor:
+        return self._kernels.get_scheduler_metadata(**keywords, **tensors)
 
     def _mla_plan(
-        self,
-        geometry: CallGeometry,
-        tensors: tuple[torch.Tensor | None, ...],
-        arguments: dict[str, Any],
+        self, geometry: CallGeometry, tensors: Tensors, arguments: Arguments
     ) -> tuple[torch.Tensor, bool]:
         assert self._workspace is not None and self._kernels.mla_plan_bytes is not None
         role = self._plans.role
@@ -318,33 +349,76 @@ class MusaFA3Mixin:
             self._kernels.flash_attn_with_kvcache(
                 **arguments | {"scheduler_metadata": (fresh, False), "out": None}
             )
-            _require_same_plan(
-                slot.view(torch.int32), fresh.view(torch.int32), geometry, self._plans
-            )
+            used, fresh = (bytes_.view(torch.int32) for bytes_ in (slot, fresh))
+            checks.require_same_plan(used, fresh, geometry, self._place())
         return slot, reuse
 
     def _mla_workspace(self) -> MLAWorkspace | None:
-        """Taken now because a graph capture must not be the first to allocate it."""
+        """Take the workspace now, because a graph capture must not be the first to allocate it."""
         if not self.use_mla or self._kernels.mla_plan_bytes is None:
             return None
         return MLAWorkspace.of_device(self._pool_device, self._settings.mla_workspace_mb << 20)
 
+    def _begin_outside(self) -> None:
+        """Have the next kernel call be a pass of its own, which no layer makes."""
+        # No layer has this batch, so that what comes before and after is another pass.
+        self._plans.begin_layer(None, self._OUTSIDE, None)
+        self._plans.end_pass()
+
+    def _place(self) -> str:
+        """Say which call of which layer is running, for an error."""
+        layer = self._plans.layer
+        return f"layer {getattr(layer, 'layer_id', layer)}, call {self._plans.role}"
+
+    # --- construction and reports -----------------------------------------------------------------
+
+    def musa_fa3_report(self) -> dict[str, Any]:
+        """Return what this backend is and has done, as plain data.
+
+        It is for logs, ``/server_info`` and tests.
+        """
+        return {
+            "backend": type(self).__name__,
+            "kernels": self._kernels.name,
+            "sglang": sglang.__version__,
+            "versions": dict(self._kernels.versions),
+            "device": str(self._pool_device),
+            "page_size": self.page_size,
+            "settings": asdict(self._settings),
+            "statistics": self._plans.statistics.report(),
+        }
+
+    def _configuration(self) -> str:
+        """Say what this backend serves with, as one line for a log."""
+        versions = ", ".join(
+            f"{name} {version}" for name, version in self._kernels.versions.items()
+        )
+        workspace = "none" if self._workspace is None else f"{self._settings.mla_workspace_mb} MiB"
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        rank = torch.distributed.get_rank() if distributed else 0
+        every = self._settings.force_update_metadata
+        plans = "for every call" if every else "reused within a pass"
+        return (
+            f"{type(self).__name__} on {self._kernels.name} kernels ({versions}), rank {rank}, "
+            f"device {self._pool_device}, page size {self.page_size}, MLA workspace {workspace}, "
+            f"checks {self._settings.check}, plans {plans}, SGLang {sglang.__version__}"
+        )
+
     def _refuse_trees_over_latent_pages(self) -> None:
-        """Refuse what upstream's verify of an MLA model gets wrong: a table of tokens over pages of
-        many tokens.
+        """Refuse what upstream's verify of an MLA model gets wrong.
+
+        It passes a table of tokens where pages hold many of them.
         """
         if self.use_mla and self.topk > 1 and self.page_size > 1:
             raise UnsupportedByKernels(
                 f"--speculative-eagle-topk {self.topk} does not work with an MLA model at "
-                "--page-size "
-                f"{self.page_size}: to verify a tree, SGLang passes a table of tokens for one of "
-                "pages, and kernels "
-                "then read elsewhere. Start the server with --speculative-eagle-topk 1."
+                f"--page-size {self.page_size}: to verify a tree, SGLang passes a table of tokens "
+                "for one of pages, and kernels then read elsewhere. "
+                "Start the server with --speculative-eagle-topk 1."
             )
 
     def _replace_upstream_kernels(self) -> None:
-        """Let the methods above be found under the names of upstream's instance attributes, and
-        turn off its plans.
+        """Let the methods above be found under upstream's instance attributes; turn off its plans.
 
         Upstream precomputes metadata for plain decode layers alone, with its own kernels; ours
         covers every call.
@@ -354,220 +428,12 @@ class MusaFA3Mixin:
             vars(self).pop(name, None)
 
 
-class MusaFA3Backend(MusaFA3Mixin, FlashAttentionBackend):  # type: ignore[misc]
-    """Upstream's FlashAttention backend on the kernels of this package; what
-    ``--attention-backend fa3`` builds.
-    """
-
-
-class MusaFA3MultiStepDraftBackend(FlashAttentionMultiStepBackend):  # type: ignore[misc]
-    """Upstream's multi-step draft backend, whose children are :class:`MusaFA3Backend`."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Take the arguments of upstream's ``FlashAttentionMultiStepBackend``."""
-        with upstream_builds_ours():
-            super().__init__(*args, **kwargs)
-
-
-_BACKENDS: weakref.WeakSet[MusaFA3Mixin] = weakref.WeakSet()
+BACKENDS: weakref.WeakSet[MusaFA3Mixin] = weakref.WeakSet()
 """The live backends of this process, for reports alone: nothing is served from here."""
-
-_PLANNED_TENSORS = ("cache_seqlens", "cu_seqlens_q", "cache_leftpad", "cu_seqlens_k_new")
-"""The tensors whose contents a plan depends on."""
-_PLANNED_VALUES = (
-    "max_seqlen_q", "causal", "window_size", "softcap", "attention_chunk", "num_splits", "pack_gqa", "sm_margin",
-)  # fmt: skip
-"""What a plan depends on that is no tensor."""
-
-
-class _CallSite(NamedTuple):
-    """What ``flash_attn_with_kvcache`` calls with the same argument names share, worked out once a
-    backend.
-    """
-
-    names: tuple[str, ...]
-    attention: Callable[..., Any]
-    """What serves them."""
-    values: Callable[[dict[str, Any]], Any]
-    """Gets those of :data:`_PLANNED_VALUES` that they have."""
-
-
-def _values_getter(names: tuple[str, ...]) -> Callable[[dict[str, Any]], Any]:
-    present = [name for name in _PLANNED_VALUES if name in names]
-    return operator.itemgetter(*present) if present else lambda arguments: ()
-
-
-def _geometry(arguments: dict[str, Any], kernels: FA3Kernels) -> CallGeometry:
-    """What the plan of a ``flash_attn_with_kvcache`` call depends on besides tensor contents."""
-    q, k_cache, page_table = arguments["q"], arguments["k_cache"], arguments.get("page_table")
-    cu_seqlens_q = arguments.get("cu_seqlens_q")
-    return CallGeometry(
-        batch_size=q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1,
-        max_seqlen_q=q.shape[1] if cu_seqlens_q is None else arguments["max_seqlen_q"],
-        max_seqlen_k=k_cache.shape[1] * (page_table.shape[1] if page_table is not None else 1),
-        num_heads_q=q.shape[-2],
-        num_heads_kv=k_cache.shape[-2],
-        headdim=q.shape[-1],
-        headdim_v=arguments["v_cache"].shape[-1],
-        qkv_dtype=q.dtype,
-        page_size=k_cache.shape[1] if page_table is not None else None,
-        causal=bool(arguments.get("causal", False)),
-        window_size=tuple(arguments.get("window_size") or (-1, -1)),
-        attention_chunk=arguments.get("attention_chunk") or 0,
-        has_softcap=kernels.metadata_uses_softcap and arguments.get("softcap", 0.0) > 0.0,
-        num_splits=arguments.get("num_splits", 0),
-        pack_gqa=arguments.get("pack_gqa"),
-        sm_margin=arguments.get("sm_margin", 0),
-        has_qv=arguments.get("qv") is not None,
-        device=q.device,
-    )
-
-
-def _signature(arguments: dict[str, Any], site: _CallSite) -> tuple[Any, ...] | None:
-    """What is equal for two calls of a pass only if their plans are; ``None`` for calls that are
-    told apart otherwise.
-
-    The geometry and the tensors' identities say the same, and are worked out where no call before
-    had this signature. Doing so for every layer would take the host longer than the kernel that
-    reuse spares.
-    """
-    get = arguments.get
-    cache_seqlens, cu_seqlens_q, page_table = (
-        get("cache_seqlens"),
-        get("cu_seqlens_q"),
-        get("page_table"),
-    )
-    if cache_seqlens is None or cu_seqlens_q is None or page_table is None:
-        return None
-    if get("cache_leftpad") is not None or get("cu_seqlens_k_new") is not None:
-        return None
-    q = arguments["q"]
-    return (
-        # A call that has these alive can have no others at their addresses.
-        id(cache_seqlens), -1 if cache_seqlens.is_inference() else cache_seqlens._version,
-        id(cu_seqlens_q), -1 if cu_seqlens_q.is_inference() else cu_seqlens_q._version,
-        q.shape, q.dtype, q.device, arguments["k_cache"].shape, arguments["v_cache"].shape, page_table.shape,
-        get("qv") is None, site.names, site.values(arguments),
-    )  # fmt: skip
-
-
-def _has_equal_queries(arguments: dict[str, Any]) -> bool:
-    """Whether every request of a call has as many queries as the one with the most: known without
-    the device.
-    """
-    cu_seqlens_q = arguments.get("cu_seqlens_q")
-    if cu_seqlens_q is None:
-        return True
-    return bool(arguments["q"].size(0) == (cu_seqlens_q.size(0) - 1) * arguments["max_seqlen_q"])
-
-
-def _place(plans: SchedulerMetadataCache) -> str:
-    """Which call of which layer is running, for an error."""
-    return f"layer {getattr(plans.layer, 'layer_id', plans.layer)}, call {plans.role}"
-
-
-class StalePlanError(RuntimeError):
-    """``SGLANG_MUSA_EXT_CHECK`` found a reused plan that differs from the one the call should have."""
-
-
-def _require_same_plan(
-    used: torch.Tensor, fresh: torch.Tensor, geometry: CallGeometry, plans: SchedulerMetadataCache
-) -> None:
-    if not torch.equal(used, fresh):
-        raise StalePlanError(
-            f"A reused plan is not the plan of its call: {_place(plans)}, {geometry}.\nreused: "
-            f"{used.tolist()}\n"
-            f"fresh:  {fresh.tolist()}\nThis is a fault of sglang-musa-ext. Please report it; "
-            "SGLANG_MUSA_FA3_FORCE_UPDATE_METADATA=1 serves without reuse."
-        )
-
-
-class WrongOutputError(RuntimeError):
-    """``SGLANG_MUSA_EXT_CHECK=output`` found an output that differs from the reference's."""
-
-
-_OUTPUT_TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
-"""Relative and absolute; a few units in the last place of each dtype."""
-
-
-def _require_reference_output(
-    result: Any, arguments: dict[str, Any], device: torch.device, plans: SchedulerMetadataCache
-) -> None:
-    """Compare the output of a layer's call with the PyTorch kernels', which plan for themselves."""
-    kernels = reference_kernels()
-    plan: Any = None
-    if arguments.get("qv") is not None:
-        assert kernels.mla_plan_bytes is not None
-        geometry = _geometry(arguments, kernels)
-        size = kernels.mla_plan_bytes(
-            geometry.batch_size, geometry.max_seqlen_q, geometry.num_heads_q, device
-        )
-        plan = (torch.zeros(size, dtype=torch.uint8, device=device), False)
-    expected = kernels.flash_attn_with_kvcache(
-        **arguments | {"scheduler_metadata": plan, "out": None}
-    )
-    expected, output = (
-        value[0] if isinstance(value, tuple) else value for value in (expected, result)
-    )
-    tolerance = _OUTPUT_TOLERANCE[output.dtype]
-    # Rows that no query owns are NaN in the reference.
-    wrong = ~torch.isclose(output, expected, rtol=tolerance, atol=tolerance) & ~expected.isnan()
-    if wrong.any():
-        raise WrongOutputError(
-            f"The output of {_place(plans)} differs from the reference in "
-            f"{int(wrong.sum())} of {wrong.numel()} values (tolerance {tolerance}): "
-            f"{_geometry(arguments, kernels)}. "
-            "Please report this with the model and the versions of the kernels."
-        )
-
-
-class _KernelDispatcher:
-    """Stands in upstream's module for one FA3 function.
-
-    While a layer of our backend runs on this thread, the call is that backend's; otherwise it is
-    the original's, so that other users of the module notice nothing.
-    """
-
-    def __init__(self, name: str, original: Callable[..., Any]) -> None:
-        functools.update_wrapper(self, original)
-        self.original = original
-        self._parameters, self._method = KERNEL_PARAMETERS[name], f"_call_{name}"
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        running = _RUNNING.stack
-        if not running:
-            return self.original(*args, **kwargs)
-        if args:
-            kwargs.update(zip(self._parameters, args, strict=False))
-        # The arguments as one dict, because every "**" on the way copies some twenty of them.
-        return getattr(running[-1], self._method)(kwargs)
-
-
-def install_kernel_dispatch() -> Callable[[], None]:
-    """Put a dispatcher under each kernel name of upstream's module; returns what takes this call's
-    back out.
-
-    Names that have one already are left alone.
-    """
-    originals = {
-        name: function
-        for name in KERNEL_PARAMETERS
-        if not isinstance(function := getattr(upstream, name), _KernelDispatcher)
-    }
-    for name, original in originals.items():
-        setattr(upstream, name, _KernelDispatcher(name, original))
-    return functools.partial(_restore, upstream, originals)
-
-
-def _restore(module: ModuleType, originals: dict[str, Any]) -> None:
-    for name, original in originals.items():
-        setattr(module, name, original)
 
 
 def _ends_pass(name: str) -> Callable[..., Any]:
-    """An override of the upstream method ``name`` that also ends the pass, whose plans are void
-    from here on.
-    """
+    """Return an override of the upstream method ``name`` that also ends the pass."""
 
     @functools.wraps(getattr(FlashAttentionBackend, name))
     def method(self: MusaFA3Mixin, *args: Any, **kwargs: Any) -> Any:
@@ -594,82 +460,9 @@ def _importable_fa3(kernels: FA3Kernels) -> Iterator[None]:
     module.flash_attn_with_kvcache = kernels.flash_attn_with_kvcache
     module.flash_attn_varlen_func = kernels.flash_attn_varlen_func
     module.get_scheduler_metadata = kernels.get_scheduler_metadata
-    with _CONSTRUCTION, _module_as("sgl_kernel.flash_attn", module):
-        yield
-
-
-@contextmanager
-def upstream_builds_ours() -> Iterator[None]:
-    """While active, code of upstream that names an FA3 backend class, its own or the in-tree MUSA
-    one, gets ours.
-    """
-    ours = {
-        "FlashAttentionBackend": MusaFA3Backend,
-        "FlashAttentionMultiStepBackend": MusaFA3MultiStepDraftBackend,
-    }
-    in_tree: Any = ModuleType(IN_TREE_MODULE)
-    in_tree.MusaFlashAttentionBackend = MusaFA3Backend
-    in_tree.MusaFlashAttentionMultiStepBackend = MusaFA3MultiStepDraftBackend
-    with ExitStack() as stack:
-        stack.enter_context(_CONSTRUCTION)
-        stack.callback(_restore, upstream, {name: getattr(upstream, name) for name in ours})
-        for name, cls in ours.items():
-            setattr(upstream, name, cls)
-        stack.enter_context(_module_as(IN_TREE_MODULE, in_tree))
-        yield
-
-
-@contextmanager
-def _module_as(name: str, module: ModuleType) -> Iterator[None]:
-    """Have ``import name`` find ``module`` meanwhile."""
-    before = sys.modules.get(name)
-    sys.modules[name] = module
-    try:
-        yield
-    finally:
-        if before is None:
-            del sys.modules[name]
-        else:
-            sys.modules[name] = before
-
-
-def install_class_names() -> Callable[[], None]:
-    """Add our backend to upstream's list, by class name, of backends that need no custom mask in
-    DFlash's verify.
-
-    Returns what undoes it. Imports a speculative-decoding module, so call it only where a model is
-    speculated on.
-    """
-    from sglang.srt.speculative import dflash_utils
-
-    names = dflash_utils._DFLASH_VERIFY_SKIP_CUSTOM_MASK_BACKENDS
-    dflash_utils._DFLASH_VERIFY_SKIP_CUSTOM_MASK_BACKENDS = names | {MusaFA3Backend.__name__}
-    return functools.partial(
-        setattr, dflash_utils, "_DFLASH_VERIFY_SKIP_CUSTOM_MASK_BACKENDS", names
-    )
-
-
-def install_state_report() -> Callable[[], None]:
-    """Add the reports of this process's backends to the scheduler's internal state; returns what
-    undoes it.
-
-    They are then part of ``/server_info`` and of ``Engine.get_server_info()``, as
-    ``sglang_musa_ext``.
-    """
-    from sglang.srt.managers.scheduler import Scheduler
-
-    original = Scheduler.get_internal_state
-    if getattr(original, "_reports_musa_ext", False):
-        return lambda: None
-
-    @functools.wraps(original)
-    def get_internal_state(self: Any, recv_req: Any) -> Any:
-        reply = original(self, recv_req)
-        reply.internal_state["sglang_musa_ext"] = [
-            backend.musa_fa3_report() for backend in _BACKENDS
-        ]
-        return reply
-
-    get_internal_state._reports_musa_ext = True  # type: ignore[attr-defined]
-    Scheduler.get_internal_state = get_internal_state
-    return functools.partial(setattr, Scheduler, "get_internal_state", original)
+    with CONSTRUCTION:
+        undo = patching.stand_in("sgl_kernel.flash_attn", module)
+        try:
+            yield
+        finally:
+            undo()

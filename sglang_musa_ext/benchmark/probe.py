@@ -173,14 +173,14 @@ def _dispatched() -> Callable[[], None]:
     """Lead the kernels that upstream's forwards call to our backend; returns what undoes it, so
     that only ours pays.
     """
-    from sglang_musa_ext.attention import mixin as attention
+    from sglang_musa_ext.attention import selection as attention
 
     return attention.install_kernel_dispatch()
 
 
 def _ours(runner: Any, **settings: str) -> Any:
     from sglang_musa_ext import envs
-    from sglang_musa_ext.attention import mixin as attention
+    from sglang_musa_ext.attention import selection as attention
 
     # Where this package is off, as in the baseline's engine, it reads none of its other settings.
     with _environment({envs.MODE: "on", **settings}):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 from collections.abc import Mapping
@@ -115,10 +116,27 @@ def hopper_record(
         metadata_uses_softcap=True,
         plans_unequal_queries=plans_unequal_queries,
         plans_for_itself=True,
+        serves_raw_keys=functools.partial(
+            _serves_raw_keys, AdaptedFunction(library.flash_attn_varlen_func)
+        ),
         plan_contents=_hopper_plan_contents,
         unadapted=library.flash_attn_with_kvcache,
         versions=versions or {},
     )
+
+
+def _serves_raw_keys(
+    function: AdaptedFunction,
+    *,
+    dtype: torch.dtype,
+    attention_chunk: int = 0,
+    has_sinks: bool = False,
+    **_: Any,
+) -> bool:
+    """Tell whether ``function``, over raw keys, serves a call: all but chunks and fp8."""
+    if has_sinks and function.lacks("sinks"):
+        return False
+    return dtype in HALF and attention_chunk == 0
 
 
 def _require_fa3_device(device: torch.device) -> None:

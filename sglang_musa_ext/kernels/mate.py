@@ -80,6 +80,7 @@ def mate_record(library: Any, release: Release) -> FA3Kernels:
         largest_batch=policy.mate_largest_batch(release),
         drops_plan=has_sinks,
         static_num_splits=functools.partial(_static_num_splits, release),
+        combines_unsplit=True,
         serves_raw_keys=functools.partial(serves_raw_keys, release),
         plan_contents=plan_contents,
         versions=versions_of(

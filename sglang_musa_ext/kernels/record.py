@@ -84,6 +84,10 @@ class FA3Kernels:
     """The number of splits that a call launches, from the keywords of ``get_scheduler_metadata``
     that are no tensors; ``None``: unknown. With 1, a plan settles the order of requests alone.
     """
+    combines_unsplit: bool = False
+    """Whether a call with a plan combines its splits even if there is one, so that a plan of one
+    split costs a kernel for nothing.
+    """
     serves_raw_keys: Callable[..., bool] = lambda **call: False
     """Whether ``flash_attn_varlen_func`` over raw keys and values serves a call as exactly as
     ``flash_attn_with_kvcache`` over a cache of them, on kernels that are no slower, from ``dtype``,

@@ -297,7 +297,7 @@ def test_captures_leave_no_more_than_one_pass_in_the_cache(graphs: CpuGraphs) ->
     there are.
     """
     runner = captured(MODELS["mha"](), graphs, sizes=range(1, 9))
-    assert len(runner.backend._plans._plans) == 1
+    assert len(runner.backend._plans.current.plans) == 1
     plans = [graph.kernels("get_scheduler_metadata")[0].result for graph in runner.graphs.values()]
     vectors = [policy.mate_plan_vector(policy.NEWEST_MATE, size) for size in runner.graphs]
     assert [plan.numel() for plan in plans] == [4 * vector for vector in vectors]

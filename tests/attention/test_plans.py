@@ -2,11 +2,8 @@ from __future__ import annotations
 
 import gc
 import json
-import random
-import sys
-import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -14,13 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from sglang_musa_ext.attention import plans as scheduler_metadata
+from sglang_musa_ext.attention.calls import PLANNED_OPTIONS, CallGeometry
 from sglang_musa_ext.attention.plans import (
-    NOT_REMEMBERED,
-    SLOT_ALIGNMENT,
-    CallGeometry,
-    MLAWorkspace,
-    MLAWorkspaceExhausted,
     PlanStatistics,
     SchedulerMetadataCache,
     StreamState,
@@ -39,15 +31,10 @@ DECODE = CallGeometry(
     headdim_v=64,
     qkv_dtype=torch.bfloat16,
     page_size=64,
-    causal=True,
-    window_size=(-1, -1),
-    attention_chunk=0,
     has_softcap=False,
-    num_splits=0,
-    pack_gqa=None,
-    sm_margin=0,
     has_qv=False,
     device=CPU,
+    options=tuple(PLANNED_OPTIONS.values()),
 )
 OTHER_VALUES: dict[str, Any] = {
     "batch_size": 3,
@@ -59,7 +46,7 @@ OTHER_VALUES: dict[str, Any] = {
     "headdim_v": 128,
     "qkv_dtype": torch.float16,
     "page_size": 128,
-    "causal": False,
+    "causal": True,
     "window_size": (127, 0),
     "attention_chunk": 8192,
     "has_softcap": True,
@@ -71,10 +58,32 @@ OTHER_VALUES: dict[str, Any] = {
 }
 
 
+def changed(name: str) -> CallGeometry:
+    """Return the geometry of a decode that differs in one field or option."""
+    value = OTHER_VALUES[name]
+    if name not in PLANNED_OPTIONS:
+        return DECODE._replace(**{name: value})
+    options = dict(zip(PLANNED_OPTIONS, DECODE.options, strict=True)) | {name: value}
+    return DECODE._replace(options=tuple(options.values()))
+
+
 class Thing:
     """A batch, a metadata object, a layer or an owner: something with an identity and weak
     references.
     """
+
+
+class Alike:
+    """Stands for a known call: the calls that are like it say so."""
+
+    def __init__(self, arguments: str, *holds: object) -> None:
+        self.arguments, self.holds = arguments, holds
+        self.plan: Any = None
+        self.in_place: Any = None
+        self.role = -1
+
+    def matches(self, arguments: str, own_keys: object) -> bool:
+        return arguments == self.arguments
 
 
 @dataclass
@@ -95,13 +104,13 @@ class Server:
     ) -> tuple[torch.Tensor, bool]:
         """One planned call of ``layer`` in the current surroundings."""
         self.begin(layer, role)
-        return self.cache.plan(geometry, (self.lengths,), lambda: torch.zeros(1))
+        return self.cache.plan(geometry, {"cache_seqlens": self.lengths}, lambda: torch.zeros(1))
 
-    def begin(self, layer: object, role: int = 0, signature: object = None) -> Any:
+    def begin(self, layer: object, role: int = 0, arguments: Any = None) -> Any:
         """What is before a plan: a call of ``layer`` as its ``role``-th begins."""
         self.cache.begin_layer(layer, self.batch, self.metadata)
         self.cache.role += role
-        return self.cache.begin_call(signature)
+        return self.cache.begin_call(arguments)
 
     @property
     def passes(self) -> int:
@@ -346,17 +355,17 @@ def test_a_layer_without_planned_calls_begins_no_pass() -> None:
 
 def test_the_other_values_are_those_of_every_field() -> None:
     """The table of the next test covers each field of a geometry, with a value of its own."""
-    assert OTHER_VALUES.keys() == set(CallGeometry._fields)
-    assert all(getattr(DECODE, name) != value for name, value in OTHER_VALUES.items())
+    assert OTHER_VALUES.keys() == {*CallGeometry._fields, *PLANNED_OPTIONS} - {"options"}
+    assert all(changed(name) != DECODE for name in OTHER_VALUES)
 
 
-@pytest.mark.parametrize("name", CallGeometry._fields)
+@pytest.mark.parametrize("name", OTHER_VALUES)
 def test_another_geometry_gets_its_own_plan(name: str) -> None:
     """A call that differs in any field of the geometry does not reuse the plan, and gets its own
     back later.
     """
     server = Server()
-    other = DECODE._replace(**{name: OTHER_VALUES[name]})
+    other = changed(name)
     geometries = (DECODE, other, DECODE, other)
     plans = [server.call(Thing(), geometry=geometry) for geometry in geometries]
     assert [reused for _, reused in plans] == [False, False, True, True]
@@ -379,11 +388,11 @@ def test_lengths_are_known_by_their_place_among_the_tensors() -> None:
     server = Server()
     one, other = torch.tensor([1]), torch.tensor([1])
     server.call(Thing())
-    keys: list[tuple[torch.Tensor | None, ...]] = [
-        (one, other),
-        (other, one),
-        (one, None),
-        (None, one),
+    keys = [
+        {"cache_seqlens": one, "cu_seqlens_q": other},
+        {"cache_seqlens": other, "cu_seqlens_q": one},
+        {"cache_seqlens": one},
+        {"cu_seqlens_q": one},
     ]
     assert [server.cache.plan(DECODE, tensors, lambda: torch.zeros(1))[1] for tensors in keys] == [
         False
@@ -415,7 +424,7 @@ def test_the_next_pass_releases_what_the_last_one_held(in_place: bool) -> None:
         server.cache.end_pass()
         if in_place:
             server.begin(Thing())
-            server.cache.plan_in_place(0, DECODE, (server.lengths,))
+            server.cache.plan_in_place(0, DECODE, {"cache_seqlens": server.lengths})
         else:
             plan, _ = server.call(Thing())
             held.append(weakref.ref(plan))
@@ -433,7 +442,7 @@ def test_a_plan_that_fails_to_compute_is_not_kept() -> None:
         raise RuntimeError("out of memory")
 
     with pytest.raises(RuntimeError, match="out of memory"):
-        server.cache.plan(DECODE, (server.lengths,), fail)
+        server.cache.plan(DECODE, {"cache_seqlens": server.lengths}, fail)
     assert not server.call(Thing())[1]
     assert server.cache.statistics.plans == 1
 
@@ -442,10 +451,10 @@ def test_forget_plans_makes_the_next_call_compute() -> None:
     """Plans of either kind are dropped, and the pass goes on."""
     server = Server()
     server.call(Thing())
-    server.cache.plan_in_place(0, DECODE, (server.lengths,))
+    server.cache.plan_in_place(0, DECODE, {"cache_seqlens": server.lengths})
     server.cache.forget_plans()
     assert not server.call(Thing())[1]
-    assert not server.cache.plan_in_place(0, DECODE, (server.lengths,))
+    assert not server.cache.plan_in_place(0, DECODE, {"cache_seqlens": server.lengths})
     assert server.passes == 1
 
 
@@ -453,7 +462,9 @@ def test_a_place_reports_reuse_of_what_it_holds() -> None:
     """A place holds one plan, and says so to calls with the same geometry and lengths."""
     server = Server()
     server.begin(Thing())
-    answers = [server.cache.plan_in_place(0, DECODE, (server.lengths,)) for _ in range(3)]
+    answers = [
+        server.cache.plan_in_place(0, DECODE, {"cache_seqlens": server.lengths}) for _ in range(3)
+    ]
     assert answers == [False, True, True]
 
 
@@ -464,7 +475,8 @@ def test_alternating_geometries_in_one_place_never_report_reuse() -> None:
     other = DECODE._replace(batch_size=3)
     geometries = (DECODE, other, DECODE, other)
     assert not any(
-        server.cache.plan_in_place(0, geometry, (server.lengths,)) for geometry in geometries
+        server.cache.plan_in_place(0, geometry, {"cache_seqlens": server.lengths})
+        for geometry in geometries
     )
 
 
@@ -472,10 +484,11 @@ def test_places_hold_plans_of_their_own() -> None:
     """Prefix and suffix of a cascade alternate without disturbing each other."""
     server = Server()
     server.begin(Thing())
-    suffix = DECODE._replace(causal=False)
+    suffix = changed("causal")
     calls = [(0, DECODE), (1, suffix)] * 3
     answers = [
-        server.cache.plan_in_place(place, geometry, (server.lengths,)) for place, geometry in calls
+        server.cache.plan_in_place(place, geometry, {"cache_seqlens": server.lengths})
+        for place, geometry in calls
     ]
     assert answers == [False, False, True, True, True, True]
 
@@ -484,9 +497,9 @@ def test_places_forget_when_the_lengths_change() -> None:
     """The plan in a place is not that of lengths which were written since."""
     server = Server()
     server.begin(Thing())
-    server.cache.plan_in_place(0, DECODE, (server.lengths,))
+    server.cache.plan_in_place(0, DECODE, {"cache_seqlens": server.lengths})
     server.lengths += 1
-    assert not server.cache.plan_in_place(0, DECODE, (server.lengths,))
+    assert not server.cache.plan_in_place(0, DECODE, {"cache_seqlens": server.lengths})
 
 
 def test_places_forget_when_a_pass_begins() -> None:
@@ -495,7 +508,7 @@ def test_places_forget_when_a_pass_begins() -> None:
     layer = Thing()
     for _ in range(2):
         server.begin(layer)
-        assert not server.cache.plan_in_place(0, DECODE, (server.lengths,))
+        assert not server.cache.plan_in_place(0, DECODE, {"cache_seqlens": server.lengths})
 
 
 def test_nothing_outlives_the_cache() -> None:
@@ -503,7 +516,7 @@ def test_nothing_outlives_the_cache() -> None:
     server = Server()
     layer = Thing()
     plan, _ = server.call(layer)
-    server.cache.plan_in_place(0, DECODE, (server.lengths,))
+    server.cache.plan_in_place(0, DECODE, {"cache_seqlens": server.lengths})
     held = [
         weakref.ref(thing) for thing in (plan, server.lengths, server.metadata, layer, server.cache)
     ]
@@ -518,7 +531,7 @@ def test_nothing_outlives_the_cache() -> None:
 def test_statistics_count_passes_by_their_plans() -> None:
     """A pass is counted once, under the number of plans it computed so far."""
     server = Server()
-    other = DECODE._replace(window_size=(127, 0))
+    other = changed("window_size")
     for geometries in ((DECODE, DECODE), (DECODE, other, other, DECODE), (DECODE,)):
         server.cache.end_pass()
         for geometry in geometries:
@@ -538,7 +551,7 @@ def test_statistics_count_plans_in_place_alike() -> None:
     server = Server()
     for _ in range(3):
         server.begin(Thing())
-        server.cache.plan_in_place(0, DECODE, (server.lengths,))
+        server.cache.plan_in_place(0, DECODE, {"cache_seqlens": server.lengths})
     assert (server.cache.statistics.plans, server.cache.statistics.reuses) == (1, 2)
 
 
@@ -546,13 +559,15 @@ def test_a_pass_without_a_plan_is_none() -> None:
     """Calls that take no plan make no pass of the statistics, and do not end one of calls that do."""
     server = Server()
     server.begin(Thing())
-    server.cache.remember("like this", None, ())
-    assert server.begin(Thing(), signature="like this") is None
+    known: Any = Alike("like this")
+    server.cache.remember(known, None)
+    assert server.begin(Thing(), arguments="like this") is known
     assert server.cache.statistics.report() == {
-        "passes": 0, "calls": 0, "planned_calls": 0, "plans": 0, "reuses": 0, "passes_by_plans": {},
+        "passes": 0, "calls": 0, "raw_calls": 0, "unsplit_calls": 0, "planned_calls": 0,
+        "plans": 0, "reuses": 0, "passes_by_plans": {},
     }  # fmt: skip
     server.call(Thing())
-    assert server.begin(Thing(), signature="like this") is None, "a plan ended the pass"
+    assert server.begin(Thing(), arguments="like this") is known, "a plan ended the pass"
     assert server.cache.statistics.report()["passes_by_plans"] == {"1": 1}
 
 
@@ -570,39 +585,51 @@ def test_the_report_is_plain_data(statistics: PlanStatistics | None) -> None:
 
 
 def test_a_remembered_plan_is_recalled_and_counted() -> None:
-    """A plan comes back for its own signature alone, and counts as a reuse."""
+    """A plan comes back for calls like its own alone, and counts as a reuse."""
     server = Server()
     server.begin(Thing())
-    server.cache.remember("like this", "the plan", ())
-    server.cache.remember(None, "of no signature", ())
-    found = [
-        server.begin(Thing(), signature=signature) for signature in ("like this", "like that", None)
-    ]
-    assert found == ["the plan", NOT_REMEMBERED, NOT_REMEMBERED]
-    assert server.cache.statistics.reuses == 1
+    known: Any = Alike("like this")
+    server.cache.remember(known, "the plan")
+    server.cache.remember(None, "of no call")
+    found = [server.begin(Thing(), arguments=each) for each in ("like this", "like that", None)]
+    assert found == [known, None, None]
+    assert (known.plan, server.cache.statistics.reuses) == ("the plan", 1)
 
 
 def test_the_next_pass_forgets_what_was_remembered() -> None:
     """What looks like a call of the pass before is a call of this pass."""
     server = Server()
-    layer = Thing()
+    layer, known = Thing(), Alike("like this")
     server.call(layer)
-    server.cache.remember("like this", "the plan", ())
+    server.cache.remember(known, "the plan")  # type: ignore[arg-type]
     server.call(layer)
-    assert server.begin(Thing(), signature="like this") is NOT_REMEMBERED
+    assert server.begin(Thing(), arguments="like this") is None
 
 
-def test_a_remembered_plan_keeps_what_it_names() -> None:
-    """A signature names tensors by address, so no other tensor may get these addresses while it is
-    known.
-    """
+def test_a_remembered_call_is_kept_until_plans_are_forgotten() -> None:
+    """What a call is known by stays alive as long as it is known."""
     cache, tensor = Server().cache, torch.zeros(3)
     alive = weakref.ref(tensor)
-    cache.remember("like this", "the plan", (tensor,))
+    cache.remember(Alike("like this", tensor), "the plan")  # type: ignore[arg-type]
     del tensor
     assert alive() is not None
     cache.forget_plans()
     assert alive() is None
+
+
+@pytest.mark.parametrize("change", ["another role", "another plan", "nothing"])
+def test_a_plan_in_a_workspace_is_recalled_while_it_is_there(change: str) -> None:
+    """A remembered plan is its own role's, and gone once its slot holds another."""
+    server = Server()
+    server.begin(Thing())
+    lengths = {"cache_seqlens": server.lengths}
+    server.cache.plan_in_place(0, DECODE, lengths)
+    known: Any = Alike("like this")
+    server.cache.remember(known, "the slot", in_place=True)
+    if change == "another plan":
+        server.cache.plan_in_place(0, changed("window_size"), lengths)
+    found = server.begin(Thing(), int(change == "another role"), "like this")
+    assert found is (known if change == "nothing" else None)
 
 
 # Streams -----------------------------------------------------------------------------------------
@@ -648,222 +675,3 @@ def test_a_stream_is_told_by_its_handle_where_torch_has_it(monkeypatch: pytest.M
     assert probe() == StreamState(55, False)
     handles[1] = 66
     assert probe() == StreamState(66, False)
-
-
-# MLAWorkspace ------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def often_switching() -> Iterator[None]:
-    """Let threads alternate after a few instructions, so that a race shows."""
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    yield
-    sys.setswitchinterval(interval)
-
-
-def span(slot: torch.Tensor) -> range:
-    """The addresses of a slot's bytes."""
-    return range(slot.data_ptr(), slot.data_ptr() + slot.numel())
-
-
-def overlap(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return max(span(one).start, span(other).start) < min(span(one).stop, span(other).stop)
-
-
-@pytest.mark.parametrize("size", [1, 255, 256, 257, 1000])
-def test_a_slot_is_large_enough_and_aligned(size: int) -> None:
-    """Every slot holds what was asked for and begins where a device allocator would begin."""
-    workspace = MLAWorkspace(CPU, 8192)
-    owner = Thing()
-    for role in range(3):
-        slot = workspace.slot(owner, role, size)
-        assert slot.numel() >= size
-        assert (slot.data_ptr() - workspace.buffer.data_ptr()) % SLOT_ALIGNMENT == 0
-        assert slot.dtype == torch.uint8
-        assert slot.is_contiguous()
-
-
-def test_a_slot_stays_where_it_is() -> None:
-    """The same owner and role get the same memory, also for a smaller plan: a graph holds its
-    address.
-    """
-    workspace = MLAWorkspace(CPU, 4096)
-    owner = Thing()
-    slot = workspace.slot(owner, 0, 512)
-    for size in (512, 1, 300):
-        assert span(workspace.slot(owner, 0, size)) == span(slot)
-
-
-def test_slots_of_owners_and_roles_never_overlap() -> None:
-    """Each pair of owner and role has memory of its own."""
-    workspace = MLAWorkspace(CPU, 8192)
-    owners = [Thing(), Thing(), Thing()]
-    slots = [workspace.slot(owner, role, 300) for owner in owners for role in range(3)]
-    assert not any(overlap(one, other) for i, one in enumerate(slots) for other in slots[:i])
-
-
-def test_a_slot_that_grows_leaves_the_old_one_reserved() -> None:
-    """A captured graph still writes to the smaller slot, so nobody else may have it."""
-    workspace = MLAWorkspace(CPU, 8192)
-    owner, other = Thing(), Thing()
-    small = workspace.slot(owner, 0, 256)
-    large = workspace.slot(owner, 0, 257)
-    assert large.numel() >= 2 * small.numel()
-    later = [workspace.slot(other, role, 256) for role in range(4)]
-    assert not any(overlap(small, slot) for slot in (large, *later))
-    assert span(workspace.slot(owner, 0, 1)) == span(large)
-
-
-def test_growth_reserves_at_most_twice_the_largest_slot() -> None:
-    """A plan that grows by a little each time does not use the workspace up."""
-    workspace = MLAWorkspace(CPU, 16384)
-    owner = Thing()
-    for size in range(256, 4097, 64):
-        workspace.slot(owner, 0, size)
-    assert workspace.slot(Thing(), 0, 16384 - 2 * 4096).numel() == 8192
-
-
-def test_a_slot_grows_into_what_is_free() -> None:
-    """A plan that fits is not refused because twice the old slot would not fit."""
-    workspace = MLAWorkspace(CPU, 2560)
-    owner = Thing()
-    workspace.slot(owner, 0, 1024)
-    assert workspace.slot(owner, 0, 1280).numel() >= 1280
-
-
-def test_the_memory_of_a_dead_owner_is_given_to_another() -> None:
-    """When a backend dies, its slots of all roles and sizes are free again."""
-    workspace = MLAWorkspace(CPU, 1024)
-    owner = Thing()
-    workspace.slot(owner, 0, 256)
-    workspace.slot(owner, 1, 512)
-    del owner
-    assert workspace.slot(Thing(), 0, 1024).numel() == 1024
-
-
-def test_a_new_owner_at_the_address_of_a_dead_one_inherits_nothing() -> None:
-    """Owners are told apart although Python gives their address away."""
-    workspace = MLAWorkspace(CPU, 1024)
-    survivor = Thing()
-    for _ in range(50):
-        owner = Thing()
-        workspace.slot(owner, 0, 256)
-        assert not overlap(workspace.slot(owner, 0, 256), workspace.slot(survivor, 0, 512))
-        assert workspace.slot(owner, 0, 1).numel() == 256
-        del owner
-
-
-def test_an_owner_may_die_while_a_slot_is_being_reserved(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A finalizer that runs inside ``slot`` neither waits for its lock forever nor disturbs it."""
-    workspace = MLAWorkspace(CPU, 1024)
-    dying = [Thing()]
-    workspace.slot(dying[0], 0, 256)
-    aligned = scheduler_metadata._aligned
-
-    def aligned_while_an_owner_dies(size: int) -> int:
-        assert workspace._lock.locked()
-        dying.clear()
-        return aligned(size)
-
-    monkeypatch.setattr(scheduler_metadata, "_aligned", aligned_while_an_owner_dies)
-    living = Thing()
-    results: list[torch.Tensor] = []
-    thread = threading.Thread(
-        target=lambda: results.append(workspace.slot(living, 0, 256)), daemon=True
-    )
-    thread.start()
-    thread.join(timeout=10)
-    assert not thread.is_alive(), "slot() waits for a lock that it holds"
-    assert not dying
-    later = [workspace.slot(living, 1, 512), workspace.slot(living, 2, 256)]
-    assert not any(overlap(results[0], slot) for slot in later)
-
-
-def test_exhaustion_names_numbers_and_the_remedy() -> None:
-    """The error says what was needed, what is free, of how much, and which variable makes it
-    larger.
-    """
-    workspace = MLAWorkspace(CPU, 1024)
-    owner = Thing()
-    workspace.slot(owner, 0, 512)
-    with pytest.raises(MLAWorkspaceExhausted) as caught:
-        workspace.slot(owner, 1, 700)
-    error = caught.value
-    assert (error.device, error.needed, error.free, error.capacity) == (CPU, 768, 512, 1024)
-    for part in ("cpu", "768", "512", "1024", "1 slots", "SGLANG_MUSA_EXT_MLA_WORKSPACE_MB"):
-        assert part in str(error)
-    assert isinstance(error, MemoryError)
-
-
-def test_exhaustion_leaves_the_workspace_as_it_was() -> None:
-    """After a refusal, the slots that exist still do, and what fits is still given."""
-    workspace = MLAWorkspace(CPU, 1024)
-    owner = Thing()
-    slot = workspace.slot(owner, 0, 512)
-    with pytest.raises(MLAWorkspaceExhausted):
-        workspace.slot(Thing(), 0, 1024)
-    assert span(workspace.slot(owner, 0, 512)) == span(slot)
-    assert workspace.slot(owner, 1, 512).numel() == 512
-
-
-def test_backends_of_a_device_share_a_workspace() -> None:
-    """Backends that ask for the same device get one workspace, and another device has another."""
-    cpu, again = (MLAWorkspace.of_device(CPU, 1024) for _ in range(2))
-    meta = MLAWorkspace.of_device(torch.device("meta"), 1024)
-    assert cpu is again
-    assert meta is not cpu
-    assert (cpu.buffer.device.type, meta.buffer.device.type) == ("cpu", "meta")
-
-
-def test_workspaces_of_two_devices_have_slots_of_their_own() -> None:
-    """A full workspace of one device says nothing of another's."""
-    cpu, meta = MLAWorkspace.of_device(CPU, 512), MLAWorkspace.of_device(torch.device("meta"), 512)
-    owner = Thing()
-    assert cpu.slot(owner, 0, 512).device.type == "cpu"
-    assert meta.slot(owner, 0, 512).device.type == "meta"
-
-
-def test_an_unused_workspace_is_freed() -> None:
-    """When no backend has the workspace any more, its memory goes back to the device."""
-    workspace = MLAWorkspace.of_device(CPU, 2048)
-    owner = Thing()
-    workspace.slot(owner, 0, 256)
-    held = weakref.ref(workspace)
-    buffer = weakref.ref(workspace.buffer)
-    del workspace
-    gc.collect()
-    assert held() is None
-    assert buffer() is None
-    assert MLAWorkspace.of_device(CPU, 2048).slot(owner, 0, 2048).numel() == 2048
-
-
-def test_threads_never_get_overlapping_slots(often_switching: None) -> None:
-    """Micro-batches on several threads, whose backends come and go, each keep their bytes to
-    themselves.
-    """
-    workspace = MLAWorkspace(CPU, 1 << 16)
-    clashes: list[int] = []
-    start = threading.Barrier(4)
-
-    def hammer(mark: int) -> None:
-        pick = random.Random(mark)
-        start.wait()
-        for _ in range(60):
-            owner = Thing()
-            slots = [workspace.slot(owner, role, pick.randrange(1, 3000)) for role in range(2)]
-            for role, slot in enumerate(slots):
-                slot.fill_(2 * mark + role)
-            again = [workspace.slot(owner, role, 1) for role in range(2)]
-            clashes.extend(
-                mark for role, slot in enumerate(again) if not bool((slot == 2 * mark + role).all())
-            )
-            del owner
-
-    threads = [threading.Thread(target=hammer, args=(mark,)) for mark in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not clashes
-    assert workspace.slot(Thing(), 0, 1 << 16).numel() == 1 << 16

@@ -201,6 +201,8 @@ def test_one_plan_per_pass(ours: EngineRun, case: DenseCase) -> None:
     assert statistics == {
         "passes": passes,
         "calls": passes * case.layers,
+        "raw_calls": 0,
+        "unsplit_calls": 0,
         "planned_calls": passes * case.layers,
         "plans": passes,
         "reuses": passes * (case.layers - 1),

@@ -70,6 +70,8 @@ class Mode:
         return {
             "passes": self.passes,
             "calls": planned + self.unplanned_calls,
+            "raw_calls": 0,
+            "unsplit_calls": 0,
             "planned_calls": planned,
             "plans": plans,
             "reuses": planned - plans,
@@ -358,6 +360,8 @@ def counts(layers: int, *passes_by_plans: dict[int, int]) -> dict[str, Any]:
     return {
         "passes": sum(passes.values()),
         "calls": plans * layers,
+        "raw_calls": 0,
+        "unsplit_calls": 0,
         "planned_calls": plans * layers,
         "plans": plans,
         "reuses": plans * (layers - 1),
@@ -503,6 +507,8 @@ def test_embeddings_equal_transformers(engines: EngineServer, embedding: Embeddi
     nothing = {
         "passes": 0,
         "calls": 2,
+        "raw_calls": 0,
+        "unsplit_calls": 0,
         "planned_calls": 0,
         "plans": 0,
         "reuses": 0,

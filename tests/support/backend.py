@@ -48,6 +48,8 @@ __all__ = [
     "attention_layer",
     "counted",
     "dense_attention",
+    "dispatch",
+    "mixin",
     "mla_layer",
     "recorded",
     "replace_kernels",
@@ -93,7 +95,8 @@ with warnings.catch_warnings(), environment(**_PLATFORM):
     from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
     from transformers import PretrainedConfig
 
-    from sglang_musa_ext.attention import mixin as attention
+    from sglang_musa_ext.attention import dispatch, mixin
+    from sglang_musa_ext.attention import selection as attention
 
 Tensor = torch.Tensor
 

@@ -31,6 +31,7 @@ from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 from typing import Any
 
+from sglang_musa_ext import envs
 from tests.support import tiny_models
 from tests.support.ports import held_port
 from tests.support.tiny_models import TinyModel
@@ -314,7 +315,7 @@ def import_engine() -> None:
         "sglang.srt.managers.detokenizer_manager",
         "sglang.srt.managers.data_parallel_controller",
         "sglang.srt.layers.attention.attention_registry",
-        "sglang_musa_ext.attention.mixin",
+        "sglang_musa_ext.attention.selection",
         "sglang_musa_ext.kernels.reference",
         "transformers",
         "tests.support.engine",
@@ -388,7 +389,8 @@ def embed(case: EngineCase) -> tuple[list[list[float]], list[dict[str, Any]]]:
 @contextlib.contextmanager
 def booted(case: EngineCase) -> Iterator[Any]:
     """The engine of ``case`` in this process, shut down at the end."""
-    os.environ.update(case.environ)
+    # Most tests count plans, which prefill over raw keys takes none of.
+    os.environ.update({envs.RAW_PREFILL: "off"} | dict(case.environ))
     import sglang
     import torch
 

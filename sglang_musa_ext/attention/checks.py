@@ -1,0 +1,97 @@
+"""What ``SGLANG_MUSA_EXT_CHECK`` compares, and the errors it raises."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from sglang_musa_ext import envs
+from sglang_musa_ext.attention.calls import Arguments, CallGeometry
+from sglang_musa_ext.kernels.provider import reference_kernels
+
+
+class StalePlanError(RuntimeError):
+    """A reused plan differs from the one that its call should have."""
+
+
+class WrongOutputError(RuntimeError):
+    """An output differs from that of the reference kernels."""
+
+
+_OUTPUT_TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+"""Relative and absolute; a few units in the last place of each dtype."""
+
+
+def require_same_plan(
+    used: torch.Tensor, fresh: torch.Tensor, geometry: CallGeometry, place: str
+) -> None:
+    """Compare a reused plan with one computed now.
+
+    Args:
+        used: int32, what is compared of the plan that a call was about to use.
+        fresh: the same of the plan that its arguments give.
+        geometry: of the call.
+        place: which call of which layer it is, for the error.
+
+    Raises:
+        StalePlanError: they differ.
+    """
+    if torch.equal(used, fresh):
+        return
+    raise StalePlanError(
+        f"A reused plan is not the plan of its call: {place}, {geometry}.\n"
+        f"reused: {used.tolist()}\nfresh:  {fresh.tolist()}\n"
+        "This is a fault of sglang-musa-ext. Please report it; "
+        f"{envs.FORCE_UPDATE_METADATA}=1 serves without reuse."
+    )
+
+
+def require_reference_output(
+    result: Any, arguments: Arguments, device: torch.device, place: str
+) -> None:
+    """Compare the output of a call over a paged cache with the reference kernels' output.
+
+    Args:
+        result: what the call returned.
+        arguments: of the call; its cache holds the keys that the result was computed from.
+        device: of the tensors.
+        place: which call of which layer it is, for the error.
+
+    Raises:
+        WrongOutputError: they differ by more than the tolerance of the dtype.
+    """
+    kernels = reference_kernels()
+    plan = _reference_plan(arguments, device)
+    expected = kernels.flash_attn_with_kvcache(
+        **arguments | {"scheduler_metadata": plan, "out": None}
+    )
+    expected, output = _output(expected), _output(result)
+    tolerance = _OUTPUT_TOLERANCE[output.dtype]
+    # Rows that no query owns are NaN in the reference.
+    wrong = ~torch.isclose(output, expected, rtol=tolerance, atol=tolerance) & ~expected.isnan()
+    if wrong.any():
+        raise WrongOutputError(
+            f"The output of {place} differs from the reference in {int(wrong.sum())} of "
+            f"{wrong.numel()} values (tolerance {tolerance}): "
+            f"{CallGeometry.of(arguments, kernels)}. "
+            "Please report this with the model and the versions of the kernels."
+        )
+
+
+def _reference_plan(arguments: Arguments, device: torch.device) -> Any:
+    """Return what the reference kernels need to plan for themselves: in MLA, a workspace."""
+    kernels = reference_kernels()
+    if arguments.get("qv") is None:
+        return None
+    assert kernels.mla_plan_bytes is not None
+    geometry = CallGeometry.of(arguments, kernels)
+    size = kernels.mla_plan_bytes(
+        geometry.batch_size, geometry.max_seqlen_q, geometry.num_heads_q, device
+    )
+    return torch.zeros(size, dtype=torch.uint8, device=device), False
+
+
+def _output(result: Any) -> Any:
+    """Return the output of a result that may have a log-sum-exp beside it."""
+    return result[0] if isinstance(result, tuple) else result

@@ -1,0 +1,464 @@
+"""The time that the host takes for a layer's attention, measured without a GPU.
+
+Every backend runs over kernels that return at once, so what remains is Python: upstream's own
+forward, and what this package or SGLang's in-tree MUSA backend adds to it. The backends take turns,
+pass by pass, on one core, and each time is compared with upstream's of the same turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+
+LAYERS = 32
+HEADS, KV_HEADS, HEAD_DIM, PAGE_SIZE = 32, 8, 128, 64
+MATE_RELEASE = (0, 2, 7)
+"""The release of MATE whose rules the adapter applies: the newest known one."""
+IN_TREE = "sglang.srt.hardware_backend.musa.attention.flashattention_backend"
+KERNEL_NAMES = ("flash_attn_with_kvcache", "flash_attn_varlen_func")
+MODES = ("decode", "prefill with a prefix", "prefill without a prefix")
+
+
+class _NoKernels:
+    """FA3's three functions, which do nothing and return ``output``.
+
+    A function's parameters are those of the real one, because matching keywords to them takes time.
+    """
+
+    def __init__(self) -> None:
+        self.output = torch.empty(0)
+        self.plan = torch.zeros(4, dtype=torch.int32)
+
+
+def mate_kernels_that_do_nothing() -> Any:
+    """Return a module with the functions of MATE's ``flash_attn_interface`` 0.2.2."""
+    state = _NoKernels()
+
+    def flash_attn_with_kvcache(
+        q: Any, k_cache: Any, v_cache: Any, k: Any = None, v: Any = None, qv: Any = None,
+        rotary_cos: Any = None, rotary_sin: Any = None, cache_seqlens: Any = None,
+        cache_batch_idx: Any = None, cache_leftpad: Any = None, page_table: Any = None,
+        cu_seqlens_q: Any = None, cu_seqlens_k_new: Any = None, max_seqlen_q: Any = None,
+        rotary_seqlens: Any = None, q_descale: Any = None, k_descale: Any = None,
+        v_descale: Any = None, softmax_scale: Any = None, causal: Any = False,
+        window_size: Any = (-1, -1), attention_chunk: Any = 0, softcap: Any = 0.0,
+        rotary_interleaved: Any = True, scheduler_metadata: Any = None, num_splits: Any = 0,
+        pack_gqa: Any = None, sm_margin: Any = 0, return_softmax_lse: Any = False,
+        sinks: Any = None, s_aux: Any = None, cp_world_size: Any = 1, cp_rank: Any = 0,
+        cp_tot_seqused_k: Any = None,
+    ) -> Any:  # fmt: skip
+        return state.output
+
+    def flash_attn_varlen_func(
+        q: Any, k: Any, v: Any, cu_seqlens_q: Any = None, cu_seqlens_k: Any = None,
+        max_seqlen_q: Any = None, max_seqlen_k: Any = None, seqused_q: Any = None,
+        seqused_k: Any = None, softmax_scale: Any = None, causal: Any = False, qv: Any = None,
+        q_descale: Any = None, k_descale: Any = None, v_descale: Any = None,
+        window_size: Any = (-1, -1), attention_chunk: Any = 0, softcap: Any = 0.0,
+        num_splits: Any = 1, pack_gqa: Any = None, deterministic: Any = False, sm_margin: Any = 0,
+        return_attn_probs: Any = False, sinks: Any = None, s_aux: Any = None, out: Any = None,
+        page_table: Any = None, block_table: Any = None, scheduler_metadata: Any = None,
+        return_softmax_lse: Any = False, cp_world_size: Any = 1, cp_rank: Any = 0,
+        cp_tot_seqused_k: Any = None,
+    ) -> Any:  # fmt: skip
+        return state.output
+
+    def get_scheduler_metadata(
+        batch_size: Any, max_seqlen_q: Any, max_seqlen_k: Any, num_heads_q: Any,
+        num_heads_kv: Any, headdim: Any, cache_seqlens: Any, qkv_dtype: Any = torch.bfloat16,
+        headdim_v: Any = None, cu_seqlens_q: Any = None, cu_seqlens_k_new: Any = None,
+        cache_leftpad: Any = None, page_size: Any = None, max_seqlen_k_new: Any = 0,
+        causal: Any = False, window_size: Any = (-1, -1), attention_chunk: Any = 0,
+        has_softcap: Any = False, num_splits: Any = 0, pack_gqa: Any = None, sm_margin: Any = 0,
+    ) -> Any:  # fmt: skip
+        return state.plan
+
+    return _module(
+        "flash_attn_interface",
+        state,
+        flash_attn_with_kvcache,
+        flash_attn_varlen_func,
+        get_scheduler_metadata,
+    )
+
+
+def upstream_kernels_that_do_nothing() -> Any:
+    """Return a module with the functions of upstream's ``sgl_kernel.flash_attn``."""
+    state = _NoKernels()
+
+    def flash_attn_with_kvcache(
+        q: Any, k_cache: Any, v_cache: Any, k: Any = None, v: Any = None, qv: Any = None,
+        rotary_cos: Any = None, rotary_sin: Any = None, cache_seqlens: Any = None,
+        cache_batch_idx: Any = None, cache_leftpad: Any = None, page_table: Any = None,
+        cu_seqlens_q: Any = None, cu_seqlens_k_new: Any = None, max_seqlen_q: Any = None,
+        rotary_seqlens: Any = None, q_descale: Any = None, k_descale: Any = None,
+        v_descale: Any = None, softmax_scale: Any = None, causal: Any = False,
+        window_size: Any = (-1, -1), attention_chunk: Any = None, softcap: Any = 0.0,
+        rotary_interleaved: Any = True, scheduler_metadata: Any = None, num_splits: Any = 0,
+        pack_gqa: Any = None, only_qv: Any = False, sm_margin: Any = 0,
+        return_softmax_lse: Any = False, sinks: Any = None, score_mod: Any = None,
+        aux_tensors: Any = None, ver: Any = 3, out: Any = None,
+    ) -> Any:  # fmt: skip
+        return state.output
+
+    def flash_attn_varlen_func(
+        q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, max_seqlen_q: Any = None,
+        max_seqlen_k: Any = None, seqused_q: Any = None, seqused_k: Any = None,
+        page_table: Any = None, softmax_scale: Any = None, causal: Any = False, qv: Any = None,
+        q_descale: Any = None, k_descale: Any = None, v_descale: Any = None,
+        window_size: Any = (-1, -1), attention_chunk: Any = 0, softcap: Any = 0.0,
+        num_splits: Any = 1, pack_gqa: Any = None, sm_margin: Any = 0,
+        return_softmax_lse: Any = False, sinks: Any = None, score_mod: Any = None,
+        aux_tensors: Any = None, ver: Any = 3, out: Any = None,
+    ) -> Any:  # fmt: skip
+        return state.output
+
+    def get_scheduler_metadata(
+        batch_size: Any, max_seqlen_q: Any, max_seqlen_k: Any, num_heads: Any, num_heads_k: Any,
+        headdim: Any, cache_seqlens: Any, qkv_dtype: Any = torch.bfloat16, headdim_v: Any = None,
+        cu_seqlens_q: Any = None, cu_seqlens_k_new: Any = None, cache_leftpad: Any = None,
+        page_size: Any = None, max_seqlen_k_new: Any = 0, causal: Any = False,
+        window_size: Any = (-1, -1), attention_chunk: Any = 0, has_softcap: Any = False,
+        num_splits: Any = 0, pack_gqa: Any = None, sm_margin: Any = 0,
+    ) -> Any:  # fmt: skip
+        return state.plan
+
+    return _module(
+        "sgl_kernel.flash_attn",
+        state,
+        flash_attn_with_kvcache,
+        flash_attn_varlen_func,
+        get_scheduler_metadata,
+    )
+
+
+def _module(name: str, state: _NoKernels, *functions: Callable[..., Any]) -> Any:
+    module: Any = ModuleType(name)
+    module.state = state
+    for function in functions:
+        setattr(module, function.__name__, function)
+    return module
+
+
+# --- what upstream's backends read ----------------------------------------------------------------
+
+
+class _Pool:
+    """A KV pool that writes nothing."""
+
+    dtype = torch.bfloat16
+
+    def __init__(self) -> None:
+        shape = (8 * PAGE_SIZE, KV_HEADS, HEAD_DIM)
+        self._buffers = torch.zeros(shape, dtype=self.dtype), torch.zeros(shape, dtype=self.dtype)
+
+    def get_kv_buffer(self, layer_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the keys and values of any layer."""
+        return self._buffers
+
+    def set_kv_buffer(self, *arguments: Any, **options: Any) -> None:
+        """Write nothing."""
+
+
+def _runner() -> Any:
+    """Return what upstream's backends read of a ``ModelRunner``."""
+    from sglang.srt.configs.model_config import AttentionArch
+    from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
+
+    arguments = ServerArgs(model_path="dummy", device="cpu", page_size=PAGE_SIZE)
+    if hasattr(arguments, "resolve_once"):
+        arguments.resolve_once()
+    set_global_server_args_for_scheduler(arguments)
+    config = SimpleNamespace(
+        attention_arch=AttentionArch.MHA,
+        context_len=8192,
+        head_dim=HEAD_DIM,
+        hf_text_config=SimpleNamespace(num_attention_heads=HEADS),
+        hf_config=SimpleNamespace(),
+        get_num_kv_heads=lambda _: KV_HEADS,
+        is_encoder_decoder=False,
+        is_local_attention_model=False,
+        num_hidden_layers=LAYERS,
+        first_k_dense_replace=None,
+        full_attention_interval=None,
+    )
+    table = torch.zeros(16, 8192, dtype=torch.int32)
+    return SimpleNamespace(
+        server_args=arguments,
+        model_config=config,
+        req_to_token_pool=SimpleNamespace(req_to_token=table, size=16),
+        token_to_kv_pool=_Pool(),
+        token_to_kv_pool_allocator=SimpleNamespace(),
+        kv_index_translator=SimpleNamespace(
+            is_translating=False,
+            reads_are_translated=False,
+            sliding_window_write_loc_for=lambda loc: None,
+            write_ids=lambda batch, kind=None: None,
+        ),
+        device="cpu",
+        dtype=torch.bfloat16,
+        kv_cache_dtype=torch.bfloat16,
+        kv_cache_dtype_str="auto",
+        page_size=PAGE_SIZE,
+        sliding_window_size=None,
+        attention_chunk_size=None,
+        is_draft_worker=False,
+        attn_cp_size=1,
+        tp_size=1,
+        ps=SimpleNamespace(tp_size=1, attn_tp_size=1, attn_cp_size=1),
+    )
+
+
+@dataclass
+class _Pass:
+    """A forward pass: upstream's batch, and the tensors that every layer is called with."""
+
+    batch: Any
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+
+
+def _pass(mode: str, runner: Any) -> _Pass:
+    """Return a decode of eight requests, or a prefill of one."""
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
+    from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
+
+    decoding = mode == "decode"
+    requests, tokens = (8, 8) if decoding else (1, 512)
+    prefix = 0 if mode == "prefill without a prefix" else 1024
+    lengths = [prefix + tokens // requests] * requests
+    batch = ForwardBatch(
+        forward_mode=ForwardMode.DECODE if decoding else ForwardMode.EXTEND,
+        batch_size=requests,
+        input_ids=torch.zeros(tokens, dtype=torch.int64),
+        req_pool_indices=torch.arange(requests),
+        seq_lens=torch.tensor(lengths),
+        out_cache_loc=torch.zeros(tokens, dtype=torch.int64),
+        seq_lens_sum=sum(lengths),
+    )
+    fields = {
+        "seq_lens_cpu": torch.tensor(lengths),
+        "positions": torch.arange(tokens),
+        "spec_algorithm": SpeculativeAlgorithm.NONE,
+        # Up to 0.5.12 the forwards take the pools from the batch.
+        "req_to_token_pool": runner.req_to_token_pool,
+        "token_to_kv_pool": runner.token_to_kv_pool,
+    }
+    if not decoding:
+        fields |= {
+            "extend_seq_lens": torch.tensor([tokens], dtype=torch.int32),
+            "extend_seq_lens_cpu": [tokens],
+            "extend_prefix_lens": torch.tensor([prefix], dtype=torch.int32),
+            "extend_prefix_lens_cpu": [prefix],
+            "extend_num_tokens": tokens,
+        }
+    for name, value in fields.items():
+        setattr(batch, name, value)
+    q = torch.zeros(tokens, HEADS * HEAD_DIM, dtype=torch.bfloat16)
+    k, v = (torch.zeros(tokens, KV_HEADS, HEAD_DIM, dtype=torch.bfloat16) for _ in range(2))
+    return _Pass(batch, q, k, v)
+
+
+# --- the backends ---------------------------------------------------------------------------------
+
+
+@dataclass
+class Peer:
+    """A backend over kernels that do nothing, and what upstream's names are while it runs."""
+
+    name: str
+    backend: Any
+    library: Any
+    names: dict[str, Any]
+    """The module globals of upstream's module through which its forwards call FA3."""
+
+
+def _upstream_peer(name: str, runner: Any, *, wrappers: bool) -> Peer:
+    """Return upstream's own backend over do-nothing kernels.
+
+    Between its forwards and the library stand two Python functions of upstream's, ``wrappers``,
+    which check the call and pass it on. This package calls the library in their place.
+    """
+    from sglang.srt.layers.attention import flashattention_backend as upstream
+
+    library = upstream_kernels_that_do_nothing()
+    with _module_named("sgl_kernel.flash_attn", library):
+        backend = upstream.FlashAttentionBackend(runner)
+    # Upstream computes its plan for a pass with the metadata, and only forwards are timed.
+    backend._get_scheduler_metadata = None
+    names = {name: getattr(library, name) for name in KERNEL_NAMES}
+    if wrappers:
+        names = {name: getattr(upstream, name) for name in KERNEL_NAMES}
+        _put_below_wrappers(names["flash_attn_with_kvcache"], library)
+    return Peer(name, backend, library, names)
+
+
+def _put_below_wrappers(wrapper: Callable[..., Any], library: Any) -> None:
+    """Let upstream's wrappers call ``library``, as on a GPU that has FA3."""
+    import importlib
+
+    inner: Any = importlib.import_module(f"{wrapper.__module__}_v3")
+    functions = {name: getattr(library, name) for name in KERNEL_NAMES}
+    inner._is_fa3_supported = lambda: True
+    inner._load_fa3_kernels = lambda: functions
+
+
+def _in_tree_peer(runner: Any) -> Peer:
+    import importlib
+
+    library = mate_kernels_that_do_nothing()
+    with (
+        _module_named("flash_attn_interface", library),
+        _module_named("sgl_kernel.flash_attn", upstream_kernels_that_do_nothing()),
+    ):
+        module: Any = importlib.import_module(IN_TREE)
+        backend = module.MusaFlashAttentionBackend(runner)
+    # It asks every call for the pipeline's group, by one of two names.
+    group = SimpleNamespace(rank_in_group=0, world_size=1)
+    module.get_pp_group = lambda: group
+    module.get_parallel = lambda: SimpleNamespace(pp_group=group)
+    return Peer("in-tree", backend, library, {})
+
+
+def _our_peer(kernels: str, runner: Any) -> Peer:
+    from sglang.srt.layers.attention import flashattention_backend as upstream
+
+    from sglang_musa_ext import patching
+    from sglang_musa_ext.attention import mixin, selection
+    from sglang_musa_ext.attention.dispatch import install_kernel_dispatch
+
+    library, record = _record(kernels)
+    undo = patching.replace(mixin, "select_kernels", lambda *_: record)
+    try:
+        backend = selection.MusaFA3Backend(runner)
+    finally:
+        undo()
+    undo = install_kernel_dispatch()
+    names = {name: getattr(upstream, name) for name in KERNEL_NAMES}
+    undo()
+    return Peer(f"ours over {kernels}", backend, library, names)
+
+
+def _record(kernels: str) -> tuple[Any, Any]:
+    from sglang_musa_ext.kernels.hopper import hopper_record
+    from sglang_musa_ext.kernels.mate import mate_record
+
+    if kernels == "mate":
+        library = mate_kernels_that_do_nothing()
+        return library, mate_record(library, MATE_RELEASE)
+    library = upstream_kernels_that_do_nothing()
+    return library, hopper_record(library, plans_unequal_queries=False)
+
+
+@contextmanager
+def _module_named(name: str, module: ModuleType) -> Iterator[None]:
+    """Have ``import name`` find ``module`` meanwhile."""
+    before = sys.modules.get(name)
+    sys.modules[name] = module
+    try:
+        yield
+    finally:
+        if before is None:
+            del sys.modules[name]
+        else:
+            sys.modules[name] = before
+
+
+# --- measuring ------------------------------------------------------------------------------------
+
+
+@dataclass
+class Times:
+    """Microseconds of the host a layer's forward, of each peer and turn."""
+
+    by_peer: dict[str, list[float]] = field(default_factory=dict)
+
+    def ratio(self, peer: str) -> tuple[float, float]:
+        """Return the median of a peer's times over upstream's of the same turns, and the spread.
+
+        The spread is half the distance between the quartiles.
+        """
+        pairs = zip(self.by_peer[peer], self.by_peer["upstream"], strict=True)
+        ratios = sorted(time / upstream for time, upstream in pairs)
+        low, _, high = statistics.quantiles(ratios, n=4)
+        return statistics.median(ratios), (high - low) / 2
+
+
+def measure(peers: Sequence[Peer], mode: str, runner: Any, turns: int) -> Times:
+    """Time ``turns`` passes of every peer, in turns."""
+    from sglang.srt.layers.radix_attention import RadixAttention
+
+    layers = [
+        RadixAttention(HEADS, HEAD_DIM, HEAD_DIM**-0.5, KV_HEADS, index) for index in range(LAYERS)
+    ]
+    times = Times({peer.name: [] for peer in peers})
+    made = _pass(mode, runner)
+    for turn in range(-20, turns):
+        start = turn % len(peers)
+        for peer in [*peers[start:], *peers[:start]]:
+            seconds = _time_pass(peer, made, layers)
+            if turn >= 0:
+                times.by_peer[peer.name].append(1e6 * seconds / LAYERS)
+    return times
+
+
+def _time_pass(peer: Peer, made: _Pass, layers: Sequence[Any]) -> float:
+    from sglang.srt.layers.attention import flashattention_backend as upstream
+
+    peer.library.state.output = made.q.view(-1, HEADS, HEAD_DIM)
+    before = {name: getattr(upstream, name) for name in peer.names}
+    vars(upstream).update(peer.names)
+    try:
+        backend, q, k, v, batch = peer.backend, made.q, made.k, made.v, made.batch
+        backend.init_forward_metadata(batch)
+        began = time.perf_counter()
+        for layer in layers:
+            backend.forward(q, k, v, layer, batch, True)
+        return time.perf_counter() - began
+    finally:
+        vars(upstream).update(before)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, and print a table."""
+    parser = argparse.ArgumentParser(prog="sglang-musa-ext bench host", description=__doc__)
+    parser.add_argument("--turns", type=int, default=300, help="passes of each backend")
+    options = parser.parse_args(arguments)
+    from sglang_musa_ext.cpu.stand_ins import prepare_process
+
+    prepare_process()
+    torch.set_num_threads(1)
+    import os
+
+    os.environ.setdefault("SGLANG_PLATFORM", "musa_reference")
+    import sglang
+
+    with torch.inference_mode():
+        runner = _runner()
+        peers = [_upstream_peer("upstream", runner, wrappers=True)]
+        peers += [_our_peer("mate", runner), _our_peer("hopper", runner)]
+        peers += [_upstream_peer("upstream again", runner, wrappers=True)]
+        peers += [_upstream_peer("upstream without its wrappers", runner, wrappers=False)]
+        try:
+            peers.append(_in_tree_peer(runner))
+        except ImportError as error:
+            print(f"in-tree: {error}")
+        print(f"SGLang {sglang.__version__}")
+        for mode in MODES:
+            times = measure(peers, mode, runner, options.turns)
+            for name, each in times.by_peer.items():
+                ratio, spread = times.ratio(name)
+                print(
+                    f"{mode:26s} {name:30s} {statistics.median(each):6.1f} us {ratio:.2f} ± {spread:.2f}"
+                )
+    return 0

@@ -1,0 +1,202 @@
+"""The checks and switches of the settings, and kernels that plan some calls alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from unittest.mock import Mock
+
+import pytest
+import torch
+
+from sglang_musa_ext import envs
+from sglang_musa_ext.attention.checks import StalePlanError, WrongOutputError
+from tests.support.backend import (
+    Model,
+    attention_layer,
+    counted,
+    mixin,
+    recorded,
+)
+from tests.support.layers import (
+    SPEC,
+    mla_model,
+    uniform_layers,
+)
+
+
+@pytest.fixture(autouse=True)
+def paged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have every prefill read the paged cache: plans are the subject here."""
+    monkeypatch.setenv(envs.RAW_PREFILL, "off")
+
+
+# --- checks and switches --------------------------------------------------------------------------
+
+
+def test_force_update_computes_a_plan_for_every_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Upstream's switch keeps its meaning: nothing is reused."""
+    monkeypatch.setenv(envs.FORCE_UPDATE_METADATA, "1")
+    for model in (Model(uniform_layers()), mla_model(3)):
+        backend = model.backend()
+        with counted(backend) as counts:
+            model.run_pass(backend, model.decode(model.requests(300, 5)))
+        assert (counts.planned_calls, counts.plans, counts.reuses) == (3, 3, 0)
+
+
+@pytest.mark.parametrize("check", ["metadata", "output"])
+@pytest.mark.parametrize("mla", [False, True], ids=["mha", "mla"])
+def test_the_checks_pass_what_is_right(
+    check: str, mla: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prefill, decode and verify under each check: no complaint, and the same counts as without."""
+    monkeypatch.setenv(envs.CHECK, check)
+    model = mla_model(arguments=SPEC) if mla else Model(uniform_layers(2), arguments=SPEC)
+    backend, requests = model.backend(), model.requests(0, 0)
+    with counted(backend) as counts:
+        model.run_pass(backend, model.extend(requests, [70, 9]))
+        model.run_pass(backend, model.decode(requests))
+        model.run_pass(backend, model.verify(requests, 4))
+    assert (counts.passes, counts.plans, counts.reuses) == (3, 3, 3)
+
+
+@pytest.mark.parametrize("mla", [False, True], ids=["mha", "mla"])
+def test_a_corrupted_plan_is_caught_before_it_is_reused(
+    mla: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error names layer, call, key and both plans."""
+    monkeypatch.setenv(envs.CHECK, "metadata")
+    model = mla_model() if mla else Model([attention_layer(3), attention_layer(17)])
+    backend, requests = model.backend(), model.requests(300, 5)
+    calls = recorded(backend)
+    step = model.decode(requests)
+    model.run_pass(backend, step, model.layers[:1])
+    plan = calls[-1].arguments["scheduler_metadata"]
+    (plan[0].view(torch.int32) if mla else plan)[0] += 1
+    layer = model.layers[1]
+    with pytest.raises(StalePlanError) as caught:
+        model.check(backend, step, layer)
+    text = str(caught.value)
+    for part in (
+        f"layer {layer.layer_id}",
+        "call 0",
+        "CallGeometry(batch_size=2",
+        "reused: [",
+        "fresh:  [",
+    ):
+        assert part in text
+
+
+@pytest.mark.parametrize("mla", [False, True], ids=["mha", "mla"])
+def test_a_stale_plan_is_not_caught_without_the_check(mla: bool) -> None:
+    """What the check costs is paid only under it: without, the plan is used as it is."""
+    model = mla_model() if mla else Model(uniform_layers(2))
+    backend, requests = model.backend(), model.requests(300, 5)
+    calls = recorded(backend)
+    step = model.decode(requests)
+    model.run_pass(backend, step, model.layers[:1])
+    if mla:
+        calls[-1].arguments["scheduler_metadata"][0].zero_()
+    else:
+        calls[0].result.view(4, -1)[2] = 0  # no query tiles: nothing is computed
+    with pytest.raises(AssertionError, match="2 of 2 rows are wrong"):
+        model.check(backend, step, model.layers[1])
+
+
+def test_a_wrong_output_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels that return something else than the reference are named with their layer."""
+    monkeypatch.setenv(envs.CHECK, "output")
+    model = Model([attention_layer(5)])
+    backend, requests = model.backend(), model.requests(300, 5)
+    right = backend._kernels.flash_attn_with_kvcache
+    object.__setattr__(
+        backend._kernels, "flash_attn_with_kvcache", lambda **arguments: right(**arguments) * 1.01
+    )
+    with pytest.raises(WrongOutputError, match="layer 5, call 0"):
+        model.run_pass(backend, model.decode(requests))
+
+
+# --- kernels that plan some calls alone -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("new", "planned"), [((5, 5), True), ((5, 3), False), ((1, 2), False), ((3,), True)]
+)
+def test_unequal_queries_get_no_plan_where_kernels_plan_none(
+    new: tuple[int, ...], planned: bool
+) -> None:
+    """Such kernels plan an extend for themselves if its requests differ in length, and outputs are
+    right either way.
+    """
+    model = Model(uniform_layers(2))
+    backend = model.backend()
+    backend._kernels = dataclasses.replace(backend._kernels, plans_unequal_queries=False)
+    calls, requests = recorded(backend), model.requests(300, 70)[: len(new)]
+    with counted(backend) as counts:
+        model.run_pass(backend, model.extend(requests, new))
+    attended = [
+        call.arguments["scheduler_metadata"]
+        for call in calls
+        if call.name == "flash_attn_with_kvcache"
+    ]
+    assert [plan is not None for plan in attended] == [planned, planned]
+    assert (counts.calls, counts.planned_calls, counts.plans, counts.reuses) == (
+        2,
+        2 * planned,
+        planned,
+        planned,
+    )
+
+
+@pytest.mark.parametrize("by_itself", [True, False])
+def test_a_plan_that_nothing_reuses_is_left_to_kernels_that_make_it(by_itself: bool) -> None:
+    """Where passes make one call, kernels that plan for themselves do so from the second pass on;
+    others never do.
+    """
+    model = Model(uniform_layers(3))
+    backend = model.backend()
+    backend._kernels = dataclasses.replace(backend._kernels, plans_for_itself=by_itself)
+    plans = []
+    for layers in (model.layers[:1], model.layers[:1], model.layers, model.layers[:1]):
+        with counted(backend) as counts:
+            model.run_pass(backend, model.decode(model.requests(70)), layers)
+        plans.append(counts.plans)
+    # The third pass shows that there are more layers, and from then on every pass has its plan.
+    assert plans == ([1, 0, 0, 1] if by_itself else [1, 1, 1, 1])
+
+
+def test_queries_are_counted_once_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That calls take no plan is remembered as a plan is: for the layers of one pass, whose lengths
+    are the same.
+    """
+    model = Model(uniform_layers(3))
+    backend, requests = model.backend(), model.requests(300, 70)
+    backend._kernels = dataclasses.replace(backend._kernels, plans_unequal_queries=False)
+    equal = Mock(wraps=mixin.has_equal_queries)
+    monkeypatch.setattr(mixin, "has_equal_queries", equal)
+    for new, judged, plans in (((5, 3), 1, 0), ((4, 4), 2, 1), ((2, 3), 3, 0)):
+        with counted(backend) as counts:
+            model.run_pass(backend, model.extend(requests, new))
+        assert (equal.call_count, counts.plans, counts.reuses) == (judged, plans, 2 * plans)
+
+
+def test_every_call_has_a_plan_where_kernels_plan_all() -> None:
+    """With MATE's semantics an extend of unequal requests is planned as any other."""
+    model = Model(uniform_layers(2))
+    backend, requests = model.backend(), model.requests(300, 70)
+    with counted(backend) as counts:
+        model.run_pass(backend, model.extend(requests, (5, 3)))
+    assert (counts.planned_calls, counts.plans, counts.reuses) == (2, 1, 1)
+
+
+def test_a_pass_without_plans_leaves_none_to_the_next() -> None:
+    """An unplanned extend between two decodes: the second decode has other lengths, and a plan of
+    its own.
+    """
+    model = Model(uniform_layers(2))
+    backend, requests = model.backend(), model.requests(300, 70)
+    backend._kernels = dataclasses.replace(backend._kernels, plans_unequal_queries=False)
+    model.run_pass(backend, model.decode(requests))
+    model.run_pass(backend, model.extend(requests, (5, 3)))
+    with counted(backend) as counts:
+        model.run_pass(backend, model.decode(requests))
+    assert (counts.passes, counts.plans, counts.reuses) == (1, 1, 1)

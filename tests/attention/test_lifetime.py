@@ -1,0 +1,79 @@
+"""What a backend holds, and when it goes."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+
+from sglang_musa_ext.attention.workspace import MLAWorkspace, MLAWorkspaceExhausted
+from tests.support.backend import (
+    Model,
+)
+from tests.support.layers import (
+    mla_model,
+    uniform_layers,
+)
+
+
+@pytest.mark.parametrize("mla", [False, True], ids=["mha", "mla"])
+def test_dropping_a_backend_frees_what_it_held(mla: bool) -> None:
+    """A model reload: cache, planned tensors, batch and workspace slots of the old backend are
+    gone.
+    """
+    model = mla_model() if mla else Model(uniform_layers(2))
+    backend = model.backend()
+    step = model.decode(model.requests(300, 5))
+    model.run_pass(backend, step)
+    lengths = weakref.ref(backend.forward_metadata.cache_seqlens_int32)
+    held = [weakref.ref(backend), weakref.ref(backend._plans), weakref.ref(step.batch), lengths]
+    workspace = weakref.ref(backend._workspace) if mla else None
+    del backend, step
+    gc.collect()
+    assert [ref() for ref in held] == [None] * 4
+    assert workspace is None or workspace() is None
+
+
+def test_slots_of_a_dropped_backend_serve_the_next() -> None:
+    """While another backend keeps the workspace, a reloaded model takes over the room of the old
+    one.
+    """
+    model = mla_model()
+    keeper, old = model.backend(), model.backend()
+    requests = model.requests(300)
+    model.run_pass(keeper, model.decode(requests))
+    model.run_pass(old, model.decode(requests))
+    taken = [slot.start for slots in keeper._workspace._taken.values() for slot in slots]
+    del old
+    gc.collect()
+    new = model.backend()
+    assert new._workspace is keeper._workspace
+    model.run_pass(new, model.decode(requests))
+    assert sorted(
+        slot.start for slots in keeper._workspace._taken.values() for slot in slots
+    ) == sorted(taken)
+
+
+def test_an_exhausted_workspace_is_an_error_and_never_a_shared_slot(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The backend that finds no room refuses, naming the setting; the one that has a slot goes on."""
+    model = mla_model()
+    small = MLAWorkspace(torch.device("cpu"), 4096)
+    monkeypatch.setattr(MLAWorkspace, "of_device", classmethod(lambda *_: small))
+    first, second, third = model.backend(), model.backend(), model.backend()
+    requests = model.requests(300, 5)
+    model.run_pass(first, model.decode(requests))
+    model.run_pass(second, model.decode(requests))
+    with pytest.raises(MLAWorkspaceExhausted, match="SGLANG_MUSA_EXT_MLA_WORKSPACE_MB"):
+        model.run_pass(third, model.decode(model.requests(40)))
+    model.run_pass(first, model.decode(requests))
+
+
+def test_a_workspace_belongs_to_one_device() -> None:
+    """Models on two devices of one process plan in memory of their own."""
+    here, there = (MLAWorkspace.of_device(torch.device(kind), 1 << 20) for kind in ("cpu", "meta"))
+    assert (here.buffer.device.type, there.buffer.device.type) == ("cpu", "meta")
+    assert MLAWorkspace.of_device(torch.device("cpu"), 1 << 20) is here
