@@ -161,7 +161,7 @@ class CallSite:
 
     def _way(self, arguments: Arguments) -> _Way:
         version = arguments["ver"] if self._has_version else 3
-        unused = [_asks_for_nothing(arguments[name]) for name in self._lacking]
+        unused = [_asks_for_nothing(arguments[n]) for n in self._lacking] if self._lacking else None
         traits = (version, unused, None if self._traits is None else self._traits(arguments))
         for known, way in self._ways:
             if known == traits:

@@ -248,35 +248,38 @@ _PRESENCES = (
     "rotary_cos", "rotary_sin",
 )  # fmt: skip
 """Arguments of which only matters whether a call has them."""
+_DECIDED_BY_NAME = ("page_table", "cu_seqlens_q")
+"""Those of which not even that matters to calls over a cache without ``qv``."""
 
 
 def call_traits(names: tuple[str, ...]) -> Callable[[Arguments], Any]:
-    """Return what reads off a call all that the rules, steps and finishes here decide by."""
+    """Return what reads off a call all that the rules, steps and finishes here decide by.
+
+    It runs in every call, so it reads no more than these names can make a difference by.
+    """
+    is_plain = "k_cache" in names and "qv" not in names
     tensors = [name for name in (*_INPUTS, *_SINKS) if name in names]
     caches = [name for name in _CACHES if name in names]
     options = [name for name in _OPTIONS if name in names]
-    presences = [name for name in _PRESENCES if name in names]
-    # Head dimensions decide where there is a kernel for some of them alone.
-    measured = [name for name in ("q", "qv", "v") if name in names]
-    if "k_cache" in names and "qv" not in names:
-        measured = []
+    presences = [n for n in _PRESENCES if n in names and not (is_plain and n in _DECIDED_BY_NAME)]
+    measured = [] if is_plain else [name for name in ("q", "qv", "v") if name in names]
+
+    def plain(arguments: Arguments) -> Any:
+        return (
+            [None if (t := arguments[name]) is None else t.dtype for name in tensors],
+            [None if (t := arguments[name]) is None else t.stride(-1) for name in caches],
+            [arguments[name] for name in options],
+        )
 
     def traits(arguments: Arguments) -> Any:
-        values = [arguments[name] for name in tensors]
         return (
-            [None if value is None else value.dtype for value in values],
-            [arguments[name] for name in options],
+            plain(arguments),
             [arguments[name] is None for name in presences],
-            [_last_stride(arguments[name]) for name in caches],
             [_head_dim(arguments[name]) for name in measured],
             type(arguments.get("scheduler_metadata")) is tuple,
         )
 
-    return traits
-
-
-def _last_stride(tensor: torch.Tensor | None) -> int | None:
-    return None if tensor is None else tensor.stride(-1)
+    return plain if is_plain and not presences else traits
 
 
 def _head_dim(tensor: torch.Tensor | None) -> int | None:
