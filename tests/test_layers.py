@@ -63,6 +63,7 @@ LAYERS = {
     "engines": layer("patching", lazy="cpu sglang torch sgl_kernel"),
     "validation": layer("engines policy kernels envs torch", lazy="*"),
     "benchmark": layer("engines validation policy envs kernels torch", lazy="*"),
+    "prewarm": layer("policy", lazy="envs kernels torch"),
     "__main__": layer(),
 }
 """By folder, or by module where one stands beside the folders."""
