@@ -23,6 +23,10 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
         "sglang_musa_ext.benchmark.command",
         "measure this package beside SGLang's own backends",
     ),
+    "prewarm": (
+        "sglang_musa_ext.prewarm",
+        "have MATE compile a model's kernels before its first request",
+    ),
 }
 """By name: the module whose ``main(arguments)`` returns the exit status, and what it is for."""
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from sglang_musa_ext import envs, prewarm
+from sglang_musa_ext import envs, policy, prewarm
 from sglang_musa_ext.kernels.provider import FA3Kernels, reference_kernels
 from sglang_musa_ext.kernels.reference.planning import tile_shape
 
@@ -31,7 +31,12 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
     def recording(name: str) -> Any:
         function = getattr(kernels, name)
-        return lambda **arguments: (seen.append(arguments), function(**arguments))[1]
+
+        def call(**arguments: Any) -> Any:
+            seen.append(arguments)
+            return function(**arguments)
+
+        return call
 
     names = ("flash_attn_with_kvcache", "flash_attn_varlen_func", "get_scheduler_metadata")
     record = dataclasses.replace(kernels, **{name: recording(name) for name in names})
@@ -125,7 +130,7 @@ def test_a_missing_mate_is_named(
 ) -> None:
     """Without the kernels there is nothing to compile."""
     monkeypatch.setenv(envs.KERNELS, "hopper")
-    monkeypatch.setattr(prewarm.policy, "DEVICE_OF_KERNELS", {"hopper": "cpu"})
+    monkeypatch.setattr(policy, "DEVICE_OF_KERNELS", {"hopper": "cpu"})
     assert prewarm.main(["--model", str(write_model(tmp_path, SMALL))]) == 2
     assert "'hopper' kernels run on an NVIDIA GPU" in capsys.readouterr().err
 
