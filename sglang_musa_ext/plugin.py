@@ -57,6 +57,7 @@ def _register(settings: Settings) -> None:
     support = check.require_upstream()
     if support.message:
         logger.warning("%s", support.message)
+    _require_unclaimed()
     _take_over(create_musa_fa3_backend)
     _take_over_drafts(_draft_backend_of_ours)
     _have_ranks_agree(settings)
@@ -66,6 +67,23 @@ def _register(settings: Settings) -> None:
     _announce(
         f"sglang_musa_ext is active in process {os.getpid()}: --attention-backend fa3 is "
         f"MusaFA3Backend (SGLang {support.version})"
+    )
+
+
+def _require_unclaimed() -> None:
+    """Refuse to replace what another plugin has put under ``fa3``: one of the two serves."""
+    from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
+
+    create = ATTENTION_BACKENDS.get("fa3")
+    # A refusal of ours is a function with an argument filled in.
+    create = getattr(create, "func", create)
+    owner = getattr(create, "__module__", "")
+    if create is None or owner.split(".")[0] in ("sglang", __name__.split(".")[0]):
+        return
+    raise PluginError(
+        f"another plugin serves --attention-backend fa3 in this process: {owner}."
+        f"{getattr(create, '__name__', create)}. Uninstall one of the two, or name the plugins "
+        f"to load in SGLANG_PLUGINS, or set {envs.MODE}=off."
     )
 
 
