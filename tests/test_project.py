@@ -12,10 +12,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-# The modules that still lie beside the commands are to move, then the second condition goes.
-COMMANDS = sorted(
-    path.name for path in (ROOT / "scripts").iterdir() if path.is_file() and path.suffix != ".py"
-)
+COMMANDS = sorted(path.name for path in (ROOT / "scripts").iterdir() if path.is_file())
 PACKAGES = sorted(path for path in (ROOT / "scripts" / "lib").iterdir() if path.name[0] not in "._")
 GITHUB = ROOT / ".github"
 YAML_FILES = sorted([*GITHUB.rglob("*.yml"), ROOT / ".pre-commit-config.yaml"])
@@ -45,6 +42,12 @@ def test_a_command_is_an_executable_file(name: str) -> None:
     assert path.read_text().startswith("#!/usr/bin/env ")
 
 
+def test_nothing_else_lies_among_the_commands() -> None:
+    """No folder but that of their parts, where a module could be imported under its bare name."""
+    folders = {path.name for path in (ROOT / "scripts").iterdir() if path.is_dir()}
+    assert folders - {"__pycache__"} == {"lib"}
+
+
 @pytest.mark.parametrize("package", PACKAGES, ids=lambda path: path.name)
 def test_a_package_belongs_to_a_command(package: Path) -> None:
     """Each folder of scripts/lib has a program, which runs it, and nothing else has its name."""
@@ -52,6 +55,20 @@ def test_a_package_belongs_to_a_command(package: Path) -> None:
     command = package.name.replace("_", "-")
     assert command in COMMANDS
     assert f"-m scripts.lib.{package.name}" in (ROOT / "scripts" / command).read_text()
+
+
+def test_no_folder_of_scripts_is_on_a_path() -> None:
+    """Neither pytest nor mypy finds a part of a command under its bare name."""
+    text = (ROOT / "pyproject.toml").read_text()
+    assert 'pythonpath = ["."]' in text
+    assert "mypy_path" not in text
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_tools_read_every_command(name: str) -> None:
+    """A command in Python is linted and type-checked, though it has no ending."""
+    if "python" in (ROOT / "scripts" / name).read_text().partition("\n")[0]:
+        assert (ROOT / "pyproject.toml").read_text().count(f'"scripts/{name}"') == 2
 
 
 # --- pre-commit -----------------------------------------------------------------------------------

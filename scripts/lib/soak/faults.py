@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from scripts.lib.mutants import __main__ as mutant_command
 from tests.support import backend  # noqa: F401 - SGLang is imported once, and forks have it then
-from tests.support.commands import load_command
 
 OURS = ("sglang_musa_ext", "tests")
 
@@ -36,7 +36,7 @@ class Verdict:
 
 def run(names: Sequence[str], jobs: int, seconds: float) -> int:
     """Fuzz the mutants whose name contains one of ``names`` (none: all); exit status 1 if one lives."""
-    command: Any = load_command("mutants.py")
+    command: Any = mutant_command
     mutants = [
         one for one in command.all_mutants() if not names or any(name in one.name for name in names)
     ]

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 PACKAGE, TESTS = "sglang_musa_ext", "tests"
 FILES = ("attention/test_attention.py", "attention/test_graphs.py", "attention/test_selection.py")
 UNIT = ("attention/test_plans.py",)
@@ -305,7 +305,7 @@ def mutated(mutant: Mutant | None, into: Path) -> None:
     if text.count(mutant.old) != 1:
         raise BrokenRun(
             f"mutant {mutant.name!r}: its text occurs {text.count(mutant.old)} times in {mutant.file}, expected once. "
-            f"Follow the source in scripts/mutants.py. The text:\n{mutant.old}"
+            f"Follow the source in scripts/lib/mutants/__main__.py. The text:\n{mutant.old}"
         )
     source.write_text(text.replace(mutant.old, mutant.new))
 
