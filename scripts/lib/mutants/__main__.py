@@ -415,7 +415,7 @@ def import_once() -> None:
 
 def main() -> int:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="scripts/mutants", description=__doc__.splitlines()[0])
     parser.add_argument(
         "--jobs", type=int, default=2, help="mutants to test at a time (default: %(default)s)"
     )
