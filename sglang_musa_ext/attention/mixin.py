@@ -21,7 +21,7 @@ import sglang
 import torch
 from sglang.srt.layers.attention.flashattention_backend import FlashAttentionBackend
 
-from sglang_musa_ext import patching
+from sglang_musa_ext import patching, policy
 from sglang_musa_ext.attention import checks
 from sglang_musa_ext.attention.calls import (
     Arguments,
@@ -61,6 +61,11 @@ class UnsupportedAttentionVersion(ValueError):
 class MusaFA3Mixin:
     """Puts the selected kernels, and plans that live for one pass, under upstream's forwards."""
 
+    default_page_size = policy.PAGE_SIZE
+    """Tokens in a page of the KV cache where nobody chose: 64. It stands in ``policy``, because the
+    process that resolves a server's arguments imports no attention.
+    """
+
     _OUTSIDE = object()
     """Stands for the forward batch of a kernel call that no layer makes."""
 
@@ -78,8 +83,8 @@ class MusaFA3Mixin:
         Raises:
             UnsupportedAttentionVersion: ``fa_impl_ver`` is not 3.
             KernelsUnavailable: the kernel library is missing, or is another one.
-            UnsupportedByKernels: page size, KV-cache dtype or speculative tree are not for these
-                kernels.
+            UnsupportedByKernels: page size, KV-cache dtype, head dimensions, batches or speculative
+                tree are not for these kernels.
         """
         if fa_impl_ver != 3:
             raise UnsupportedAttentionVersion(
@@ -94,7 +99,11 @@ class MusaFA3Mixin:
         with _importable_fa3(self._kernels):
             super().__init__(model_runner, *args, fa_impl_ver=fa_impl_ver, **kwargs)  # type: ignore[call-arg]
         self._kernels.require(
-            page_size=self.page_size, kv_cache_dtype=self.kv_cache_dtype, use_mla=self.use_mla
+            page_size=self.page_size,
+            kv_cache_dtype=self.kv_cache_dtype,
+            use_mla=self.use_mla,
+            head_dims=_head_dims(model_runner.model_config, self.use_mla),
+            largest_batch=model_runner.req_to_token_pool.size,
         )
         if not model_runner.is_draft_worker:
             self._refuse_trees_over_latent_pages()
@@ -466,3 +475,24 @@ def _importable_fa3(kernels: FA3Kernels) -> Iterator[None]:
             yield
         finally:
             undo()
+
+
+def _head_dims(config: Any, use_mla: bool) -> set[tuple[int, int]]:
+    """Read the head dimensions of keys and of values off upstream's ``ModelConfig``.
+
+    Those of MLA's latent cache are not among them. ``ModelConfig.head_dim`` is a placeholder for
+    models with latent attention, and some have no other word for what their prefill has.
+    """
+    if use_mla:
+        parts = [getattr(config, name, None) for name in ("qk_nope_head_dim", "qk_rope_head_dim")]
+        headdim = None if None in parts else sum(parts)  # type: ignore[arg-type]
+        pairs = {(headdim, getattr(config, "v_head_dim", None))}
+    elif getattr(config, "kv_lora_rank", None):
+        return set()
+    else:
+        headdim, window_headdim = config.head_dim, getattr(config, "swa_head_dim", None)
+        pairs = {
+            (headdim, getattr(config, "v_head_dim", headdim)),
+            (window_headdim, getattr(config, "swa_v_head_dim", window_headdim)),
+        }
+    return {(qk, v) for qk, v in pairs if qk and v}
