@@ -29,7 +29,7 @@ from scripts.lib.matrix.data import (
 from scripts.lib.matrix.report import Cell, closing_line, details, markdown, terminal_table
 from sglang_musa_ext.upstream.releases import SUPPORTED_RELEASES
 
-ALL_PASS = {"contract": "pass", "backend": "pass", "engine": "pass"}
+ALL_PASS = {"contract": "pass", "backend": "pass", "engine": "pass", "musa": "pass"}
 EXCEPTION = ExpectedFailure("backend", "test_old", "It cannot.")
 GOOD = LevelResult(["test_new"])
 
@@ -41,6 +41,7 @@ torch = "2.13.0"
 contract = "pass"
 backend = "{backend}"
 engine = "pass"
+musa = "pass"
 exceptions = [{exceptions}]
 """
 
@@ -205,7 +206,7 @@ def test_releases_and_levels_are_selected() -> None:
         rows[:1],
     )
     assert select_levels("engine,contract") == ["contract", "engine"]
-    assert select_levels("") == ["contract", "backend", "engine"]
+    assert select_levels("") == ["contract", "backend", "engine", "musa"]
 
 
 def test_releases_for_another_python_are_left_out() -> None:
@@ -284,7 +285,7 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeMatrix:
 
 CELLS = [
     (version, level)
-    for level in ("contract", "backend", "engine")
+    for level in ("contract", "backend", "engine", "musa")
     for version in ("0.5.20", "0.5.21")
 ]
 
@@ -296,11 +297,11 @@ def test_every_cell_runs_once(fake: FakeMatrix, capsys: pytest.CaptureFixture[st
     lines = capsys.readouterr().out.splitlines()
     # Cells that run beside each other end in any order.
     shown = [
-        re.fullmatch(r"\[(\d)/6\] (\S+) (\w+): pass \(1 passed\), 0 s", line) for line in lines[:6]
+        re.fullmatch(r"\[(\d)/8\] (\S+) (\w+): pass \(1 passed\), 0 s", line) for line in lines[:8]
     ]
-    assert [line and int(line[1]) for line in shown] == [1, 2, 3, 4, 5, 6]
+    assert [line and int(line[1]) for line in shown] == [1, 2, 3, 4, 5, 6, 7, 8]
     assert sorted(line.group(2, 3) for line in shown if line) == sorted(CELLS)
-    assert lines[-1].startswith("matrix: 6 passed in ")
+    assert lines[-1].startswith("matrix: 8 passed in ")
 
 
 def test_a_second_run_repeats_nothing_unless_told_to(fake: FakeMatrix) -> None:
@@ -351,7 +352,7 @@ def test_a_failure_is_shown_and_run_again(
     assert fake() == 1
     out = capsys.readouterr().out
     assert "FAIL 0.5.21 engine: test_tokens: other tokens" in out
-    assert out.splitlines()[-1].startswith("matrix: 1 failed, 5 passed in ")
+    assert out.splitlines()[-1].startswith("matrix: 1 failed, 7 passed in ")
     fake()
     assert sorted(fake.ran) == [("0.5.21", "engine")]
 
@@ -402,7 +403,13 @@ def test_results_are_written_as_json_and_docs(fake: FakeMatrix) -> None:
         {"test_new": "this SGLang has none"},
     )
     page = (fake.directory / "releases.md").read_text()
-    row = "| 0.5.20 | >=3.10 | 2.13.0 | pass (1 passed) | pass (1 passed) | pass (1 passed, 1 not applicable) |"
+    cells = [
+        "pass (1 passed)",
+        "pass (1 passed)",
+        "pass (1 passed, 1 not applicable)",
+        "pass (1 passed)",
+    ]
+    row = f"| 0.5.20 | >=3.10 | 2.13.0 | {' | '.join(cells)} |"
     assert row in page.splitlines()
 
 

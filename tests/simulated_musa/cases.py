@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import importlib.metadata
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -129,7 +130,7 @@ CASES = [
     MusaCase("Qwen3-MoE", QWEN_3_MOE, EXPERTS),
     MusaCase("Gemma-2", GEMMA_2),
     MusaCase("Gemma-3", GEMMA_3),
-    MusaCase("OLMo-3", OLMO_3, arguments=CHUNKS | FA3),
+    MusaCase("OLMo-3", OLMO_3),
     # A near tie between experts changes log-probabilities by 0.2.
     MusaCase("GPT-OSS", GPT_OSS, EXPERTS, arguments=CHUNKS | FA3, limit=8 * LIMIT),
     MusaCase("MLA", MLA_DENSE, arguments=CHUNKS | BF16, limit=8 * LIMIT),
@@ -152,7 +153,11 @@ CASES = [
 
 
 def run_case(
-    musa: EngineServer, case: MusaCase, release: tuple[int, ...], **environ: str
+    musa: EngineServer,
+    case: MusaCase,
+    *,
+    environ: Mapping[str, str] | None = None,
+    before_boot: Callable[[], None] = mccl.stand_in,
 ) -> EngineRun:
     """Boot the engine of ``case`` and ask it."""
     draft = (
@@ -163,12 +168,34 @@ def run_case(
             musa.model(case.model),
             case.phases,
             {**case.arguments, **draft},
-            {**case.environ, **environ},
-            before_boot=mccl.stand_in,
-            usual=usual(release),
+            {**case.environ, **(environ or {})},
+            before_boot=before_boot,
+            usual=usual(installed_release()),
         ),
         timeout=300.0,
     )
+
+
+def require_right_tokens(musa: EngineServer, case: MusaCase, run: EngineRun) -> None:
+    """Fail unless every token is transformers' choice after the same text, or as good as it."""
+    lengths = [len(output.tokens) for output in run.outputs]
+    assert lengths == [request.new_tokens for request in case.requests]
+    assert worst(musa, case, run.outputs) <= case.limit
+
+
+def require_ours_on_mate(run: EngineRun) -> None:
+    """Fail unless every attention backend is ours, on MATE's kernels and the device, with pages of 64."""
+    reports = run.reports[-1]
+    assert {report["backend"] for report in reports} == {"MusaFA3Backend"}
+    assert {(report["kernels"], report["page_size"]) for report in reports} == {("mate", 64)}
+    assert all(report["device"].startswith("musa:") for report in reports)
+    # Which backends of a draft model run at all differs by release.
+    assert any(report["statistics"]["plans"] > 0 for report in reports)
+
+
+def installed_release() -> tuple[int, ...]:
+    """Return the release of SGLang that this process, and so its children, imports."""
+    return tuple(int(part) for part in importlib.metadata.version("sglang").split(".")[:3])
 
 
 def worst(musa: EngineServer, case: MusaCase, outputs: list[Output]) -> float:

@@ -10,7 +10,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-LEVELS = ("contract", "backend", "engine")
+LEVELS = ("contract", "backend", "engine", "musa")
 
 
 class MatrixError(Exception):

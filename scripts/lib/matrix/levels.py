@@ -41,6 +41,7 @@ TESTS = {
         "not engine",
     ],
     "engine": ["tests/engine/test_release.py"],
+    "musa": ["tests/simulated_musa/test_release.py"],
 }
 IMPORTED_BY_TESTS = ("tests/engine/test_engine_modes.py",)
 """Test files that other test files import, so that they belong to every level."""
@@ -52,6 +53,8 @@ def fingerprint(level: str) -> str:
     """Hash what a result of ``level`` depends on: package, the level's tests, environment."""
     sources = sorted((ROOT / "sglang_musa_ext").rglob("*.py"))
     tests = sorted(path for path in (ROOT / "tests").rglob("*.py") if _is_used_by(path, level))
+    # The simulated GPU is written in C++.
+    tests += sorted((ROOT / "tests").rglob("*.cpp")) if level == "musa" else []
     digest = hashlib.sha256()
     for path in [*sources, *tests, ROOT / ".venv" / "dev-env.stamp"]:
         if path.is_file():

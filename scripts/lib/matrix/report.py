@@ -124,8 +124,11 @@ expected.
   with sliding windows and one with multi-head latent attention. Tokens equal those of transformers
   and of the release's own `torch_native` backend, and one plan is computed for each geometry and
   pass.
+* **musa**: the release's own engine on a [simulated Moore Threads GPU](simulated-musa.md), with
+  decode graphs and nothing named: a dense model, sliding windows, multi-head latent attention and a
+  chain of drafts. Tokens are transformers', and this package serves on a stand-in of MATE.
 
-All of it runs on a CPU with the reference kernels, in one environment:
+All of it runs on a CPU, and all but the last column with the reference kernels, in one environment:
 {environment}.
 All of the tests under other Pythons: [pythons](pythons.md).
 A test is not applicable where the release lacks the feature that it tests.
@@ -139,8 +142,8 @@ def markdown(table: Table, environment: Mapping[str, str]) -> str:
     """
     versions = ", ".join(f"{name} {version}" for name, version in environment.items())
     lines = [INTRODUCTION.format(environment=versions)]
-    lines.append("| SGLang | Python | its PyTorch | contract | backend | engine |")
-    lines.append("|---|---|---|---|---|---|")
+    lines.append("| SGLang | Python | its PyTorch | contract | backend | engine | musa |")
+    lines.append("|---|---|---|---|---|---|---|")
     for version, cells in table.items():
         row = next(iter(cells.values())).row
         texts = [version, row.requires_python, row.torch, *_texts(cells, LEVELS)]

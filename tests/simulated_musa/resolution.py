@@ -1,0 +1,310 @@
+"""What a release of SGLang resolves to on MUSA for kinds of models and options that name no backend.
+
+The releases compute it themselves: a configuration is written, the plugins are loaded as in a server, and the
+release settles its arguments. ``python -m tests.simulated_musa.resolution`` makes the table of
+docs/simulated-musa.md from all releases in a folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tests.simulated_musa import build, cases
+from tests.support import tiny_models
+from tests.support.engine import import_engine
+
+ROOT = build.ROOT
+PAGE = ROOT / "docs" / "simulated-musa.md"
+TABLE_BEGINS, TABLE_ENDS = "<!-- resolution: begin -->", "<!-- resolution: end -->"
+
+MODES = ("off", "auto")
+"""Of this package: SGLang alone, and what a user gets."""
+DRAFT = "DRAFT"
+"""Stands for the path of the model itself, as a draft of it."""
+EAGLE = {
+    "speculative_algorithm": "EAGLE",
+    "speculative_draft_model_path": DRAFT,
+    "speculative_num_steps": 3,
+    "speculative_eagle_topk": 1,
+    "speculative_num_draft_tokens": 4,
+}
+TREE = EAGLE | {"speculative_eagle_topk": 4, "speculative_num_draft_tokens": 8}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A configuration of transformers', as SGLang reads it, and options."""
+
+    name: str
+    config: str
+    fields: Mapping[str, Any]
+    architecture: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    text: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of the text part, where a configuration has parts."""
+
+
+def _text(name: str, model: tiny_models.TinyModel, architecture: str, **arguments: Any) -> Kind:
+    return Kind(name, model.config, model.fields, architecture, arguments)
+
+
+_LLAMA, _MLA = cases.LLAMA, cases.MLA_DENSE
+_CROSS = {**_LLAMA.fields, "cross_attention_layers": [1]}
+_MLA_NAME = "DeepseekV3ForCausalLM"
+KINDS = [
+    _text("Llama", _LLAMA, "LlamaForCausalLM"),
+    _text("Qwen3-MoE", cases.QWEN_3_MOE, "Qwen3MoeForCausalLM"),
+    _text("Gemma-2", cases.GEMMA_2, "Gemma2ForCausalLM"),
+    _text("Gemma-3, text", cases.GEMMA_3, "Gemma3ForCausalLM"),
+    Kind("Gemma-3, images", "Gemma3Config", {}, "Gemma3ForConditionalGeneration", text=cases.GEMMA_3.fields),
+    _text("GPT-OSS", cases.GPT_OSS, "GptOssForCausalLM"),
+    Kind("OLMo-2", "Olmo2Config", _LLAMA.fields, "Olmo2ForCausalLM"),
+    _text("OLMo-3", cases.OLMO_3, "Olmo3ForCausalLM"),
+    Kind("Gemma-4", "Gemma4Config", {}, "Gemma4ForConditionalGeneration", text=cases.GEMMA_3.fields),
+    Kind("Llama-4", "Llama4Config", {}, "Llama4ForConditionalGeneration", text=_LLAMA.fields),
+    Kind("Mllama (cross attention)", "MllamaConfig", {}, "MllamaForConditionalGeneration", text=_CROSS),
+    Kind("Whisper", "WhisperConfig", {}, "WhisperForConditionalGeneration"),
+    Kind("Qwen2.5-VL", "Qwen2_5_VLConfig", {}, "Qwen2_5_VLForConditionalGeneration", text=_LLAMA.fields),
+    _text("MLA (DeepSeek-V3)", _MLA, _MLA_NAME),
+    _text("MLA, `--dtype float16`", _MLA, _MLA_NAME, dtype="float16"),
+    _text("MLA, `--page-size 1`", _MLA, _MLA_NAME, page_size=1),
+    _text("MLA, EAGLE, topk 1", _MLA, _MLA_NAME, **EAGLE),
+    _text("MLA, EAGLE, topk 4", _MLA, _MLA_NAME, **TREE),
+    _text("Llama, EAGLE, topk 1", _LLAMA, "LlamaForCausalLM", **EAGLE),
+    _text("Llama, EAGLE, topk 4", _LLAMA, "LlamaForCausalLM", **TREE),
+    _text("Llama, `--page-size 16`", _LLAMA, "LlamaForCausalLM", page_size=16),
+    _text("Llama, `--kv-cache-dtype fp8_e4m3`", _LLAMA, "LlamaForCausalLM", kv_cache_dtype="fp8_e4m3"),
+    _text("Llama, `--dtype float32`", _LLAMA, "LlamaForCausalLM", dtype="float32"),
+    _text("Llama, NGRAM", _LLAMA, "LlamaForCausalLM", speculative_algorithm="NGRAM", speculative_num_draft_tokens=8),
+    _text("Llama, deterministic inference", _LLAMA, "LlamaForCausalLM", enable_deterministic_inference=True),
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """What a release settled on for a kind."""
+
+    backend: str = ""
+    """Attention backend, of decoding behind the one of prefill where they differ."""
+    page_size: int = 0
+    draft_backend: str = ""
+    """Of draft models, where one is named."""
+    graphs: str = ""
+    """Graphs of decoding and of prefill."""
+    refusal: str = ""
+    """The last line of what it raised."""
+
+    def __str__(self) -> str:
+        if self.refusal:
+            return f"refused: {self.refusal}"
+        return f"{self.backend}, {self.page_size}"
+
+
+def write_config(kind: Kind, directory: Path) -> None:
+    """Write the configuration of ``kind`` as a checkpoint without weights."""
+    import transformers
+
+    maker = getattr(transformers, kind.config)
+    fields = {**kind.fields}
+    if kind.text:
+        fields["text_config"] = {**kind.text}
+    config = maker(**fields)
+    config.architectures = [kind.architecture]
+    config.dtype = "bfloat16"
+    directory.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(directory)
+
+
+def resolve(kind: Kind, directory: Path) -> Resolution:
+    """Return what this process's release settles on; for a process of its own."""
+    from sglang.srt.plugins import load_plugins
+
+    try:
+        if not (directory / "config.json").exists():
+            write_config(kind, directory)
+        load_plugins()
+        from sglang.srt.server_args import ServerArgs
+
+        arguments = {
+            name: str(directory) if value == DRAFT else value
+            for name, value in kind.arguments.items()
+        }
+        settled = ServerArgs(model_path=str(directory), skip_tokenizer_init=True, **arguments)
+        if hasattr(settled, "resolve_once"):
+            settled.resolve_once()
+        return _read(_settled_view(settled))
+    except BaseException as error:
+        traceback.print_exc()
+        return Resolution(refusal=f"{type(error).__name__}: {error}".splitlines()[0][:160])
+
+
+def _settled_view(server_args: Any) -> Any:
+    """Return what the settled values are read from: from 0.5.19 on they lie over the given ones."""
+    try:
+        from sglang.srt.arg_groups.model_override_base import resolved_view
+    except ImportError:
+        return server_args
+    return resolved_view(server_args)
+
+
+def _read(settled: Any) -> Resolution:
+    decode = settled.decode_attention_backend or settled.attention_backend
+    prefill = settled.prefill_attention_backend or settled.attention_backend
+    return Resolution(
+        backend=prefill if decode == prefill else f"{prefill} / {decode}",
+        page_size=settled.page_size,
+        draft_backend=str(getattr(settled, "speculative_draft_attention_backend", None) or ""),
+        graphs=_graphs(settled),
+    )
+
+
+def _graphs(settled: Any) -> str:
+    config = getattr(settled, "cuda_graph_config", None)
+    if config is None:
+        prefill = "" if getattr(settled, "disable_piecewise_cuda_graph", True) else " and prefill"
+        return "none" if settled.disable_cuda_graph else f"decode{prefill}"
+    return ", ".join(f"{name} {getattr(config, name).backend}" for name in ("decode", "prefill"))
+
+
+# --- all of them ----------------------------------------------------------------------------------
+
+
+def resolve_all(directory: Path) -> dict[str, dict[str, dict[str, Any]]]:
+    """Return the resolution of every kind by this process's release, each in a forked process: by
+    this package's mode (``off``, ``auto``) and kind.
+    """
+    import_engine()
+    return {
+        mode: {
+            kind.name: _in_a_fork(kind, directory / str(number), mode)
+            for number, kind in enumerate(KINDS)
+        }
+        for mode in MODES
+    }
+
+
+def _in_a_fork(kind: Kind, directory: Path, mode: str) -> dict[str, Any]:
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.environ["SGLANG_MUSA_EXT"] = mode
+        with os.fdopen(writer, "w") as stream:
+            json.dump(vars(resolve(kind, directory)), stream)
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as stream:
+        text = stream.read()
+    os.waitpid(child, 0)
+    resolution: dict[str, Any] = json.loads(text or '{"refusal": "the process died"}')
+    return resolution
+
+
+def of_release(sources: Path, directory: Path) -> dict[str, dict[str, Resolution]]:
+    """Return what the release in ``sources`` resolves to, by mode and kind."""
+    environment = build.environment(first=[sources])
+    directory.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "tests.simulated_musa.resolution", "--one", str(directory)]
+    log = directory / "log"
+    with log.open("w") as stream:
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            env={**os.environ, **environment},
+            stdout=subprocess.PIPE,
+            stderr=stream,
+            text=True,
+            check=False,
+        )
+    if done.returncode:
+        raise RuntimeError(f"{sources} failed; see {log}")
+    (directory / "resolution.json").write_text(done.stdout.splitlines()[-1])
+    return read_kept(directory)
+
+
+def read_kept(directory: Path) -> dict[str, dict[str, Resolution]]:
+    """Return what a former call of :func:`of_release` found, by mode and kind."""
+    answer = json.loads((directory / "resolution.json").read_text())
+    return {
+        mode: {kind: Resolution(**values) for kind, values in kinds.items()}
+        for mode, kinds in answer.items()
+    }
+
+
+def table(found: Mapping[str, Mapping[str, Mapping[str, Resolution]]]) -> list[str]:
+    """Return a Markdown table: kinds by what the releases resolve to, without and with this package.
+
+    Args:
+        found: by mode (``off``, ``auto``), release and kind.
+    """
+    lines = ["| Kind | SGLang alone | with this package |", "|---|---|---|"]
+    for kind in KINDS:
+        cells = [
+            _cell({release: of[kind.name] for release, of in found[mode].items()}) for mode in MODES
+        ]
+        lines.append(f"| {kind.name} | {cells[0]} | {cells[1]} |")
+    return lines
+
+
+def _cell(by_release: Mapping[str, Resolution]) -> str:
+    """Return the resolutions of all releases, those in a row that agree as one."""
+    runs: list[tuple[str, list[str]]] = []
+    for release, resolution in by_release.items():
+        text = str(resolution).replace("|", "\\|")
+        if runs and runs[-1][0] == text:
+            runs[-1][1].append(release)
+        else:
+            runs.append((text, [release]))
+    if len(runs) == 1:
+        return runs[0][0]
+    return "; ".join(f"{_span(releases)}: {text}" for text, releases in runs)
+
+
+def _span(releases: Sequence[str]) -> str:
+    return releases[0] if len(releases) == 1 else f"{releases[0]} to {releases[-1]}"
+
+
+def main() -> None:
+    """Write the table of docs/simulated-musa.md from the releases in a folder, or print one release's."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--one", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--releases", type=Path, default=ROOT / ".cache" / "releases")
+    parser.add_argument("--only", nargs="*", help="versions; all in the folder where none is named")
+    parser.add_argument("--reuse", action="store_true", help="take results of former runs")
+    parser.add_argument("--work", type=Path, default=build.CACHE / "resolution")
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(resolve_all(options.one)))
+        return
+    options.work.mkdir(parents=True, exist_ok=True)
+    versions = sorted((path.name for path in options.releases.iterdir()), key=_numbers)
+    found: dict[str, dict[str, dict[str, Resolution]]] = {mode: {} for mode in MODES}
+    for version in options.only or versions:
+        kept = options.work / version
+        reused = options.reuse and (kept / "resolution.json").is_file()
+        answer = read_kept(kept) if reused else of_release(options.releases / version, kept)
+        for mode in MODES:
+            found[mode][version] = answer[mode]
+        print(f"{version}: done", file=sys.stderr, flush=True)
+    lines = table(found)
+    print("\n".join(lines))
+    if PAGE.is_file() and not options.only:
+        before, begin, rest = PAGE.read_text().partition(TABLE_BEGINS)
+        _, end, after = rest.partition(TABLE_ENDS)
+        PAGE.write_text(f"{before}{begin}\n\n" + "\n".join(lines) + f"\n\n{end}{after}")
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(part) for part in version.split(".")[:3]]
+
+
+if __name__ == "__main__":
+    main()

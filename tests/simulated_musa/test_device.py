@@ -1,0 +1,121 @@
+"""What a GPU does and a CPU does not, on the simulated one: fresh memory, strictness, graphs, streams."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from tests.support.engine import EngineServer
+
+# Each of these runs in a process on the simulated GPU; a failure is raised here again.
+
+
+def fresh_memory_is_not_a_number() -> None:
+    """Memory that nobody wrote shows, and so does that of a graph when it is replayed."""
+    import torch
+
+    assert torch.empty(8, device="musa").isnan().all()
+    graph = torch.musa.MUSAGraph()
+    with torch.musa.graph(graph):
+        unwritten = torch.empty(4, device="musa")
+    unwritten.fill_(1.0)
+    graph.replay()
+    assert unwritten.isnan().all()
+
+
+def host_and_device_do_not_mix() -> None:
+    """An operator takes tensors of one device, single numbers aside."""
+    import torch
+
+    on_device = torch.ones(3, device="musa")
+    assert (on_device * torch.tensor(2.0)).sum().item() == 6.0
+    with pytest.raises(RuntimeError, match="same device"):
+        torch.cat([on_device, torch.ones(3)])
+    with pytest.raises(RuntimeError, match="same device"):
+        on_device + torch.ones(3, device="musa:1")
+
+
+def graphs_do_their_work_again() -> None:
+    """A replay reads the inputs' new contents, through views, in-place work and results of their own."""
+    import torch
+
+    given = torch.zeros(4, device="musa")
+    graph = torch.musa.MUSAGraph()
+    with torch.musa.graph(graph):
+        doubled = given * 2
+        doubled.view(2, 2)[1] += 1
+        place = doubled.argmax()
+    given.copy_(torch.tensor([1.0, 5.0, 2.0, 0.0]))
+    graph.replay()
+    assert doubled.tolist() == [2.0, 10.0, 5.0, 1.0]
+    assert int(place) == 1
+
+
+def a_capture_waits_for_nothing() -> None:
+    """The host cannot ask for a value while a graph is captured."""
+    import torch
+
+    given = torch.ones(4, device="musa")
+    for wait in (lambda: given.sum().item(), given.nonzero, given.cpu):
+        with torch.musa.graph(torch.musa.MUSAGraph()):
+            assert torch.musa.is_current_stream_capturing()
+            with pytest.raises(RuntimeError, match="capturing"):
+                wait()
+    assert not torch.musa.is_current_stream_capturing()
+
+
+def kernels_in_python_are_captured() -> None:
+    """A Triton launch runs again at a replay, as operators do."""
+    import torch
+
+    from tests.simulated_musa.triton_kernels import add_one
+
+    total = torch.zeros(4, device="musa")
+    graph = torch.musa.MUSAGraph()
+    with torch.musa.graph(graph):
+        add_one[(1,)](total, 4)
+    graph.replay()
+    graph.replay()
+    assert total.tolist() == [3.0] * 4
+
+
+def streams_are_told_apart() -> None:
+    """Work can be issued on another stream for a while."""
+    import torch
+
+    other = torch.musa.Stream()
+    before = torch.musa.current_stream()
+    with torch.musa.stream(other):
+        assert torch.musa.current_stream().stream_id == other.stream_id != before.stream_id
+    assert torch.musa.current_stream().stream_id == before.stream_id
+
+
+def the_identity_check_is_passed_honestly() -> None:
+    """The stand-in of MATE is found the way a real one is, by its files and metadata."""
+    from sglang_musa_ext.kernels.mate_identity import identify_mate
+
+    identity = identify_mate()
+    assert identity.problems == ()
+    assert (identity.distribution, identity.version, identity.wrapper_distribution) == (
+        "mate",
+        "0.2.7",
+        "flash_attn_3",
+    )
+
+
+CHECKS = [
+    fresh_memory_is_not_a_number,
+    host_and_device_do_not_mix,
+    graphs_do_their_work_again,
+    a_capture_waits_for_nothing,
+    kernels_in_python_are_captured,
+    streams_are_told_apart,
+    the_identity_check_is_passed_honestly,
+]
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_device(musa: EngineServer, check: Callable[[], None]) -> None:
+    """The simulated GPU is one in what these tests rely on."""
+    musa.call(check)
