@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 from tests.support.engine import EngineServer
+
+
+def torch_musa() -> Any:
+    """Return ``torch.musa``."""
+    import torch
+
+    return torch.get_device_module("musa")
+
 
 # Each of these runs in a process on the simulated GPU; a failure is raised here again.
 
@@ -16,8 +25,8 @@ def fresh_memory_is_not_a_number() -> None:
     import torch
 
     assert torch.empty(8, device="musa").isnan().all()
-    graph = torch.musa.MUSAGraph()
-    with torch.musa.graph(graph):
+    graph = torch_musa().MUSAGraph()
+    with torch_musa().graph(graph):
         unwritten = torch.empty(4, device="musa")
     unwritten.fill_(1.0)
     graph.replay()
@@ -41,8 +50,8 @@ def graphs_do_their_work_again() -> None:
     import torch
 
     given = torch.zeros(4, device="musa")
-    graph = torch.musa.MUSAGraph()
-    with torch.musa.graph(graph):
+    graph = torch_musa().MUSAGraph()
+    with torch_musa().graph(graph):
         doubled = given * 2
         doubled.view(2, 2)[1] += 1
         place = doubled.argmax()
@@ -58,11 +67,11 @@ def a_capture_waits_for_nothing() -> None:
 
     given = torch.ones(4, device="musa")
     for wait in (lambda: given.sum().item(), given.nonzero, given.cpu):
-        with torch.musa.graph(torch.musa.MUSAGraph()):
-            assert torch.musa.is_current_stream_capturing()
+        with torch_musa().graph(torch_musa().MUSAGraph()):
+            assert torch_musa().is_current_stream_capturing()
             with pytest.raises(RuntimeError, match="capturing"):
                 wait()
-    assert not torch.musa.is_current_stream_capturing()
+    assert not torch_musa().is_current_stream_capturing()
 
 
 def kernels_in_python_are_captured() -> None:
@@ -72,8 +81,8 @@ def kernels_in_python_are_captured() -> None:
     from tests.simulated_musa.triton_kernels import add_one
 
     total = torch.zeros(4, device="musa")
-    graph = torch.musa.MUSAGraph()
-    with torch.musa.graph(graph):
+    graph = torch_musa().MUSAGraph()
+    with torch_musa().graph(graph):
         add_one[(1,)](total, 4)
     graph.replay()
     graph.replay()
@@ -82,13 +91,11 @@ def kernels_in_python_are_captured() -> None:
 
 def streams_are_told_apart() -> None:
     """Work can be issued on another stream for a while."""
-    import torch
-
-    other = torch.musa.Stream()
-    before = torch.musa.current_stream()
-    with torch.musa.stream(other):
-        assert torch.musa.current_stream().stream_id == other.stream_id != before.stream_id
-    assert torch.musa.current_stream().stream_id == before.stream_id
+    other = torch_musa().Stream()
+    before = torch_musa().current_stream()
+    with torch_musa().stream(other):
+        assert torch_musa().current_stream().stream_id == other.stream_id != before.stream_id
+    assert torch_musa().current_stream().stream_id == before.stream_id
 
 
 def the_identity_check_is_passed_honestly() -> None:

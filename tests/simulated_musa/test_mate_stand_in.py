@@ -51,12 +51,12 @@ def outputs(call: Call) -> dict[str, list[Any]]:
     caches = [torch.randn(sum(pages), PAGE, heads_kv, call.headdim).half() for _ in range(2)]
     page_table = torch.zeros(batch, max(pages), dtype=torch.int32)
     order = torch.randperm(sum(pages)).int()
-    for request, numbers in enumerate(order.split(pages)):
+    for request, numbers in enumerate(torch.split(order, pages)):
         page_table[request, : len(numbers)] = numbers
     q = torch.randn(sum(call.lengths_q), heads, call.headdim).half()
     sinks = torch.randn(heads).bfloat16() if call.sinks else None
     truth = []
-    for request, rows in enumerate(q.split(call.lengths_q)):
+    for request, rows in enumerate(torch.split(q, list(call.lengths_q))):
         used = page_table[request, : pages[request]].long()
         k, v = (cache[used].flatten(0, 1)[: call.lengths_k[request]] for cache in caches)
         options = {
