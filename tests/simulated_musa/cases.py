@@ -51,6 +51,13 @@ LONG = (
     (Request(SHARED[:1400] + tokens(100, 5)), Request(tokens(200, 6))),
 )
 """Requests whose contexts are of several splits, the last ones with a prefix that is cached."""
+PREFIX = SHARED[:192]
+REVERSED = (
+    (Request(PREFIX),),
+    (Request(PREFIX + tokens(60, 8)), Request(PREFIX + tokens(400, 9))),
+    (Request(PREFIX + tokens(400, 10)), Request(PREFIX + tokens(60, 11))),
+)
+"""The last two phases have the same geometries, and neither's plans are right for the other."""
 CHUNKS = {"chunked_prefill_size": 512}
 FA3 = {"attention_backend": "fa3"}
 
@@ -125,6 +132,7 @@ TWICE = (prompts(700), prompts(700))
 CASES = [
     MusaCase("Llama", LLAMA),
     MusaCase("Llama, thousands of tokens", LLAMA, THOUSANDS, {"chunked_prefill_size": 2048}),
+    MusaCase("Llama, batch reversed", LLAMA, REVERSED, {}),
     MusaCase("Llama, no graphs", LLAMA, arguments=CHUNKS | {"disable_cuda_graph": True}),
     MusaCase("Llama, without overlap", LLAMA, arguments=CHUNKS | {"disable_overlap_schedule": True}),
     MusaCase("Qwen3-MoE", QWEN_3_MOE, EXPERTS),
