@@ -227,11 +227,13 @@ def all_requests(case: DenseCase) -> list[Request]:
 
 def keep_plans_for_ever() -> None:
     """Make the mistake that this package avoids: a plan serves every pass of its geometry."""
-    from sglang_musa_ext.attention.plans import SchedulerMetadataCache
+    from sglang_musa_ext.attention.plans import Pass, SchedulerMetadataCache
 
-    def begin_pass(self: Any) -> None:
+    def begin_pass(self: Any) -> Any:
+        former, self.current = self.current, Pass()
+        self.current.plans, self.current.in_place = former.plans, former.in_place
         self._ended = False
-        self._seen.clear()
+        return self.current
 
     def key(_self: Any, geometry: Any, tensors: Any) -> Any:
         return geometry
