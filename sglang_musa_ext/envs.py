@@ -6,7 +6,6 @@ standard library alone, so that ``SGLANG_MUSA_EXT=off`` costs nothing.
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -73,6 +72,8 @@ def _unknown_variable(variable: str, value: str) -> SettingsError:
     # The prefix that all share would make everything close to everything.
     endings = {name.removeprefix(MODE).strip("_"): name for name in known}
     ending = variable.removeprefix(MODE).strip("_")
+    import difflib  # Only a mistake needs it.
+
     close = difflib.get_close_matches(ending, endings, n=1)
     meant = f"did you mean {endings[close[0]]}?" if close else f"there are {', '.join(known)}."
     return SettingsError(

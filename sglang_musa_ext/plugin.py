@@ -15,8 +15,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from sglang_musa_ext import envs, patching, policy
-from sglang_musa_ext.announce import announce
+from sglang_musa_ext import envs
 from sglang_musa_ext.envs import Settings
 
 logger = logging.getLogger(__name__)
@@ -88,6 +87,8 @@ def _require_unclaimed() -> None:
 
 
 def _announce(line: str) -> None:
+    from sglang_musa_ext.announce import announce
+
     announce(logger, line)
 
 
@@ -97,7 +98,11 @@ def activate_platform() -> str | None:
     Raises:
         PluginError: it is asked for while ``SGLANG_MUSA_EXT=off``.
     """
-    if envs.named_platform() != policy.REFERENCE_PLATFORM:
+    if not (named := envs.named_platform()):
+        return None
+    from sglang_musa_ext import policy
+
+    if named != policy.REFERENCE_PLATFORM:
         return None
     if Settings.from_environ().mode == "off":
         raise PluginError(
@@ -146,6 +151,8 @@ def _reason_to_stay_idle(settings: Settings) -> str | None:
     Raises:
         PluginError: ``SGLANG_MUSA_EXT=on`` where there is nothing it could be on for.
     """
+    from sglang_musa_ext import policy
+
     choice = policy.choose_service(settings, on_musa=_on_musa())
     if choice.kernels is not None:
         return None
@@ -222,6 +229,8 @@ def _require_capability() -> None:
         return
     from sglang.srt.utils import get_device_capability
 
+    from sglang_musa_ext import policy
+
     if reason := policy.reason_against_capability(get_device_capability()):
         raise PluginError(
             f"{reason}, so fa3 cannot be served here. Start the server with --attention-backend "
@@ -232,6 +241,8 @@ def _require_capability() -> None:
 def _take_over(create: Callable[[Any], Any]) -> None:
     """Let ``create`` build the backends that the attention registry has for FlashAttention."""
     from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
+
+    from sglang_musa_ext import patching
 
     patching.replace(ATTENTION_BACKENDS, "fa3", create)
     patching.replace(ATTENTION_BACKENDS, "fa4", _refuse_fa4)
@@ -245,6 +256,7 @@ def _take_over_drafts(create: Callable[..., Any]) -> None:
     """
     from sglang.srt.speculative.draft_utils import DraftBackendFactory
 
+    from sglang_musa_ext import patching
     from sglang_musa_ext.upstream.names import DRAFT_METHODS
 
     wrapper = functools.partial(_draft_method, create=create)

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from sglang_musa_ext import envs
 from sglang_musa_ext.envs import Settings
-from sglang_musa_ext.upstream.limits import Configuration, limits_of
+
+if TYPE_CHECKING:
+    from sglang_musa_ext.upstream.limits import Configuration
 
 PAGE_SIZE = 64
 """Tokens in a page of the KV cache: what MATE's MLA kernels take, and what all others are fastest
@@ -154,6 +157,9 @@ def reasons_against_fa3(asked: Configuration, version: str | None = None) -> tup
         asked: a server's configuration; an unset page size is the default one.
         version: SGLang's; ``None``: unknown, and every limit of upstream's counts.
     """
+    # Loaded when needed: most processes never ask, and all of them import this module.
+    from sglang_musa_ext.upstream.limits import limits_of
+
     reasons = [rule.reason.format(asked) for rule in DEFAULT_RULES if rule.applies(asked)]
     if asked.capability is not None and (old := reason_against_capability(asked.capability)):
         reasons.append(old)

@@ -263,14 +263,15 @@ CHECKS = (
 SELECTION = (
     Mutant("draft steps are upstream's", BACKEND, "        with upstream_builds_ours():\n            super().__init__",
            "        if True:\n            super().__init__", "multi_step_draft"),
-    Mutant("registry left alone", PLUGIN, 'ATTENTION_BACKENDS["fa3"] = create', "pass", "registry_builds"),
-    Mutant("fa4 left alone", PLUGIN, 'ATTENTION_BACKENDS["fa4"] = _refuse_fa4', "pass", "fa4_is_refused"),
+    Mutant("registry left alone", PLUGIN, 'patching.replace(ATTENTION_BACKENDS, "fa3", create)', "pass", "registry_builds"),
+    Mutant("fa4 left alone", PLUGIN, 'patching.replace(ATTENTION_BACKENDS, "fa4", _refuse_fa4)', "pass", "fa4_is_refused"),
     Mutant("draft factories left alone", PLUGIN,
-           '_DRAFT_METHODS = ("_create_fa_decode_backend", "_create_fa_prefill_backend")', "_DRAFT_METHODS = ()",
+           "patching.wrap(DraftBackendFactory, name, wrapper, again=True)", "pass",
            "draft_factories"),
     Mutant("in-tree MUSA classes left alone", BACKEND, "stack.enter_context(_module_as(IN_TREE_MODULE, in_tree))",
            "pass", "draft_factories"),
-    Mutant("foreign backends pass", BACKEND, "if not isinstance(self, MusaFA3Mixin):", "if False:", "foreign_fa3"),
+    Mutant("foreign backends pass", "guard.py",
+           "if not any(cls.__module__.startswith(_OURS) for cls in type(self).__mro__):", "if False:", "foreign_fa3"),
     Mutant("DFlash does not know us", BACKEND, "= names | {MusaFA3Backend.__name__}", "= names", "dflash"),
 )  # fmt: skip
 
