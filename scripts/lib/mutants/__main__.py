@@ -263,8 +263,10 @@ CHECKS = (
 SELECTION = (
     Mutant("draft steps are upstream's", BACKEND, "        with upstream_builds_ours():\n            super().__init__",
            "        if True:\n            super().__init__", "multi_step_draft"),
-    Mutant("registry left alone", PLUGIN, 'patching.replace(ATTENTION_BACKENDS, "fa3", create)', "pass", "registry_builds"),
-    Mutant("fa4 left alone", PLUGIN, 'patching.replace(ATTENTION_BACKENDS, "fa4", _refuse_fa4)', "pass", "fa4_is_refused"),
+    Mutant("registry left alone", PLUGIN,
+           'patching.replace(ATTENTION_BACKENDS, "fa3", create)', "pass", "registry_builds"),
+    Mutant("fa4 left alone", PLUGIN,
+           'patching.replace(ATTENTION_BACKENDS, "fa4", _refuse_fa4)', "pass", "fa4_is_refused"),
     Mutant("draft factories left alone", PLUGIN,
            "patching.wrap(DraftBackendFactory, name, wrapper, again=True)", "pass",
            "draft_factories"),
