@@ -120,7 +120,7 @@ def _check_contract(row: MatrixRow, sources: Path) -> LevelResult:
 
 
 def _run_tests(row: MatrixRow, level: str, sources: Path, logs: Path) -> LevelResult:
-    """Run the level's tests in a Python that imports the release in place of the installed SGLang."""
+    """Run the level's tests in a Python that imports the release, not the installed SGLang."""
     logs.mkdir(parents=True, exist_ok=True)
     log = logs / f"{row.version}-{level}.log"
     report = logs / f"{row.version}-{level}.xml"
