@@ -150,6 +150,7 @@ class CallSite:
         "attention",
         "geometry",
         "keywords",
+        "serves_raw_keys",
     )
 
     def __init__(
@@ -163,6 +164,8 @@ class CallSite:
             attention: serves such calls, from all their arguments.
         """
         self.geometry, self.attention = geometry, attention
+        self.serves_raw_keys = False
+        """Whether such a call was served over raw keys, so that names and options allow it."""
         self.keywords = geometry.keywords()
         """Those of ``get_scheduler_metadata`` for this call; others of its kind have some else."""
         q, k_cache, v_cache = arguments["q"], arguments["k_cache"], arguments["v_cache"]
@@ -227,7 +230,7 @@ class CallSite:
     def _has_others(self, arguments: Arguments) -> bool:
         for name, dtype, dimensions, layout in self._others:
             value = arguments.get(name)
-            if getattr(value, "dtype", None) is not dtype:
+            if not isinstance(value, torch.Tensor) or value.dtype is not dtype:
                 return False
             if (value.ndim, _layout(value)) != (dimensions, layout):
                 return False

@@ -221,6 +221,7 @@ class MusaFA3Mixin:
         result = attention(raw)
         site = self._site(arguments)
         if site is not None:
+            site.serves_raw_keys = True
             known = KnownCall(site, arguments, attention, own_keys, raw=True)
             self._plans.remember(known, None)
         return result
@@ -270,7 +271,10 @@ class MusaFA3Mixin:
         # Rows that only pad the batch belong to no request.
         if rows != {self._new_rows} or self._plans.capturing:
             return None
-        return raw_arguments(arguments, own_keys, self.forward_metadata, self._kernels)
+        site = self._site(arguments)
+        settled = site is not None and site.serves_raw_keys
+        kernels = None if settled else self._kernels
+        return raw_arguments(arguments, own_keys, self.forward_metadata, kernels)
 
     def _prepared(self, function: str, arguments: Arguments) -> Attention:
         """Return what serves calls of ``function`` with the names of this one."""

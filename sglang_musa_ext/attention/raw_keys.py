@@ -42,7 +42,7 @@ def new_rows(forward_batch: Any) -> int | None:
 
 
 def raw_arguments(
-    arguments: Mapping[str, Any], own_keys: OwnKeys, metadata: Any, kernels: FA3Kernels
+    arguments: Mapping[str, Any], own_keys: OwnKeys, metadata: Any, kernels: FA3Kernels | None
 ) -> Arguments | None:
     """Return the arguments of ``flash_attn_varlen_func`` that stand for a call over a paged cache.
 
@@ -51,37 +51,40 @@ def raw_arguments(
         own_keys: the layer's keys and values ``(tokens, ...)``, which the cache holds and nothing
             else.
         metadata: upstream's, of the pass.
-        kernels: that would serve it.
+        kernels: that would serve it; ``None``: a call with these names and options was served.
 
     Returns:
         ``None`` where the call attends to something else than these keys, or where the kernels have
         no such function for it.
     """
-    if not (_attends_to_the_batch(arguments, metadata) and _asks_for_no_more(arguments)):
-        return None
-    q, k_cache, v_cache = (arguments[name] for name in ("q", "k_cache", "v_cache"))
-    if any(keys.dtype != q.dtype or keys.dtype != k_cache.dtype for keys in own_keys):
+    if not _attends_to_the_batch(arguments, metadata):
         return None
     k, v = own_keys
-    sinks = arguments.get("sinks")
-    if not kernels.serves_raw_keys(
-        dtype=q.dtype,
-        headdim=k_cache.shape[-1],
-        headdim_v=v_cache.shape[-1],
+    if {k.dtype, v.dtype, arguments["q"].dtype, arguments["k_cache"].dtype} != {k.dtype}:
+        return None
+    if kernels is not None and not (_asks_for_no_more(arguments) and _serves(kernels, arguments)):
+        return None
+    return over_raw_keys(arguments, k, v)
+
+
+def _serves(kernels: FA3Kernels, arguments: Mapping[str, Any]) -> bool:
+    """Tell whether the kernels have a function over raw keys for a call."""
+    return kernels.serves_raw_keys(
+        dtype=arguments["q"].dtype,
+        headdim=arguments["k_cache"].shape[-1],
+        headdim_v=arguments["v_cache"].shape[-1],
         window_size=arguments.get("window_size") or (-1, -1),
         softcap=arguments.get("softcap") or 0.0,
         attention_chunk=arguments.get("attention_chunk") or 0,
-        has_sinks=sinks is not None,
-    ):
-        return None
-    return over_raw_keys(arguments, k, v)
+        has_sinks=arguments.get("sinks") is not None,
+    )
 
 
 def over_raw_keys(arguments: Mapping[str, Any], k: torch.Tensor, v: torch.Tensor) -> Arguments:
     """Return the arguments of a call over ``k`` and ``v`` in place of the cache that has them."""
     raw = {name: arguments[name] for name in _SAME if name in arguments}
-    raw["k"] = k.view(-1, *arguments["k_cache"].shape[2:])
-    raw["v"] = v.view(-1, *arguments["v_cache"].shape[2:])
+    raw["k"] = k if k.ndim == 3 else k.view(-1, *arguments["k_cache"].shape[2:])
+    raw["v"] = v if v.ndim == 3 else v.view(-1, *arguments["v_cache"].shape[2:])
     raw["cu_seqlens_k"] = arguments["cu_seqlens_q"]
     raw["max_seqlen_k"] = arguments["max_seqlen_q"]
     return raw

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from sglang_musa_ext import envs
+from sglang_musa_ext.attention.calls import has_equal_queries
 from sglang_musa_ext.attention.checks import StalePlanError, WrongOutputError
 from tests.support.backend import (
     Model,
@@ -97,7 +98,8 @@ def test_a_stale_plan_is_not_caught_without_the_check(mla: bool) -> None:
     if mla:
         calls[-1].arguments["scheduler_metadata"][0].zero_()
     else:
-        calls[0].result.view(4, -1)[2] = 0  # no query tiles: nothing is computed
+        tiles = backend._kernels.plan_contents(calls[0].result, 2)[2]
+        tiles[:] = 0  # no query tiles: nothing is computed
     with pytest.raises(AssertionError, match="2 of 2 rows are wrong"):
         model.check(backend, step, model.layers[1])
 
@@ -171,7 +173,7 @@ def test_queries_are_counted_once_a_pass(monkeypatch: pytest.MonkeyPatch) -> Non
     model = Model(uniform_layers(3))
     backend, requests = model.backend(), model.requests(300, 70)
     backend._kernels = dataclasses.replace(backend._kernels, plans_unequal_queries=False)
-    equal = Mock(wraps=mixin.has_equal_queries)
+    equal = Mock(wraps=has_equal_queries)
     monkeypatch.setattr(mixin, "has_equal_queries", equal)
     for new, judged, plans in (((5, 3), 1, 0), ((4, 4), 2, 1), ((2, 3), 3, 0)):
         with counted(backend) as counts:

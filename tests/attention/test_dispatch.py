@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from sglang_musa_ext.upstream.names import KERNEL_PARAMETERS
 from tests.support.backend import (
     Model,
     attention,
@@ -21,7 +22,7 @@ from tests.support.layers import (
 @pytest.fixture
 def originals(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
     """Upstream's kernel names with recorders under them, and no dispatcher yet; the calls by name."""
-    calls: dict[str, list[Any]] = {name: [] for name in dispatch.KERNEL_PARAMETERS}
+    calls: dict[str, list[Any]] = {name: [] for name in KERNEL_PARAMETERS}
     for name, seen in calls.items():
         monkeypatch.setattr(
             upstream, name, lambda *args, seen=seen, **kwargs: seen.append((args, kwargs))
@@ -29,7 +30,7 @@ def originals(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
     return calls
 
 
-@pytest.mark.parametrize("name", dispatch.KERNEL_PARAMETERS)
+@pytest.mark.parametrize("name", KERNEL_PARAMETERS)
 def test_other_users_of_upstreams_module_are_untouched(
     name: str, originals: dict[str, list[Any]]
 ) -> None:

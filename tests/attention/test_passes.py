@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from sglang_musa_ext import envs
+from sglang_musa_ext.upstream.rows.passes import PASS_METHODS
 from tests.support.backend import (
     ForwardMode,
     Model,
@@ -21,7 +22,6 @@ from tests.support.backend import (
     attention_layer,
     counted,
     dense_attention,
-    mixin,
     recorded,
     upstream,
 )
@@ -388,9 +388,9 @@ def test_every_init_method_of_this_release_ends_the_pass() -> None:
         for name in dir(upstream.FlashAttentionBackend)
         if name.startswith("init_forward_metadata")
     }
-    assert named <= set(mixin.PASS_METHODS)
+    assert named <= set(PASS_METHODS)
     backend = Model(uniform_layers(1)).backend()
-    for name in mixin.PASS_METHODS:
+    for name in PASS_METHODS:
         if not hasattr(upstream.FlashAttentionBackend, name):
             assert not hasattr(backend, name)
             continue

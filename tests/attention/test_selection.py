@@ -20,7 +20,7 @@ import pytest
 
 from sglang_musa_ext import patching, plugin, policy
 from sglang_musa_ext.guard import NotServedByUsError
-from sglang_musa_ext.upstream.names import DRAFT_METHODS
+from sglang_musa_ext.upstream.names import DRAFT_METHODS, KERNEL_PARAMETERS
 from tests.support.backend import (
     LinearStandIn,
     Model,
@@ -29,7 +29,6 @@ from tests.support.backend import (
     attention,
     attention_layer,
     counted,
-    dispatch,
     upstream,
 )
 
@@ -55,7 +54,7 @@ def plugin_on(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     places: list[tuple[Any, str]] = [
         (upstream.FlashAttentionBackend, "__init__"), (Scheduler, "get_internal_state"),
         (dflash_utils, "_DFLASH_VERIFY_SKIP_CUSTOM_MASK_BACKENDS"),
-        *((upstream, name) for name in dispatch.KERNEL_PARAMETERS),
+        *((upstream, name) for name in KERNEL_PARAMETERS),
         *((DraftBackendFactory, name) for name in DRAFT_METHODS),
     ]  # fmt: skip
     finders = [x for x in sys.meta_path if type(x).__module__ != patching.__name__]
