@@ -10,6 +10,7 @@ It needs the installed stack alone: torch, sglang and sglang-musa-ext. Its parts
   engine    a tiny random Llama served by SGLang with this package, against SGLang's torch_native
   modes     models without weights served in every mode, against SGLang's own fa3; on NVIDIA GPUs alone
   bench     decode step time with plans reused within a pass and without, verified before it is timed
+  model     your own model (--model), served with this package and with another backend of SGLang's
 
 Every part runs in a process of its own, and what a case does to it (a crash, a hang) is a result:
 the case failed, and the rest goes on in another process. Exit status: 0 all that could run passed,
@@ -38,9 +39,12 @@ from sglang_musa_ext.validation.report import FAIL, PASS, SKIP, Outcome, Report,
 
 PROGRAM = ("-m", "sglang_musa_ext.validation.command")
 """What a part's process runs."""
-PARTS = ("doctor", "numerics", "graphs", "memcheck", "engine", "modes", "bench")
+PARTS = ("doctor", "numerics", "graphs", "memcheck", "engine", "modes", "bench", "model")
+UNASKED = PARTS[:-1]
+"""The parts that run where none is named; with --model, the last one too."""
 SILENCE = {
     "numerics": 300.0, "graphs": 300.0, "memcheck": 600.0, "engine": 900.0, "modes": 900.0, "bench": 1200.0,
+    "model": 1800.0,
     "probe": 300.0,
 }  # fmt: skip
 """Seconds that one case of a part may take."""
@@ -90,8 +94,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--device", default="auto", help="musa, cuda or cpu, with an index if there are several"
     )
+    parser.add_argument("--only", type=_parts, metavar="PARTS", help=f"some of {','.join(PARTS)}")
     parser.add_argument(
-        "--only", type=_parts, default=PARTS, metavar="PARTS", help=f"some of {','.join(PARTS)}"
+        "--model", metavar="PATH", default="", help="your own model, for the part model"
     )
     parser.add_argument(
         "--modes", type=_modes, default=(), metavar="MODES", help="some of the part modes, by name"
@@ -108,7 +113,11 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     for hidden in ("--child", "--fd", "--done", "--scratch"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    options.only = options.only or (PARTS if options.model else UNASKED)
+    if "model" in options.only and not options.model:
+        parser.error("the part model needs a model: --model PATH")
+    return options
 
 
 def _parts(text: str) -> tuple[str, ...]:
@@ -143,7 +152,7 @@ class Run:
         self.models.mkdir(exist_ok=True)
         self.device = options.device
         started = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-        names = ("kernels", "device", "only", "modes", "quick")
+        names = ("kernels", "device", "only", "modes", "model", "quick")
         settings = {name: _plain(getattr(options, name)) for name in names}
         settings |= {
             name: value for name, value in sorted(os.environ.items()) if name.startswith("SGLANG_")
@@ -229,6 +238,7 @@ class Run:
             "--kernels", self.options.kernels, "--device", self.device, "--scratch", str(self.models.resolve()),
             "--out", str(self.out.resolve()), "--jobs", str(self.options.jobs),
             *(["--modes", ",".join(self.options.modes)] if self.options.modes else []),
+            *(["--model", self.options.model] if self.options.model else []),
             *(["--quick"] if self.options.quick else []),
         ]  # fmt: skip
         with self._log(part).open("a") as log:
