@@ -13,7 +13,10 @@ from collections.abc import Mapping, Sequence
 from sglang_musa_ext import __version__
 
 COMMANDS: Mapping[str, tuple[str, str]] = {
-    "doctor": ("sglang_musa_ext.doctor", "say what would serve here, and what stands in the way"),
+    "doctor": (
+        "sglang_musa_ext.doctor.command",
+        "say what would serve here, and what stands in the way",
+    ),
     "install": ("sglang_musa_ext.install", "install Moore Threads' packages that belong together"),
     "validate": (
         "sglang_musa_ext.validation.command",

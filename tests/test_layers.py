@@ -68,7 +68,8 @@ LAYERS = {
 }
 """By folder, or by module where one stands beside the folders."""
 LIGHT = (
-    *("", "envs", "policy", "patching", "upstream", "plugin", "guard", "doctor"),
+    *("", "envs", "policy", "patching", "upstream", "plugin", "guard", "doctor.command"),
+    *("install", "validation.command", "benchmark.command"),
     "kernels.mate_identity",
 )
 """Modules that load neither torch nor sglang while they are imported."""
@@ -84,7 +85,7 @@ MAY_TOUCH_THE_ENVIRONMENT = {
         "arm",
     ): "torch calls it in every process, where a bad value of ours must not be an error",
     ("guard", "_reason"): "names SGLang's own variables in an error",
-    ("doctor.__init__", "main"): "hands what it is to judge to the probes",
+    ("doctor.command", "main"): "hands what it is to judge to the probes",
     (
         "cpu.stand_ins",
         "prepare_process",

@@ -16,16 +16,12 @@ from typing import Any
 
 import pytest
 
-from sglang_musa_ext import doctor
-from sglang_musa_ext.doctor import (
-    CHECKS,
-    Check,
-    CheckResult,
-    Status,
-    Surroundings,
-    main,
-    run_checks,
-)
+from sglang_musa_ext.doctor import command as doctor
+from sglang_musa_ext.doctor import surroundings
+from sglang_musa_ext.doctor.command import CHECKS, main, run_checks
+from sglang_musa_ext.doctor.packages import pinned_torch
+from sglang_musa_ext.doctor.results import CheckResult, CheckStatus
+from sglang_musa_ext.doctor.surroundings import Check, Surroundings
 from sglang_musa_ext.upstream import check, releases
 
 BY_NAME = {check.name: check for check in CHECKS}
@@ -135,7 +131,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.syspath_prepend(str(tmp_path))
     machine = Machine(tmp_path)
-    machine.install("torch", f"{doctor._pinned_torch()}")
+    machine.install("torch", f"{pinned_torch()}")
     return machine
 
 
@@ -144,7 +140,7 @@ def musa(machine: Machine) -> Machine:
     """A machine with a complete stack for MUSA, of the torch that the installed SGLang is released
     with.
     """
-    torch = f"{doctor._pinned_torch()}.post2+musa5.2.0"
+    torch = f"{pinned_torch()}.post2+musa5.2.0"
     machine.install("torch", torch, {"torch/__init__.py": TORCH})
     machine.install("torch_musa", torch, {"torch_musa/__init__.py": ""})
     machine.install("torchada", "0.1.81", {"torchada/__init__.py": ""})
@@ -176,88 +172,88 @@ def change_devices(machine: Machine, devices: str) -> None:
 def test_a_complete_machine_passes(musa: Machine, check: str) -> None:
     """Every check passes where all is as the vendor publishes it."""
     result = musa.ask(check)
-    assert (result.status, result.next_step) == (Status.PASS, ""), result.finding
+    assert (result.status, result.next_step) == (CheckStatus.PASS, ""), result.finding
 
 
 Change = Callable[[Machine], None]
-WRONG: dict[str, tuple[str, Status, Change, list[str]]] = {
+WRONG: dict[str, tuple[str, CheckStatus, Change, list[str]]] = {
     "driver tool missing": (
         "driver",
-        Status.WARN,
+        CheckStatus.WARN,
         lambda m: (m.folder / "bin/mthreads-gmi").unlink(),
         ["mthreads-gmi"],
     ),
-    "driver broken": ("driver", Status.FAIL, lambda m: m.tool("exit 9"), ["status 9"]),
+    "driver broken": ("driver", CheckStatus.FAIL, lambda m: m.tool("exit 9"), ["status 9"]),
     "driver tool crashes": (
         "driver",
-        Status.FAIL,
+        CheckStatus.FAIL,
         lambda m: m.tool("kill -9 $$"),
         ["mthreads-gmi"],
     ),
     "toolkit too old": (
         "toolkit",
-        Status.FAIL,
+        CheckStatus.FAIL,
         lambda m: m.write("musa/include/musa.h", "#define MUSA_VERSION 40305\n"),
         ["4.3.5", "4.3.6"],
     ),
     "toolkit without chunks": (
         "toolkit",
-        Status.WARN,
+        CheckStatus.WARN,
         lambda m: m.write("musa/include/musa.h", "#define MUSA_VERSION 40306\n"),
         ["4.3.6", "chunks"],
     ),
     "toolkit missing": (
         "toolkit",
-        Status.WARN,
+        CheckStatus.WARN,
         lambda m: m.environ.update(MUSA_HOME="/nowhere"),
         ["/nowhere"],
     ),
     "toolkit unreadable": (
         "toolkit",
-        Status.WARN,
+        CheckStatus.WARN,
         lambda m: m.write("musa/include/musa.h", "\n"),
         ["musa.h"],
     ),
-    "no device": ("device", Status.FAIL, lambda m: change_devices(m, "[]"), ["no device"]),
+    "no device": ("device", CheckStatus.FAIL, lambda m: change_devices(m, "[]"), ["no device"]),
     "old device": (
         "device",
-        Status.FAIL,
+        CheckStatus.FAIL,
         lambda m: change_devices(m, '[("MTT S4000", (2, 2), 1 << 30, 1 << 30)]'),
         ["MTT S4000", "MP 2.2", "3.1"],
     ),
     "device in use": (
         "device",
-        Status.WARN,
+        CheckStatus.WARN,
         lambda m: change_devices(m, '[("MTT S5000", (3, 1), 1 << 30, 80 << 30)]'),
         ["1024 MiB of 81920 MiB free"],
     ),
     "torch crashes": (
         "device",
-        Status.FAIL,
+        CheckStatus.FAIL,
         lambda m: m.write("torch/__init__.py", "import os\nos.abort()\n"),
         ["does not answer"],
     ),
     "torch_musa does not import": (
         "device",
-        Status.FAIL,
+        CheckStatus.FAIL,
         lambda m: m.write("torch_musa/__init__.py", "raise OSError('libmusa.so: cannot open')\n"),
         ["libmusa.so"],
     ),
     "another torch": (
         "torch",
-        Status.FAIL,
+        CheckStatus.FAIL,
         lambda m: m.install("torch", "2.7.0+musa5.2.0"),
         ["different releases"],
     ),
     "public torch": (
         "torch",
-        Status.FAIL,
-        lambda m: m.install("torch", f"{doctor._pinned_torch()}"),
+        CheckStatus.FAIL,
+        lambda m: m.install("torch", f"{pinned_torch()}"),
         ["torch_musa is the vendor's build"],
     ),
     "public triton": (
         "triton",
-        Status.FAIL,
+        CheckStatus.FAIL,
         lambda m: (m.folder / "triton/backends/mtgpu/driver.py").rename(
             m.folder / "triton/driver.py"
         ),  # type: ignore[dict-item]
@@ -265,85 +261,85 @@ WRONG: dict[str, tuple[str, Status, Change, list[str]]] = {
     ),
     "squatting mate": (
         "mate",
-        Status.FAIL,
+        CheckStatus.FAIL,
         lambda m: (m.folder / "mate/mha_interface.py").unlink(),
         ["mate", "not Moore Threads' MATE", "0.2.7"],
     ),
     "no wrapper": (
         "mate",
-        Status.FAIL,
+        CheckStatus.FAIL,
         lambda m: (m.folder / "flash_attn_interface.py").unlink(),
         ["flash_attn_interface"],
     ),
     "two generations of the wrapper": (
         "mate",
-        Status.WARN,
+        CheckStatus.WARN,
         lambda m: m.install("mate-flash-attention", "0.1.3"),
         ["mate-flash-attention"],
     ),
     "public deep-gemm": (
         "collisions",
-        Status.FAIL,
+        CheckStatus.FAIL,
         lambda m: m.install("deep-gemm", "1.0.0"),
         ["deep-gemm 1.0.0"],
     ),
     "public tvm-ffi": (
         "collisions",
-        Status.FAIL,
+        CheckStatus.FAIL,
         lambda m: m.install("apache-tvm-ffi", "0.1.11"),
         ["apache-tvm-ffi 0.1.11"],
     ),
     "CUDA packages": (
         "collisions",
-        Status.WARN,
+        CheckStatus.WARN,
         lambda m: m.install("nvidia-cudnn-cu12", "9.1"),
         ["nvidia-cudnn-cu12"],
     ),
     "wheel of another python": (
         "python",
-        Status.FAIL,
+        CheckStatus.FAIL,
         lambda m: m.install("mate", "0.2.7", tag="cp39-cp39-linux_x86_64"),
         ["mate"],
     ),
     "unknown value": (
         "settings",
-        Status.FAIL,
+        CheckStatus.FAIL,
         lambda m: m.environ.update(SGLANG_MUSA_EXT_KERNELS="cutlass"),
         ["cutlass", "auto, mate, hopper, reference"],
     ),
     "misspelt variable": (
         "settings",
-        Status.FAIL,
+        CheckStatus.FAIL,
         lambda m: m.environ.update(SGLANG_MUSA_EXT_KERNEL="mate"),
         ["SGLANG_MUSA_EXT_KERNEL=", "SGLANG_MUSA_EXT_KERNELS?"],
     ),
     "filtered": (
         "plugin",
-        Status.FAIL,
+        CheckStatus.FAIL,
         lambda m: m.environ.update(SGLANG_PLUGINS="a, b"),
         ["SGLANG_PLUGINS=a,b", "Set SGLANG_PLUGINS=a,b,musa_ext"],
     ),
     "platform filtered": (
         "plugin",
-        Status.FAIL,
+        CheckStatus.FAIL,
         lambda m: m.environ.update(SGLANG_PLUGINS="musa_ext", SGLANG_PLATFORM="musa_reference"),
         ["musa_reference"],
     ),
     "another platform": (
         "plugin",
-        Status.FAIL,
+        CheckStatus.FAIL,
         lambda m: m.environ.update(SGLANG_PLATFORM="kunlun"),
         ["SGLANG_PLATFORM=kunlun"],
     ),
     "off": (
         "plugin",
-        Status.WARN,
+        CheckStatus.WARN,
         lambda m: m.environ.update(SGLANG_MUSA_EXT="off"),
         ["SGLANG_MUSA_EXT=off"],
     ),
     "guard turned off": (
         "plugin",
-        Status.WARN,
+        CheckStatus.WARN,
         lambda m: m.environ.update(SGLANG_MUSA_EXT="on", TORCH_DEVICE_BACKEND_AUTOLOAD="0"),
         ["TORCH_DEVICE_BACKEND_AUTOLOAD=0"],
     ),
@@ -352,7 +348,7 @@ WRONG: dict[str, tuple[str, Status, Change, list[str]]] = {
 
 @pytest.mark.parametrize(("check", "status", "change", "parts"), WRONG.values(), ids=WRONG)
 def test_what_is_wrong_is_found(
-    musa: Machine, check: str, status: Status, change: Change, parts: list[str]
+    musa: Machine, check: str, status: CheckStatus, change: Change, parts: list[str]
 ) -> None:
     """One change to a complete machine is found, named, and has a next step."""
     change(musa)
@@ -367,7 +363,7 @@ def test_torchada_is_missed(musa: Machine, monkeypatch: pytest.MonkeyPatch) -> N
     """Without torchada SGLang takes no device for MUSA."""
     musa.uninstall("torchada")
     result = musa.ask("torch")
-    assert result.status is Status.FAIL
+    assert result.status is CheckStatus.FAIL
     assert "torchada is missing" in result.finding
 
 
@@ -376,12 +372,12 @@ def test_a_torch_of_another_release_than_sglangs_is_mentioned(musa: Machine) -> 
     for name in ("torch", "torch_musa"):
         musa.install(name, "2.9.1.post1+musa5.2.0")
     result = musa.ask("torch")
-    assert result.status is Status.WARN
-    assert f"released with torch {doctor._pinned_torch()}" in result.finding
+    assert result.status is CheckStatus.WARN
+    assert f"released with torch {pinned_torch()}" in result.finding
 
 
-@pytest.mark.parametrize(("mode", "status"), [("auto", Status.WARN), ("on", Status.FAIL)])
-def test_a_machine_without_the_stack(machine: Machine, mode: str, status: Status) -> None:
+@pytest.mark.parametrize(("mode", "status"), [("auto", CheckStatus.WARN), ("on", CheckStatus.FAIL)])
+def test_a_machine_without_the_stack(machine: Machine, mode: str, status: CheckStatus) -> None:
     """Without torch_musa the package stays idle, which is an error where it is told to be on."""
     machine.environ["SGLANG_MUSA_EXT"] = mode
     result = machine.ask("device")
@@ -393,7 +389,7 @@ def test_a_squatting_mate_is_mentioned_where_it_does_no_harm_yet(machine: Machin
     """On a machine without MUSA the public mate is a warning."""
     machine.install("mate", "0.2.0", {"mate/__init__.py": ""})
     result = machine.ask("mate")
-    assert result.status is Status.WARN
+    assert result.status is CheckStatus.WARN
     assert "'mate'" in result.finding
 
 
@@ -401,7 +397,7 @@ def test_the_cpu_platform_needs_no_device(machine: Machine) -> None:
     """The reference platform passes without anything of the vendor's."""
     machine.environ["SGLANG_PLATFORM"] = "musa_reference"
     assert {check: machine.ask(check).status for check in BY_NAME} == dict.fromkeys(
-        BY_NAME, Status.PASS
+        BY_NAME, CheckStatus.PASS
     )
 
 
@@ -417,16 +413,16 @@ def release_folder(machine: Machine, version: str) -> None:
 @pytest.mark.parametrize(
     ("version", "status", "part"),
     [
-        ("0.5.10", Status.FAIL, "no plugin loader"),
-        ("0.5.9.post1", Status.FAIL, "0.5.9.post1"),
-        (releases.OLDEST, Status.PASS, "is tested"),
-        (releases.NEWEST, Status.PASS, "is tested"),
-        ("0.6.0", Status.WARN, "newer"),
-        ("nonsense", Status.FAIL, "nonsense"),
+        ("0.5.10", CheckStatus.FAIL, "no plugin loader"),
+        ("0.5.9.post1", CheckStatus.FAIL, "0.5.9.post1"),
+        (releases.OLDEST, CheckStatus.PASS, "is tested"),
+        (releases.NEWEST, CheckStatus.PASS, "is tested"),
+        ("0.6.0", CheckStatus.WARN, "newer"),
+        ("nonsense", CheckStatus.FAIL, "nonsense"),
     ],
 )
 def test_a_release_of_sglang_is_judged(
-    machine: Machine, version: str, status: Status, part: str
+    machine: Machine, version: str, status: CheckStatus, part: str
 ) -> None:
     """Too old is a failure, tested passes, newer is a warning, and what cannot be read is a
     failure.
@@ -443,7 +439,7 @@ def test_a_release_without_what_is_relied_on(machine: Machine) -> None:
     """
     release_folder(machine, releases.NEWEST)
     result = machine.ask("contract")
-    assert result.status is Status.FAIL
+    assert result.status is CheckStatus.FAIL
     assert len(result.details["violations"]) > 10
 
 
@@ -451,7 +447,7 @@ def test_sglang_may_be_missing(machine: Machine, monkeypatch: pytest.MonkeyPatch
     """Without SGLang its checks fail, and no other raises."""
     monkeypatch.setattr(check, "find_package", lambda *_: None)
     statuses = {check: machine.ask(check).status for check in BY_NAME}
-    assert {name for name, status in statuses.items() if status is Status.FAIL} == {
+    assert {name for name, status in statuses.items() if status is CheckStatus.FAIL} == {
         "sglang",
         "contract",
     }
@@ -463,7 +459,7 @@ def test_a_checkout_on_the_search_path_is_no_installation(
     """Without entry points SGLang cannot find the plugin, however importable it is."""
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda **_: [])
     result = machine.ask("plugin")
-    assert result.status is Status.FAIL
+    assert result.status is CheckStatus.FAIL
     assert "pip install" in result.next_step
 
 
@@ -518,21 +514,21 @@ def test_a_command_line_is_resolved(
 @pytest.mark.parametrize(
     ("options", "status", "part"),
     [
-        (["--attention-backend", "fa4"], Status.FAIL, "fa4"),
-        (["--attention-backend", "triton"], Status.WARN, "would not be used"),
-        (["--kv-cache-dtype", "fp8_e4m3", "--attention-backend", "fa3"], Status.FAIL, "fp8"),
+        (["--attention-backend", "fa4"], CheckStatus.FAIL, "fa4"),
+        (["--attention-backend", "triton"], CheckStatus.WARN, "would not be used"),
+        (["--kv-cache-dtype", "fp8_e4m3", "--attention-backend", "fa3"], CheckStatus.FAIL, "fp8"),
         (
             ["--kv-cache-dtype", "fp8_e4m3"],
-            Status.WARN,
+            CheckStatus.WARN,
             "MATE cannot read --kv-cache-dtype fp8_e4m3",
         ),
-        (["--dtype", "float32"], Status.WARN, "MATE cannot read --dtype float32"),
-        (["--page-size", "many"], Status.FAIL, "page-size"),
-        (["--page-size", "32"], Status.PASS, "page size 32"),
+        (["--dtype", "float32"], CheckStatus.WARN, "MATE cannot read --dtype float32"),
+        (["--page-size", "many"], CheckStatus.FAIL, "page-size"),
+        (["--page-size", "32"], CheckStatus.PASS, "page size 32"),
     ],
 )
 def test_a_command_line_that_cannot_serve(
-    musa: Machine, options: list[str], status: Status, part: str
+    musa: Machine, options: list[str], status: CheckStatus, part: str
 ) -> None:
     """What the kernels or the plugin would refuse is refused here."""
     result = musa.ask("command", *options)
@@ -543,14 +539,14 @@ def test_a_command_line_that_cannot_serve(
 @pytest.mark.parametrize(
     ("rank", "options", "status"),
     [
-        (512, ["--attention-backend", "fa3"], Status.FAIL),
-        (512, [], Status.WARN),
-        (None, ["--attention-backend", "fa3"], Status.PASS),
-        (None, [], Status.PASS),
+        (512, ["--attention-backend", "fa3"], CheckStatus.FAIL),
+        (512, [], CheckStatus.WARN),
+        (None, ["--attention-backend", "fa3"], CheckStatus.PASS),
+        (None, [], CheckStatus.PASS),
     ],
 )
 def test_mla_models_take_one_page_size(
-    musa: Machine, rank: int | None, options: list[str], status: Status
+    musa: Machine, rank: int | None, options: list[str], status: CheckStatus
 ) -> None:
     """A model on this machine says itself whether it is MLA, which takes pages of 64, or gets no
     fa3 by default.
@@ -567,13 +563,13 @@ def test_kernels_on_a_foreign_device_bring_no_defaults(machine: Machine) -> None
         machine.ask("command", "--model", "m").details["decode attention"]["value"]
         == "SGLang's choice"
     )
-    assert machine.ask("command", "--attention-backend", "fa3").status is Status.PASS
+    assert machine.ask("command", "--attention-backend", "fa3").status is CheckStatus.PASS
 
 
 def test_without_a_device_nothing_is_promised(machine: Machine) -> None:
     """Where the package stays idle, SGLang chooses."""
     result = machine.ask("command", "--model-path", "some/model")
-    assert result.status is Status.WARN
+    assert result.status is CheckStatus.WARN
     assert result.details["decode attention"]["value"] == "SGLang's choice"
 
 
@@ -596,16 +592,16 @@ def test_a_failing_probe_is_a_result(probe: Any, part: str) -> None:
     """Whatever a probe raises, the others are asked too."""
     results = run_checks(Surroundings({}), [Check("bad", "?", probe), BY_NAME["command"]])
     assert [result.name for result in results] == ["bad", "command"]
-    assert results[0].status is Status.FAIL
+    assert results[0].status is CheckStatus.FAIL
     assert part in results[0].finding
 
 
 def test_a_device_that_hangs_is_a_result(musa: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     """A driver that does not answer costs the time limit, and no more."""
-    monkeypatch.setattr(doctor, "DEVICE_TIMEOUT", 0.5)
+    monkeypatch.setattr(surroundings, "DEVICE_TIMEOUT", 0.5)
     musa.write("torch/__init__.py", "import time\ntime.sleep(60)\n")
     result = musa.ask("device")
-    assert result.status is Status.FAIL
+    assert result.status is CheckStatus.FAIL
     assert "TimeoutExpired" in result.finding
 
 
@@ -616,7 +612,9 @@ def test_the_exit_code_is_the_worst_of_all(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], statuses: list[str]
 ) -> None:
     """0: all passed; 1: a warning; 2: a failure."""
-    probes = [lambda _, s=status: CheckResult(Status(s), "seen", "do this") for status in statuses]
+    probes = [
+        lambda _, s=status: CheckResult(CheckStatus(s), "seen", "do this") for status in statuses
+    ]
     monkeypatch.setattr(
         doctor.run_checks, "__defaults__", ([Check("c", "?", probe) for probe in probes],)
     )
@@ -627,7 +625,8 @@ def test_the_exit_code_is_the_worst_of_all(
 def test_every_check_has_its_row_and_stays_in_width() -> None:
     """The text has a row a check, each with its verdict, and no line is longer than asked for."""
     results = [
-        CheckResult(Status.WARN, "word " * 60, "step " * 60, name=check.name) for check in CHECKS
+        CheckResult(CheckStatus.WARN, "word " * 60, "step " * 60, name=check.name)
+        for check in CHECKS
     ]
     lines = doctor.as_text(results, 80).splitlines()
     assert [line.split()[1] for line in lines if line.startswith("WARN")] == list(BY_NAME)
@@ -666,7 +665,7 @@ def test_the_report_is_json(report: tuple[dict[str, Any], float, int]) -> None:
     assert [check["name"] for check in found["checks"]] == list(BY_NAME)
     assert {"status", "finding", "next_step", "details"} <= set(found["checks"][0])
     assert found["supported_sglang"][0] == releases.OLDEST
-    assert code == doctor.EXIT_CODES[Status(found["status"])]
+    assert code == doctor.EXIT_CODES[CheckStatus(found["status"])]
 
 
 def test_nothing_heavy_is_imported(report: tuple[dict[str, Any], float, int]) -> None:

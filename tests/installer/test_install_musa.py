@@ -14,7 +14,7 @@ import pip
 import pytest
 
 from sglang_musa_ext import install as install_musa
-from sglang_musa_ext.doctor import COLLIDING
+from sglang_musa_ext.doctor.packages import COLLIDING
 from sglang_musa_ext.install import CONSTRAINTS, cohorts, normal, read_pins
 
 COHORT = "torch2.11"

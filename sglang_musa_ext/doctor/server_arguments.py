@@ -1,0 +1,139 @@
+"""The check of a server's arguments: which attention backend and page size they lead to."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from sglang_musa_ext import policy
+from sglang_musa_ext.doctor.results import CheckResult, failed, passed, warned
+from sglang_musa_ext.doctor.surroundings import Surroundings
+from sglang_musa_ext.upstream.limits import Configuration
+
+SGLANGS_CHOICE = "SGLang's choice"
+UNKNOWABLE = "Not known here: what SGLang sets for a model's architecture, and what --config holds."
+
+
+def probe_command(s: Surroundings) -> CheckResult:
+    """Say which attention backend and page size a command line leads to."""
+    if s.command is None:
+        return passed(
+            "No command line was given; give a server's arguments after -- to see what they lead "
+            "to."
+        )
+    options, rest = _server_parser().parse_known_args(s.command)
+    resolved = _resolve(options, s)
+    words = [f"{name} {value} ({why})" for name, (value, why) in resolved.items()]
+    finding = "; ".join(words) + f". {UNKNOWABLE}"
+    details = {name: {"value": value, "because": why} for name, (value, why) in resolved.items()}
+    details["not_looked_at"] = {"value": rest, "because": UNKNOWABLE}
+    for problem in _problems_of_command(options, resolved, s.kernels):
+        return replace(problem, finding=f"{problem.finding} {finding}", details=details)
+    return passed(finding, **details)
+
+
+def _server_parser() -> argparse.ArgumentParser:
+    """The options of a SGLang server that decide what this package is asked for."""
+    parser = argparse.ArgumentParser(
+        prog="sglang.launch_server", add_help=False, exit_on_error=False
+    )
+    parser.add_argument("--model-path", "--model", dest="model_path")
+    parser.add_argument("--attention-backend")
+    parser.add_argument("--prefill-attention-backend")
+    parser.add_argument("--decode-attention-backend")
+    parser.add_argument("--speculative-draft-attention-backend")
+    parser.add_argument("--page-size", type=int)
+    parser.add_argument("--kv-cache-dtype", default="auto")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--speculative-eagle-topk", type=int)
+    return parser
+
+
+def _resolve(options: argparse.Namespace, s: Surroundings) -> dict[str, tuple[Any, str]]:
+    """The attention backends and the page size of a command line, each with the reason for it."""
+    attention = _attention(options, s)
+    resolved: dict[str, tuple[Any, str]] = {}
+    for phase in ("prefill", "decode"):
+        named = getattr(options, f"{phase}_attention_backend")
+        resolved[f"{phase} attention"] = (
+            (named, f"--{phase}-attention-backend") if named else attention
+        )
+    if named := options.speculative_draft_attention_backend:
+        resolved["draft attention"] = named, "--speculative-draft-attention-backend"
+    if options.page_size is not None:
+        resolved["page size"] = options.page_size, "--page-size"
+    elif s.has_our_defaults:
+        resolved["page size"] = (
+            policy.PAGE_SIZE,
+            "the default on MUSA and on the CPU reference platform",
+        )
+    else:
+        resolved["page size"] = SGLANGS_CHOICE, "no rule of this package"
+    return resolved
+
+
+def _attention(options: argparse.Namespace, s: Surroundings) -> tuple[str, str]:
+    """The attention backend of both phases where neither is named apart, and the reason for it."""
+    if options.attention_backend:
+        return options.attention_backend, "--attention-backend"
+    if not s.kernels:
+        return SGLANGS_CHOICE, "this package would stay idle"
+    if not s.has_our_defaults:
+        return SGLANGS_CHOICE, "this package has defaults on MUSA and on its CPU platform alone"
+    if s.kernels == "mate":
+        asked = Configuration(
+            dtype=options.dtype,
+            kv_cache_dtype=options.kv_cache_dtype,
+            page_size=options.page_size,
+            use_mla=_is_mla(options.model_path),
+            topk=options.speculative_eagle_topk,
+        )
+        if reasons := policy.reasons_against_fa3(asked):
+            return SGLANGS_CHOICE, "; ".join(reasons)
+    return "fa3", "the default while this package serves"
+
+
+def _problems_of_command(
+    options: argparse.Namespace, resolved: Mapping[str, tuple[Any, str]], kernels: str
+) -> list[CheckResult]:
+    """What is wrong with a command line, worst first."""
+    backends = {name: value for name, (value, _) in resolved.items() if name.endswith("attention")}
+    found = []
+    if kernels and "fa4" in backends.values():
+        found.append(
+            failed("fa4 is refused while this package serves.", "Use --attention-backend fa3.")
+        )
+    if not kernels or "fa3" not in backends.values():
+        step = (
+            "Use --attention-backend fa3 where this package serves."
+            if kernels
+            else "See the check 'device'."
+        )
+        return [*found, warned("This package would not be used.", step)]
+    if kernels != "reference" and "fp8" in options.kv_cache_dtype:
+        step = "Leave --kv-cache-dtype at auto, or take another --attention-backend."
+        found.append(
+            failed(f"--kv-cache-dtype {options.kv_cache_dtype}: these kernels take no fp8.", step)
+        )
+    if (
+        _is_mla(options.model_path)
+        and kernels != "hopper"
+        and resolved["page size"][0] != policy.PAGE_SIZE
+    ):
+        step = "Leave --page-size unset, or set it to 64."
+        found.append(failed(f"--page-size {options.page_size}: MLA's kernels take 64 alone.", step))
+    return found
+
+
+def _is_mla(model_path: str | None) -> bool:
+    """Whether a model's own configuration names MLA's latent rank; False where it is not on this
+    machine.
+    """
+    path = Path(model_path or "", "config.json")
+    if not model_path or not path.is_file():
+        return False
+    return bool(json.loads(path.read_text(encoding="utf-8")).get("kv_lora_rank"))
