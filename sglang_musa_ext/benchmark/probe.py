@@ -206,7 +206,7 @@ def _environment(settings: Mapping[str, str]) -> Iterator[None]:
 
 
 def _unplanned(runner: Any) -> Any:
-    """Build our backend with all that it does but plan: each kernel call plans for itself, as upstream's do."""
+    """Build our backend with all that it does but plan: kernel calls plan for themselves."""
     backend = _ours(runner)
     backend._scheduler_metadata = lambda *_: None
     return backend

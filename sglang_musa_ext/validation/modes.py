@@ -170,6 +170,9 @@ class Way(NamedTuple):
                 "SGLANG_MUSA_EXT": "on",
                 "SGLANG_MUSA_EXT_KERNELS": "hopper",
                 "SGLANG_MUSA_EXT_CHECK": self.check,
+                # Upstream's backend prefills from the paged cache, and with a plan for every call.
+                "SGLANG_MUSA_EXT_RAW_PREFILL": "off",
+                "SGLANG_MUSA_EXT_PLANS": "always",
             }
         return {"SGLANG_MUSA_EXT": "off"} | ({} if self.shipped else {PLANS: "1"})
 

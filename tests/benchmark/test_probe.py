@@ -101,7 +101,7 @@ def test_our_backend_reads_its_settings_in_upstreams_engine(
 ) -> None:
     """There the package is off, and would read no other setting, such as which kernels to take."""
     stub = SimpleNamespace(MusaFA3Backend=lambda runner: envs.Settings.from_environ())
-    monkeypatch.setattr(sglang_musa_ext.attention, "mixin", stub, raising=False)
+    monkeypatch.setattr(sglang_musa_ext.attention, "selection", stub, raising=False)
     monkeypatch.setenv(envs.KERNELS, "hopper")
     monkeypatch.setenv(envs.MODE, before) if before else monkeypatch.delenv(
         envs.MODE, raising=False
@@ -132,7 +132,7 @@ def test_an_engine_without_the_probe_is_an_error() -> None:
 def test_a_plan_for_every_call_is_a_setting_of_one_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     """The backend without reuse has it, and the process afterwards does not."""
     stub = SimpleNamespace(MusaFA3Backend=lambda runner: envs.Settings.from_environ())
-    monkeypatch.setattr(sglang_musa_ext.attention, "mixin", stub, raising=False)
+    monkeypatch.setattr(sglang_musa_ext.attention, "selection", stub, raising=False)
     monkeypatch.delenv(envs.FORCE_UPDATE_METADATA, raising=False)
     built = {name: bench_probe.BACKENDS[name](Runner()) for name in ("ours", "ours without reuse")}
     assert {name: settings.force_update_metadata for name, settings in built.items()} == {
