@@ -14,8 +14,11 @@ from typing import Any
 
 import pytest
 
+from sglang_musa_ext import envs
+from sglang_musa_ext.engines.changes import PLANS
 from sglang_musa_ext.validation import command, model
 from sglang_musa_ext.validation.engine import build_model
+from sglang_musa_ext.validation.modes import PEERS, Way
 from sglang_musa_ext.validation.report import FAIL, PASS, SKIP
 
 
@@ -105,3 +108,11 @@ def test_an_own_model_is_served_on_a_cpu(tmp_path: Path) -> None:
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert [outcome["status"] for outcome in report["outcomes"]] == [PASS, PASS]
     assert report["outcomes"][1]["numbers"]["reuses"] > 0
+
+
+@pytest.mark.parametrize("ways", PEERS.values(), ids=PEERS)
+def test_modes_compare_the_same_calls(ways: tuple[Way, Way]) -> None:
+    """Prefill from the cache and a plan for every call are upstream's, so ours has both too."""
+    theirs, ours = (way.environ for way in ways)
+    assert theirs[PLANS] == "1"
+    assert (ours[envs.RAW_PREFILL], ours[envs.PLANS]) == ("off", "always")
