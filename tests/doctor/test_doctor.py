@@ -20,7 +20,7 @@ from sglang_musa_ext.doctor import command as doctor
 from sglang_musa_ext.doctor import surroundings
 from sglang_musa_ext.doctor.command import CHECKS, main, run_checks
 from sglang_musa_ext.doctor.packages import pinned_torch
-from sglang_musa_ext.doctor.results import CheckResult, CheckStatus
+from sglang_musa_ext.doctor.results import EXIT_CODES, CheckResult, CheckStatus
 from sglang_musa_ext.doctor.surroundings import Check, Surroundings
 from sglang_musa_ext.upstream import check, releases
 
@@ -665,7 +665,7 @@ def test_the_report_is_json(report: tuple[dict[str, Any], float, int]) -> None:
     assert [check["name"] for check in found["checks"]] == list(BY_NAME)
     assert {"status", "finding", "next_step", "details"} <= set(found["checks"][0])
     assert found["supported_sglang"][0] == releases.OLDEST
-    assert code == doctor.EXIT_CODES[CheckStatus(found["status"])]
+    assert code == EXIT_CODES[CheckStatus(found["status"])]
 
 
 def test_nothing_heavy_is_imported(report: tuple[dict[str, Any], float, int]) -> None:
