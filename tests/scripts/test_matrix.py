@@ -505,3 +505,11 @@ def test_a_release_is_unpacked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert matrix_levels.fetch("0.5.21", tmp_path) == tmp_path / "0.5.21"
     assert (tmp_path / "0.5.21" / "sglang" / "__init__.py").is_file()
     assert (downloads, [path.name for path in tmp_path.iterdir()]) == (["0.5.21"], ["0.5.21"])
+
+
+def test_the_tests_of_each_level_exist() -> None:
+    """A test file that was moved or split would leave its level empty."""
+    root = Path(matrix_levels.__file__).parents[3]
+    paths = [name for tests in matrix_levels.TESTS.values() for name in tests if "/" in name]
+    assert len(paths) >= 4
+    assert [name for name in paths if not (root / name).exists()] == []
