@@ -6,6 +6,7 @@ standard library alone, so that ``SGLANG_MUSA_EXT=off`` costs nothing.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -99,7 +100,7 @@ class Settings:
 
     check: str = "off"
     """``metadata``: compare every reused plan with a new one; ``output``: also every output with
-    the reference kernels'.
+    the reference kernels'; ``output:SHARE``: a share of them, reported and never raised.
     """
 
     raw_prefill: bool = True
@@ -116,6 +117,11 @@ class Settings:
 
     platform: str = ""
     """The platform plugin that SGLang was told to use; empty: none."""
+
+    @property
+    def check_share(self) -> float:
+        """The share of outputs that is compared without raising; 0 unless the check says one."""
+        return _share(self.check)
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str] | None = None) -> Settings:
@@ -135,7 +141,7 @@ class Settings:
             mode=mode,
             kernels=_choice(source, KERNELS, ("auto", "mate", "hopper", "reference")),
             mla_workspace_mb=_positive_int(source, MLA_WORKSPACE_MB, cls.mla_workspace_mb),
-            check=_choice(source, CHECK, ("off", "metadata", "output")),
+            check=_check(source),
             raw_prefill=_choice(source, RAW_PREFILL, ("on", "off")) == "on",
             plans=_choice(source, PLANS, ("auto", "captured", "always")),
             force_update_metadata=_flag(source, FORCE_UPDATE_METADATA),
@@ -182,6 +188,30 @@ def _choice(environ: Mapping[str, str], variable: str, choices: Sequence[str]) -
     if value.lower() not in choices:
         raise _bad_value(variable, value, choices)
     return value.lower()
+
+
+_CHECKS = ("off", "metadata", "output")
+
+
+def _check(environ: Mapping[str, str]) -> str:
+    value = environ.get(CHECK, "").strip().lower()
+    if ":" not in value:
+        return _choice(environ, CHECK, _CHECKS)
+    if not 0.0 < _share(value) <= 1.0:
+        choices = (*_CHECKS, "output:SHARE with a share above 0 and up to 1, as output:0.01")
+        raise _bad_value(CHECK, environ[CHECK], choices)
+    return value
+
+
+def _share(check: str) -> float:
+    """Return the share in ``output:SHARE``; 0 for a check of every call, NaN for no number."""
+    kind, colon, share = check.partition(":")
+    if not colon:
+        return 0.0
+    try:
+        return float(share) if kind == "output" else math.nan
+    except ValueError:
+        return math.nan
 
 
 def _positive_int(environ: Mapping[str, str], variable: str, default: int) -> int:

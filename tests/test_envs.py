@@ -42,6 +42,7 @@ GOOD = [
     ("SGLANG_MUSA_EXT", "OFF", "off"),
     ("SGLANG_MUSA_EXT_KERNELS", "Reference", "reference"),
     ("SGLANG_MUSA_EXT_CHECK", " metadata\n", "metadata"),
+    ("SGLANG_MUSA_EXT_CHECK", " Output:0.01", "output:0.01"),
     *((FLAG, spelling, True) for spelling in (*TRUE, "True", " YES ")),
     *((FLAG, spelling, False) for spelling in (*FALSE, "False", " NO ")),
     (RAW, "on", True),

@@ -62,14 +62,13 @@ def require_reference_output(
         WrongOutputError: they differ by more than the tolerance of the dtype.
     """
     kernels = reference_kernels()
-    plan = _reference_plan(arguments, device)
+    plan = reference_plan(arguments, device)
     expected = kernels.flash_attn_with_kvcache(
         **arguments | {"scheduler_metadata": plan, "out": None}
     )
-    expected, output = _output(expected), _output(result)
+    expected, output = output_of(expected), output_of(result)
     tolerance = _OUTPUT_TOLERANCE[output.dtype]
-    # Rows that no query owns are NaN in the reference.
-    wrong = ~torch.isclose(output, expected, rtol=tolerance, atol=tolerance) & ~expected.isnan()
+    wrong = wrong_values(output, expected)
     if wrong.any():
         raise WrongOutputError(
             f"The output of {place} differs from the reference in {int(wrong.sum())} of "
@@ -79,7 +78,14 @@ def require_reference_output(
         )
 
 
-def _reference_plan(arguments: Arguments, device: torch.device) -> Any:
+def wrong_values(output: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """Tell for each value whether it is further from ``expected`` than its dtype explains."""
+    tolerance = _OUTPUT_TOLERANCE[output.dtype]
+    # Rows that no query owns are NaN in the reference.
+    return ~torch.isclose(output, expected, rtol=tolerance, atol=tolerance) & ~expected.isnan()
+
+
+def reference_plan(arguments: Arguments, device: torch.device) -> Any:
     """Return what the reference kernels need to plan for themselves: in MLA, a workspace."""
     kernels = reference_kernels()
     if arguments.get("qv") is None:
@@ -92,6 +98,7 @@ def _reference_plan(arguments: Arguments, device: torch.device) -> Any:
     return torch.zeros(size, dtype=torch.uint8, device=device), False
 
 
-def _output(result: Any) -> Any:
+def output_of(result: Any) -> torch.Tensor:
     """Return the output of a result that may have a log-sum-exp beside it."""
-    return result[0] if isinstance(result, tuple) else result
+    output: torch.Tensor = result[0] if isinstance(result, tuple) else result
+    return output

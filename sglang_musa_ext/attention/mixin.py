@@ -36,6 +36,7 @@ from sglang_musa_ext.attention.calls import (
 from sglang_musa_ext.attention.dispatch import RUNNING
 from sglang_musa_ext.attention.plans import SchedulerMetadataCache, Tensors, stream_probe
 from sglang_musa_ext.attention.raw_keys import new_rows, over_raw_keys, raw_arguments
+from sglang_musa_ext.attention.sampling import OutputSampler
 from sglang_musa_ext.attention.workspace import MLAWorkspace
 from sglang_musa_ext.envs import Settings
 from sglang_musa_ext.kernels.provider import FA3Kernels, UnsupportedByKernels, select_kernels
@@ -119,8 +120,12 @@ class MusaFA3Mixin:
         self._own_keys: OwnKeys | None = None
         """Keys and values of the running layer, where a call may be served from them."""
         # A check sees every call, and a plan for every call reuses none.
-        self._remembers = self._settings.check == "off" and not self._settings.force_update_metadata
+        self._check = "off" if self._settings.check_share else self._settings.check
+        self._remembers = self._check == "off" and not self._settings.force_update_metadata
         self._raw_prefill = self._settings.raw_prefill and not self.use_mla
+        self._sampler: OutputSampler | None = None
+        if self._settings.check_share:
+            self._sample_outputs(self._settings.check_share)
         BACKENDS.add(self)
         logger.info("sglang_musa_ext serves attention: %s", self._configuration())
 
@@ -208,7 +213,7 @@ class MusaFA3Mixin:
             result = self._call_with_plan(arguments, own_keys)
         else:
             result = self._call_over_raw_keys(arguments, own_keys, raw)
-        if self._settings.check == "output" and not self._plans.capturing:
+        if self._check == "output" and not self._plans.capturing:
             checks.require_reference_output(result, paged, self._pool_device, self._place())
         return result
 
@@ -340,7 +345,7 @@ class MusaFA3Mixin:
 
         A comparison waits for the device, which a capture forbids.
         """
-        return self._settings.check != "off" and not self._plans.capturing
+        return self._check != "off" and not self._plans.capturing
 
     def _compute_plan(self, keywords: dict[str, Any], tensors: Tensors) -> torch.Tensor:
         return self._kernels.get_scheduler_metadata(**keywords, **tensors)
@@ -385,10 +390,19 @@ class MusaFA3Mixin:
 
     # --- construction and reports -----------------------------------------------------------------
 
+    def _sample_outputs(self, share: float) -> None:
+        """Have some calls compared: the methods of this object are replaced, those of others not."""
+        self._sampler = sampler = OutputSampler(share, self._plans, self._pool_device)
+        for name in KERNEL_PARAMETERS:
+            method = f"call_{name}"
+            setattr(self, method, sampler.around(name, getattr(self, method)))
+        logger.info("sglang_musa_ext compares a share of %g of the outputs", share)
+
     def musa_fa3_report(self) -> dict[str, Any]:
         """Return what this backend is and has done, as plain data.
 
-        It is for logs, ``/server_info`` and tests.
+        It is for logs, ``/server_info`` and tests. ``output_check`` is ``None`` unless a share of
+        the outputs is compared.
         """
         return {
             "backend": type(self).__name__,
@@ -399,6 +413,7 @@ class MusaFA3Mixin:
             "page_size": self.page_size,
             "settings": asdict(self._settings),
             "statistics": self._plans.statistics.report(),
+            "output_check": None if self._sampler is None else self._sampler.report(),
         }
 
     def _configuration(self) -> str:

@@ -201,6 +201,11 @@ class SchedulerMetadataCache:
         """Say that whatever comes next belongs to another pass."""
         self._ended = True
 
+    @property
+    def forward_batch(self) -> object:
+        """The batch of the layer that is running or ran last, while it lives."""
+        return self._forward_batch()
+
     def begin_layer(self, layer: object, forward_batch: object, forward_metadata: object) -> bool:
         """Note which layer, forward batch and upstream metadata the next calls belong to.
 

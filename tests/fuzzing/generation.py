@@ -65,6 +65,8 @@ def random_lane(chance: random.Random) -> Lane:
     common = {
         "inference_mode": chance.random() < 0.3,
         "check": chance.choice(("off", "metadata") if ON_GPU else CHECKS),
+        "plans": chance.choice(("auto", "always")),
+        "raw_prefill": chance.choice(("on", "on", "off")),
         "force_update": chance.random() < 0.05,
         "seed": chance.randrange(1 << 16),
     }

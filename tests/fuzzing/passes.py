@@ -81,6 +81,9 @@ class Lane:
     """Is a draft model."""
     inference_mode: bool = False
     check: str = "off"
+    plans: str = "auto"
+    """``always``: calls that kernels would not split get a plan too."""
+    raw_prefill: str = "on"
     force_update: bool = False
     seed: int = 0
 
@@ -310,7 +313,11 @@ class Served:
 
     @contextmanager
     def _environment(self) -> Iterator[None]:
-        settings = {envs.CHECK: self.lane.check}
+        settings = {
+            envs.CHECK: self.lane.check,
+            envs.PLANS: self.lane.plans,
+            envs.RAW_PREFILL: self.lane.raw_prefill,
+        }
         if self.lane.force_update:
             settings[envs.FORCE_UPDATE_METADATA] = "1"
         with environment(**settings):
