@@ -105,7 +105,9 @@ def test_what_cannot_be_compared_is_counted(monkeypatch: pytest.MonkeyPatch) -> 
     assert modes(backend) == {"decode": (2, 0)}
 
 
-@pytest.mark.parametrize("value", ["output:0", "output:1.5", "output:", "output:few", "metadata:0.1"])
+@pytest.mark.parametrize(
+    "value", ["output:0", "output:1.5", "output:", "output:few", "metadata:0.1"]
+)
 def test_a_share_that_is_none_is_refused(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the variable, the value and what it can be."""
     with pytest.raises(envs.SettingsError, match=rf"{envs.CHECK}='{value}'.*output:0\.01"):
