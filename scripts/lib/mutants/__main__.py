@@ -26,12 +26,24 @@ from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parents[3]
 PACKAGE, TESTS = "sglang_musa_ext", "tests"
-FILES = ("attention/test_attention.py", "attention/test_graphs.py", "attention/test_selection.py")
-UNIT = ("attention/test_plans.py",)
+FILES = (
+    *("attention/test_calls.py", "attention/test_checks.py", "attention/test_dispatch.py"),
+    *("attention/test_graphs.py", "attention/test_kinds.py", "attention/test_lifetime.py"),
+    *("attention/test_passes.py", "attention/test_raw_keys.py", "attention/test_selection.py"),
+    "attention/test_speculation.py",
+)
+UNIT = ("attention/test_plans.py", "attention/test_workspace.py")
 """Where a guard is that no call of upstream can reach: what upstream never passes, or what is guarded twice."""
 SECONDS = 150
 """How long the guards of a mutant may take; a mutant that hangs them is noticed."""
 
+CALLS_FILE, RAW, DISPATCH, SELECT, SPACE = (
+    "attention/calls.py",
+    "attention/raw_keys.py",
+    "attention/dispatch.py",
+    "attention/selection.py",
+    "attention/workspace.py",
+)
 CACHE, BACKEND, KERNELS, PLUGIN = (
     "attention/plans.py",
     "attention/mixin.py",
@@ -52,7 +64,7 @@ class Mutant:
     tests: tuple[str, ...] = FILES
 
 
-KEY = "return PlanKey(geometry, identities)"
+KEY = "return PlanKey(geometry, tuple(identities))"
 FIELD_GUARDS = {
     "batch_size": "another_geometry",
     "device": "another_geometry",
@@ -61,10 +73,9 @@ FIELD_GUARDS = {
 """Fields that a call cannot change alone, because tensors in the key change with them: guarded as units."""
 FIELDS = (
     "batch_size", "max_seqlen_q", "max_seqlen_k", "num_heads_q", "num_heads_kv", "headdim", "headdim_v", "qkv_dtype",
-    "page_size", "causal", "window_size", "attention_chunk", "has_softcap", "num_splits", "pack_gqa", "sm_margin",
-    "has_qv", "device",
+    "page_size", "has_softcap", "has_qv", "device", "options",
 )  # fmt: skip
-IDENTITIES = "tensors = tuple(arguments.get(name) for name in _PLANNED_TENSORS)"
+IDENTITIES = "    for name in PLANNED_TENSORS:\n        tensor"
 TENSORS = ("cache_seqlens", "cu_seqlens_q", "cache_leftpad", "cu_seqlens_k_new")
 
 
@@ -82,8 +93,10 @@ def key_mutants() -> Iterator[Mutant]:
             tests,
         )
     for name in TENSORS:
-        less = IDENTITIES.replace("_PLANNED_TENSORS)", f'_PLANNED_TENSORS if name != "{name}")')
-        yield Mutant(f"key without {name}", BACKEND, IDENTITIES, less, "differ_in_one_thing")
+        less = IDENTITIES.replace(
+            ":\n", f':\n        if name == "{name}":\n            continue\n', 1
+        )
+        yield Mutant(f"key without {name}", CALLS_FILE, IDENTITIES, less, "differ_in_one_thing")
     for part, old, new, guards in (
         ("address", "tensor.data_ptr() or id(tensor)", "0", "differ_in_one_thing"),
         ("shape", "tuple(tensor.shape), tensor.stride()", "(), tensor.stride()", "another_view"),
@@ -98,36 +111,45 @@ def key_mutants() -> Iterator[Mutant]:
 
 
 SIGNATURE = (
-    "q.shape, ", "q.dtype, ", "q.device, ", 'arguments["k_cache"].shape, ', 'arguments["v_cache"].shape, ',
-    "page_table.shape,", "id(cache_seqlens), ", "-1 if cache_seqlens.is_inference() else cache_seqlens._version,",
-    "id(cu_seqlens_q), ", 'get("qv") is None, ',
-)  # fmt: skip
-"""What a signature consists of, but for the version of ``cu_seqlens_q``, which nothing changes in place."""
-VALUES = "present = [name for name in _PLANNED_VALUES if name in names]"
-VALUE_NAMES = (
-    "max_seqlen_q", "causal", "window_size", "softcap", "attention_chunk", "num_splits", "pack_gqa", "sm_margin",
-)  # fmt: skip
+    "and q.shape == self._q_shape",
+    "and max_seqlen_q == self._max_seqlen_q",
+    "and (page_table is self._page_table or self._has_table(arguments))",
+    "and (cache_version is None or cache_seqlens._version == cache_version)",
+    "and (own_keys is self._own_keys or self._has_own_keys(own_keys))",
+    "and self._options_of(arguments) == options",
+    "and k_cache.shape == k_shape",
+    "and v_cache.shape == v_shape",
+    "and q.dtype is q_dtype",
+    "and k_cache.dtype is k_dtype",
+    "and v_cache.dtype is v_dtype",
+    "and q.device == self._device",
+    "and (k_cache.is_contiguous() or k_cache.stride()) == k_dense",
+    "and (v_cache.is_contiguous() or v_cache.stride()) == v_dense",
+    "and (not self._others or self._has_others(arguments))",
+)
+"""What a known call is compared by, but for the version of ``cu_seqlens_q``: nothing changes that."""
 
 
 def signature_mutants() -> Iterator[Mutant]:
     """Each part left out of what tells calls apart before their geometry is worked out."""
+    guards = (
+        "differ_in_one_thing or told_apart or changed_between or shapes or log_sum or of_raw_keys"
+    )
     for part in SIGNATURE:
-        yield Mutant(
-            f"signature without {part}", BACKEND, part, "", "differ_in_one_thing or told_apart"
-        )
-    yield Mutant("signature without names", BACKEND, "site.names, ", "", "under_other_names")
-    for name in VALUE_NAMES:
-        less = VALUES.replace("in names]", f'in names and name != "{name}"]')
-        yield Mutant(f"signature without {name}", BACKEND, VALUES, less, "differ_in_one_thing")
+        yield Mutant(f"known calls without {part[4:]}", CALLS_FILE, part, "", guards)
+    for name in ("cache_seqlens", "cu_seqlens_q"):
+        old = f"{name} is self._{name}"
+        yield Mutant(f"known calls with any {name}", CALLS_FILE, old, "True", guards)
+    names = "len(arguments) == count"
+    yield Mutant("known calls under any names", CALLS_FILE, names, "True", "under_other_names")
     for name in ("cache_leftpad", "cu_seqlens_k_new"):
-        check = f'get("{name}") is not None'
-        yield Mutant(
-            f"signature in spite of {name}", BACKEND, check, "False", "differ_in_one_thing"
-        )
+        old = '("k", "cache_leftpad", "cu_seqlens_k_new")'
+        new = old.replace(f', "{name}"', "")
+        yield Mutant(f"known calls in spite of {name}", CALLS_FILE, old, new, "differ_in_one_thing")
 
 
-PLANNED = "return self._kernels.plans_unequal_queries or _has_equal_queries(arguments)"
-ALONE = "if self._kernels.plans_for_itself and self._plans.most_calls == 1:"
+PLANNED = "return self._kernels.plans_unequal_queries or has_equal_queries(arguments)"
+ALONE = 'if self._settings.plans != "always" and self._kernels.plans_for_itself:'
 PASS_RULES = (
     Mutant("end_pass does nothing", CACHE, "        self._ended = True\n\n    def begin_layer",
            "        pass\n\n    def begin_layer", "rewritten_in_place or init_method or outside"),
@@ -141,42 +163,39 @@ PASS_RULES = (
            "another_stream"),
     Mutant("capture state ignored", CACHE, "or self._state != state", "or self._state[0] != state[0]",
            "takes_no_plan_from_before or leaves_no_plan_behind"),
-    Mutant("a layer may come again", CACHE, "if self._ended or call in self._seen:", "if self._ended:",
+    Mutant("a layer may come again", CACHE, "if self._ended or (before is not None and role <= before[1]):", "if self._ended:",
            "reuse_one_metadata_object or the_same_layer_object"),
-    Mutant("role ignored", CACHE, "call in self._seen", "(call[0], 0) in self._seen",
+    Mutant("role ignored", CACHE, "role <= before[1]", "True",
            "cascade or context_parallel"),
-    Mutant("role never counted", CACHE, "        self.role += 1\n", "", "cascade or context_parallel"),
+    Mutant("role never counted", CACHE, "role = self.role = self.role + 1", "role = self.role = 0", "cascade or context_parallel"),
     Mutant("unequal queries are planned", BACKEND, PLANNED, "return True", "unequal_queries"),
     Mutant("unequal queries are never planned", BACKEND, PLANNED,
-           "return _has_equal_queries(arguments)", "plan_all"),
+           "return has_equal_queries(arguments)", "plan_all"),
     Mutant("plans that nothing reuses are computed", BACKEND, ALONE, "if False:", "nothing_reuses"),
-    Mutant("kernels that plan nothing are left alone", BACKEND, ALONE, "if self._plans.most_calls == 1:",
+    Mutant("kernels that plan nothing are left alone", BACKEND, ALONE, "if True:",
            "nothing_reuses"),
-    Mutant("one pass of one call is for ever", CACHE, "max(self.most_calls, len(self._seen))",
-           "self.most_calls or len(self._seen)", "nothing_reuses"),
-    Mutant("queries of one request make all equal", BACKEND, '(cu_seqlens_q.size(0) - 1) * arguments["max_seqlen_q"]',
+    Mutant("one pass of one call is for ever", CACHE, "max(self.most_calls, self.current.calls)",
+           "self.most_calls or self.current.calls", "nothing_reuses"),
+    Mutant("queries of one request make all equal", CALLS_FILE, '(cu_seqlens_q.size(0) - 1) * arguments["max_seqlen_q"]',
            'arguments["max_seqlen_q"]', "unequal_queries"),
-    Mutant("layers known by their id", CACHE, "call in self._seen:",
-           "getattr(self.layer, 'layer_id', 0) in [getattr(one, 'layer_id', 0) for one in self._seen.values()]:",
+    Mutant("layers known by their id", CACHE, "(before is not None and role <= before[1])",
+           "any(x[0].layer_id == layer.layer_id for x in current.layers.values())",
            "share_keys"),
-    Mutant("plans survive their pass", CACHE, "        self.forget_plans()\n        self._seen.clear()",
-           "        self._seen.clear()", "decode_of_uniform or takes_no_plan or reuse_one_metadata_object"),
-    Mutant("layers survive their pass", CACHE, "        self._seen.clear()\n", "", "decode_of_uniform or alternate"),
-    Mutant("a layer counts as nothing seen", CACHE, "        self._seen[call] = self.layer\n", "",
+    Mutant("plans survive their pass", CACHE, "        self.current = Pass()\n        self._ended = False",
+           "        self.current.layers.clear()\n        self._ended = False", "decode_of_uniform or takes_no_plan or reuse_one_metadata_object"),
+    Mutant("a layer counts as nothing seen", CACHE, "        current.layers[id(layer)] = layer, role\n", "",
            "reuse_one_metadata_object"),
     Mutant("calls from outside join a pass", BACKEND, "        self._plans.begin_layer(None, self._OUTSIDE, None)\n",
            "", "outside_of_any_layer"),
-    Mutant("nothing is ever reused", CACHE, "        if known is None:\n", "        if True:\n", "nothing_remembered"),
-    Mutant("nothing is ever recalled", CACHE, "if known == signature:", "if False:",
+    Mutant("nothing is ever reused", CACHE, "        if plan is None:\n", "        if True:\n", "nothing_remembered"),
+    Mutant("nothing is ever recalled", CACHE, "if known.matches(arguments, own_keys) and self._holds(known):", "if False:",
            "recalled_without_its_geometry"),
-    Mutant("everything is recalled", CACHE, "if known == signature:", "if True:", "differ_in_one_thing"),
-    Mutant("a call that takes no plan is not remembered", BACKEND, "remember(signature, None, tensors)",
-           "remember(None, None, tensors)", "counted_once_a_pass"),
-    Mutant("calls that take no plan count as reuses", CACHE, "if plan is not None:", "if True:", "unequal_queries"),
-    Mutant("remembered plans survive their pass", CACHE, "        self._remembered.clear()\n", "",
-           "forgets", UNIT),
-    Mutant("what a signature names is not kept alive", CACHE, "self._remembered.append((signature, plan, tensors))",
-           "self._remembered.append((signature, plan, ()))", "keeps_what_it_names", UNIT),
+    Mutant("everything is recalled", CACHE, "if known.matches(arguments, own_keys) and self._holds(known):", "if True:", "differ_in_one_thing"),
+    Mutant("a call that takes no plan is not remembered", BACKEND, "        self._plans.remember(known, (plan[0]",
+           "        plan is None or self._plans.remember(known, (plan[0]", "counted_once_a_pass"),
+    Mutant("calls that take no plan count as reuses", CACHE, "if known.plan is not None:", "if True:", "unequal_queries"),
+    Mutant("remembered plans survive their pass", CACHE, "        self.current.known.clear()\n", "",
+           "forgotten", UNIT),
     Mutant("checks see recalled plans as checked", BACKEND, 'self._settings.check == "off" and not',
            "True and not", "corrupted"),
 )  # fmt: skip
@@ -192,16 +211,16 @@ WORKSPACE = (
            "self._workspace.slot(self, 0, size)", "cascade and mla"),
     Mutant("roles share a place and a slot's plan", BACKEND, "self._plans.plan_in_place(role,",
            "self._plans.plan_in_place(0,", "cascade and mla"),
-    Mutant("backends share a slot", CACHE, "key = (id(owner), role)", "key = (0, role)",
+    Mutant("backends share a slot", SPACE, "key = (id(owner), role)", "key = (0, role)",
            "mla and (threads or overlap)"),
-    Mutant("slots of the dead stay taken", CACHE, "        while self._dead:", "        while False:",
+    Mutant("slots of the dead stay taken", SPACE, "        while self._dead:", "        while False:",
            "dropped_backend"),
-    Mutant("slots do not grow", CACHE, "slot is None or slot.size < size", "slot is None", "grows", UNIT),
+    Mutant("slots do not grow", SPACE, "slot is None or slot.size < size", "slot is None", "grows", UNIT),
     Mutant("backends are kept alive", BACKEND, "weakref.WeakSet[MusaFA3Mixin] = weakref.WeakSet()",
            "set[MusaFA3Mixin] = set()", "frees_what_it_held"),
     Mutant("batches are kept alive", CACHE, "return weakref.ref(batch)", "return lambda: batch", "batch_is_not_kept",
            UNIT),
-    Mutant("one workspace for all devices", CACHE, "cls._by_device.get((device, capacity))",
+    Mutant("one workspace for all devices", SPACE, "cls._by_device.get((device, capacity))",
            "next(iter(cls._by_device.values()), None)", "belongs_to_one_device"),
 )  # fmt: skip
 
@@ -209,45 +228,39 @@ CALLS = (
     Mutant("cu_seqlens_k_new always passed on", BACKEND, 'if arguments.get("k") is None:', "if False:",
            "counts_its_keys_twice"),
     Mutant("cu_seqlens_k_new never passed on", BACKEND, 'if arguments.get("k") is None:', "if True:", "new_keys_keep"),
-    Mutant("max_seqlen_k from the lengths", BACKEND,
-           "max_seqlen_k=k_cache.shape[1] * (page_table.shape[1] if page_table is not None else 1),",
-           'max_seqlen_k=int(arguments["cache_seqlens"].max()),', "capacity_of_the_page_table or long_context"),
-    Mutant("max_seqlen_k in pages", BACKEND, "max_seqlen_k=k_cache.shape[1] * (page_table.shape[1]",
-           "max_seqlen_k=1 * (page_table.shape[1]", "capacity_of_the_page_table or long_context"),
-    Mutant("no plan reaches the kernel", BACKEND, 'arguments["scheduler_metadata"] = metadata',
+    Mutant("max_seqlen_k from the lengths", CALLS_FILE,
+           "arguments[\"k_cache\"].shape[1] * arguments[\"page_table\"].shape[1],",
+           'int(arguments["cache_seqlens"].max()),', "capacity_of_the_page_table or long_context"),
+    Mutant("max_seqlen_k in pages", CALLS_FILE, "arguments[\"k_cache\"].shape[1] * arguments[\"page_table\"].shape[1],",
+           "arguments[\"page_table\"].shape[1],", "capacity_of_the_page_table or long_context"),
+    Mutant("no plan reaches the kernel", BACKEND, 'arguments["scheduler_metadata"] = known.plan',
            'arguments["scheduler_metadata"] = None', "own_precompute or (decode_of_uniform and mla)"),
-    Mutant("plans for no window", BACKEND, 'window_size=tuple(arguments.get("window_size") or (-1, -1)),',
-           "window_size=(-1, -1),", "window_layers or read_off_the_call"),
-    Mutant("plans for no mask", BACKEND, 'causal=bool(arguments.get("causal", False)),', "causal=False,",
-           "causal_and_full or read_off_the_call"),
-    Mutant("plans ignore num_splits", BACKEND, 'num_splits=arguments.get("num_splits", 0),', "num_splits=0,",
-           "deterministic"),
-    Mutant("plans for as many key heads as query heads", BACKEND, "num_heads_kv=k_cache.shape[-2],",
+    Mutant("plans for no options", CALLS_FILE, "_option(get(name), none) for", "none for",
+           "window_layers or read_off_the_call"),
+    Mutant("plans for as many key heads as query heads", CALLS_FILE, "num_heads_kv=num_heads_kv,",
            "num_heads_kv=q.shape[-2],", "read_off_the_call"),
-    Mutant("plans for values as wide as keys", BACKEND, 'headdim_v=arguments["v_cache"].shape[-1],',
+    Mutant("plans for values as wide as keys", CALLS_FILE, 'headdim_v=arguments["v_cache"].shape[-1],',
            "headdim_v=q.shape[-1],", "read_off_the_call or value_head_dim"),
     Mutant("upstream's own plans stay on", BACKEND, "        self._get_scheduler_metadata = None\n", "",
            "own_precompute"),
-    Mutant("strided page tables stay", KERNELS, "if dense_page_table and arguments", "if False and arguments",
-           "strided_page_table"),
     Mutant("out= is dropped", KERNELS, "return result if out is None else _into(out, result)", "return result",
            "output_buffer"),
     Mutant("force-update ignored", BACKEND, "if self._settings.force_update_metadata:", "if False:", "force_update"),
 )  # fmt: skip
 
 ISOLATION = (
-    Mutant("threads share what runs", BACKEND, "class _RunningLayers(threading.local):", "class _RunningLayers:",
+    Mutant("threads share what runs", DISPATCH, "class _RunningLayers(threading.local):", "class _RunningLayers:",
            "threads or another_thread"),
-    Mutant("dispatcher never dispatches", BACKEND, "        if not running:\n", "        if True:\n",
+    Mutant("dispatcher never dispatches", DISPATCH, "        if not running:\n", "        if True:\n",
            "decode_of_uniform"),
-    Mutant("dispatcher always dispatches", BACKEND, "        if not running:\n", "        if False:\n",
+    Mutant("dispatcher always dispatches", DISPATCH, "        if not running:\n", "        if False:\n",
            "other_users"),
     Mutant("a layer stays on the stack", BACKEND,
            "            running.pop()\n\n    def flash_attn_with_kvcache",
            "            pass\n\n    def flash_attn_with_kvcache", "no_trace"),
-    Mutant("dispatch is installed over itself", BACKEND,
-           "if not isinstance(function := getattr(upstream, name), _KernelDispatcher)",
-           "if (function := getattr(upstream, name))", "installing_twice"),
+    Mutant("dispatch is installed over itself", DISPATCH, "patching.wrap(upstream, name,",
+           "patching.replace(upstream, name, patching.mark(_dispatcher(name, getattr(upstream, name)), 0)) or (",
+           "installing_twice"),
 )  # fmt: skip
 
 CHECKS = (
@@ -261,7 +274,7 @@ CHECKS = (
 )  # fmt: skip
 
 SELECTION = (
-    Mutant("draft steps are upstream's", BACKEND, "        with upstream_builds_ours():\n            super().__init__",
+    Mutant("draft steps are upstream's", SELECT, "        with upstream_builds_ours():\n            super().__init__",
            "        if True:\n            super().__init__", "multi_step_draft"),
     Mutant("registry left alone", PLUGIN,
            'patching.replace(ATTENTION_BACKENDS, "fa3", create)', "pass", "registry_builds"),
@@ -270,11 +283,36 @@ SELECTION = (
     Mutant("draft factories left alone", PLUGIN,
            "patching.wrap(DraftBackendFactory, name, wrapper, again=True)", "pass",
            "draft_factories"),
-    Mutant("in-tree MUSA classes left alone", BACKEND, "stack.enter_context(_module_as(IN_TREE_MODULE, in_tree))",
+    Mutant("in-tree MUSA classes left alone", SELECT, "stack.callback(patching.stand_in(IN_TREE_MODULE, in_tree))",
            "pass", "draft_factories"),
     Mutant("foreign backends pass", "guard.py",
            "if not any(cls.__module__.startswith(_OURS) for cls in type(self).__mro__):", "if False:", "foreign_fa3"),
-    Mutant("DFlash does not know us", BACKEND, "= names | {MusaFA3Backend.__name__}", "= names", "dflash"),
+    Mutant("DFlash does not know us", SELECT, " | {MusaFA3Backend.__name__}", "", "dflash"),
+)  # fmt: skip
+
+
+RAW_KEYS = (
+    Mutant("raw with a prefix", RAW, "return None if any(prefixes) else", "return", "prefix_anywhere"),
+    Mutant("raw in any mode", RAW, "forward_batch.forward_mode != ForwardMode.EXTEND or ", "", "a_verify_reads"),
+    Mutant("raw without prefixes on the host", RAW, "prefixes is None or ", "", "unknown_prefixes"),
+    Mutant("raw without lengths on the host", RAW, " or lengths is None", "", "unknown_lengths"),
+    Mutant("raw for queries of others", RAW, 'arguments.get("cu_seqlens_q") is metadata.cu_seqlens_q\n        and ', "",
+           "chunked_local"),
+    Mutant("raw for keys of others", RAW, "\n        and arguments.get(\"cache_seqlens\") is metadata.cache_seqlens_int32",
+           "", "encoder_s_keys"),
+    Mutant("raw with fixed splits", RAW, 'if arguments.get("num_splits", 0) != 0:', "if False:", "deterministic"),
+    Mutant("raw in spite of other arguments", RAW, "return all(arguments[name] is None", "return True or all(arguments[name] is None",
+           "argument_that_only"),
+    Mutant("raw whatever the kernels serve", RAW, "return kernels.serves_raw_keys(", "return True or kernels.serves_raw_keys(",
+           "without_such_a_function"),
+    Mutant("raw in another dtype", RAW, "!= {k.dtype}:", "== set():", "another_dtype"),
+    Mutant("raw over padding", BACKEND, "if rows != {self._new_rows} or", "if", "padded_rows"),
+    Mutant("raw in captures", BACKEND, " or self._plans.capturing:\n            return None", ":\n            return None", "a_capture_reads"),
+    Mutant("raw over keys that are not written", BACKEND, " and k is not None and save_kv_cache", " and k is not None",
+           "not_written"),
+    Mutant("raw without keys", BACKEND, " and k is not None and save_kv_cache", " and save_kv_cache", "share_keys"),
+    Mutant("raw in MLA", BACKEND, "self._settings.raw_prefill and not self.use_mla", "self._settings.raw_prefill", "mla_reads"),
+    Mutant("raw where it is off", BACKEND, "self._settings.raw_prefill and not", "not", "setting_turns_it_off"),
 )  # fmt: skip
 
 
@@ -289,6 +327,7 @@ def all_mutants() -> list[Mutant]:
         *ISOLATION,
         *CHECKS,
         *SELECTION,
+        *RAW_KEYS,
     ]
 
 
