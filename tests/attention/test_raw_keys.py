@@ -167,8 +167,9 @@ def test_chunked_local_layers_read_the_cache() -> None:
     assert counts_of(model, model.backend(), step) == (2, 1)
 
 
-def test_cross_attention_reads_the_encoder_s_keys() -> None:
-    """Keys that a layer is given may be the encoder's, with lengths of their own."""
+@pytest.mark.parametrize("name", ["cache_seqlens", "cu_seqlens_q"])
+def test_a_call_with_other_lengths_reads_the_cache(name: str) -> None:
+    """Encoder keys have lengths of their own, and a rank of context parallelism other queries."""
     model = Model(uniform_layers(1))
     backend = model.backend()
     step = model.extend(model.requests(0), [20])
@@ -176,10 +177,12 @@ def test_cross_attention_reads_the_encoder_s_keys() -> None:
     own = backend._raw_arguments
     seen: list[Any] = []
     layer = model.layers[0]
-    lengths = backend.forward_metadata.cache_seqlens_int32.clone()
+    metadata = backend.forward_metadata
+    usual = {"cache_seqlens": metadata.cache_seqlens_int32, "cu_seqlens_q": metadata.cu_seqlens_q}
+    lengths = usual[name].clone()
 
     def with_other_lengths(arguments: dict[str, Any], own_keys: Any) -> Any:
-        seen.append(own(arguments | {"cache_seqlens": lengths}, own_keys))
+        seen.append(own(arguments | {name: lengths}, own_keys))
         return own(arguments, own_keys)
 
     backend._raw_arguments = with_other_lengths
