@@ -1,0 +1,44 @@
+"""What a MUSA user gets who names no attention backend, settled by SGLang itself on the simulated GPU."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.simulated_musa.resolution import KINDS, Kind, Resolution, resolve
+from tests.support.engine import EngineServer
+
+pytestmark = pytest.mark.engine
+
+FA3 = {
+    "Llama", "Qwen3-MoE", "Gemma-2", "Gemma-3, text", "OLMo-2", "OLMo-3", "Llama-4", "Qwen2.5-VL",
+    "MLA (DeepSeek-V3)", "MLA, `--dtype float16`", "MLA, EAGLE, topk 1", "Llama, EAGLE, topk 1",
+    "Llama, EAGLE, topk 4", "Llama, `--page-size 16`", "Llama, deterministic inference",
+}  # fmt: skip
+"""What fa3 serves right and no slower; the other kinds keep what SGLang chooses."""
+
+
+def resolved(kind: Kind, directory: Path, mode: str) -> Resolution:
+    """Return what is settled on with this package in ``mode``."""
+    os.environ["SGLANG_MUSA_EXT"] = mode
+    return resolve(kind, directory)
+
+
+@pytest.fixture(params=KINDS, ids=lambda kind: kind.name, scope="module")
+def kind(request: pytest.FixtureRequest) -> Kind:
+    """One of ``KINDS``."""
+    kind: Kind = request.param
+    return kind
+
+
+def test_defaults(musa: EngineServer, kind: Kind, tmp_path: Path) -> None:
+    """fa3 is chosen where it is right, elsewhere SGLang's choice stays, and no server refuses for a default."""
+    alone: Resolution = musa.call(resolved, kind, tmp_path, "off")
+    ours: Resolution = musa.call(resolved, kind, tmp_path, "auto")
+    if kind.name in FA3:
+        assert (ours.refusal, ours.backend) == ("", "fa3")
+        assert ours.page_size == kind.arguments.get("page_size", 64)
+    else:
+        assert ours == alone
