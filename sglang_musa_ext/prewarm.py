@@ -1,10 +1,10 @@
 """The command ``sglang-musa-ext prewarm``: have MATE compile a model's kernels before a request.
 
-MATE compiles most kernels when they are first called, and keeps them on disk. This command makes the
-calls that a server of the model will make, over a few tokens: MATE compiles for head dimensions, the
-ratio of heads, query tiles, masks, options and each 31 requests of a batch, not for lengths. It goes
-through the same functions as a server, so that it fits every release; ``mate.jit.prewarm_modules``
-wants the parameters of one release's templates instead.
+MATE compiles most kernels when they are first called, and keeps them on disk. This command makes
+the calls that a server of the model will make, over a few tokens: MATE compiles for head
+dimensions, the ratio of heads, query tiles, masks, options and each 31 requests of a batch, not for
+lengths. It goes through the same functions as a server, so that it fits every release;
+``mate.jit.prewarm_modules`` wants the parameters of one release's templates instead.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ class Call(NamedTuple):
         kind = self.kind
         return (
             f"{where}, heads {kind.num_heads_q}/{kind.num_heads_kv}, head dimensions "
-            f"{kind.headdim}/{kind.headdim_v}, window {kind.window_size[0]}, {self.batch_size} requests of "
-            f"{self.max_seqlen_q} queries"
+            f"{kind.headdim}/{kind.headdim_v}, window {kind.window_size[0]}, {self.batch_size} "
+            f"requests of {self.max_seqlen_q} queries"
         )
 
 
@@ -115,7 +115,7 @@ def _kernels() -> tuple[FA3Kernels, torch.device]:
     return select_kernels(settings, device), device
 
 
-# --- which calls -----------------------------------------------------------------------------------
+# --- which calls ----------------------------------------------------------------------------------
 
 
 def layer_kinds(config: dict[str, Any], tp: int) -> list[LayerKind]:
@@ -172,7 +172,7 @@ def _query_rows(ratio: int) -> list[int]:
     return sorted({*packed, *others} - {0})
 
 
-# --- making them -----------------------------------------------------------------------------------
+# --- making them ----------------------------------------------------------------------------------
 
 
 def make(kernels: FA3Kernels, device: torch.device, call: Call) -> None:

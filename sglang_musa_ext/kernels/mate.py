@@ -111,14 +111,15 @@ def _import_mate() -> tuple[ModuleType, Release]:
 def _warn_of_unread(release: Release) -> None:
     if policy.NEWEST_READ_MATE < release[:3] <= policy.NEWEST_MATE:
         logger.warning(
-            "MATE %s is served by what its release notes say: its source could not be read, as those "
-            "of %s were. Check its numbers with sglang-musa-ext validate before you rely on it.",
+            "MATE %s is served by what its release notes say: its source could not be read, as "
+            "those of %s were. Check its numbers with sglang-musa-ext validate before you rely on "
+            "it.",
             ".".join(map(str, release)),
             mate_identity.sources_read(),
         )
 
 
-# --- what every caller may know before a call ------------------------------------------------------
+# --- what every caller may know before a call -----------------------------------------------------
 
 
 def head_dims_in_words(release: Release) -> str:
@@ -244,8 +245,8 @@ _CACHES = ("k", "v", "k_cache", "v_cache")
 _SCALES = ("q_descale", "k_descale", "v_descale")
 _OPTIONS = ("causal", "window_size", "softcap", "attention_chunk", "num_splits")
 _PRESENCES = (
-    "page_table", "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "cache_batch_idx", "cache_leftpad",
-    "rotary_cos", "rotary_sin",
+    "page_table", "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "cache_batch_idx",
+    "cache_leftpad", "rotary_cos", "rotary_sin",
 )  # fmt: skip
 """Arguments of which only matters whether a call has them."""
 _DECIDED_BY_NAME = ("page_table", "cu_seqlens_q")
@@ -286,7 +287,7 @@ def _head_dim(tensor: torch.Tensor | None) -> int | None:
     return None if tensor is None else tensor.size(-1)
 
 
-# --- rules: arguments as MATE wants them, or a refusal ---------------------------------------------
+# --- rules: arguments as MATE wants them, or a refusal --------------------------------------------
 
 
 def _require_dtypes(release: Release, arguments: Arguments) -> Arguments:
@@ -468,11 +469,11 @@ arguments.
 """
 
 
-# --- steps: what every call needs ------------------------------------------------------------------
+# --- steps: what every call needs -----------------------------------------------------------------
 
 
 def _goes_to_precompiled(arguments: Arguments) -> bool:
-    """Return whether MATE gives a call over raw keys to its kernels that are compiled in advance."""
+    """Return whether MATE gives a call over raw keys to kernels that it compiled in advance."""
     others = ("page_table", "block_table", "seqused_q", "seqused_k", "qv", *_SINKS)
     if any(arguments.get(name) is not None for name in others):
         return False
@@ -540,7 +541,7 @@ def _complete_descales(arguments: Arguments) -> None:
 DESCALES = StepRule(_is_fp8, _complete_descales)
 
 
-# --- finishes: results as FA3 has them -------------------------------------------------------------
+# --- finishes: results as FA3 has them ------------------------------------------------------------
 
 
 def _is_padded_mla(arguments: Arguments) -> bool:

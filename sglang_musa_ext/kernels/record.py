@@ -166,12 +166,15 @@ class FA3Kernels:
         self._require_page_size(page_size, use_mla)
         for headdim, headdim_v in head_dims:
             self._require_head_dims(headdim, headdim_v, kv_cache_dtype)
-        if None not in (largest_batch, self.largest_batch) and largest_batch > self.largest_batch:  # type: ignore[operator]
+        if largest_batch is not None and not self._plans_for(largest_batch):
             raise UnsupportedByKernels(
                 f"Batches of up to {largest_batch} requests do not work with the {self.name!r} "
                 f"kernels, which plan for {self.largest_batch} at most. Start the server with "
                 f"--max-running-requests {self.largest_batch}, or with a newer release of them."
             )
+
+    def _plans_for(self, batch: int) -> bool:
+        return self.largest_batch is None or batch <= self.largest_batch
 
     def _require_dtype(self, dtype: torch.dtype, use_mla: bool) -> None:
         if dtype not in self.dtypes:

@@ -1,10 +1,10 @@
 """FlashAttention-3 in plain PyTorch, behaving like MATE: the kernels of tests, the demo and checks.
 
 The public functions have MATE's signatures, so an unknown keyword is a ``TypeError``, and one more
-keyword, ``release``: what MATE does otherwise by release, they do too. They refuse what MATE refuses; and
-they *use* the scheduler metadata: batch order, query tiles and splits come from it. What the
-metadata leaves out is NaN here where a device would leave whatever the memory held, so that a stale
-or foreign plan shows.
+keyword, ``release``: what MATE does otherwise by release, they do too. They refuse what MATE
+refuses; and they *use* the scheduler metadata: batch order, query tiles and splits come from it.
+What the metadata leaves out is NaN here where a device would leave whatever the memory held, so
+that a stale or foreign plan shows.
 
 Differences from MATE, all on purpose:
 

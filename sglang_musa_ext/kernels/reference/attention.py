@@ -29,7 +29,8 @@ _SCORE_BUDGET = 1 << 24  # scores held at once; bounds memory in long prefills
 class KeyStore:
     """Where a batch's keys are: pages, one dense row a batch, or one ragged run.
 
-    ``offsets`` are per batch: what to skip before the first key (left padding), or the start of its run.
+    ``offsets`` are per batch: what to skip before the first key (left padding), or the start of its
+    run.
     """
 
     k: Tensor
@@ -107,7 +108,9 @@ class Problem:
         return self.q.shape[1] // self.heads_kv
 
     def packed_queries(self, batch: int) -> Tensor:
-        """A batch's queries, float32 ``(heads_kv, rows * ratio, dim)``: query heads side by side in a row."""
+        """A batch's queries, float32 ``(heads_kv, rows * ratio, dim)``: query heads side by side in
+        a row.
+        """
         start, count = self.row_starts[batch], self.row_counts[batch]
         q = self.q[start : start + count].float()
         grouped = q.view(count, self.heads_kv, self.ratio, q.shape[-1]).transpose(0, 1)
@@ -127,7 +130,9 @@ class Queries:
 def find_queries(
     q: Tensor, cu_seqlens_q: Tensor | None, max_seqlen_q: int | None, used: Tensor | None
 ) -> Queries:
-    """Find each batch's rows, by ``cu_seqlens_q`` or by the shape of padded queries; refuse what does not fit."""
+    """Find each batch's rows, by ``cu_seqlens_q`` or by the shape of padded queries; refuse what
+    does not fit.
+    """
     if cu_seqlens_q is None:
         if q.dim() != 4:
             raise RefusedValue(
@@ -167,19 +172,39 @@ def unwritten(flat_q: Tensor, headdim_v: int, out: Tensor | None = None) -> tupl
 
 
 def forward(
-    problem: Problem, queries: Queries, capacity: int, metadata: Tensor | None, num_splits: int,
-    pack_gqa: bool | None, sm_margin: int, out: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Run one call as its plan says; return ``(total_q, heads, dim)`` and the LSE ``(heads, total_q)``."""
+    problem: Problem,
+    queries: Queries,
+    capacity: int,
+    metadata: Tensor | None,
+    num_splits: int,
+    pack_gqa: bool | None,
+    sm_margin: int,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Run one call as its plan says; return ``(total_q, heads, dim)`` and the LSE ``(heads,
+    total_q)``.
+    """
     batch, heads, dim = len(queries.counts), problem.q.shape[1], problem.q.shape[2]
     tile = tile_shape(queries.longest, problem.ratio, dim, problem.headdim_v, pack_gqa)
     launched = ceil_div(queries.longest * (problem.ratio if tile.packed else 1), tile.query)
     static = 1
     if metadata is not None:
-        static = num_splits if num_splits > 0 else static_num_splits(
-            tile, batch, queries.longest, capacity, heads, problem.heads_kv, dim, problem.headdim_v, problem.rule,
-            MULTIPROCESSORS - sm_margin,
-        )  # fmt: skip
+        static = (
+            num_splits
+            if num_splits > 0
+            else static_num_splits(
+                tile,
+                batch,
+                queries.longest,
+                capacity,
+                heads,
+                problem.heads_kv,
+                dim,
+                problem.headdim_v,
+                problem.rule,
+                MULTIPROCESSORS - sm_margin,
+            )
+        )
     flat_out, lse = unwritten(problem.q, problem.headdim_v, out)
     _run(problem, tile, _visits(metadata, batch, launched, problem.release), static, flat_out, lse)
     return flat_out, lse
@@ -187,7 +212,9 @@ def forward(
 
 @dataclass(frozen=True)
 class _Visit:
-    """What the schedule says of one batch: how many of its query tiles run, in how many splits of the keys."""
+    """What the schedule says of one batch: how many of its query tiles run, in how many splits of
+    the keys.
+    """
 
     batch: int
     query_tiles: int
@@ -205,9 +232,11 @@ def _visits(
     for index in table:
         if not 0 <= index < batch:
             raise RefusedValue(
-                "scheduler_metadata", f"a batch table naming batch {index}", f"batches below {batch}",
+                "scheduler_metadata",
+                f"a batch table naming batch {index}",
+                f"batches below {batch}",
                 "This metadata was computed for another batch.",
-            )  # fmt: skip
+            )
     return [
         _Visit(b, min(m, launched_tiles), s) for b, m, s in zip(table, tiles, splits, strict=True)
     ]
@@ -216,7 +245,9 @@ def _visits(
 def _run(
     problem: Problem, tile: TileShape, visits: list[_Visit], static: int, out: Tensor, lse: Tensor
 ) -> None:
-    """Fill ``out`` ``(total_q, heads, dim)`` and ``lse`` ``(heads, total_q)`` where the schedule says so."""
+    """Fill ``out`` ``(total_q, heads, dim)`` and ``lse`` ``(heads, total_q)`` where the schedule
+    says so.
+    """
     tile_rows = tile.query if tile.packed else tile.query * problem.ratio
     for visit in visits:
         q = problem.packed_queries(visit.batch)[:, : visit.query_tiles * tile_rows]
@@ -228,7 +259,7 @@ def _visit(problem: Problem, visit: _Visit, q: Tensor, static: int) -> tuple[Ten
     tiles, keys = _key_tiles(problem, visit.batch), problem.key_counts[visit.batch]
     if visit.splits <= 1:
         return attend(problem, visit.batch, q, tile_keys(tiles, keys))
-    # Accumulators start as NaN, and only the splits that the forward itself launches are ever written.
+    # Accumulators start as NaN, and only the splits that the forward launches are ever written.
     outs = q.new_full((visit.splits, *q.shape[:2], problem.headdim_v), math.nan)
     lses = q.new_full((visit.splits, *q.shape[:2]), math.nan)
     share = ceil_div(len(tiles), visit.splits)
@@ -259,7 +290,8 @@ def _key_tiles(problem: Problem, batch: int) -> range:
 def attend(
     problem: Problem, batch: int, q: Tensor, keys: range, held: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Attention of packed rows ``q`` over one run of keys: output ``(heads_kv, n, dim)``, LSE ``(heads_kv, n)``.
+    """Attention of packed rows ``q`` over one run of keys: output ``(heads_kv, n, dim)``, LSE
+    ``(heads_kv, n)``.
 
     ``held`` are these keys and values where the caller has them already.
     """
@@ -301,7 +333,9 @@ def _softmax_rows(
 
 
 def _packed_sinks(problem: Problem, first_row: int, count: int) -> Tensor | None:
-    """Sinks of packed rows, ``(heads_kv, count)``; they are logits already, neither scaled nor capped."""
+    """Sinks of packed rows, ``(heads_kv, count)``; they are logits already, neither scaled nor
+    capped.
+    """
     if problem.sinks is None:
         return None
     heads = torch.arange(first_row, first_row + count, device=problem.q.device) % problem.ratio
@@ -311,7 +345,9 @@ def _packed_sinks(problem: Problem, first_row: int, count: int) -> Tensor | None
 def _visible(
     problem: Problem, batch: int, first_row: int, count: int, keys: range
 ) -> Tensor | None:
-    """Which of ``keys`` each packed row sees, bool ``(count, keys)``; ``None`` where it is all of them."""
+    """Which of ``keys`` each packed row sees, bool ``(count, keys)``; ``None`` where it is all of
+    them.
+    """
     rule, ratio = problem.rule, problem.ratio
     shift = problem.key_counts[batch] - problem.row_counts[batch]
     if not rule.local and (not rule.causal or first_row // ratio + shift >= keys.stop - 1):
@@ -342,7 +378,9 @@ def combine(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
 def write_rows(
     problem: Problem, batch: int, part: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor
 ) -> None:
-    """Write packed results of a batch's first packed rows; rows that are not there stay as they were."""
+    """Write packed results of a batch's first packed rows; rows that are not there stay as they
+    were.
+    """
     start, count, ratio = problem.row_starts[batch], problem.row_counts[batch], problem.ratio
     missing = count * ratio - part.shape[1]
     if missing:

@@ -80,24 +80,25 @@ def flash_attn_with_kvcache(
 ) -> Tensor | tuple[Tensor, ...]:
     """Attention over a KV cache, as a release of MATE has it.
 
-    ``q``: ``(batch, seqlen_q, heads, dim)``, or ``(total_q, heads, dim)`` with int32 ``cu_seqlens_q``
-    ``(batch + 1,)`` and ``max_seqlen_q``. ``k_cache``, ``v_cache``: ``(pages, page_size, heads_kv, dim)`` with
-    a contiguous int32 ``page_table`` ``(batch, pages)``, else ``(batch, capacity, heads_kv, dim)``.
-    ``cache_seqlens``: int32 ``(batch,)`` keys in use, ``None`` for all. ``k``, ``v``: new keys,
-    ``(batch, new, heads_kv, dim)`` or ``(total_new, heads_kv, dim)`` with ``cu_seqlens_k_new``, written into the
-    cache at ``cache_seqlens`` in place; without them ``cu_seqlens_k_new`` is ignored. Masks are aligned to the
-    bottom right; -1 in ``window_size`` is unbounded. ``scheduler_metadata``: from
-    :func:`get_scheduler_metadata`, or ``None`` for one split; ignored with ``sinks`` (also called ``s_aux``),
-    ``(heads,)``, an extra logit in each row's denominator.
+    ``q``: ``(batch, seqlen_q, heads, dim)``, or ``(total_q, heads, dim)`` with int32
+    ``cu_seqlens_q`` ``(batch + 1,)`` and ``max_seqlen_q``. ``k_cache``, ``v_cache``: ``(pages,
+    page_size, heads_kv, dim)`` with a contiguous int32 ``page_table`` ``(batch, pages)``, else
+    ``(batch, capacity, heads_kv, dim)``. ``cache_seqlens``: int32 ``(batch,)`` keys in use,
+    ``None`` for all. ``k``, ``v``: new keys, ``(batch, new, heads_kv, dim)`` or ``(total_new,
+    heads_kv, dim)`` with ``cu_seqlens_k_new``, written into the cache at ``cache_seqlens`` in
+    place; without them ``cu_seqlens_k_new`` is ignored. Masks are aligned to the bottom right; -1
+    in ``window_size`` is unbounded. ``scheduler_metadata``: from :func:`get_scheduler_metadata`, or
+    ``None`` for one split; ignored with ``sinks`` (also called ``s_aux``), ``(heads,)``, an extra
+    logit in each row's denominator.
 
-    With ``qv`` (MLA decode: q 64, qv and v 512, pages of 64, one key head) ``scheduler_metadata`` is
-    ``(workspace, reuse)``: the plan is written into the uint8 workspace unless ``reuse`` says that it is there;
-    windows, softcap, sinks and ``num_splits`` are ignored.
+    With ``qv`` (MLA decode: q 64, qv and v 512, pages of 64, one key head) ``scheduler_metadata``
+    is ``(workspace, reuse)``: the plan is written into the uint8 workspace unless ``reuse`` says
+    that it is there; windows, softcap, sinks and ``num_splits`` are ignored.
 
-    Returns the output, like ``q`` with v's head dimension; with ``return_softmax_lse``
-    ``(out, softmax_lse, *rest)``: natural logarithm, float32, ``(heads, total_q)`` or
-    ``(batch, heads, seqlen_q)`` (MLA: ``(batch, seqlen_q, heads)``). ``rest`` are MATE's accumulators, of no
-    splits here. A row that sees no key gives 0 and -inf (with sinks: the sink, if there are keys at all);
+    Returns the output, like ``q`` with v's head dimension; with ``return_softmax_lse`` ``(out,
+    softmax_lse, *rest)``: natural logarithm, float32, ``(heads, total_q)`` or ``(batch, heads,
+    seqlen_q)`` (MLA: ``(batch, seqlen_q, heads)``). ``rest`` are MATE's accumulators, of no splits
+    here. A row that sees no key gives 0 and -inf (with sinks: the sink, if there are keys at all);
     rows beyond ``cu_seqlens_q[-1]`` are unwritten, hence NaN.
     """
     refuse_set(dict(rotary_cos=rotary_cos, rotary_sin=rotary_sin, rotary_seqlens=rotary_seqlens))
@@ -171,10 +172,17 @@ def flash_attn_with_kvcache(
 
 
 def _cached_keys(
-    k_cache: Tensor, v_cache: Tensor, page_table: Tensor | None, batch: int, cache_seqlens: Tensor | None,
-    cache_batch_idx: Tensor | None, cache_leftpad: Tensor | None,
-) -> tuple[KeyStore, list[int], int]:  # fmt: skip
-    """The store, each batch's key count past its left padding, and the capacity in keys of one batch."""
+    k_cache: Tensor,
+    v_cache: Tensor,
+    page_table: Tensor | None,
+    batch: int,
+    cache_seqlens: Tensor | None,
+    cache_batch_idx: Tensor | None,
+    cache_leftpad: Tensor | None,
+) -> tuple[KeyStore, list[int], int]:
+    """The store, each batch's key count past its left padding, and the capacity in keys of one
+    batch.
+    """
     check_page_table(page_table, batch if cache_batch_idx is None else None)
     rows_held = k_cache.shape[0] if page_table is None else page_table.shape[0]
     if cache_batch_idx is None and rows_held != batch:
@@ -191,9 +199,14 @@ def _cached_keys(
 
 
 def _append(
-    store: KeyStore, keys: list[int], capacity: int, k: Tensor | None, v: Tensor | None,
-    cu_seqlens_k_new: Tensor | None, cache_seqlens: Tensor | None,
-) -> list[int]:  # fmt: skip
+    store: KeyStore,
+    keys: list[int],
+    capacity: int,
+    k: Tensor | None,
+    v: Tensor | None,
+    cu_seqlens_k_new: Tensor | None,
+    cache_seqlens: Tensor | None,
+) -> list[int]:
     """Write new keys behind the cached ones, in place; returns the key counts with them."""
     if cu_seqlens_k_new is not None:
         check_index_vectors({"cu_seqlens_k_new": cu_seqlens_k_new}, len(keys) + 1)
@@ -266,15 +279,15 @@ def flash_attn_varlen_func(
     """Attention of ragged queries over ragged, dense or paged keys, as a release of MATE has it.
 
     ``k``, ``v``: ``(total_k, heads_kv, dim)`` with int32 ``cu_seqlens_k`` ``(batch + 1,)``, or
-    ``(batch, seqlen_k, heads_kv, dim)``, or pages with ``page_table`` (also called ``block_table``) and
-    ``seqused_k`` ``(batch,)``. ``seqused_q``: rows in use of each batch. ``out``: like ``q`` with v's head
-    dimension, written in place and returned; its padding rows stay as they are.
+    ``(batch, seqlen_k, heads_kv, dim)``, or pages with ``page_table`` (also called ``block_table``)
+    and ``seqused_k`` ``(batch,)``. ``seqused_q``: rows in use of each batch. ``out``: like ``q``
+    with v's head dimension, written in place and returned; its padding rows stay as they are.
 
     As in MATE, one request over raw keys takes all rows of the tensors for its own, whatever
-    ``cu_seqlens_q`` and ``cu_seqlens_k`` say, where MATE has a kernel compiled in advance: no ``seqused_*``,
-    window, softcap or sinks, and head dimensions up to 128, or 192 and 128. All else as in
-    :func:`flash_attn_with_kvcache`, but without ``qv``. Returns ``out``, or ``(out, softmax_lse)`` with
-    ``return_softmax_lse`` or ``return_attn_probs``.
+    ``cu_seqlens_q`` and ``cu_seqlens_k`` say, where MATE has a kernel compiled in advance: no
+    ``seqused_*``, window, softcap or sinks, and head dimensions up to 128, or 192 and 128. All else
+    as in :func:`flash_attn_with_kvcache`, but without ``qv``. Returns ``out``, or ``(out,
+    softmax_lse)`` with ``return_softmax_lse`` or ``return_attn_probs``.
     """
     refuse_set(dict(qv=qv))
     refuse_context_parallelism(cp_world_size, cp_rank)
@@ -293,8 +306,7 @@ def flash_attn_varlen_func(
     options = dict(softcap=softcap, attention_chunk=attention_chunk, window_size=window_size)
     others = dict(page_table=table, seqused_q=seqused_q, seqused_k=seqused_k, sinks=sinks)
     if batch == 1 and _is_precompiled(q, v, cu_seqlens_q, cu_seqlens_k, options, others):
-        cu_seqlens_q, max_seqlen_q = cu_seqlens_q.new_tensor([0, q.shape[0]]), q.shape[0]  # type: ignore[union-attr]
-        cu_seqlens_k, max_seqlen_k = cu_seqlens_k.new_tensor([0, k.shape[0]]), k.shape[0]  # type: ignore[union-attr]
+        (cu_seqlens_q, max_seqlen_q), (cu_seqlens_k, max_seqlen_k) = _all_rows(q), _all_rows(k)
     queries = find_queries(q, cu_seqlens_q, max_seqlen_q, seqused_q)
     check_keys(k, v, q, 4 if cu_seqlens_k is None else 3)
     check_sinks(sinks, q)
@@ -332,6 +344,12 @@ def flash_attn_varlen_func(
     return (result, _shaped_lse(lse, q)) if return_softmax_lse or return_attn_probs else result
 
 
+def _all_rows(tensor: Tensor) -> tuple[Tensor, int]:
+    """Return the offsets of one request that has all rows of a tensor, and its length."""
+    rows = tensor.shape[0]
+    return torch.tensor([0, rows], dtype=torch.int32, device=tensor.device), rows
+
+
 def _is_precompiled(
     q: Tensor,
     v: Tensor,
@@ -340,7 +358,7 @@ def _is_precompiled(
     options: dict[str, Any],
     others: dict[str, Tensor | None],
 ) -> bool:
-    """Return whether MATE gives a call over raw keys to its kernels that are compiled in advance."""
+    """Return whether MATE gives a call over raw keys to kernels that it compiled in advance."""
     if cu_seqlens_q is None or cu_seqlens_k is None or q.dtype in FP8_DTYPES:
         return False
     window = options.pop("window_size") or (-1, -1)
@@ -353,10 +371,15 @@ def _is_precompiled(
 
 
 def _varlen_keys(
-    k: Tensor, v: Tensor, cu_seqlens_k: Tensor | None, max_seqlen_k: int | None, seqused_k: Tensor | None,
-    page_table: Tensor | None, batch: int,
-) -> tuple[KeyStore, list[int], int, int]:  # fmt: skip
-    """The store, key counts, the length that bounds windows, and the capacity that bounds splits."""
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_k: int | None,
+    seqused_k: Tensor | None,
+    page_table: Tensor | None,
+    batch: int,
+) -> tuple[KeyStore, list[int], int, int]:
+    """Return store, key counts, the length that bounds windows, and that which bounds splits."""
     if cu_seqlens_k is None:
         store, keys, capacity = _cached_keys(k, v, page_table, batch, seqused_k, None, None)
         return store, keys, capacity, capacity
@@ -382,7 +405,9 @@ def _varlen_keys(
 
 
 def _checked_out(out: Tensor | None, q: Tensor, headdim_v: int, queries: Queries) -> Tensor | None:
-    """The caller's buffer as ``(total_q, heads, dim)``, NaN where rows are due, its padding rows untouched."""
+    """The caller's buffer as ``(total_q, heads, dim)``, NaN where rows are due, its padding rows
+    untouched.
+    """
     if out is None:
         return None
     expected = (*q.shape[:-1], headdim_v)
@@ -397,7 +422,7 @@ def _checked_out(out: Tensor | None, q: Tensor, headdim_v: int, queries: Queries
 
 
 def _shaped_lse(lse: Tensor, q: Tensor) -> Tensor:
-    """``(heads, total_q)`` as the kernels return it: ``(batch, heads, seqlen_q)`` of 4-d queries."""
+    """Lay ``(heads, total_q)`` out as kernels do: 4-d queries have ``(batch, heads, seqlen_q)``."""
     return (
         lse
         if q.dim() == 3

@@ -70,10 +70,20 @@ def mla_plan_bytes(batch: int, max_seqlen_q: int, num_heads_q: int, num_heads_kv
 
 
 def mla_decode(
-    q: Tensor, qv: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor | None, page_table: Tensor | None,
-    queries: Queries, scale: float, causal: bool, metadata: object,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Returns the output and its LSE; of 4-d queries the LSE is ``(batch, seqlen_q, heads)``, as in MATE."""
+    q: Tensor,
+    qv: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_seqlens: Tensor | None,
+    page_table: Tensor | None,
+    queries: Queries,
+    scale: float,
+    causal: bool,
+    metadata: object,
+) -> tuple[Tensor, Tensor]:
+    """Returns the output and its LSE; of 4-d queries the LSE is ``(batch, seqlen_q, heads)``, as in
+    MATE.
+    """
     if cache_seqlens is None or page_table is None:
         raise RefusedValue(
             "cache_seqlens and page_table", "not both given", "both for MLA", "Pass them."
@@ -153,7 +163,7 @@ def _check_mla(q: Tensor, qv: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
 
 
 def _mla_plan(key_counts: list[int], parts: int) -> list[int]:
-    """Deal key blocks of all requests to the parts: the records, then the running count of splits."""
+    """Deal key blocks of all requests to the parts: records, then the running count of splits."""
     blocks = [max(ceil_div(count, KEY_TILE), 1) for count in key_counts]
     batch, payload = len(blocks), ceil_div(sum(blocks) + MLA_OVERHEAD_BLOCKS * len(blocks), parts)
     payload += MLA_OVERHEAD_BLOCKS
@@ -183,7 +193,8 @@ def _mla_run(
 ) -> None:
     """Run an MLA decode as its plan says; a batch whose plan does not fit its keys stays NaN.
 
-    A device would combine what the parts wrote with what nobody wrote; here nothing of that is passed on.
+    A device would combine what the parts wrote with what nobody wrote; here nothing of that is
+    passed on.
     """
     counts = plan[parts * MLA_RECORD_INTS :]
     for batch, pieces in enumerate(_mla_pieces(plan, parts, problem.key_counts)):
@@ -197,7 +208,9 @@ def _mla_run(
 
 
 def _mla_pieces(plan: list[int], parts: int, key_counts: list[int]) -> list[list[range]]:
-    """Decode a plan against the keys there are: per batch, the runs of key blocks that some part works on."""
+    """Decode a plan against the keys there are: per batch, the runs of key blocks that some part
+    works on.
+    """
     pieces: list[list[range]] = [[] for _ in key_counts]
     for part in range(parts):
         first, first_block, last, end_block = plan[
@@ -211,7 +224,9 @@ def _mla_pieces(plan: list[int], parts: int, key_counts: list[int]) -> list[list
 
 
 def _mla_pieces_fit(pieces: list[range], splits: int, keys: int) -> bool:
-    """Whether the pieces are the splits that will be combined, and are all the keys, once and in order."""
+    """Whether the pieces are the splits that will be combined, and are all the keys, once and in
+    order.
+    """
     ends = [piece.stop for piece in pieces]
     starts = [piece.start for piece in pieces]
     return (

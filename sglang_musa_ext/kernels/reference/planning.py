@@ -101,9 +101,17 @@ def resolve_mask(
 
 
 def static_num_splits(
-    tile: TileShape, batch: int, max_seqlen_q: int, max_seqlen_k: int, heads_q: int, heads_kv: int,
-    headdim: int, headdim_v: int, rule: MaskRule, multiprocessors: int = MULTIPROCESSORS,
-) -> int:  # fmt: skip
+    tile: TileShape,
+    batch: int,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    heads_q: int,
+    heads_kv: int,
+    headdim: int,
+    headdim_v: int,
+    rule: MaskRule,
+    multiprocessors: int = MULTIPROCESSORS,
+) -> int:
     """How many splits are launched, and so how many accumulators exist, when the caller leaves it
     open.
     """
@@ -160,15 +168,15 @@ def get_scheduler_metadata(
     """Plan one forward as a release of MATE does.
 
     ``qkv_dtype``, ``page_size`` and ``has_softcap`` do not matter, as in MATE up to 0.2.4.
-    ``cache_seqlens`` and ``cache_leftpad`` are ``(batch,)``, ``cu_seqlens_q`` and ``cu_seqlens_k_new``
-    ``(batch + 1,)``, all int32 and contiguous; ``cache_seqlens`` of ``None`` means ``max_seqlen_k`` each, and
-    ``cu_seqlens_k_new`` *adds* its lengths. ``max_seqlen_k`` must be the capacity the forward will see
-    (``page_table.shape[1] * page_size``).
+    ``cache_seqlens`` and ``cache_leftpad`` are ``(batch,)``, ``cu_seqlens_q`` and
+    ``cu_seqlens_k_new`` ``(batch + 1,)``, all int32 and contiguous; ``cache_seqlens`` of ``None``
+    means ``max_seqlen_k`` each, and ``cu_seqlens_k_new`` *adds* its lengths. ``max_seqlen_k`` must
+    be the capacity the forward will see (``page_table.shape[1] * page_size``).
 
     Returns int32 beside ``cache_seqlens``, four vectors that are ordered by position:
     ``num_splits_dynamic``, ``batch_table`` (position to batch, most work first), ``num_m_blocks``
-    (query tiles) and ``num_nheads_in_l2``. Each is ``(batch,)``, from MATE 0.2.4 on ``(batch`` rounded
-    up to ``4,)`` with whatever the memory held behind the batch.
+    (query tiles) and ``num_nheads_in_l2``. Each is ``(batch,)``, from MATE 0.2.4 on ``(batch``
+    rounded up to ``4,)`` with whatever the memory held behind the batch.
     """
     headdim_v = headdim if headdim_v is None else headdim_v
     ratio = head_ratio(num_heads_q, num_heads_kv)
@@ -180,10 +188,22 @@ def get_scheduler_metadata(
     check_release(release, batch_size, headdim, headdim_v, {})
     rule = resolve_mask(max_seqlen_q, max_seqlen_k, causal, window_size, attention_chunk)
     tile = tile_shape(max_seqlen_q, ratio, headdim, headdim_v, pack_gqa)
-    static = num_splits if num_splits > 0 else static_num_splits(
-        tile, batch_size, max_seqlen_q, max_seqlen_k, num_heads_q, num_heads_kv, headdim, headdim_v, rule,
-        MULTIPROCESSORS - sm_margin,
-    )  # fmt: skip
+    static = (
+        num_splits
+        if num_splits > 0
+        else static_num_splits(
+            tile,
+            batch_size,
+            max_seqlen_q,
+            max_seqlen_k,
+            num_heads_q,
+            num_heads_kv,
+            headdim,
+            headdim_v,
+            rule,
+            MULTIPROCESSORS - sm_margin,
+        )
+    )
     rows = lengths(cu_seqlens_q, batch_size, max_seqlen_q)
     keys = as_list(cache_seqlens, batch_size, max_seqlen_k)
     new = lengths(cu_seqlens_k_new, batch_size, max_seqlen_k_new)
@@ -254,7 +274,9 @@ def _dynamic_splits(
 
 
 def _shed_splits(splits: list[int], key_tiles: list[int], overflow: int) -> None:
-    """Take splits back in rounds, cheapest requests first, until they fit the multiprocessors; in place."""
+    """Take splits back in rounds, cheapest requests first, until they fit the multiprocessors; in
+    place.
+    """
     while overflow > 0:
         costs = [
             (ceil_div(n, s - 1) - ceil_div(n, s), batch)
@@ -311,9 +333,17 @@ def launched_splits(
     if rule.local and not caps_windows:
         rule = replace(rule, left=max_seqlen_k, right=max_seqlen_q)
     return static_num_splits(
-        tile, batch_size, max_seqlen_q, max_seqlen_k, num_heads_q, num_heads_kv, headdim, headdim_v, rule,
+        tile,
+        batch_size,
+        max_seqlen_q,
+        max_seqlen_k,
+        num_heads_q,
+        num_heads_kv,
+        headdim,
+        headdim_v,
+        rule,
         multiprocessors - sm_margin,
-    )  # fmt: skip
+    )
 
 
 def ceil_div(a: int, b: int) -> int:

@@ -1,4 +1,4 @@
-"""Refusals of the reference kernels, by what MATE refuses; each names the argument and the remedy."""
+"""Refusals of the reference kernels: of what MATE refuses, with the argument and the remedy."""
 
 from __future__ import annotations
 
@@ -62,9 +62,11 @@ def head_ratio(heads_q: int, heads_kv: int) -> int:
     """Return how many query heads share a key head."""
     if heads_kv < 1 or heads_q % heads_kv:
         raise RefusedValue(
-            "the number of query heads", f"{heads_q} for {heads_kv} key heads", "a multiple of the key heads",
+            "the number of query heads",
+            f"{heads_q} for {heads_kv} key heads",
+            "a multiple of the key heads",
             "Check the head counts and the tensor-parallel size.",
-        )  # fmt: skip
+        )
     return heads_q // heads_kv
 
 
@@ -148,9 +150,11 @@ def check_page_table(page_table: Tensor | None, batch: int | None) -> None:
         )
     if not page_table.is_contiguous():
         raise RefusedValue(
-            "page_table.stride()", page_table.stride(), "a contiguous page table",
+            "page_table.stride()",
+            page_table.stride(),
+            "a contiguous page table",
             "Pass page_table.contiguous(); never copy the KV cache for it.",
-        )  # fmt: skip
+        )
 
 
 def check_cache_strides(k_cache: Tensor, v_cache: Tensor) -> None:
@@ -195,9 +199,11 @@ def check_sinks(sinks: Tensor | None, q: Tensor) -> None:
         )
     if sinks.dtype != torch.bfloat16 and not (sinks.dtype == q.dtype == torch.float32):
         raise RefusedType(
-            "sinks.dtype", sinks.dtype, "torch.bfloat16 (or torch.float32 with float32 q)",
+            "sinks.dtype",
+            sinks.dtype,
+            "torch.bfloat16 (or torch.float32 with float32 q)",
             "Convert them once, when the model loads.",
-        )  # fmt: skip
+        )
 
 
 def check_metadata(metadata: object, batch: int, release: policy.MateRelease) -> Tensor | None:
@@ -215,9 +221,11 @@ def check_metadata(metadata: object, batch: int, release: policy.MateRelease) ->
     vector = policy.mate_plan_vector(release, batch)
     if metadata.dim() != 1 or metadata.shape[0] < 4 * vector:
         raise RefusedValue(
-            "scheduler_metadata.shape", tuple(metadata.shape), f"a metadata buffer of at least 4 * {vector} values",
+            "scheduler_metadata.shape",
+            tuple(metadata.shape),
+            f"a metadata buffer of at least 4 * {vector} values",
             "The metadata buffer is too small: it was computed for a smaller batch.",
-        )  # fmt: skip
+        )
     return metadata
 
 
@@ -240,6 +248,8 @@ def refuse_context_parallelism(world_size: int, rank: int) -> None:
     """Refuse ranks of context parallelism."""
     if world_size != 1 or rank != 0:
         raise RefusedFeature(
-            "cp_world_size", f"{world_size} (cp_rank {rank})", "1 (cp_rank 0)",
+            "cp_world_size",
+            f"{world_size} (cp_rank {rank})",
+            "1 (cp_rank 0)",
             "The reference does not implement interleaved context parallelism.",
-        )  # fmt: skip
+        )
