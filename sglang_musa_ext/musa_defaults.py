@@ -80,8 +80,16 @@ def _configuration(server_args: Any, use_mla_backend: bool, model_config: Any) -
         model_config,
         use_mla=use_mla_backend,
         capability=device_capability(),
+        mate=_mate_release(),
         other_platform=platforms.current_platform.is_out_of_tree(),
     )
+
+
+@functools.cache
+def _mate_release() -> tuple[int, ...]:
+    from sglang_musa_ext.kernels.mate_identity import identify_mate
+
+    return identify_mate().release
 
 
 def _settle(named: str, asked: Configuration, reasons: Sequence[str]) -> str:

@@ -163,6 +163,9 @@ def reasons_against_fa3(asked: Configuration, version: str | None = None) -> tup
     reasons = [rule.reason.format(asked) for rule in DEFAULT_RULES if rule.applies(asked)]
     if asked.capability is not None and (old := reason_against_capability(asked.capability)):
         reasons.append(old)
+    for headdim, headdim_v in sorted(asked.head_dims):
+        if not mate_serves_head_dims(asked.mate or NEWEST_MATE, headdim, headdim_v):
+            reasons.append(f"MATE has no kernels for head dimensions {headdim}/{headdim_v}")
     paged = replace(asked, page_size=asked.page_size or PAGE_SIZE)
     reasons += [f"fa3 does not serve {limit.condition}" for limit in limits_of(paged, version)]
     return tuple(reasons)

@@ -50,7 +50,7 @@ LAYERS = {
     "cpu": layer(
         "sglang torch numpy psutil", lazy="policy patching kernels upstream transformers triton"
     ),
-    "musa_defaults": layer("announce policy patching upstream", lazy="sglang"),
+    "musa_defaults": layer("announce policy patching upstream", lazy="kernels sglang"),
     "musa_vision": layer("envs patching upstream", lazy="kernels"),
     "plugin": layer(
         "envs",

@@ -40,6 +40,7 @@ from sglang_musa_ext.attention.sampling import OutputSampler
 from sglang_musa_ext.attention.workspace import MLAWorkspace
 from sglang_musa_ext.envs import Settings
 from sglang_musa_ext.kernels.provider import FA3Kernels, UnsupportedByKernels, select_kernels
+from sglang_musa_ext.upstream.limits import head_dims_of
 from sglang_musa_ext.upstream.names import KERNEL_PARAMETERS
 from sglang_musa_ext.upstream.rows.passes import PASS_METHODS
 
@@ -103,7 +104,7 @@ class MusaFA3Mixin:
             page_size=self.page_size,
             kv_cache_dtype=self.kv_cache_dtype,
             use_mla=self.use_mla,
-            head_dims=_head_dims(model_runner.model_config, self.use_mla),
+            head_dims=head_dims_of(model_runner.model_config, self.use_mla),
             largest_batch=model_runner.req_to_token_pool.size,
         )
         if not model_runner.is_draft_worker:
@@ -494,24 +495,3 @@ def _importable_fa3(kernels: FA3Kernels) -> Iterator[None]:
             yield
         finally:
             undo()
-
-
-def _head_dims(config: Any, use_mla: bool) -> set[tuple[int, int]]:
-    """Read the head dimensions of keys and of values off upstream's ``ModelConfig``.
-
-    Those of MLA's latent cache are not among them. ``ModelConfig.head_dim`` is a placeholder for
-    models with latent attention, and some have no other word for what their prefill has.
-    """
-    if use_mla:
-        parts = [getattr(config, name, None) for name in ("qk_nope_head_dim", "qk_rope_head_dim")]
-        headdim = None if None in parts else sum(parts)  # type: ignore[arg-type]
-        pairs = {(headdim, getattr(config, "v_head_dim", None))}
-    elif getattr(config, "kv_lora_rank", None):
-        return set()
-    else:
-        headdim, window_headdim = config.head_dim, getattr(config, "swa_head_dim", None)
-        pairs = {
-            (headdim, getattr(config, "v_head_dim", headdim)),
-            (window_headdim, getattr(config, "swa_v_head_dim", window_headdim)),
-        }
-    return {(qk, v) for qk, v in pairs if qk and v}

@@ -38,6 +38,10 @@ class Configuration:
     has_sliding_windows: bool = False
     has_sinks: bool = False
     """Whether attention has sinks."""
+    head_dims: frozenset[tuple[int, int]] = frozenset()
+    """Head dimensions of keys and of values, as far as they are known."""
+    mate: tuple[int, ...] | None = None
+    """MATE's release as numbers; ``None``: not known."""
     mixed_chunk: bool = False
     """``--enable-mixed-chunk``."""
     capability: tuple[int, int] | None = None
@@ -65,6 +69,7 @@ class Configuration:
             "is_encoder_decoder": getattr(model_config, "is_encoder_decoder", False),
             "has_sliding_windows": _has_sliding_windows(text),
             "has_sinks": getattr(model_config, "has_attention_sinks", False),
+            "head_dims": frozenset(head_dims_of(model_config, known.get("use_mla", False))),
             "mixed_chunk": server_args.enable_mixed_chunk,
         }
         return cls(**(fields | known))
@@ -98,6 +103,28 @@ class Configuration:
     def has_large_pages(self) -> bool:
         """Whether a page has more than one token, as far as is known."""
         return self.page_size is not None and self.page_size > 1
+
+
+def head_dims_of(config: Any, use_mla: bool) -> set[tuple[int, int]]:
+    """Read the head dimensions of keys and of values off upstream's ``ModelConfig``.
+
+    Those of MLA's latent cache are not among them. ``ModelConfig.head_dim`` is a placeholder for
+    models with latent attention, and some have no other word for what their prefill has.
+    """
+    if use_mla:
+        parts = [getattr(config, name, None) for name in ("qk_nope_head_dim", "qk_rope_head_dim")]
+        headdim = None if None in parts else sum(parts)  # type: ignore[arg-type]
+        pairs = {(headdim, getattr(config, "v_head_dim", None))}
+    elif getattr(config, "kv_lora_rank", None):
+        return set()
+    else:
+        headdim = getattr(config, "head_dim", None)
+        window_headdim = getattr(config, "swa_head_dim", None)
+        pairs = {
+            (headdim, getattr(config, "v_head_dim", headdim)),
+            (window_headdim, getattr(config, "swa_v_head_dim", window_headdim)),
+        }
+    return {(qk, v) for qk, v in pairs if qk and v}
 
 
 def _name(dtype: Any) -> str:

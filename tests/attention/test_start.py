@@ -9,6 +9,7 @@ import pytest
 
 from sglang_musa_ext import policy
 from sglang_musa_ext.kernels.provider import UnsupportedByKernels, reference_kernels
+from sglang_musa_ext.upstream.limits import head_dims_of
 from tests.support import backend
 from tests.support.backend import Model
 from tests.support.layers import uniform_layers
@@ -37,7 +38,7 @@ def test_head_dims_are_read_off_the_models_configuration(
     config: dict[str, Any], use_mla: bool, pairs: set[tuple[int, int]]
 ) -> None:
     """Placeholders are left out, and each kind of layer has a pair of its own."""
-    assert backend.mixin._head_dims(SimpleNamespace(**config), use_mla) == pairs
+    assert head_dims_of(SimpleNamespace(**config), use_mla) == pairs
 
 
 def test_head_dims_without_a_kernel_are_refused_at_start() -> None:
