@@ -51,7 +51,8 @@ def run(names: Sequence[str], jobs: int, seconds: float) -> int:
 
 def _line(verdict: Verdict) -> str:
     if not verdict.case:
-        return f"NOT FOUND in {verdict.calls:7,} calls, {verdict.seconds:6.1f} s  {verdict.name}"
+        lived = f"NOT FOUND in {verdict.calls:7,} calls, {verdict.seconds:6.1f} s  {verdict.name}"
+        return f"{lived} {verdict.error}".rstrip()
     return (
         f"found after  {verdict.calls:7,} calls, {verdict.seconds:6.1f} s  {verdict.name}: "
         f"{verdict.error}"
@@ -65,7 +66,14 @@ def _fuzzed(command: Any, mutants: Sequence[Any], jobs: int, seconds: float) -> 
             while waiting and len(running) < jobs:
                 mutant = waiting.pop(0)
                 place = Path(tempfile.mkdtemp(dir=folder))
-                running[_start(command, mutant, place, seconds)] = mutant, place
+                try:
+                    process = _start(command, mutant, place, seconds)
+                except command.BrokenRun as reason:
+                    yield Verdict(mutant.name, 0, 0, 0.0, str(reason).splitlines()[0])
+                else:
+                    running[process] = mutant, place
+            if not running:
+                continue
             process, _ = os.wait()
             mutant, place = running.pop(process)
             yield _verdict(mutant.name, place)
