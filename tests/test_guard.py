@@ -319,8 +319,9 @@ def test_a_process_says_once_what_it_does(
     """SGLang loads plugins before it sets its log up, and the line is seen; off, or idle unasked,
     says nothing.
     """
-    for name in ("_take_over", "_take_over_drafts"):
-        monkeypatch.setattr(plugin, name, lambda _: None)
+    names = ("_take_over", "_take_over_drafts", "_have_ranks_agree", "_require_unclaimed")
+    for name in names:
+        monkeypatch.setattr(plugin, name, lambda *_: None)
     monkeypatch.setattr(plugin, "_on_musa", lambda: False)
     monkeypatch.setattr(plugin.logger, "isEnabledFor", lambda level: level >= 30)
     for name, value in variables.items():
