@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from sglang_musa_ext import envs
 from tests.engine import test_engine_modes as modes
 from tests.simulated_musa import mccl
 from tests.support import tiny_models
@@ -176,7 +177,7 @@ def run_case(
             musa.model(case.model),
             case.phases,
             {**case.arguments, **draft},
-            {**case.environ, **(environ or {})},
+            {envs.RAW_PREFILL: "on", **case.environ, **(environ or {})},
             before_boot=before_boot,
             usual=usual(installed_release()),
         ),

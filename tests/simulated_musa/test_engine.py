@@ -40,6 +40,12 @@ def test_ours_serves_on_mate(run: EngineRun) -> None:
     cases.require_ours_on_mate(run)
 
 
+def test_raw_keys_serve_prefill(case: MusaCase, run: EngineRun) -> None:
+    """Prefill without a prefix runs over raw keys, as it does by default."""
+    if case.model == cases.LLAMA and case.draft is None:
+        assert all(report["statistics"]["raw_calls"] > 0 for report in run.reports[-1])
+
+
 # --- the tests can fail ---------------------------------------------------------------------------
 
 
