@@ -145,8 +145,10 @@ def exchange(store: Any, place: Place, own: Note, mode: str) -> dict[int, Note]:
     speaking = _wait_for(store, _NOTE, set(range(place.world_size)), SECONDS[mode])
     notes = {rank: Note(**json.loads(store.get(_NOTE.format(rank)))) for rank in sorted(speaking)}
     store.set(_HAS_READ.format(place.rank), "")
-    # Rank 0 has the store in its own process: were it to raise first, others could not read why.
-    _wait_for(store, _HAS_READ, speaking, _READING_SECONDS)
+    if place.rank == 0:
+        # The store is in this process: were it to end first, others could not read why. They ask
+        # nothing of the store from here on.
+        _wait_for(store, _HAS_READ, speaking, _READING_SECONDS)
     return notes
 
 

@@ -91,7 +91,7 @@ def test_auto_warns_once(caplog: pytest.LogCaptureFixture) -> None:
     assert "rank 0 (--node-rank 10" in warning
 
 
-def test_no_rank_leaves_before_the_others_have_read() -> None:
+def test_rank_0_stays_until_the_others_have_read() -> None:
     """The store dies with rank 0, which must not raise while another rank still reads."""
     store = HashStore()
     with ThreadPoolExecutor(1) as threads:
@@ -101,6 +101,15 @@ def test_no_rank_leaves_before_the_others_have_read() -> None:
             first.result(timeout=0.5)
         store.set(ranks._HAS_READ.format(1), "")
         assert first.result(timeout=5).keys() == {0, 1}
+
+
+def test_other_ranks_ask_nothing_of_the_store_once_they_have_read() -> None:
+    """Rank 0 may be gone by then, and the store with it."""
+    store = HashStore()
+    store.set(ranks._NOTE.format(0), '{"host": "a", "facts": {}}')
+    with ThreadPoolExecutor(1) as threads:
+        second = threads.submit(ranks.exchange, store, place(1), Note("b", FACTS), "on")
+        assert second.result(timeout=5).keys() == {0, 1}
 
 
 def test_a_late_rank_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:

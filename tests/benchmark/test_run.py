@@ -27,9 +27,9 @@ class BootedEngine(FakeEngine):
         assert arguments["attention_backend"] == self.peer.attention
         self.tokens = arguments["max_total_tokens"]
 
-    def scheduler(self, method: str, **arguments: Any) -> None:
+    def scheduler(self, method: str, *values: Any, **arguments: Any) -> None:
         if method == "bench_turns":
-            super().scheduler(method, **arguments)
+            super().scheduler(method, *values, **arguments)
 
     def state(self) -> dict[str, Any]:
         found = json.loads(super().state()["bench"]) | {"backend": self.peer.backend}

@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 
 from sglang_musa_ext import envs
+from tests.engine.test_engine_modes import MLA_DENSE
 from tests.support import tiny_models
 from tests.support.engine import (
     OURS,
@@ -274,12 +275,6 @@ def test_stale_plans_are_refused_under_check(engines: EngineServer) -> None:
     ("arguments", "environ", "words"),
     [
         pytest.param(
-            {"kv_cache_dtype": "fp8_e4m3"},
-            {},
-            ["--kv-cache-dtype", "float8_e4m3fn", "bfloat16"],
-            id="fp8",
-        ),
-        pytest.param(
             {"attention_backend": "fa4"},
             {},
             ["--attention-backend fa4", "--attention-backend fa3"],
@@ -310,6 +305,15 @@ def test_engine_refuses_to_start(
     """
     with pytest.raises(EngineFailed) as failure:
         engines.run(EngineCase(engines.model(llama()), (), arguments, environ))
+    assert [word for word in words if word not in failure.value.log] == []
+
+
+def test_engine_refuses_a_latent_cache_in_fp8(engines: EngineServer) -> None:
+    """MLA's kernels do not read fp8: the engine stops, and names option, value and choices."""
+    case = EngineCase(engines.model(MLA_DENSE), (), {"kv_cache_dtype": "fp8_e4m3"})
+    with pytest.raises(EngineFailed) as failure:
+        engines.run(case)
+    words = ["--kv-cache-dtype", "float8_e4m3fn", "bfloat16"]
     assert [word for word in words if word not in failure.value.log] == []
 
 

@@ -26,7 +26,7 @@ RUNNABLE = [name for name in READ if name != "0.1.3"]
 WRAPPERS = ("flash_attn_3/interface.py", "flash_attn/interface.py")
 
 
-def needs_sources(releases: list[str]) -> Any:
+def needs_sources(releases: list[str]) -> pytest.MarkDecorator:
     without = pytest.param("", marks=pytest.mark.skip(reason="MATE_SOURCES names no source tree"))
     return pytest.mark.parametrize("release", releases or [without])
 

@@ -192,14 +192,17 @@ def require_right_tokens(musa: EngineServer, case: MusaCase, run: EngineRun) -> 
     assert worst(musa, case, run.outputs) <= case.limit
 
 
-def require_ours_on_mate(run: EngineRun) -> None:
-    """Fail unless every attention backend is ours, on MATE's kernels and the device, with pages of 64."""
+def require_ours_on_mate(run: EngineRun, *, has_sinks: bool = False) -> None:
+    """Fail unless every attention backend is ours, on MATE's kernels and the device, with pages of
+    64, and plans where MATE does not ignore plans, as it does with sinks.
+    """
     reports = run.reports[-1]
     assert {report["backend"] for report in reports} == {"MusaFA3Backend"}
     assert {(report["kernels"], report["page_size"]) for report in reports} == {("mate", 64)}
     assert all(report["device"].startswith("musa:") for report in reports)
     # Which backends of a draft model run at all differs by release.
-    assert any(report["statistics"]["plans"] > 0 for report in reports)
+    assert any(report["statistics"]["plans"] > 0 for report in reports) != has_sinks
+    assert any(report["statistics"]["calls"] > 0 for report in reports)
 
 
 def installed_release() -> tuple[int, ...]:

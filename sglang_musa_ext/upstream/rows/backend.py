@@ -119,6 +119,14 @@ ROWS = (
         remove_when="MiniCPM's sparse backend is served too, or gone.",
     ),
     Requirement(
+        "class",
+        "sglang.srt.model_executor.forward_batch_info",
+        "ForwardMode",
+        ("IntEnum",),
+        why="Prefill over raw keys is for batches of its member EXTEND alone.",
+        remove_when="Upstream itself prefills over raw keys where a batch has no prefix.",
+    ),
+    Requirement(
         "method",
         "sglang.srt.managers.scheduler",
         "Scheduler.get_internal_state",

@@ -22,4 +22,21 @@ ROWS = (
         why="Its passes are timed in a server's own process.",
         remove_when="Upstream reports the times of its passes.",
     ),
+    *(
+        Requirement(
+            "module_global",
+            module,
+            name,
+            used_by="benchmark",
+            why="The host's time of a forward is measured without a server around it.",
+            remove_when="Upstream has a benchmark of its forwards without a device.",
+        )
+        for module, name in (
+            ("sglang.srt.configs.model_config", "AttentionArch"),
+            ("sglang.srt.layers.radix_attention", "RadixAttention"),
+            ("sglang.srt.model_executor.forward_batch_info", "ForwardBatch"),
+            ("sglang.srt.server_args", "set_global_server_args_for_scheduler"),
+            ("sglang.srt.speculative.spec_info", "SpeculativeAlgorithm"),
+        )
+    ),
 )
