@@ -75,7 +75,7 @@ class Mode:
             "planned_calls": planned,
             "plans": plans,
             "reuses": planned - plans,
-            "passes_by_plans": {str(self.geometries): self.passes},
+            "passes_by_plans": {str(self.geometries): self.passes} if self.passes else {},
         }
 
 
