@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as NotDoneError
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -97,7 +98,7 @@ def test_rank_0_stays_until_the_others_have_read() -> None:
     with ThreadPoolExecutor(1) as threads:
         store.set(ranks._NOTE.format(1), '{"host": "b", "facts": {}}')
         first = threads.submit(ranks.exchange, store, place(0), Note("a", FACTS), "on")
-        with pytest.raises(TimeoutError):
+        with pytest.raises(NotDoneError):
             first.result(timeout=0.5)
         store.set(ranks._HAS_READ.format(1), "")
         assert first.result(timeout=5).keys() == {0, 1}
@@ -118,7 +119,7 @@ def test_a_late_rank_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     store = HashStore()
     with ThreadPoolExecutor(1) as threads:
         early = threads.submit(ranks.exchange, store, place(0), Note("a", FACTS), "on")
-        with pytest.raises(TimeoutError):
+        with pytest.raises(NotDoneError):
             early.result(timeout=0.5)
         ranks.exchange(store, place(1), Note("b", FACTS), "on")
         assert early.result(timeout=5).keys() == {0, 1}
