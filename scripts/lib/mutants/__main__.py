@@ -150,7 +150,8 @@ SIGNATURE = (
 def signature_mutants() -> Iterator[Mutant]:
     """Each part left out of what tells calls apart before their geometry is worked out."""
     guards = (
-        "differ_in_one_thing or told_apart or changed_between or shapes or log_sum or of_raw_keys"
+        "differ_in_one_thing or told_apart or changed_between or shapes or log_sum or of_raw_keys "
+        "or share_keys"
     )
     for part in SIGNATURE:
         yield Mutant(f"known calls without {part[4:]}", CALLS_FILE, part, "", guards)
@@ -171,8 +172,8 @@ PASS_RULES = (
     Mutant(
         "end_pass does nothing",
         CACHE,
-        "        self._ended = True\n\n    def begin_layer",
-        "        pass\n\n    def begin_layer",
+        'belongs to another pass."""\n        self._ended = True',
+        'belongs to another pass."""',
         "rewritten_in_place or init_method or outside",
     ),
     Mutant(
@@ -328,7 +329,7 @@ PASS_RULES = (
     Mutant(
         "checks see recalled plans as checked",
         BACKEND,
-        'self._settings.check == "off" and not',
+        'self._check == "off" and not',
         "True and not",
         "corrupted",
     ),
@@ -553,21 +554,21 @@ CHECKS = (
     Mutant(
         "comparison during capture",
         BACKEND,
-        'self._settings.check != "off" and not self._plans.capturing',
-        'self._settings.check != "off"',
+        'return self._check != "off" and not self._plans.capturing',
+        'return self._check != "off"',
         "disturb_a_capture",
     ),
     Mutant(
         "comparison without being asked",
         BACKEND,
-        'self._settings.check != "off" and not self._plans.capturing',
-        "not self._plans.capturing",
+        'return self._check != "off" and not self._plans.capturing',
+        "return not self._plans.capturing",
         "without_the_check",
     ),
     Mutant(
         "outputs are not compared",
         BACKEND,
-        'if self._settings.check == "output"',
+        'if self._check == "output"',
         "if False",
         "wrong_output",
     ),
