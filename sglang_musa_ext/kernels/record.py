@@ -129,15 +129,6 @@ class FA3Kernels:
             return False
         return set(names) <= set(inspect.signature(self.unadapted).parameters)
 
-    def attention(self, names: Iterable[str]) -> Callable[..., Any]:
-        """Return the library's own ``flash_attn_with_kvcache`` if it has all these names, else the
-        adapted one.
-        """
-        if self._has_all(names):
-            assert self.unadapted is not None
-            return self.unadapted
-        return self.flash_attn_with_kvcache
-
     def require(
         self,
         *,
