@@ -1,7 +1,7 @@
 """The command ``sglang-musa-ext``, also ``python -m sglang_musa_ext``.
 
-Each of its commands is a module with a ``main`` of its own, imported when it is asked for: ``doctor`` and ``install``
-run where no torch is installed.
+Each of its commands is a module with a ``main`` of its own, imported when it is asked for:
+``doctor`` and ``install`` run where no torch is installed.
 """
 
 from __future__ import annotations

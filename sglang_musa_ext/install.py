@@ -193,7 +193,8 @@ def require_moore_threads(wheels: Path, pins: Mapping[str, str]) -> None:
             ):
                 with zipfile.ZipFile(path) as archive:
                     archive.extractall(folder)
-        # Without site-packages, where this package may stand itself, so that only the wheels can answer.
+        # Without site-packages, where this package may stand itself, so that only the wheels can
+        # answer.
         Path(alone, PACKAGE.name).symlink_to(PACKAGE)
         command = [sys.executable, "-I", "-S", "-c", IDENTIFY, folder, alone]
         found = subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -145,8 +145,8 @@ FA3_ON_OTHER_DEVICES = frozenset(
         "ExaoneMoeForCausalLM",
     }
 )
-"""Models that SGLang puts on ``fa3`` where it has it, and on ``triton`` on every device that it does
-not know, MUSA among them.
+"""Models that SGLang puts on ``fa3`` where it has it, and on ``triton`` on every device that it
+does not know, MUSA among them.
 """
 
 
@@ -201,7 +201,8 @@ NEWEST_MATE = (0, 2, 7)
 NEWEST_READ_MATE = (0, 2, 2)
 """The newest MATE whose source could be read; what is said of later ones is from release notes."""
 MATE_RELEASES = (
-    (0, 1, 3), (0, 2, 0), (0, 2, 1), (0, 2, 2), (0, 2, 3), (0, 2, 4), (0, 2, 5), (0, 2, 6), (0, 2, 7),
+    (0, 1, 3), (0, 2, 0), (0, 2, 1), (0, 2, 2), (0, 2, 3), (0, 2, 4), (0, 2, 5), (0, 2, 6),
+    (0, 2, 7),
 )  # fmt: skip
 """The releases that the table in ``docs/mate.md`` has columns for."""
 
@@ -293,7 +294,8 @@ KERNEL_LIMITS = (
         "512/512 (each rounded up)", "refused at start", "has no kernel for them",
     ),
     KernelLimit(
-        "fp8_e4m3", "`--kv-cache-dtype fp8_e4m3`", "refused at start", "has no kernel that reads fp8",
+        "fp8_e4m3", "`--kv-cache-dtype fp8_e4m3`", "refused at start",
+        "has no kernel that reads fp8",
         until=(0, 2, 3),
     ),
     KernelLimit(

@@ -201,7 +201,8 @@ def test_installing_twice_changes_nothing(musa: Musa) -> None:
 @pytest.mark.parametrize(
     ("given", "use_mla_backend"),
     [
-        ({}, False), ({}, True), ({"page_size": 64}, True), ({"page_size": 1}, False), ({"dtype": "bfloat16"}, False),
+        ({}, False), ({}, True), ({"page_size": 64}, True), ({"page_size": 1}, False),
+        ({"dtype": "bfloat16"}, False),
         ({"dtype": "half"}, True), ({"kv_cache_dtype": "bf16"}, False),
     ],
 )  # fmt: skip

@@ -42,7 +42,8 @@ IDLE = {"unset": {}, "auto": {envs.MODE: "auto"}, "off": {envs.MODE: "off"}}
 """Settings under which NVIDIA's users get upstream."""
 ON = {envs.MODE: "on", envs.KERNELS: "hopper"}
 UNLOADED = (
-    "attention.selection", "attention.plans", "cpu.platform", "cpu.stand_ins", "cpu.trees", "kernels.provider",
+    "attention.selection", "attention.plans", "cpu.platform", "cpu.stand_ins", "cpu.trees",
+    "kernels.provider",
     "kernels.reference",
 )  # fmt: skip
 """Modules of ours that load torch or the attention of SGLang."""

@@ -1,7 +1,7 @@
 """What the plan of a kernel call depends on, and how a call is known to be like one before it.
 
-Which keywords plans depend on is said by the contract with SGLang, ``upstream.rows.kernels``: there,
-a new one is one row.
+Which keywords plans depend on is said by the contract with SGLang, ``upstream.rows.kernels``:
+there, a new one is one row.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """``SGLANG_MUSA_EXT_CHECK=output:SHARE``: some calls of a serving backend, compared and reported.
 
-Where ``output`` raises at the first difference, this one counts: what was compared in each mode, the
-largest error there, and what could not be compared. A replayed graph runs no Python, so its calls
-are not seen at all.
+Where ``output`` raises at the first difference, this one counts: what was compared in each mode,
+the largest error there, and what could not be compared. A replayed graph runs no Python, so its
+calls are not seen at all.
 """
 
 from __future__ import annotations

@@ -1,15 +1,16 @@
 """Measure what this package is worth on one device, beside SGLang's own attention backends.
 
 For each model an engine of every peer is up at the same time, and they take turns, so that whatever
-the machine does meets all of them. Passes without graphs take turns in one engine, because there two
-processes of the same code differ by more than the peers do. A peer's answers are compared with those
-of the first peer before it is timed; where they differ, or the peer fails, the report says so in place
-of a time. The peers are
+the machine does meets all of them. Passes without graphs take turns in one engine, because there
+two processes of the same code differ by more than the peers do. A peer's answers are compared with
+those of the first peer before it is timed; where they differ, or the peer fails, the report says so
+in place of a time. The peers are
 
   on an NVIDIA Hopper GPU   SGLang's own fa3, this package, SGLang's in-tree MUSA backend
   on a MUSA device          SGLang's triton, this package, the same with a plan for every call,
                             SGLang's in-tree MUSA backend on the same MATE
-  with --device cpu         torch_native and this package on reference kernels: times that say nothing
+  with --device cpu         torch_native and this package, on reference kernels: times that
+                            say nothing
 
 It measures
 
@@ -22,8 +23,8 @@ It measures
   kernels   a call with its plan and without, in a graph and without an engine
 
 on models without weights, or with --model on your own, and writes bench.json, tables, and, where
-matplotlib is installed, plots. "bench --report FILE..." draws them again from one or more such files.
-"bench host" measures the host's time of a call on any machine; see its own --help.
+matplotlib is installed, plots. "bench --report FILE..." draws them again from one or more such
+files. "bench host" measures the host's time of a call on any machine; see its own --help.
 
 Exit status: 0 it was measured, 1 the device is not there or in use.
 """
@@ -62,7 +63,9 @@ from sglang_musa_ext.engines.devices import device_kind
 from sglang_musa_ext.validation.report import versions
 
 OCCUPIED = 4 << 30
-"""Bytes of the device that may be in use before the benchmark starts: a context, and what a desktop needs."""
+"""Bytes of the device that may be in use before the benchmark starts: a context, and what a desktop
+needs.
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -83,7 +86,8 @@ def _measure(options: argparse.Namespace) -> int:
     out = options.out or Path(f"bench-{datetime.datetime.now().astimezone():%Y%m%d-%H%M%S}")
     out.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {
-        "versions": versions(), "device": _device(contenders.device), "baseline": contenders.baseline.name,
+        "versions": versions(), "device": _device(contenders.device),
+        "baseline": contenders.baseline.name,
         "peers": {peer.name: peer.title for peer in contenders.peers}, "models": {},
     }  # fmt: skip
     with_kernels = contenders.device != "cpu" and not options.no_kernels
@@ -107,7 +111,8 @@ def _contenders(options: argparse.Namespace) -> Field:
     kind = device_kind() if options.device == "auto" else options.device
     if kind == "cpu" and options.device == "auto":
         sys.exit(
-            "PyTorch sees neither a MUSA device nor an NVIDIA GPU. Ask sglang-musa-ext doctor what is missing; "
+            "PyTorch sees neither a MUSA device nor an NVIDIA GPU. Ask sglang-musa-ext doctor what "
+            "is missing; "
             "--device cpu tries the benchmark without one."
         )
     contenders = FIELDS[kind]
@@ -176,7 +181,8 @@ def write_report(
 
 
 def merged(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return several runs on one device as one: of the kinds of places of a model that several measured, the last.
+    """Return several runs on one device as one: of the kinds of places of a model that several
+    measured, the last.
 
     Raises:
         SystemExit: they are of different devices or versions.
@@ -228,7 +234,8 @@ def _device(kind: str) -> dict[str, Any]:
     module = getattr(torch, kind, None)
     if module is None or not module.is_available():
         sys.exit(
-            f"PyTorch {torch.__version__} sees no {kind} device. Ask sglang-musa-ext doctor what is missing; "
+            f"PyTorch {torch.__version__} sees no {kind} device. Ask sglang-musa-ext doctor what "
+            "is missing; "
             "--device cpu tries the benchmark without one."
         )
     found = module.get_device_properties(0)
@@ -245,7 +252,8 @@ def _device(kind: str) -> dict[str, Any]:
 def _require_idle(name: str, used: int) -> None:
     if used > OCCUPIED:
         sys.exit(
-            f"{used / 2**30:.0f} GiB of {name} are in use: something else runs there, and times would say "
+            f"{used / 2**30:.0f} GiB of {name} are in use: something else runs there, and times "
+            "would say "
             "little. End it first."
         )
 

@@ -23,7 +23,9 @@ from sglang_musa_ext.engines.process import Engine, EngineDied
 from sglang_musa_ext.validation.engine import Answer, deviation
 
 PROMPTS, TOKENS = 9, 24576
-"""Prompts that a peer prefills in one round: as many as have this many tokens together, and at most so many."""
+"""Prompts that a peer prefills in one round: as many as have this many tokens together, and at most
+so many.
+"""
 IN_ONE_ENGINE = ("prefill", "eager")
 """Kinds of places whose passes the peers' backends serve in turn in the baseline's engine."""
 
@@ -43,7 +45,8 @@ class Point:
     ``None``: no number.
     """
     allowed: float | None = None
-    """What it may be: twice what the baseline's own two answers differ by, and at least the resolution of its field.
+    """What it may be: twice what the baseline's own two answers differ by, and at least the
+    resolution of its field.
     """
     step_ms: list[float] = field(default_factory=list)
     """From the end of one pass to the end of the next: the median of each round."""
@@ -52,8 +55,8 @@ class Point:
     call_us: list[float] = field(default_factory=list)
     """The host's time per attention call; empty under graphs."""
     over_upstream: list[float] = field(default_factory=list)
-    """Of passes that took turns in one engine, each over the baseline's of the same turn: the median of
-    each round.
+    """Of passes that took turns in one engine, each over the baseline's of the same turn: the
+    median of each round.
     """
 
     @property
@@ -96,7 +99,9 @@ class Contest:
         self.steps = options.steps
 
     def run(self) -> Iterator[None]:
-        """Measure everything that this model is for and that was asked for; goes on after each place."""
+        """Measure everything that this model is for and that was asked for; goes on after each
+        place.
+        """
         kinds = set(self.model.kinds) & set(self.options.kinds)
         for kind in kinds & {"decode", "verify"}:
             for context in self.model.contexts:
@@ -180,8 +185,8 @@ class Contest:
         prompts: Sequence[Sequence[int]],
         measure: Measure,
     ) -> None:
-        """Time the peers as backends of the baseline's engine, once they have given its answers there
-        too.
+        """Time the peers as backends of the baseline's engine, once they have given its answers
+        there too.
         """
         if self.baseline not in racers(points):
             return
@@ -206,7 +211,9 @@ class Contest:
                 points[name].leave(self.failed[self.baseline])
 
     def _points_beside(self, points: Mapping[str, Point]) -> dict[str, Point]:
-        """Return points of those who take turns beside the peers, whose answers are still to be judged."""
+        """Return points of those who take turns beside the peers, whose answers are still to be
+        judged.
+        """
         chosen = {peer.name: peer.beside for peer in self.contenders.peers if peer.beside}
         beside = {chosen[name]: points[name] for name in racers(points) if name in chosen}
         found = {
@@ -255,8 +262,8 @@ class Contest:
             self.engines.pop(name).close()
 
     def traces(self) -> list[dict[str, Any]]:
-        """Return kernels by pass, traced at the end: a profiler that was there once slows what comes
-        after.
+        """Return kernels by pass, traced at the end: a profiler that was there once slows what
+        comes after.
         """
         found = []
         modes = {"EXTEND": 1} | ({"TARGET_VERIFY": 2} if self.model.draft else {"DECODE": 2})
@@ -279,8 +286,8 @@ def rows_of(engine: Engine) -> list[dict[str, Any]]:
 
 
 def answer_of(engine: Engine, prompts: Sequence[Sequence[int]]) -> Answer:
-    """Return the first tokens that an engine continues prompts by; the forwards that they took are no
-    measurement.
+    """Return the first tokens that an engine continues prompts by; the forwards that they took are
+    no measurement.
     """
     found = engine.ask(prompts, 8)
     rows_of(engine)
@@ -293,8 +300,8 @@ def racers(points: Mapping[str, Point]) -> list[str]:
 
 
 def judge(point: Point, off: float) -> None:
-    """Say whether a peer may differ from the baseline by ``off``, which is no number where its answer
-    has none.
+    """Say whether a peer may differ from the baseline by ``off``, which is no number where its
+    answer has none.
     """
     assert point.allowed is not None
     point.difference = off if math.isfinite(off) else None
@@ -306,8 +313,8 @@ def judge(point: Point, off: float) -> None:
 
 
 def passes(rows: Rows, mode: str, batch: int, peer: str) -> Rows:
-    """Return the passes of this mode, batch and peer whose predecessor was one of this mode and batch,
-    too.
+    """Return the passes of this mode, batch and peer whose predecessor was one of this mode and
+    batch, too.
     """
     chosen = [
         row for before, row in itertools.pairwise(rows)
@@ -340,8 +347,8 @@ def record(point: Point, rows: Rows) -> None:
 
 
 def paired(rows: Rows, baselines: Rows, what: str) -> float:
-    """Return the median of a peer's passes over the baseline's, each pair of one turn, so that both meet the
-    same machine.
+    """Return the median of a peer's passes over the baseline's, each pair of one turn, so that both
+    meet the same machine.
     """
     theirs = {row["turn"]: row[what] for row in baselines}
     return float(
@@ -394,12 +401,16 @@ def entered(
 
 
 def contend(contest: Contest) -> Iterator[dict[str, Any]]:
-    """Boot the engines of a contest, measure, and end them; yields what was measured so far after each place."""
+    """Boot the engines of a contest, measure, and end them; yields what was measured so far after
+    each place.
+    """
     began = time.monotonic()
     contest.gate.touch()
     found: dict[str, Any] = {
-        "title": contest.model.title, "shape": dict(contest.model.shape), "kv_tokens": contest.model.kv_tokens,
-        "failed": contest.failed, "points": [], "traces": [], "rounds": contest.rounds, "steps": contest.steps,
+        "title": contest.model.title, "shape": dict(contest.model.shape),
+        "kv_tokens": contest.model.kv_tokens,
+        "failed": contest.failed, "points": [], "traces": [], "rounds": contest.rounds,
+        "steps": contest.steps,
         "started": now(),
         "memory": {peer.name: _first_state(peer, contest) for peer in contest.contenders.peers},
     }  # fmt: skip
@@ -418,7 +429,9 @@ def contend(contest: Contest) -> Iterator[dict[str, Any]]:
 
 
 def _first_state(peer: Peer, contest: Contest) -> dict[str, Any]:
-    """Return what an engine holds before it has served anything, once it is the peer that it should be."""
+    """Return what an engine holds before it has served anything, once it is the peer that it should
+    be.
+    """
     point = Point("boot", 0, 0, peer.name, "")
     with contest.survives(peer.name, point):
         # The class shows once a forward has run.
@@ -435,8 +448,10 @@ def _first_state(peer: Peer, contest: Contest) -> dict[str, Any]:
             # With a smaller cache it would serve the same requests in other batches, and more
             # slowly.
             raise EngineDied(
-                f"Its KV cache holds {usage['token_capacity']} tokens and not {wanted}: the device has too "
-                "little free memory for all peers. End what else uses it, measure fewer --peers at a "
+                f"Its KV cache holds {usage['token_capacity']} tokens and not {wanted}: the device "
+                "has too "
+                "little free memory for all peers. End what else uses it, measure fewer --peers at "
+                "a "
                 "time, or, with --model, set --kv-tokens."
             )
         return {"allocator": found["memory"], "sglang": usage}

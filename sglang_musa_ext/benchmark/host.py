@@ -462,6 +462,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for name, each in times.by_peer.items():
                 ratio, spread = times.ratio(name)
                 print(
-                    f"{mode:26s} {name:30s} {statistics.median(each):6.1f} us {ratio:.2f} ± {spread:.2f}"
+                    f"{mode:26s} {name:30s} {statistics.median(each):6.1f} us {ratio:.2f} ± "
+                    f"{spread:.2f}"
                 )
     return 0

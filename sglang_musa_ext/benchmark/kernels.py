@@ -65,7 +65,8 @@ def measure(
 
 
 def _times(
-    kernels: FA3Kernels, batch: Batch, arguments: dict[str, Any], lengths: dict[str, Any], options: dict[str, Any],
+    kernels: FA3Kernels, batch: Batch, arguments: dict[str, Any], lengths: dict[str, Any],
+    options: dict[str, Any],
     timers: Mapping[str, Timer],
 ) -> dict[str, dict[str, float]]:  # fmt: skip
     def plan() -> torch.Tensor | None:
@@ -133,7 +134,9 @@ def host_timer(device: torch.device) -> Timer:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure on the first device of the kind that ``arguments`` name, and print a line for each call."""
+    """Measure on the first device of the kind that ``arguments`` name, and print a line for each
+    call.
+    """
     [kind] = sys.argv[1:] if arguments is None else arguments
     import_vendor_modules()
     device = torch.device(kind, 0)

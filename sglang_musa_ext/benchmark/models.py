@@ -15,7 +15,8 @@ PAGE = 64
 KINDS = ("decode", "verify", "prefill", "eager")
 """What may be measured: see the help of the command."""
 OWN_KV_TOKENS = 70_000
-"""Size of each peer's KV cache for a model of the operator's, unless the command line says another."""
+"""Size of each peer's KV cache for a model of the operator's, unless the command line says another.
+"""
 
 
 @dataclass(frozen=True)
@@ -24,13 +25,17 @@ class Model:
 
     title: str
     family: str
-    """Of :mod:`sglang_musa_ext.engines.models`, served without weights; empty: it stands at ``path``."""
+    """Of :mod:`sglang_musa_ext.engines.models`, served without weights; empty: it stands at
+    ``path``.
+    """
     shape: Mapping[str, Any]
     kv_tokens: int
     """Size of the KV cache of each peer: three of them must fit on the card."""
     arguments: Mapping[str, Any] = field(default_factory=dict)
     draft: str = ""
-    """The family of the draft model, with which verify steps are measured in place of decode, prefill and eager."""
+    """The family of the draft model, with which verify steps are measured in place of decode,
+    prefill and eager.
+    """
     batches: tuple[int, ...] = (1, 8, 32, 128)
     contexts: tuple[int, ...] = (1024, 8192, 32768)
     prefills: tuple[int, ...] = (512, 2048, 8192, 32768)
@@ -68,7 +73,8 @@ MODELS: Mapping[str, Model] = {
     "gemma2": Model(
         "like Gemma-2-2B: 13 window and 13 full layers, softcap", "gemma2",
         {"hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26, "vocab_size": 32000,
-         "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "query_pre_attn_scalar": 256,
+         "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
+         "query_pre_attn_scalar": 256,
          "sliding_window": 4096}, 150_000, {"swa_full_tokens_ratio": 1.0},
     ),
     "mla": Model(
@@ -78,7 +84,8 @@ MODELS: Mapping[str, Model] = {
     ),
     "verify": Model(
         "dense, 32 layers, head dim 128, EAGLE", "llama",
-        {**_DENSE, "num_attention_heads": 16, "num_key_value_heads": 2, "head_dim": 128}, 140_000, _CHAIN, "eagle",
+        {**_DENSE, "num_attention_heads": 16, "num_key_value_heads": 2, "head_dim": 128}, 140_000,
+        _CHAIN, "eagle",
         (1, 8, 32), (1024, 8192),
     ),
 }  # fmt: skip
@@ -156,7 +163,8 @@ def engine_arguments(model: Model, scratch: Path, device: str) -> dict[str, Any]
     if device == "cpu":
         own = {"device": "cpu", "dtype": "float32", "graphs": [], "mem_fraction_static": 0.3}
         return {**found, **own}
-    # What an engine takes is what max_total_tokens says: the fraction must only not be in its way while others boot.
+    # What an engine takes is what max_total_tokens says: the fraction must only not be in its way
+    # while others boot.
     graphs = {"graphs": list(model.batches), "prefill_graphs": False}
     return {**found, "mem_fraction_static": 0.9, **graphs}
 

@@ -44,7 +44,9 @@ class Field:
     device: str
     """``cuda``, ``musa`` or ``cpu``."""
     peers: tuple[Peer, ...]
-    """The first is the baseline: others must give its answers, and their times are told as ratios to its."""
+    """The first is the baseline: others must give its answers, and their times are told as ratios
+    to its.
+    """
     resolution: float = 2.0**-3
     """What a log-probability may differ by in any case; see :data:`FIELDS`."""
     common: Mapping[str, str] = field(default_factory=dict)
@@ -63,15 +65,16 @@ class Field:
         """
         if self.baseline.name not in names:
             raise ValueError(
-                f"{self.baseline.name} is not among the peers, and every other peer is compared with it."
+                f"{self.baseline.name} is not among the peers, and every other peer is compared "
+                "with it."
             )
         chosen = tuple(peer for peer in self.peers if peer.name in names)
         return Field(self.device, chosen, self.resolution, self.common)
 
 
 FIELDS: Mapping[str, Field] = {
-    # Two units in the last place of a logit between 8 and 16 in bfloat16 are 2**-3: as much as another number of
-    # splits of the same kernels may change.
+    # Two units in the last place of a logit between 8 and 16 in bfloat16 are 2**-3: as much as
+    # another number of splits of the same kernels may change.
     "cuda": Field(
         "cuda",
         (
@@ -90,12 +93,14 @@ FIELDS: Mapping[str, Field] = {
             ),
         ),
     ),
-    # Triton's kernels round otherwise in every layer, and attention that leaves keys out is off by more than half.
+    # Triton's kernels round otherwise in every layer, and attention that leaves keys out is off by
+    # more than half.
     "musa": Field(
         "musa",
         (
             Peer(
-                TRITON, "SGLang's triton, which serves where nobody names a backend", "TritonAttnBackend",
+                TRITON, "SGLang's triton, which serves where nobody names a backend",
+                "TritonAttnBackend",
                 {"SGLANG_MUSA_EXT": "off"}, "triton", beside=AGAIN,
             ),
             Peer(OURS, "sglang-musa-ext", "MusaFA3Backend", {"SGLANG_MUSA_EXT": "on"}),

@@ -16,7 +16,8 @@ def draw(result: Mapping[str, Any], out: Path) -> list[Path]:
         import matplotlib as mpl
     except ImportError:
         print(
-            "matplotlib is not installed, so there are no plots: bench --report draws them where it is."
+            "matplotlib is not installed, so there are no plots: bench --report draws them where "
+            "it is."
         )
         return []
     mpl.use("Agg")

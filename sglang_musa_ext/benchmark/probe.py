@@ -26,9 +26,13 @@ from sglang_musa_ext.engines.process import FORCE_UPDATE
 PEER = "MUSA_EXT_BENCH_PEER"
 """The environment variable that says which peer this engine is."""
 GATE = "MUSA_EXT_BENCH_GATE"
-"""The environment variable that names the file without which a scheduler goes no further than its imports."""
+"""The environment variable that names the file without which a scheduler goes no further than its
+imports.
+"""
 DEVICE = "MUSA_EXT_BENCH_DEVICE"
-"""The environment variable that says which kind of device is measured: ``cuda``, ``musa`` or ``cpu``."""
+"""The environment variable that says which kind of device is measured: ``cuda``, ``musa`` or
+``cpu``.
+"""
 UPSTREAM, OURS, IN_TREE, TRITON, NO_REUSE = (
     "upstream",
     "ours",
@@ -38,8 +42,8 @@ UPSTREAM, OURS, IN_TREE, TRITON, NO_REUSE = (
 )
 """The peers."""
 AGAIN, UNPLANNED = "upstream again", "ours without plans"
-"""Who serves beside the peers where they take turns in one engine: a second backend of the baseline's shows what two
-of the same differ by, and ours without plans what plans do.
+"""Who serves beside the peers where they take turns in one engine: a second backend of the
+baseline's shows what two of the same differ by, and ours without plans what plans do.
 """
 FORWARD_MODES = {
     "decode": "DECODE",
@@ -106,7 +110,9 @@ class Clock:
         return [getattr(kinds, self._device.__name__.rpartition(".")[2].upper(), kinds.CUDA)]
 
     def memory(self) -> dict[str, int]:
-        """Return the bytes that PyTorch's allocator has given out and holds, graph pools among them."""
+        """Return the bytes that PyTorch's allocator has given out and holds, graph pools among
+        them.
+        """
         if self._device is None:
             return {}
         return {
@@ -324,9 +330,11 @@ class Probe:
             since = None if before is None else self.clock.milliseconds(before, one.end)
             rows.append(
                 {
-                    "peer": one.peer, "turn": one.turn, "mode": one.mode, "batch": one.batch, "tokens": one.tokens,
+                    "peer": one.peer, "turn": one.turn, "mode": one.mode, "batch": one.batch,
+                    "tokens": one.tokens,
                     "draft": one.draft, "since": since,
-                    "forward": self.clock.milliseconds(one.start, one.end), "host_us": 1e6 * one.host,
+                    "forward": self.clock.milliseconds(one.start, one.end),
+                    "host_us": 1e6 * one.host,
                     "calls": one.attention_calls, "attention_us": 1e6 * one.attention_host,
                 }
             )  # fmt: skip

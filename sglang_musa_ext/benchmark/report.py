@@ -69,7 +69,9 @@ class Place:
         return found
 
     def ratio(self, peer: str, what: str = "") -> Ratio | None:
-        """Return a peer's times over the baseline's; pass by pass where they took turns in one engine."""
+        """Return a peer's times over the baseline's; pass by pass where they took turns in one
+        engine.
+        """
         paired = self.points.get(peer, {}).get("over_upstream")
         if paired and not what:
             return Ratio.over(paired)
@@ -196,26 +198,36 @@ def _missing(every: Sequence[Place], planned: Mapping[str, Sequence[str]]) -> li
 
 INTRODUCTION = {
     "cuda": (
-        "Written by `sglang-musa-ext bench`. The kernels are NVIDIA's FA3, as SGLang ships them: the gain on a Moore "
+        "Written by `sglang-musa-ext bench`. The kernels are NVIDIA's FA3, as SGLang ships them: "
+        "the gain on a Moore "
         "Threads GPU was not measured, and depends on what MATE's metadata kernel costs there."
     ),
     "musa": (
-        "Written by `sglang-musa-ext bench` on a MUSA device. The kernels of sglang-musa-ext and of SGLang's in-tree "
-        "backend are MATE's; the baseline is SGLang's triton, which serves where nobody names a backend. Kernels that "
-        "compute plans are counted by the name that they have in FlashAttention-3, and MATE may name them otherwise."
+        "Written by `sglang-musa-ext bench` on a MUSA device. The kernels of sglang-musa-ext and "
+        "of SGLang's in-tree "
+        "backend are MATE's; the baseline is SGLang's triton, which serves where nobody names a "
+        "backend. Kernels that "
+        "compute plans are counted by the name that they have in FlashAttention-3, and MATE may "
+        "name them otherwise."
     ),
     "cpu": "Written by `sglang-musa-ext bench` on a CPU, where times say nothing.",
 }
 READING = (
-    "A place has times only for peers whose log-probabilities are those of the first peer, but for what another "
-    "number of splits changes in the last bits. Ratios are times over those of the first peer, and below 1 is "
-    "faster: the median of the rounds, and in parentheses the least and the greatest. In each round the peers took "
-    "turns. The load is that of the whole machine in the last minute of a model's turn: one engine works at a time, "
+    "A place has times only for peers whose log-probabilities are those of the first peer, but for "
+    "what another "
+    "number of splits changes in the last bits. Ratios are times over those of the first peer, and "
+    "below 1 is "
+    "faster: the median of the rounds, and in parentheses the least and the greatest. In each "
+    "round the peers took "
+    "turns. The load is that of the whole machine in the last minute of a model's turn: one engine "
+    "works at a time, "
     "so above some 4 something else did too, and times in which the host is the limit say little."
 )
 BARS_SAY = (
-    "What could be had at most is told with each measurement: under graphs by the last column of *What a pass "
-    "costs*, a pass with no plan at all; without graphs, where the host limits a short pass, by *ours without plans*."
+    "What could be had at most is told with each measurement: under graphs by the last column of "
+    "*What a pass "
+    "costs*, a pass with no plan at all; without graphs, where the host limits a short pass, by "
+    "*ours without plans*."
 )
 TITLES = {
     "decode": "Decode step, CUDA graphs",
@@ -224,14 +236,19 @@ TITLES = {
     "eager": "Decode step, no graphs",
 }
 PLANS = (
-    "Model", "Pass", "Peer", "Kernels that compute plans", "µs each", "Attention kernels", "All kernels, µs",
+    "Model", "Pass", "Peer", "Kernels that compute plans", "µs each", "Attention kernels",
+    "All kernels, µs",
     "over upstream",
 )  # fmt: skip
 PLANS_SAY = (
-    "From a profiler's trace of single passes: of a prompt of 2048 tokens, and after it. The last columns are what "
-    "the device works in all kernels of the pass, so that what the host takes between them does not count. A call "
-    "with a plan that is not split has a kernel of 1 µs that clears a counter, in place of one that plans. The "
-    "in-tree backend prefills a prompt without a prefix from keys and values as they were made, and SGLang's own, "
+    "From a profiler's trace of single passes: of a prompt of 2048 tokens, and after it. The last "
+    "columns are what "
+    "the device works in all kernels of the pass, so that what the host takes between them does "
+    "not count. A call "
+    "with a plan that is not split has a kernel of 1 µs that clears a counter, in place of one "
+    "that plans. The "
+    "in-tree backend prefills a prompt without a prefix from keys and values as they were made, "
+    "and SGLang's own, "
     "which this package runs, from the paged cache: hence its shorter time there."
 )
 KERNELS = (
@@ -239,26 +256,35 @@ KERNELS = (
     "Host, no graph: µs without a plan", "with it", "spared", "a plan alone",
 )  # fmt: skip
 KERNELS_SAY = (
-    "The library's own calls, without a line of this package in them. Without a plan a call computes its own, in a "
-    "kernel that it launches first. With one, a call that is not split launches a kernel that clears a counter of "
+    "The library's own calls, without a line of this package in them. Without a plan a call "
+    "computes its own, in a "
+    "kernel that it launches first. With one, a call that is not split launches a kernel that "
+    "clears a counter of "
     "the plan instead, so that the host spares little or nothing."
 )
 STEP_SAYS = (
-    "From the end of one verify pass to the end of the next, with the draft's passes between, of which SGLang extends "
-    "the draft without a graph. The host is the limit here, and each peer has an engine of its own: see how much the "
+    "From the end of one verify pass to the end of the next, with the draft's passes between, of "
+    "which SGLang extends "
+    "the draft without a graph. The host is the limit here, and each peer has an engine of its "
+    "own: see how much the "
     "rounds of one peer differ by."
 )
 BESIDE_SAY = (
-    "The peers' backends took turns in one engine, pass by pass, and a ratio is of two passes of one turn. *Upstream "
-    "again* is a second backend of the first peer's: by as much two of the same differ. *Ours without plans* does all "
-    "that this package does but plan: between it and ours lies what a planned call costs and spares in FA3 itself."
+    "The peers' backends took turns in one engine, pass by pass, and a ratio is of two passes of "
+    "one turn. *Upstream "
+    "again* is a second backend of the first peer's: by as much two of the same differ. *Ours "
+    "without plans* does all "
+    "that this package does but plan: between it and ours lies what a planned call costs and "
+    "spares in FA3 itself."
 )
 HOST = (
-    "Model", "Pass", "upstream µs", "ours µs", "ours without plans µs", "ours / upstream", "Calls a pass",
+    "Model", "Pass", "upstream µs", "ours µs", "ours without plans µs", "ours / upstream",
+    "Calls a pass",
     "Calls x difference, µs", "Pass longer by, µs",
 )  # fmt: skip
 HOSTS_SAY = (
-    "Where the host is the limit, a pass is longer by what its calls take longer, so the last two columns agree; "
+    "Where the host is the limit, a pass is longer by what its calls take longer, so the last two "
+    "columns agree; "
     "where the device is, it is not."
 )
 MEMORY = (
@@ -281,7 +307,9 @@ def _beside(result: Mapping[str, Any]) -> list[str]:
 def timed(
     title: str, said: str, rows: Sequence[Sequence[str]], columns: Sequence[str], baseline: str
 ) -> list[str]:
-    """Return the section of a kind of places, from what :func:`row` makes of each; nothing without any."""
+    """Return the section of a kind of places, from what :func:`row` makes of each; nothing without
+    any.
+    """
     if not rows:
         return []
     ratios = [f"{peer} / {baseline}" for peer in columns]
@@ -553,7 +581,8 @@ def cost_model(result: Mapping[str, Any], every: Sequence[Place]) -> list[str]:
         limit = (saving.pass_microseconds - each * saving.own_plans) / theirs
         rows.append(
             [
-                saving.place.model, saving.place.label, f"{saving.plans:g}", f"{saving.microseconds:.1f}",
+                saving.place.model, saving.place.label, f"{saving.plans:g}",
+                f"{saving.microseconds:.1f}",
                 f"{said:.1f}", f"{saving.pass_microseconds / theirs:.3f}", f"{limit:.3f}",
             ]
         )  # fmt: skip

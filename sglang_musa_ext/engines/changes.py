@@ -102,10 +102,14 @@ def plan_of(arguments: Mapping[str, Any]) -> Any:
     page_size, capacity = k_cache.shape[1], k_cache.shape[1] * arguments["page_table"].shape[1]
     return get_scheduler_metadata(
         batch_size=arguments["cu_seqlens_q"].numel() - 1, max_seqlen_q=arguments["max_seqlen_q"],
-        max_seqlen_k=capacity, num_heads=q.shape[-2], num_heads_k=k_cache.shape[-2], headdim=q.shape[-1],
-        cache_seqlens=arguments["cache_seqlens"], qkv_dtype=q.dtype, headdim_v=arguments["v_cache"].shape[-1],
-        cu_seqlens_q=arguments["cu_seqlens_q"], page_size=page_size, causal=arguments.get("causal", False),
-        window_size=arguments.get("window_size", (-1, -1)), has_softcap=arguments.get("softcap", 0.0) > 0.0,
+        max_seqlen_k=capacity, num_heads=q.shape[-2], num_heads_k=k_cache.shape[-2],
+        headdim=q.shape[-1],
+        cache_seqlens=arguments["cache_seqlens"], qkv_dtype=q.dtype,
+        headdim_v=arguments["v_cache"].shape[-1],
+        cu_seqlens_q=arguments["cu_seqlens_q"], page_size=page_size,
+        causal=arguments.get("causal", False),
+        window_size=arguments.get("window_size", (-1, -1)),
+        has_softcap=arguments.get("softcap", 0.0) > 0.0,
         num_splits=arguments.get("num_splits", 0),
     )  # fmt: skip
 

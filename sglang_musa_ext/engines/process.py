@@ -70,7 +70,8 @@ class Engine:
         output = contextlib.nullcontext() if log is None else log.open("w")
         with output as stream:
             self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, pass_fds=[writing], text=True, env=inherited | dict(environ),
+                command, stdin=subprocess.PIPE, pass_fds=[writing], text=True,
+                env=inherited | dict(environ),
                 stdout=stream, stderr=stream,
             )  # fmt: skip
         os.close(writing)

@@ -189,7 +189,8 @@ UPSTREAM_LIMITS = (
         "Start the server with --page-size 1, or with another --attention-backend",
     ),
     UpstreamLimit(
-        "a draft tree (--speculative-eagle-topk above 1) over sliding windows at pages of more than "
+        "a draft tree (--speculative-eagle-topk above 1) over sliding windows at pages of more "
+        "than "
         "one token",
         lambda asked: asked.is_tree and asked.has_sliding_windows and asked.has_large_pages,
         "the first draft ends in an AssertionError",

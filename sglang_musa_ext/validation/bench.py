@@ -89,7 +89,8 @@ class Bench:
         ratios = [a / b for a, b in zip(reuse, each, strict=True)]
         values = {
             "ratio": statistics.median(ratios), "from": min(ratios), "to": max(ratios),
-            "ms with reuse": 1e3 * statistics.median(reuse), "ms without": 1e3 * statistics.median(each),
+            "ms with reuse": 1e3 * statistics.median(reuse),
+            "ms without": 1e3 * statistics.median(each),
             "rounds": self.rounds,
         }  # fmt: skip
         return Outcome(PART, "", PASS, "", values)

@@ -3,14 +3,14 @@ issue.
 
 It needs the installed stack alone: torch, sglang and sglang-musa-ext. Its parts are
 
-  doctor    what is installed, and what stands in the way
-  numerics  the kernels, in every way that the backend calls them, against attention in float64
-  graphs    plans and kernels in the device's graphs, replayed with other lengths, against float64
-  memcheck  NVIDIA's compute-sanitizer over the kernels in each of these ways; on NVIDIA GPUs alone
-  engine    a tiny random Llama served by SGLang with this package, against SGLang's torch_native
-  modes     models without weights served in every mode, against SGLang's own fa3; on NVIDIA GPUs alone
-  bench     decode step time with plans reused within a pass and without, verified before it is timed
-  model     your own model (--model), served with this package and with another backend of SGLang's
+  doctor    what is installed, and what stands in the way numerics  the kernels, in every way that
+  the backend calls them, against attention in float64 graphs    plans and kernels in the device's
+  graphs, replayed with other lengths, against float64 memcheck  NVIDIA's compute-sanitizer over the
+  kernels in each of these ways; on NVIDIA GPUs alone engine    a tiny random Llama served by SGLang
+  with this package, against SGLang's torch_native modes     models without weights served in every
+  mode, against SGLang's own fa3; on NVIDIA GPUs alone bench     decode step time with plans reused
+  within a pass and without, verified before it is timed model     your own model (--model), served
+  with this package and with another backend of SGLang's
 
 Every part runs in a process of its own, and what a case does to it (a crash, a hang) is a result:
 the case failed, and the rest goes on in another process. Exit status: 0 all that could run passed,
@@ -43,7 +43,8 @@ PARTS = ("doctor", "numerics", "graphs", "memcheck", "engine", "modes", "bench",
 UNASKED = PARTS[:-1]
 """The parts that run where none is named; with --model, the last one too."""
 SILENCE = {
-    "numerics": 300.0, "graphs": 300.0, "memcheck": 600.0, "engine": 900.0, "modes": 900.0, "bench": 1200.0,
+    "numerics": 300.0, "graphs": 300.0, "memcheck": 600.0, "engine": 900.0, "modes": 900.0,
+    "bench": 1200.0,
     "model": 1800.0,
     "probe": 300.0,
 }  # fmt: skip
@@ -234,8 +235,10 @@ class Run:
         finished = self.out / f"{part}.done.json"
         finished.write_text(json.dumps(list(done)))
         command = [
-            sys.executable, *PROGRAM, "--child", part, "--fd", str(writing), "--done", str(finished),
-            "--kernels", self.options.kernels, "--device", self.device, "--scratch", str(self.models.resolve()),
+            sys.executable, *PROGRAM, "--child", part, "--fd", str(writing), "--done",
+            str(finished),
+            "--kernels", self.options.kernels, "--device", self.device, "--scratch",
+            str(self.models.resolve()),
             "--out", str(self.out.resolve()), "--jobs", str(self.options.jobs),
             *(["--modes", ",".join(self.options.modes)] if self.options.modes else []),
             *(["--model", self.options.model] if self.options.model else []),
@@ -243,7 +246,8 @@ class Run:
         ]  # fmt: skip
         with self._log(part).open("a") as log:
             process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=[writing], start_new_session=True,
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=[writing],
+                start_new_session=True,
                 env=self._environment(),
             )  # fmt: skip
         os.close(writing)

@@ -29,7 +29,8 @@ def find_device(options: argparse.Namespace) -> torch.device:
     import_vendor_modules()
     if options.device != "auto":
         return torch.device(options.device)
-    # With the kernels left open they are those of the device that is there; an NVIDIA GPU has none unasked.
+    # With the kernels left open they are those of the device that is there; an NVIDIA GPU has none
+    # unasked.
     kind = policy.DEVICE_OF_KERNELS.get(options.kernels) or (
         "musa" if is_available("musa") else "cpu"
     )

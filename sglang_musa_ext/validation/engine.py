@@ -288,8 +288,10 @@ def build_model(directory: Path, layers: int, hidden: int) -> None:
     transformers.
     """
     fields = {
-        "hidden_size": hidden, "intermediate_size": 2 * hidden, "num_hidden_layers": layers, "head_dim": 64,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": VOCABULARY, "max_position_embeddings": 8192,
+        "hidden_size": hidden, "intermediate_size": 2 * hidden, "num_hidden_layers": layers,
+        "head_dim": 64,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": VOCABULARY,
+        "max_position_embeddings": 8192,
         # With the usual 0.02 every token repeats, and a comparison sees nothing.
         "initializer_range": 0.15 * (128 / hidden) ** 0.5, "tie_word_embeddings": False,
         "bos_token_id": 1, "eos_token_id": 2,

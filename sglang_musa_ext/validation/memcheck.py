@@ -30,16 +30,22 @@ Emit = Callable[[Mapping[str, Any]], None]
 PART = "memcheck"
 CONTROL = "a page beside the cache is caught"
 NUMERICS = (
-    "prefill", "prefill, window and softcap", "chunked prefill with prefix", "chunked prefill with prefix, page size 1",
-    "decode", "decode, page size 1", "decode, window", "decode, softcap", "decode, window and sinks", "verify of 4",
-    "decode, one plan for two layers", "decode of an empty request", "long and short decode", "varlen, causal",
-    "prefill of equal requests", "chunked prefill of equal requests", "prefix hits of unequal lengths",
-    "cascade: prefix and suffix merged", "MLA decode, planned and reused", "MLA verify of 4", "MLA, two slots",
+    "prefill", "prefill, window and softcap", "chunked prefill with prefix",
+    "chunked prefill with prefix, page size 1",
+    "decode", "decode, page size 1", "decode, window", "decode, softcap",
+    "decode, window and sinks", "verify of 4",
+    "decode, one plan for two layers", "decode of an empty request", "long and short decode",
+    "varlen, causal",
+    "prefill of equal requests", "chunked prefill of equal requests",
+    "prefix hits of unequal lengths",
+    "cascade: prefix and suffix merged", "MLA decode, planned and reused", "MLA verify of 4",
+    "MLA, two slots",
     "MLA cascade",
 )  # fmt: skip
 """Cases of the numerics part, one for each way to call."""
 GRAPHS = (
-    "decode", "decode, window and full layers", "decode, softcap", "verify of 4", "MLA decode", "MLA verify of 4",
+    "decode", "decode, window and full layers", "decode, softcap", "verify of 4", "MLA decode",
+    "MLA verify of 4",
 )  # fmt: skip
 """Every case of the graphs part."""
 LENGTHS = ((1, 1, 1, 1), (700, 3, 64, 1024), (1024, 1, 1, 1024))
@@ -88,7 +94,8 @@ def check(name: str, sanitizer: str, options: SimpleNamespace) -> Outcome:
     with log.open("w") as stream:
         try:
             done = subprocess.run(
-                command, check=False, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, env=environ,
+                command, check=False, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream,
+                env=environ,
                 timeout=SECONDS,
             )  # fmt: skip
         except subprocess.TimeoutExpired:

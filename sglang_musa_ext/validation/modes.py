@@ -123,7 +123,8 @@ OUTPUT_CHECKED = "dense-page64"
 """The mode that is served once more with every call's output compared with the reference kernels'.
 """
 COMMON: Mapping[str, Any] = {
-    "load_format": "dummy", "skip_tokenizer_init": True, "attention_backend": "fa3", "dtype": "bfloat16",
+    "load_format": "dummy", "skip_tokenizer_init": True, "attention_backend": "fa3",
+    "dtype": "bfloat16",
     "random_seed": 0, "log_level": "warning", "context_length": 8192, "max_running_requests": 8,
     "max_total_tokens": 16384, "prefill_graphs": False,
     # How much there is comes from max_total_tokens. SGLang takes what this leaves, of what was free

@@ -1,10 +1,9 @@
 """The kernels of a provider, called as the attention backend calls them, against attention in
 float64.
 
-The truth is ``attention_float64.py`` beside this module: it shares nothing with the kernels, nor with the rest of
-the package. It is computed on the CPU. A result may be
-off by twice what PyTorch's own plain computation in the same dtype is off by, and by two roundings
-of the largest value.
+The truth is ``attention_float64.py`` beside this module: it shares nothing with the kernels, nor
+with the rest of the package. It is computed on the CPU. A result may be off by twice what PyTorch's
+own plain computation in the same dtype is off by, and by two roundings of the largest value.
 """
 
 from __future__ import annotations
@@ -143,7 +142,8 @@ class Batch:
         ``options``.
         """
         return dict(
-            q=torch.cat(self.q).to(self.device), k_cache=self.cached(self.k), v_cache=self.cached(self.v),
+            q=torch.cat(self.q).to(self.device), k_cache=self.cached(self.k),
+            v_cache=self.cached(self.v),
             page_table=self.page_table, cache_seqlens=self.int32(self.shape.keys),
             cu_seqlens_q=self.offsets(self.shape.rows), max_seqlen_q=max(self.shape.rows),
             softmax_scale=self.scale, ver=3, **options,
@@ -163,10 +163,12 @@ class Batch:
             return None
         return kernels.get_scheduler_metadata(
             batch_size=len(shape.rows), max_seqlen_q=max(shape.rows), max_seqlen_k=self.capacity,
-            num_heads_q=shape.heads, num_heads_kv=shape.heads_kv, headdim=shape.dim, headdim_v=shape.dim_v,
+            num_heads_q=shape.heads, num_heads_kv=shape.heads_kv, headdim=shape.dim,
+            headdim_v=shape.dim_v,
             qkv_dtype=self.dtype, page_size=shape.page, causal=options.get("causal", False),
             window_size=options.get("window_size", (-1, -1)), attention_chunk=0,
-            has_softcap=kernels.metadata_uses_softcap and softcap > 0.0, num_splits=0, pack_gqa=None, sm_margin=0,
+            has_softcap=kernels.metadata_uses_softcap and softcap > 0.0, num_splits=0,
+            pack_gqa=None, sm_margin=0,
             cache_seqlens=self.int32(shape.keys) if lengths is None else lengths["cache_seqlens"],
             cu_seqlens_q=self.offsets(shape.rows) if lengths is None else lengths["cu_seqlens_q"],
         )  # fmt: skip
@@ -316,7 +318,8 @@ def varlen(setting: Setting, shape: Shape, options: dict[str, Any]) -> list[Comp
     result = setting.kernels.flash_attn_varlen_func(
         q=torch.cat(batch.q).to(setting.device), k=torch.cat(batch.k).to(setting.device),
         v=torch.cat(batch.v).to(setting.device), cu_seqlens_q=batch.offsets(shape.rows),
-        cu_seqlens_k=batch.offsets(shape.keys), max_seqlen_q=max(shape.rows), max_seqlen_k=max(shape.keys),
+        cu_seqlens_k=batch.offsets(shape.keys), max_seqlen_q=max(shape.rows),
+        max_seqlen_k=max(shape.keys),
         softmax_scale=batch.scale, return_softmax_lse=True, ver=3, **options,
     )  # fmt: skip
     return compare(

@@ -29,8 +29,10 @@ NOTICES = {
 }
 """What a report says of itself on a device that is no Moore Threads GPU."""
 DISTRIBUTIONS = (
-    "sglang-musa-ext", "sglang", "torch", "torch_musa", "torchada", "mate", "mate-mubin", "flash_attn_3",
-    "mate-flash-attention", "sglang-kernel", "sgl-kernel", "deep-gemm", "triton", "apache-tvm-ffi", "transformers",
+    "sglang-musa-ext", "sglang", "torch", "torch_musa", "torchada", "mate", "mate-mubin",
+    "flash_attn_3",
+    "mate-flash-attention", "sglang-kernel", "sgl-kernel", "deep-gemm", "triton", "apache-tvm-ffi",
+    "transformers",
 )  # fmt: skip
 
 
@@ -115,7 +117,8 @@ class Report:
         }
         lines = [
             f"# Validation of sglang-musa-ext: {self.verdict}", "", f"> {self.notice}", "",
-            *table(("Part", *(PASS, FAIL, SKIP), "Could not run"), map(self._counts, self.parts)), "",
+            *table(("Part", *(PASS, FAIL, SKIP), "Could not run"), map(self._counts, self.parts)),
+            "",
             *self._failures(),
             "## Machine and versions", "",
             *table(("What", "Value"), (facts | dict(self.device)).items()), "",

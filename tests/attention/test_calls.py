@@ -59,7 +59,8 @@ def test_new_keys_keep_their_offsets() -> None:
     offsets = torch.tensor([0, 3], dtype=torch.int32)
     backend.flash_attn_with_kvcache(
         q=model.normal(3, 4, 64), k_cache=pages[0], v_cache=pages[1], k=model.normal(3, 2, 64),
-        v=model.normal(3, 2, 64), cache_seqlens=torch.tensor([100], dtype=torch.int32), page_table=table,
+        v=model.normal(3, 2, 64), cache_seqlens=torch.tensor([100], dtype=torch.int32),
+        page_table=table,
         cu_seqlens_q=offsets, cu_seqlens_k_new=offsets, max_seqlen_q=3, causal=True,
     )  # fmt: skip
     assert [call.arguments["cu_seqlens_k_new"] is offsets for call in calls] == [True, True]
@@ -148,8 +149,10 @@ def test_a_failing_layer_leaves_no_trace() -> None:
 # --- geometry -------------------------------------------------------------------------------------
 
 BASE_CALL = {
-    "q": torch.zeros(6, 8, 64), "k_cache": torch.zeros(9, 16, 2, 64), "v_cache": torch.zeros(9, 16, 2, 64),
-    "page_table": torch.zeros(3, 5, dtype=torch.int32), "cu_seqlens_q": torch.zeros(4), "max_seqlen_q": 2,
+    "q": torch.zeros(6, 8, 64), "k_cache": torch.zeros(9, 16, 2, 64),
+    "v_cache": torch.zeros(9, 16, 2, 64),
+    "page_table": torch.zeros(3, 5, dtype=torch.int32), "cu_seqlens_q": torch.zeros(4),
+    "max_seqlen_q": 2,
     "causal": True, "window_size": (7, 0), "num_splits": 1,
 }  # fmt: skip
 

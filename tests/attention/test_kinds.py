@@ -280,7 +280,8 @@ def _context_parallel(
     offsets = [torch.tensor([0, piece], dtype=torch.int32) for _ in ends]
     lengths = [torch.tensor([end], dtype=torch.int32) for end in ends]
     step.batch.attn_cp_metadata = SimpleNamespace(
-        total_q_prev_tokens=piece, total_q_next_tokens=piece, actual_seq_q_prev=piece, actual_seq_q_next=piece,
+        total_q_prev_tokens=piece, total_q_next_tokens=piece, actual_seq_q_prev=piece,
+        actual_seq_q_next=piece,
         cu_seqlens_q_prev_tensor=offsets[0], cu_seqlens_q_next_tensor=offsets[1],
         kv_len_prev_tensor=lengths[0], kv_len_next_tensor=lengths[1],
         max_seqlen_q_prev=piece, max_seqlen_q_next=piece,

@@ -244,7 +244,8 @@ def test_chunked_prefix_of_mla_returns_its_log_sum_exp() -> None:
     layer = attention_layer(7, 4, 4, 192, v_head_dim=128)
     fields = {
         "mha_return_lse": True, "mha_one_shot": False, "prefix_chunk_idx": 0,
-        "prefix_chunk_cu_seq_lens": torch.tensor([[0, 90, 110]], dtype=torch.int32), "prefix_chunk_max_seq_lens": [90],
+        "prefix_chunk_cu_seq_lens": torch.tensor([[0, 90, 110]], dtype=torch.int32),
+        "prefix_chunk_max_seq_lens": [90],
     }  # fmt: skip
     vars(step.batch).update(fields)
     rows, prefixes = [30, 7], [90, 20]

@@ -656,7 +656,8 @@ def test_a_device_with_streams_is_asked_at_every_call(monkeypatch: pytest.Monkey
         current_stream=current_stream, is_current_stream_capturing=lambda: captures.pop(0)
     )
     monkeypatch.setattr(torch, "get_device_module", lambda which: {device: module}[which])
-    # A build of torch for CUDA has a quicker way to ask, which is the next test's; it would ask CUDA's driver here.
+    # A build of torch for CUDA has a quicker way to ask, which is the next test's; it would ask
+    # CUDA's driver here.
     monkeypatch.delattr(torch._C, "_cuda_getCurrentRawStream", raising=False)
     probe = stream_probe(device)
     assert [probe(), probe()] == [StreamState(11, False), StreamState(22, True)]

@@ -244,7 +244,8 @@ def test_on_musa_the_answers_are_compared_with_tritons() -> None:
     found = entered(engines, contenders=peers.FIELDS["musa"])
     found._decode("decode", 1, 64)
     assert verdicts(found) == {
-        "triton": ("equal", 3), "ours": ("equal", 3), "in-tree": ("wrong output (off by 0.6, not 0.5)", 0),
+        "triton": ("equal", 3), "ours": ("equal", 3),
+        "in-tree": ("wrong output (off by 0.6, not 0.5)", 0),
     }  # fmt: skip
     found.points.clear()
     found._prefill(64)

@@ -38,9 +38,11 @@ def test_an_mla_plan_is_kept_in_the_workspace(monkeypatch: pytest.MonkeyPatch) -
     call = bench_in_tree.interface().flash_attn_with_kvcache
     workspace = torch.zeros(1 << 10, dtype=torch.uint8)
     arguments = {
-        "q": torch.zeros(2, 16, 64), "qv": torch.zeros(2, 16, 512), "k_cache": torch.zeros(4, 64, 1, 64),
+        "q": torch.zeros(2, 16, 64), "qv": torch.zeros(2, 16, 512),
+        "k_cache": torch.zeros(4, 64, 1, 64),
         "v_cache": torch.zeros(4, 64, 1, 512), "page_table": torch.zeros(2, 3, dtype=torch.int32),
-        "cache_seqlens": torch.ones(2, dtype=torch.int32), "cu_seqlens_q": torch.arange(3, dtype=torch.int32),
+        "cache_seqlens": torch.ones(2, dtype=torch.int32),
+        "cu_seqlens_q": torch.arange(3, dtype=torch.int32),
         "max_seqlen_q": 1, "causal": True, "num_splits": 0,
     }  # fmt: skip
     with pytest.raises(

@@ -386,7 +386,8 @@ def test_speculative_decoding_takes_the_kernels_of_musa(platform_facts: dict[str
     assert set(platform_facts["trees"]) == {"sglang_musa_ext.cpu.trees"}
 
 
-# In forks of a process that has imported SGLang under the platform -----------------------------------
+# In forks of a process that has imported SGLang under the platform
+# -----------------------------------
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device to wait for")

@@ -76,7 +76,8 @@ def test_two_nodes_answer_like_transformers(engines: EngineServer) -> None:
 
 
 NOT_LOADED = {"SGLANG_PLUGINS": "musa_reference", envs.MODE: "auto"}
-"""The platform alone, so that there is a device: SGLang then serves the node without this package."""
+"""The platform alone, so that there is a device: SGLang then serves the node without this package.
+"""
 
 
 @pytest.mark.parametrize(

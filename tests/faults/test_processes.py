@@ -3,9 +3,9 @@
 Covered elsewhere: SGLang's loader leaving the plugin out (``SGLANG_PLUGINS``, ``SGLANG_PLATFORM``,
 a broken import, no loading at all) in ``tests/test_guard.py``; registering twice in one process in
 ``tests/test_plugin.py``; a fork after the imports in every case of ``tests/engine``, whose engines
-are forks; processes that differ in their settings in ``tests/engine/test_nodes.py``. Here the plugin
-is imported twice, registered by many threads, and beside another plugin that claims ``fa3``; the
-guard stands beside another import hook and ``torch.compile``; an engine is terminated while it
+are forks; processes that differ in their settings in ``tests/engine/test_nodes.py``. Here the
+plugin is imported twice, registered by many threads, and beside another plugin that claims ``fa3``;
+the guard stands beside another import hook and ``torch.compile``; an engine is terminated while it
 starts, and its scheduler is killed.
 """
 

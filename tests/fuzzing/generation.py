@@ -1,4 +1,6 @@
-"""Random cases: models of every kind that upstream's backend serves, and what a server does with them."""
+"""Random cases: models of every kind that upstream's backend serves, and what a server does with
+them.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,10 @@ from tests.support.backend import upstream
 EDGES = (0, 1, 15, 16, 31, 61, 62, 63, 64, 65, 66, 125, 126, 127, 128, 129, 191, 192, 255)
 """Lengths around the borders of pages and of the kernels' tiles."""
 KINDS = {
-    "decode": 8, "prefill": 5, "extend": 4, "mixed": 3, "verify": 4, "draft": 3, "draft extend": 2, "padded": 1,
-    "replay": 4, "interleaved": 3, "threads": 3, "again": 1, "fault": 1, "finish": 2, "idle": 1, "reload": 1,
+    "decode": 8, "prefill": 5, "extend": 4, "mixed": 3, "verify": 4, "draft": 3, "draft extend": 2,
+    "padded": 1,
+    "replay": 4, "interleaved": 3, "threads": 3, "again": 1, "fault": 1, "finish": 2, "idle": 1,
+    "reload": 1,
 }  # fmt: skip
 """What a server does, and how often."""
 CHECKS = ("off", "off", "off", "off", "metadata", "output")
@@ -164,7 +168,8 @@ HAS_PAGED_CHUNKS = (
 )
 """Up to 0.5.19 upstream's virtual batches take token slots for pages."""
 MODELS: dict[Callable[[random.Random], Lane], int] = {
-    _uniform: 4, _latent: 4, _windows: 3, _chunks: 2, _softcap: 1, _shapes: 1, _sinks: 1, _both_ways: 1,
+    _uniform: 4, _latent: 4, _windows: 3, _chunks: 2, _softcap: 1, _shapes: 1, _sinks: 1,
+    _both_ways: 1,
     _sharing: 1, _embedding: 1, _deterministic: 1,
 }  # fmt: skip
 """Kinds of models, by what their layers differ in, and how often each is taken."""

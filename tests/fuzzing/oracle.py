@@ -1,4 +1,5 @@
-"""The oracle of the fuzzing: what every layer must return, and which plan every kernel call must have.
+"""The oracle of the fuzzing: what every layer must return, and which plan every kernel call must
+have.
 
 Both are worked out anew for each call, from the call alone: no pass, no plan and no earlier call is
 known here. The output is attention in float64 over the keys and values that the test handed out.
@@ -160,7 +161,9 @@ def _judged_rows(count: int) -> Tensor:
 def padded_attention(
     model: Model, step: Step, layer: Any, q: Tensor, sinks: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Output ``(rows, heads * dim)`` and log-sum-exp ``(rows, heads)`` of the judged rows, in float64."""
+    """Output ``(rows, heads * dim)`` and log-sum-exp ``(rows, heads)`` of the judged rows, in
+    float64.
+    """
     padded = _padded(step)
     k_pool, v_pool = model.truth.get_kv_buffer(layer.layer_id)
     k, v = k_pool[padded.slots], v_pool[padded.slots]
@@ -207,7 +210,9 @@ class InjectedFault(RuntimeError):
 
 @dataclass
 class KernelWatch:
-    """Stands around a backend's kernels: counts calls, compares plans, and fails where it is told to."""
+    """Stands around a backend's kernels: counts calls, compares plans, and fails where it is told
+    to.
+    """
 
     totals: Totals
     compares_plans: bool = True
@@ -290,7 +295,8 @@ def _plan_of(arguments: dict[str, Any]) -> Tensor:
     if arguments.get("k") is not None:
         options["cu_seqlens_k_new"] = arguments.get("cu_seqlens_k_new")
     return reference.get_scheduler_metadata(
-        batch_size=batch_size, max_seqlen_q=max_seqlen_q, max_seqlen_k=table.shape[1] * k_cache.shape[1],
+        batch_size=batch_size, max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=table.shape[1] * k_cache.shape[1],
         num_heads_q=q.shape[-2], num_heads_kv=k_cache.shape[-2], headdim=q.shape[-1],
         headdim_v=arguments["v_cache"].shape[-1], cache_seqlens=arguments["cache_seqlens"],
         cu_seqlens_q=cu_seqlens_q, cache_leftpad=arguments.get("cache_leftpad"), **options,

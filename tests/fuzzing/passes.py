@@ -243,7 +243,8 @@ class Served:
             self.model.normal(layer.tp_q_head_num) if options.get("sinks") else None
             for layer, options in zip(self.model.layers, lane.layers, strict=True)
         ]
-        # A GPU's kernels have plans of their own, and a graph is replayed without its kernels' names.
+        # A GPU's kernels have plans of their own, and a graph is replayed without its kernels'
+        # names.
         self.watch = KernelWatch(self.totals, compares_plans=not ON_GPU)
         self._model_runner = self.model.runner()
         self._build()
@@ -259,7 +260,8 @@ class Served:
     def apply(self, operation: Operation) -> None:
         """Carry out an operation on this model alone."""
         kinds: dict[str, Callable[[Operation], None]] = {
-            "finish": self._finish, "reload": self._reload, "idle": self._idle, "fault": self._fault,
+            "finish": self._finish, "reload": self._reload, "idle": self._idle,
+            "fault": self._fault,
             "draft": self._draft, "replay": self._replay, "again": self._again,
         }  # fmt: skip
         special = kinds.get(operation.kind)
@@ -386,7 +388,8 @@ class Served:
         lengths = {request.row: request.length for request in self.live}
         kind = "prefill" if self.lane.embedding else operation.kind
         makers = {
-            "prefill": self._prefill, "extend": self._extend, "mixed": self._mixed, "verify": self._verify,
+            "prefill": self._prefill, "extend": self._extend, "mixed": self._mixed,
+            "verify": self._verify,
             "draft extend": self._draft_extend, "padded": self._padded,
         }  # fmt: skip
         step = makers.get(kind, self._decode)(operation)

@@ -35,7 +35,8 @@ LANES: dict[str, tuple[Lane, ...]] = {
     "inference": (Lane((LAYER, LAYER), inference_mode=True), Lane((LAYER,), seed=1)),
 }
 ONE_PASS = (
-    "decode", "prefill", "extend", "mixed", "verify", "draft extend", "padded", "interleaved", "threads",
+    "decode", "prefill", "extend", "mixed", "verify", "draft extend", "padded", "interleaved",
+    "threads",
 )  # fmt: skip
 OTHER = ("draft", "replay", "again", "fault", "finish", "idle", "reload")
 

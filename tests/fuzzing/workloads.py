@@ -27,7 +27,8 @@ from tests.support.engine import (
 from tests.support.tiny_models import SMALL, VOCABULARY, EagleDraft, TinyModel, llama
 
 NEAR_TIE = 1e-3
-"""Where two tokens are this close in log-probability, either is right, and the talk goes on apart."""
+"""Where two tokens are this close in log-probability, either is right, and the talk goes on apart.
+"""
 
 
 @dataclass(frozen=True)

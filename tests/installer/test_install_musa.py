@@ -1,4 +1,6 @@
-"""``sglang-musa-ext install`` with indexes and wheels made on the spot: nothing here needs a network."""
+"""``sglang-musa-ext install`` with indexes and wheels made on the spot: nothing here needs a
+network.
+"""
 
 from __future__ import annotations
 

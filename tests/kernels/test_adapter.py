@@ -205,8 +205,10 @@ def test_the_caller_keeps_its_arguments() -> None:
 @pytest.mark.parametrize(
     ("given", "own"),
     [
-        ("sinks", "s_aux"), ("s_aux", "sinks"), ("sinks", "learnable_sink"), ("page_table", "block_table"),
-        ("cache_seqlens", "seqused_k"), ("num_heads_q", "num_heads"), ("num_heads_kv", "num_heads_k"),
+        ("sinks", "s_aux"), ("s_aux", "sinks"), ("sinks", "learnable_sink"),
+        ("page_table", "block_table"),
+        ("cache_seqlens", "seqused_k"), ("num_heads_q", "num_heads"),
+        ("num_heads_kv", "num_heads_k"),
         ("sm_margin", "mp_margin"), ("return_softmax_lse", "return_attn_probs"),
     ],
 )  # fmt: skip

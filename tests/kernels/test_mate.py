@@ -157,8 +157,10 @@ def release(request: pytest.FixtureRequest, packages: Path) -> FA3Kernels:
 
 
 UPSTREAM = {
-    "ver": 3, "score_mod": None, "mask_mod": None, "aux_tensors": None, "rel_bias": None, "sfq": None, "only_qv": False,
-    "num_splits": 0, "softcap": 0.0, "window_size": (-1, -1), "return_softmax_lse": True, "k_descale": torch.ones(1),
+    "ver": 3, "score_mod": None, "mask_mod": None, "aux_tensors": None, "rel_bias": None,
+    "sfq": None, "only_qv": False,
+    "num_splits": 0, "softcap": 0.0, "window_size": (-1, -1), "return_softmax_lse": True,
+    "k_descale": torch.ones(1),
 }  # fmt: skip
 
 

@@ -1,8 +1,8 @@
 """MATE's own Python layer takes the adapter's calls, where a source tree of MATE is at hand.
 
-``MATE_SOURCES`` names a folder that has MATE's source trees by release: ``0.2.2/mate``, ``0.2.2/wrappers``,
-``0.2.2/csrc``. Nothing is fetched; without it these tests are skipped, and the signatures that
-``tests/support/mate_signatures.py`` has serve.
+``MATE_SOURCES`` names a folder that has MATE's source trees by release: ``0.2.2/mate``,
+``0.2.2/wrappers``, ``0.2.2/csrc``. Nothing is fetched; without it these tests are skipped, and the
+signatures that ``tests/support/mate_signatures.py`` has serve.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from tests.support.mate_signatures import SIGNATURES
 SOURCES = Path(os.environ.get("MATE_SOURCES", "/nonexistent"))
 READ = [name for name in SIGNATURES if name != "later" and (SOURCES / name / "mate").is_dir()]
 RUNNABLE = [name for name in READ if name != "0.1.3"]
-"""0.1.3 compiles its functions in the place that calls them, where nothing can stand in for them."""
+"""0.1.3 compiles its functions in the place that calls them, where nothing can stand in for them.
+"""
 WRAPPERS = ("flash_attn_3/interface.py", "flash_attn/interface.py")
 
 

@@ -45,7 +45,8 @@ def calls(venv: Path) -> list[str]:
     return [line.removeprefix(prefix) for line in (venv / "calls").read_text().splitlines()]
 
 
-# Python and SGLang ---------------------------------------------------------------------------------
+# Python and SGLang
+# ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("version", ["Python 2.7.18", "Python 3.9.18", "Python 3.13.0"])
@@ -94,7 +95,8 @@ def test_a_python_gets_the_newest_sglang_that_it_has(
     assert dev_env.release_for(wanted, python) == expected
 
 
-# What pip says -------------------------------------------------------------------------------------
+# What pip says
+# -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -129,7 +131,8 @@ def test_too_little_disk_is_noticed_before_anything_is_written(tmp_path: Path) -
     require_room(tmp_path, 0)
 
 
-# Half-made environments ----------------------------------------------------------------------------
+# Half-made environments
+# ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -162,7 +165,8 @@ def test_an_environment_without_pip_is_not_used(tmp_path: Path) -> None:
     assert not Pip(tmp_path / "none").is_usable()
 
 
-# Torch ---------------------------------------------------------------------------------------------
+# Torch
+# ---------------------------------------------------------------------------------------------
 
 
 def environment(folder: Path, script: str, build: str) -> dev_env.Environment:

@@ -1,7 +1,9 @@
-"""Build the simulated GPU: a site folder with the device, its stand-ins and torchada, for a child's PYTHONPATH.
+"""Build the simulated GPU: a site folder with the device, its stand-ins and torchada, for a child's
+PYTHONPATH.
 
-``python -m tests.simulated_musa.build`` prints the folder. Everything is kept in ``.cache/simulated-musa`` of the
-checkout, by what it is made from; the device, which takes a compiler about a minute, by the version of torch as well.
+``python -m tests.simulated_musa.build`` prints the folder. Everything is kept in
+``.cache/simulated-musa`` of the checkout, by what it is made from; the device, which takes a
+compiler about a minute, by the version of torch as well.
 """
 
 from __future__ import annotations
@@ -181,7 +183,9 @@ def _distributions(mate: str) -> list[_Distribution]:
 
 
 def _install_torchada(folder: Path) -> None:
-    """Install the real one, of which this device needs no kernels: it would compile them in every process."""
+    """Install the real one, of which this device needs no kernels: it would compile them in every
+    process.
+    """
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     try:
         _run([*command, "--no-deps", "--target", str(folder), TORCHADA], dict(os.environ))

@@ -1,4 +1,6 @@
-"""Engines on the simulated GPU, started as a MUSA user would: no platform, no backend, no page size named."""
+"""Engines on the simulated GPU, started as a MUSA user would: no platform, no backend, no page size
+named.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +19,15 @@ from tests.support.tiny_models import EagleDraft, TinyModel, llama, tokens
 
 CONTEXT = 8192
 LIMIT = 0.05
-"""The most that a token may be less probable than the best one after the same text, as a difference of
-log-probabilities: some ten times what float16 changes in these models (0.006 seen). bfloat16 has three bits less."""
+"""The most that a token may be less probable than the best one after the same text, as a difference
+of log-probabilities: some ten times what float16 changes in these models (0.006 seen). bfloat16 has
+three bits less."""
 
 
 def usual(release: tuple[int, ...]) -> dict[str, Any]:
-    """Return arguments of every engine: small, with graphs for decoding, whose names changed in 0.5.14."""
+    """Return arguments of every engine: small, with graphs for decoding, whose names changed in
+    0.5.14.
+    """
     arguments: dict[str, Any] = {
         "skip_tokenizer_init": True,
         "dtype": "float16",
@@ -87,7 +92,9 @@ def wide(model: TinyModel, **fields: Any) -> TinyModel:
 
 
 class HalfModel(TinyModel):
-    """A checkpoint in float16, for a model whose layers SGLang makes of the dtype that the checkpoint names."""
+    """A checkpoint in float16, for a model whose layers SGLang makes of the dtype that the
+    checkpoint names.
+    """
 
     def build(self, directory: Path) -> None:
         """Write the model to ``directory`` as a checkpoint."""
@@ -211,7 +218,9 @@ def installed_release() -> tuple[int, ...]:
 
 
 def worst(musa: EngineServer, case: MusaCase, outputs: list[Output]) -> float:
-    """Return by how much the worst token of ``outputs`` is less probable than transformers' own choice there."""
+    """Return by how much the worst token of ``outputs`` is less probable than transformers' own
+    choice there.
+    """
     model = musa.model(case.model)
     gaps: list[float] = []
     for output, request in zip(outputs, case.requests, strict=True):

@@ -1,4 +1,6 @@
-"""The simulated GPU for the tests of this folder; where it cannot be had, they skip with the reason."""
+"""The simulated GPU for the tests of this folder; where it cannot be had, they skip with the
+reason.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ def musa_environment() -> dict[str, str]:
 def musa(
     tmp_path_factory: pytest.TempPathFactory, musa_environment: dict[str, str]
 ) -> Iterator[EngineServer]:
-    """A process that has imported SGLang on the simulated GPU, and boots engines in forks of itself."""
+    """A process that has imported SGLang on the simulated GPU, and boots engines in forks of
+    itself.
+    """
     server = EngineServer(tmp_path_factory.mktemp("musa"), musa_environment)
     yield server
     server.close()

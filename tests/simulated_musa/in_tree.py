@@ -1,8 +1,9 @@
 """What SGLang's own MUSA attention backend answers on the simulated GPU, without this package.
 
-``python -m tests.simulated_musa.in_tree [CASE...]`` boots the engine of each case (all that one GPU serves, where none
-is named) with ``--attention-backend fa3`` and this package off, and says how far its worst token is from
-transformers' choice. The case, its model and its requests are in ``cases.py``.
+``python -m tests.simulated_musa.in_tree [CASE...]`` boots the engine of each case (all that one GPU
+serves, where none is named) with ``--attention-backend fa3`` and this package off, and says how far
+its worst token is from transformers' choice. The case, its model and its requests are in
+``cases.py``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""A stand-in of the collectives that SGLang calls in the vendor's ``libmccl`` directly, by raw addresses."""
+"""A stand-in of the collectives that SGLang calls in the vendor's ``libmccl`` directly, by raw
+addresses.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +10,11 @@ from typing import Any
 
 
 def stand_in() -> None:
-    """Let SGLang's tensor-parallel groups reduce through the process group that they are attached to.
+    """Let SGLang's tensor-parallel groups reduce through the process group that they are attached
+    to.
 
-    SGLang finds no ``libmccl`` here, and up to 0.5.23 takes its communicator for a working one all the same as soon
-    as a graph is captured.
+    SGLang finds no ``libmccl`` here, and up to 0.5.23 takes its communicator for a working one all
+    the same as soon as a graph is captured.
     """
     import torch.distributed as dist
     from sglang.srt.distributed.device_communicators import pynccl

@@ -1,8 +1,9 @@
-"""What a release of SGLang resolves to on MUSA for kinds of models and options that name no backend.
+"""What a release of SGLang resolves to on MUSA for kinds of models and options that name no
+backend.
 
-The releases compute it themselves: a configuration is written, the plugins are loaded as in a server, and the
-release settles its arguments. ``python -m tests.simulated_musa.resolution`` makes the table of
-docs/simulated-musa.md from all releases in a folder.
+The releases compute it themselves: a configuration is written, the plugins are loaded as in a
+server, and the release settles its arguments. ``python -m tests.simulated_musa.resolution`` makes
+the table of docs/simulated-musa.md from all releases in a folder.
 """
 
 from __future__ import annotations
@@ -240,7 +241,8 @@ def read_kept(directory: Path) -> dict[str, dict[str, Resolution]]:
 
 
 def table(found: Mapping[str, Mapping[str, Mapping[str, Resolution]]]) -> list[str]:
-    """Return a Markdown table: kinds by what the releases resolve to, without and with this package.
+    """Return a Markdown table: kinds by what the releases resolve to, without and with this
+    package.
 
     Args:
         found: by mode (``off``, ``auto``), release and kind.
@@ -273,7 +275,9 @@ def _span(releases: Sequence[str]) -> str:
 
 
 def main() -> None:
-    """Write the table of docs/simulated-musa.md from the releases in a folder, or print one release's."""
+    """Write the table of docs/simulated-musa.md from the releases in a folder, or print one
+    release's.
+    """
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--one", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--releases", type=Path, default=ROOT / ".cache" / "releases")

@@ -1,4 +1,6 @@
-"""What a MUSA user gets who names no attention backend, settled by SGLang itself on the simulated GPU."""
+"""What a MUSA user gets who names no attention backend, settled by SGLang itself on the simulated
+GPU.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ def kind(request: pytest.FixtureRequest) -> Kind:
 
 
 def test_defaults(musa: EngineServer, kind: Kind, tmp_path: Path) -> None:
-    """fa3 is chosen where it is right, elsewhere SGLang's choice stays, and no server refuses for a default."""
+    """fa3 is chosen where it is right, elsewhere SGLang's choice stays, and no server refuses for a
+    default.
+    """
     alone: Resolution = musa.call(resolved, kind, tmp_path, "off")
     ours: Resolution = musa.call(resolved, kind, tmp_path, "auto")
     if kind.name in FA3:

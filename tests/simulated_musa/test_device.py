@@ -1,4 +1,6 @@
-"""What a GPU does and a CPU does not, on the simulated one: fresh memory, strictness, graphs, streams."""
+"""What a GPU does and a CPU does not, on the simulated one: fresh memory, strictness, graphs,
+streams.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ def host_and_device_do_not_mix() -> None:
 
 
 def graphs_do_their_work_again() -> None:
-    """A replay reads the inputs' new contents, through views, in-place work and results of their own."""
+    """A replay reads the inputs' new contents, through views, in-place work and results of their
+    own.
+    """
     import torch
 
     given = torch.zeros(4, device="musa")

@@ -1,8 +1,8 @@
-"""The real, unmodified SGLang on a simulated Moore Threads GPU: its own MUSA branches, graphs and defaults, and MATE's
-provider.
+"""The real, unmodified SGLang on a simulated Moore Threads GPU: its own MUSA branches, graphs and
+defaults, and MATE's provider.
 
-No backend is named unless a case says so. What is right is known from transformers, token by token after the same
-text; that a plan is never stale is known from kernels that go wrong with one.
+No backend is named unless a case says so. What is right is known from transformers, token by token
+after the same text; that a plan is never stale is known from kernels that go wrong with one.
 """
 
 from __future__ import annotations

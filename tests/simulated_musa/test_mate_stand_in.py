@@ -1,4 +1,6 @@
-"""MATE's stand-in against float64 and against the package's reference kernels, which share no code with it."""
+"""MATE's stand-in against float64 and against the package's reference kernels, which share no code
+with it.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ CALLS = [
 
 
 def outputs(call: Call) -> dict[str, list[Any]]:
-    """Return what float64, MATE's stand-in and the reference make of a call, and how many splits it has."""
+    """Return what float64, MATE's stand-in and the reference make of a call, and how many splits it
+    has.
+    """
     import torch
 
     from sglang_musa_ext.kernels import provider
@@ -67,7 +71,8 @@ def outputs(call: Call) -> dict[str, list[Any]]:
         truth.append(out)
     starts = torch.tensor([0, *call.lengths_q]).cumsum(0).int()
     arguments = {
-        "q": q, "k_cache": caches[0], "v_cache": caches[1], "page_table": page_table, "sinks": sinks,
+        "q": q, "k_cache": caches[0], "v_cache": caches[1], "page_table": page_table,
+        "sinks": sinks,
         "cache_seqlens": torch.tensor(call.lengths_k).int(), "cu_seqlens_q": starts,
         "max_seqlen_q": max(call.lengths_q), "causal": True, **call.options,
     }  # fmt: skip
@@ -122,7 +127,9 @@ def test_stand_in_and_reference_equal_float64(musa: EngineServer, call: Call) ->
 
 
 def stale_plan(swapped: bool) -> list[list[float]]:
-    """Return MATE's output for two requests on the plan of the same ones, or of them in another order."""
+    """Return MATE's output for two requests on the plan of the same ones, or of them in another
+    order.
+    """
     import torch
 
     from sglang_musa_ext.kernels import provider
@@ -134,19 +141,24 @@ def stale_plan(swapped: bool) -> list[list[float]]:
     q = torch.randn(2, 1, 4, 64, device="musa").half()
     lengths = torch.tensor([2000, 100], device="musa").int()
     plan = kernels.get_scheduler_metadata(
-        batch_size=2, max_seqlen_q=1, max_seqlen_k=2048, num_heads_q=4, num_heads_kv=1, headdim=64, headdim_v=64,
-        qkv_dtype=q.dtype, cache_seqlens=lengths.flip(0).contiguous() if swapped else lengths, causal=True,
+        batch_size=2, max_seqlen_q=1, max_seqlen_k=2048, num_heads_q=4, num_heads_kv=1, headdim=64,
+        headdim_v=64,
+        qkv_dtype=q.dtype, cache_seqlens=lengths.flip(0).contiguous() if swapped else lengths,
+        causal=True,
     )  # fmt: skip
     if swapped:
         plan.view(4, -1)[2, 0] = 0  # As a plan that was made for fewer queries.
     out = kernels.flash_attn_with_kvcache(
-        q=q, k_cache=k, v_cache=v, page_table=pages, cache_seqlens=lengths, causal=True, scheduler_metadata=plan,
+        q=q, k_cache=k, v_cache=v, page_table=pages, cache_seqlens=lengths, causal=True,
+        scheduler_metadata=plan,
     )  # fmt: skip
     return [row.flatten().float().tolist() for row in out.cpu()]
 
 
 def test_rows_that_a_plan_leaves_out_are_not_written(musa: EngineServer) -> None:
-    """A plan of other queries leaves memory as it was, which is not a number; its own plan does not."""
+    """A plan of other queries leaves memory as it was, which is not a number; its own plan does
+    not.
+    """
     right, wrong = musa.call(stale_plan, False), musa.call(stale_plan, True)
     assert all(value == value for row in right for value in row)
     assert any(value != value for row in wrong for value in row)

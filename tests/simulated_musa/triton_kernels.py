@@ -1,4 +1,6 @@
-"""A Triton kernel for the tests of the device, in a module of its own: the interpreter reads its source."""
+"""A Triton kernel for the tests of the device, in a module of its own: the interpreter reads its
+source.
+"""
 
 import triton
 import triton.language as tl

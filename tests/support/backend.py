@@ -75,7 +75,9 @@ def environment(**values: str) -> Iterator[None]:
 
 
 DEVICE = os.environ.get("FUZZING_DEVICE", "cpu")
-"""Where models and KV caches are: a CPU, or the GPU on which ``scripts/soak --kernels hopper`` runs."""
+"""Where models and KV caches are: a CPU, or the GPU on which ``scripts/soak --kernels hopper``
+runs.
+"""
 if DEVICE == "cpu":
     prepare_process()
 torch.set_default_device(DEVICE)
@@ -466,7 +468,8 @@ class Model:
         return self._step(
             mode, requests, new,
             extend_seq_lens=torch.tensor(new, dtype=torch.int32), extend_seq_lens_cpu=list(new),
-            extend_prefix_lens=torch.tensor(prefixes, dtype=torch.int32), extend_prefix_lens_cpu=prefixes,
+            extend_prefix_lens=torch.tensor(prefixes, dtype=torch.int32),
+            extend_prefix_lens_cpu=prefixes,
             extend_num_tokens=sum(new),
         )  # fmt: skip
 

@@ -1,8 +1,9 @@
 """Signatures of the functions of MATE's FlashAttention-3 wrapper, release by release.
 
-Names, order and defaults as read in the sources of 0.1.3, 0.2.0, 0.2.1 and 0.2.2; every parameter may
-be passed by position or by name. "later" is a state of the sources after 0.2.2 that no public release
-is known to be. ``tests/kernels/test_real_mate.py`` compares them with a MATE that is at hand.
+Names, order and defaults as read in the sources of 0.1.3, 0.2.0, 0.2.1 and 0.2.2; every parameter
+may be passed by position or by name. "later" is a state of the sources after 0.2.2 that no public
+release is known to be. ``tests/kernels/test_real_mate.py`` compares them with a MATE that is at
+hand.
 """
 
 from __future__ import annotations

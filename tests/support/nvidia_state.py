@@ -108,12 +108,15 @@ def get_scheduler_metadata(batch_size: int, **arguments: Any) -> None: ...
 def pretend_hopper(torch: Any) -> None:
     """Let this process's torch describe one H100 that it cannot use."""
     properties = SimpleNamespace(
-        name="NVIDIA H100 80GB HBM3", major=9, minor=0, total_memory=80 << 30, multi_processor_count=132,
+        name="NVIDIA H100 80GB HBM3", major=9, minor=0, total_memory=80 << 30,
+        multi_processor_count=132,
         shared_memory_per_block_optin=232448, warp_size=32, L2_cache_size=50 << 20,
     )  # fmt: skip
     answers = {
-        "is_available": True, "device_count": 1, "current_device": 0, "get_device_capability": (9, 0),
-        "get_device_name": properties.name, "get_device_properties": properties, "synchronize": None,
+        "is_available": True, "device_count": 1, "current_device": 0,
+        "get_device_capability": (9, 0),
+        "get_device_name": properties.name, "get_device_properties": properties,
+        "synchronize": None,
     }  # fmt: skip
     torch.version.cuda = "12.8"
     for name, answer in answers.items():
@@ -133,7 +136,8 @@ def runner(torch: Any) -> Any:
 
     arguments = ServerArgs(
         model_path="dummy", device="cuda", page_size=PAGE_SIZE, attention_backend="fa3",
-        speculative_algorithm="EAGLE", speculative_num_steps=SPECULATIVE_STEPS, speculative_eagle_topk=TOPK,
+        speculative_algorithm="EAGLE", speculative_num_steps=SPECULATIVE_STEPS,
+        speculative_eagle_topk=TOPK,
         speculative_num_draft_tokens=SPECULATIVE_STEPS + 1,
     )  # fmt: skip
     set_global_server_args_for_scheduler(arguments)
@@ -150,7 +154,8 @@ def runner(torch: Any) -> Any:
         token_to_kv_pool=SimpleNamespace(), token_to_kv_pool_allocator=SimpleNamespace(),
         kv_index_translator=SimpleNamespace(is_translating=False, reads_are_translated=False),
         kv_cache_dtype=torch.bfloat16, kv_cache_dtype_str="auto", sliding_window_size=None,
-        attention_chunk_size=None, is_draft_worker=False, use_mla_backend=False, attn_cp_size=1, tp_size=1,
+        attention_chunk_size=None, is_draft_worker=False, use_mla_backend=False, attn_cp_size=1,
+        tp_size=1,
         ps=SimpleNamespace(tp_size=1, attn_tp_size=1, attn_cp_size=1),
         spec_algorithm=SpeculativeAlgorithm.from_string("EAGLE"), draft_attention_backend=None,
     )  # fmt: skip

@@ -1,4 +1,6 @@
-"""Batches over a paged cache, of FA3 and of MLA, with float64 attention to compare the kernels with."""
+"""Batches over a paged cache, of FA3 and of MLA, with float64 attention to compare the kernels
+with.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +71,8 @@ class Batch:
     def call(self, **changes: Any) -> tuple[Tensor, Tensor]:
         arguments: dict[str, Any] = dict(
             q=self.q, k_cache=self.k_cache, v_cache=self.v_cache, page_table=self.page_table,
-            cache_seqlens=self.cache_seqlens, cu_seqlens_q=self.cu_seqlens_q, max_seqlen_q=max(self.rows),
+            cache_seqlens=self.cache_seqlens, cu_seqlens_q=self.cu_seqlens_q,
+            max_seqlen_q=max(self.rows),
         )  # fmt: skip
         out, lse, *_ = flash_attn_with_kvcache(
             **{**arguments, "return_softmax_lse": True, **changes}
@@ -79,7 +82,8 @@ class Batch:
     def plan(self, **changes: Any) -> Tensor:
         arguments: dict[str, Any] = dict(
             batch_size=len(self.rows), max_seqlen_q=max(self.rows), max_seqlen_k=self.capacity,
-            num_heads_q=self.heads, num_heads_kv=self.heads_kv, headdim=self.dim, headdim_v=self.dim_v,
+            num_heads_q=self.heads, num_heads_kv=self.heads_kv, headdim=self.dim,
+            headdim_v=self.dim_v,
             cache_seqlens=self.cache_seqlens, cu_seqlens_q=self.cu_seqlens_q,
         )  # fmt: skip
         return get_scheduler_metadata(**{**arguments, **changes})
@@ -130,7 +134,8 @@ def kernel_options(options: dict[str, Any]) -> dict[str, Any]:
 def ragged_call(batch: Batch, **changes: Any) -> Any:
     arguments: dict[str, Any] = dict(
         q=batch.q, k=torch.cat(batch.k), v=torch.cat(batch.v), cu_seqlens_q=batch.cu_seqlens_q,
-        cu_seqlens_k=offsets(batch.keys), max_seqlen_q=max(batch.rows), max_seqlen_k=max(batch.keys),
+        cu_seqlens_k=offsets(batch.keys), max_seqlen_q=max(batch.rows),
+        max_seqlen_k=max(batch.keys),
     )  # fmt: skip
     return flash_attn_varlen_func(**{**arguments, "return_softmax_lse": True, **changes})
 

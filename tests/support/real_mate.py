@@ -1,8 +1,9 @@
 """Calls through MATE's own Python layer, of a source tree that is at hand, without a MUSA device.
 
-``python -m tests.support.real_mate FOLDER RELEASE`` imports MATE and its wrapper from FOLDER, a source tree of
-MATE 0.2 or newer, with its compiled functions stood in for. It makes calls through this package's adapter
-and prints, as JSON, which compiled function each reached and what of the call arrived there.
+``python -m tests.support.real_mate FOLDER RELEASE`` imports MATE and its wrapper from FOLDER, a
+source tree of MATE 0.2 or newer, with its compiled functions stood in for. It makes calls through
+this package's adapter and prints, as JSON, which compiled function each reached and what of the
+call arrived there.
 """
 
 from __future__ import annotations
@@ -102,14 +103,17 @@ def decode(kernels: FA3Kernels, **more: Any) -> None:
     lengths, offsets = int32(5, 70), int32(0, 1, 2)
     call: dict[str, Any] = dict(
         q=half(2, 8, 128), k_cache=half(4, 64, 2, 128), v_cache=half(4, 64, 2, 128),
-        page_table=torch.zeros(2, 2, dtype=torch.int32), cache_seqlens=lengths, cu_seqlens_q=offsets,
-        max_seqlen_q=1, softmax_scale=0.1, causal=True, window_size=(-1, -1), softcap=0.0, num_splits=0,
+        page_table=torch.zeros(2, 2, dtype=torch.int32), cache_seqlens=lengths,
+        cu_seqlens_q=offsets,
+        max_seqlen_q=1, softmax_scale=0.1, causal=True, window_size=(-1, -1), softcap=0.0,
+        num_splits=0,
         k_descale=None, v_descale=None, return_softmax_lse=True, ver=3, out=None,
     )  # fmt: skip
     call |= more
     if not kernels.drops_plan(call):
         call["scheduler_metadata"] = kernels.get_scheduler_metadata(
-            batch_size=2, max_seqlen_q=1, max_seqlen_k=128, num_heads_q=8, num_heads_kv=2, headdim=128,
+            batch_size=2, max_seqlen_q=1, max_seqlen_k=128, num_heads_q=8, num_heads_kv=2,
+            headdim=128,
             headdim_v=128, cache_seqlens=lengths, cu_seqlens_q=offsets, causal=True,
         )  # fmt: skip
     kernels.flash_attn_with_kvcache(**call)
@@ -118,7 +122,8 @@ def decode(kernels: FA3Kernels, **more: Any) -> None:
 def raw(kernels: FA3Kernels, rows: tuple[int, int], **more: Any) -> None:
     """One request of two queries and three keys, in tensors of so many rows."""
     call: dict[str, Any] = dict(
-        q=half(rows[0], 8, 128), k=half(rows[1], 2, 128), v=half(rows[1], 2, 128), cu_seqlens_q=int32(0, 2),
+        q=half(rows[0], 8, 128), k=half(rows[1], 2, 128), v=half(rows[1], 2, 128),
+        cu_seqlens_q=int32(0, 2),
         cu_seqlens_k=int32(0, 3), max_seqlen_q=2, max_seqlen_k=3, softmax_scale=0.1, causal=True,
         return_softmax_lse=True, ver=3, out=None,
     )  # fmt: skip
@@ -128,7 +133,8 @@ def raw(kernels: FA3Kernels, rows: tuple[int, int], **more: Any) -> None:
 def mla(kernels: FA3Kernels) -> None:
     """MLA decode of two requests."""
     kernels.flash_attn_with_kvcache(
-        q=half(2, 16, 64), qv=half(2, 16, 512), k_cache=half(4, 64, 1, 64), v_cache=half(4, 64, 1, 512),
+        q=half(2, 16, 64), qv=half(2, 16, 512), k_cache=half(4, 64, 1, 64),
+        v_cache=half(4, 64, 1, 512),
         page_table=torch.zeros(2, 2, dtype=torch.int32), cache_seqlens=int32(5, 70),
         cu_seqlens_q=int32(0, 1, 2), max_seqlen_q=1, causal=True, ver=3, out=None,
         scheduler_metadata=(torch.zeros(4096, dtype=torch.uint8), False),

@@ -11,7 +11,9 @@ SOURCES = ("setup.cfg", "pyproject.toml", "README.md", "LICENSE", "sglang_musa_e
 
 
 def build_wheel(repository: Path, source: Path, target: Path) -> Path:
-    """Build the wheel from a copy of the sources, so that no left-over of an earlier build slips in."""
+    """Build the wheel from a copy of the sources, so that no left-over of an earlier build slips
+    in.
+    """
     for name in SOURCES:
         copy(repository / name, source / name)
     pip("wheel", "--no-deps", "--no-index", "--no-build-isolation", "--wheel-dir", target, source)

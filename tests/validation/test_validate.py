@@ -428,7 +428,8 @@ class StandInEngine:
         plans = 2 if self.fault == "two plans" else 1
         reuses = 0 if self.fault == "no reuse" else 3
         statistics = {
-            "calls": 40, "planned_calls": 10 * (plans + reuses), "plans": 10 * plans, "reuses": 10 * reuses,
+            "calls": 40, "planned_calls": 10 * (plans + reuses), "plans": 10 * plans,
+            "reuses": 10 * reuses,
             "passes_by_plans": {str(plans): 10},
         }  # fmt: skip
         kernels = "reference" if self.fault == "other kernels" else "hopper"
@@ -574,14 +575,20 @@ def test_upstreams_calls_are_planned_as_fa3_asks(monkeypatch: pytest.MonkeyPatch
         torch.tensor([0, 4, 8], dtype=torch.int32),
     )
     call = {
-        "q": torch.zeros(8, 8, 64), "k_cache": torch.zeros(9, 16, 2, 64), "v_cache": torch.zeros(9, 16, 2, 128),
-        "page_table": torch.zeros(2, 5, dtype=torch.int32), "cache_seqlens": lengths, "cu_seqlens_q": offsets,
-        "max_seqlen_q": 4, "causal": True, "window_size": (7, 0), "softcap": 30.0, "num_splits": 1, "ver": 3,
+        "q": torch.zeros(8, 8, 64), "k_cache": torch.zeros(9, 16, 2, 64),
+        "v_cache": torch.zeros(9, 16, 2, 128),
+        "page_table": torch.zeros(2, 5, dtype=torch.int32), "cache_seqlens": lengths,
+        "cu_seqlens_q": offsets,
+        "max_seqlen_q": 4, "causal": True, "window_size": (7, 0), "softcap": 30.0, "num_splits": 1,
+        "ver": 3,
     }  # fmt: skip
     assert engine_changes.plan_of(call) == {
-        "batch_size": 2, "max_seqlen_q": 4, "max_seqlen_k": 80, "num_heads": 8, "num_heads_k": 2, "headdim": 64,
-        "headdim_v": 128, "qkv_dtype": torch.float32, "cache_seqlens": lengths, "cu_seqlens_q": offsets,
-        "page_size": 16, "causal": True, "window_size": (7, 0), "has_softcap": True, "num_splits": 1,
+        "batch_size": 2, "max_seqlen_q": 4, "max_seqlen_k": 80, "num_heads": 8, "num_heads_k": 2,
+        "headdim": 64,
+        "headdim_v": 128, "qkv_dtype": torch.float32, "cache_seqlens": lengths,
+        "cu_seqlens_q": offsets,
+        "page_size": 16, "causal": True, "window_size": (7, 0), "has_softcap": True,
+        "num_splits": 1,
     }  # fmt: skip
     assert engine_changes.plan_of(call | {"q": torch.zeros(5, 8, 64)}) is None
 

@@ -1,11 +1,14 @@
-"""Break the core in many small ways, one at a time, and see that the backend-level tests notice each.
+"""Break the core in many small ways, one at a time, and see that the backend-level tests notice
+each.
 
-Every mutant is a copy of the package with one piece of text replaced: a field or tensor left out of a plan's key, a
-rule of what a pass is, an isolation between backends, threads or roles. The tests named beside it guard that piece;
-they run against the copy, and one of them must fail. SGLang is imported once, and each mutant tested in a fork.
+Every mutant is a copy of the package with one piece of text replaced: a field or tensor left out of
+a plan's key, a rule of what a pass is, an isolation between backends, threads or roles. The tests
+named beside it guard that piece; they run against the copy, and one of them must fail. SGLang is
+imported once, and each mutant tested in a fork.
 
-Exit status: 0 if the tests noticed every mutant, 1 if one survived, 2 if the run itself is broken: a text that is
-no longer in the source, guards that do not exist, or guards that fail without any mutation.
+Exit status: 0 if the tests noticed every mutant, 1 if one survived, 2 if the run itself is broken:
+a text that is no longer in the source, guards that do not exist, or guards that fail without any
+mutation.
 """
 
 from __future__ import annotations
@@ -33,7 +36,9 @@ FILES = (
     "attention/test_speculation.py",
 )
 UNIT = ("attention/test_plans.py", "attention/test_workspace.py")
-"""Where a guard is that no call of upstream can reach: what upstream never passes, or what is guarded twice."""
+"""Where a guard is that no call of upstream can reach: what upstream never passes, or what is
+guarded twice.
+"""
 SECONDS = 150
 """How long the guards of a mutant may take; a mutant that hangs them is noticed."""
 
@@ -54,7 +59,9 @@ CACHE, BACKEND, KERNELS, PLUGIN = (
 
 @dataclass(frozen=True)
 class Mutant:
-    """One way to break the package: ``old`` becomes ``new``, and tests that ``guards`` selects (``-k``) must fail."""
+    """One way to break the package: ``old`` becomes ``new``, and tests that ``guards`` selects
+    (``-k``) must fail.
+    """
 
     name: str
     file: str
@@ -70,7 +77,9 @@ FIELD_GUARDS = {
     "device": "another_geometry",
     "has_softcap": "another_geometry",
 }
-"""Fields that a call cannot change alone, because tensors in the key change with them: guarded as units."""
+"""Fields that a call cannot change alone, because tensors in the key change with them: guarded as
+units.
+"""
 FIELDS = (
     "batch_size",
     "max_seqlen_q",
@@ -91,7 +100,9 @@ TENSORS = ("cache_seqlens", "cu_seqlens_q", "cache_leftpad", "cu_seqlens_k_new")
 
 
 def key_mutants() -> Iterator[Mutant]:
-    """Each field and tensor left out of the key, and each way of knowing a tensor again left out of its identity."""
+    """Each field and tensor left out of the key, and each way of knowing a tensor again left out of
+    its identity.
+    """
     for field in FIELDS:
         guards = FIELD_GUARDS.get(field, "differ_in_one_thing")
         tests = UNIT if field in FIELD_GUARDS else FILES
@@ -144,7 +155,8 @@ SIGNATURE = (
     "and (v_cache.is_contiguous() or v_cache.stride()) == v_dense",
     "and (not self._others or self._has_others(arguments))",
 )
-"""What a known call is compared by, but for the version of ``cu_seqlens_q``: nothing changes that."""
+"""What a known call is compared by, but for the version of ``cu_seqlens_q``: nothing changes that.
+"""
 
 
 def signature_mutants() -> Iterator[Mutant]:
@@ -739,7 +751,8 @@ def mutated(mutant: Mutant | None, into: Path) -> None:
     text = source.read_text()
     if text.count(mutant.old) != 1:
         raise BrokenRun(
-            f"mutant {mutant.name!r}: its text occurs {text.count(mutant.old)} times in {mutant.file}, expected once. "
+            f"mutant {mutant.name!r}: its text occurs {text.count(mutant.old)} times in "
+            f"{mutant.file}, expected once. "
             f"Follow the source in scripts/lib/mutants/__main__.py. The text:\n{mutant.old}"
         )
     source.write_text(text.replace(mutant.old, mutant.new))
@@ -763,7 +776,8 @@ def run_guards(guards: str, tests: Sequence[str], folder: Path) -> NoReturn:
     """Become the process that tests the copy in ``folder``; its exit status is pytest's."""
     import pytest
 
-    # A plugin of another package that is imported already would be warned of, and warnings are errors.
+    # A plugin of another package that is imported already would be warned of, and warnings are
+    # errors.
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     signal.alarm(SECONDS)
     os.chdir(folder)
@@ -789,7 +803,8 @@ def verdict(wait_status: int, mutant: Mutant, log: str) -> bool:
     status = os.waitstatus_to_exitcode(wait_status)
     if status not in (0, 1):
         raise BrokenRun(
-            f"mutant {mutant.name!r}: pytest ended with {status} for -k {mutant.guards!r}.\n{log[-3000:]}"
+            f"mutant {mutant.name!r}: pytest ended with {status} for -k "
+            f"{mutant.guards!r}.\n{log[-3000:]}"
         )
     return status == 1
 
@@ -877,7 +892,8 @@ def main() -> int:
         print(f"scripts/mutants cannot run: {error}", file=sys.stderr)
         return 2
     print(
-        f"{len(mutants) - len(survivors)} of {len(mutants)} mutants killed in {time.monotonic() - began:.0f} s"
+        f"{len(mutants) - len(survivors)} of {len(mutants)} mutants killed in "
+        f"{time.monotonic() - began:.0f} s"
     )
     return 1 if survivors else 0
 

@@ -35,7 +35,9 @@ class Verdict:
 
 
 def run(names: Sequence[str], jobs: int, seconds: float) -> int:
-    """Fuzz the mutants whose name contains one of ``names`` (none: all); exit status 1 if one lives."""
+    """Fuzz the mutants whose name contains one of ``names`` (none: all); exit status 1 if one
+    lives.
+    """
     command: Any = mutant_command
     mutants = [
         one for one in command.all_mutants() if not names or any(name in one.name for name in names)

@@ -17,7 +17,8 @@ COUNTS = {
     "reuses": "plans reused", "replays": "graph replays", "engines": "engine workloads",
     "engine_requests": "requests to engines", "engine_tokens": "tokens compared",
     "engine_calls": "attention calls of engines", "engine_plans": "plans computed in engines",
-    "engine_reuses": "plans reused in engines", "aborted": "talks aborted", "retracted": "retractions",
+    "engine_reuses": "plans reused in engines", "aborted": "talks aborted",
+    "retracted": "retractions",
     "near_ties": "near ties", "mismatches": "mismatches",
 }  # fmt: skip
 """The counts of a report, and what the table calls them."""

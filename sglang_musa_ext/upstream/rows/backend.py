@@ -80,7 +80,8 @@ ROWS = (
         FLASH_ATTENTION,
         "FlashAttentionBackend._get_scheduler_metadata",
         why=(
-            "Set to None, it turns off upstream's own precomputation, which serves plain decode only."
+            "Set to None, it turns off upstream's own precomputation, which serves plain decode "
+            "only."
         ),
         remove_when="Upstream no longer precomputes scheduler metadata.",
         fault="sgl-project/sglang#24632",

@@ -157,7 +157,8 @@ ROWS = (
         ("current_platform",),
         used_by=_USER,
         why=(
-            "The platform in use is looked up under this name, which the module makes up when asked."
+            "The platform in use is looked up under this name, which the module makes up when "
+            "asked."
         ),
         remove_when=_UNTIL_UPSTREAM_CHOOSES_IT,
     ),

@@ -116,7 +116,8 @@ ROWS = (
         ("forward_extend: merge_suffix_attention_in_place",),
         "0.5.20",
         why=(
-            "UNO's fused suffix attention is upstream's own Triton kernel; it needs no FA3 provider."
+            "UNO's fused suffix attention is upstream's own Triton kernel; it needs no FA3 "
+            "provider."
         ),
         remove_when="Upstream drops the fused suffix attention of UNO.",
     ),

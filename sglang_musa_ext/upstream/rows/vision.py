@@ -16,7 +16,8 @@ ROWS = (
         "0.5.16",
         used_by=_USER,
         why=(
-            "VisionFlash3Attention calls it on MUSA too, where it is a NameError; it is defined for "
+            "VisionFlash3Attention calls it on MUSA too, where it is a NameError; it is defined "
+            "for "
             "MUSA instead."
         ),
         remove_when=(

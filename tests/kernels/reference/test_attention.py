@@ -163,7 +163,8 @@ def test_the_kv_cache_call_returns_the_output_alone_unless_asked() -> None:
     """Without ``return_softmax_lse`` there is one tensor, with it MATE's four."""
     batch = Batch([1], [5])
     alone = flash_attn_with_kvcache(
-        batch.q, batch.k_cache, batch.v_cache, page_table=batch.page_table, cache_seqlens=batch.cache_seqlens,
+        batch.q, batch.k_cache, batch.v_cache, page_table=batch.page_table,
+        cache_seqlens=batch.cache_seqlens,
         cu_seqlens_q=batch.cu_seqlens_q, max_seqlen_q=1,
     )  # fmt: skip
     assert isinstance(alone, Tensor)

@@ -1,4 +1,6 @@
-"""The reference follows MATE's releases; the provider's functions are right where MATE alone is not."""
+"""The reference follows MATE's releases; the provider's functions are right where MATE alone is
+not.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,8 @@ def one_request(padded_q: int, padded_k: int, causal: bool) -> tuple[dict[str, A
     q = torch.randn(5 + padded_q, 4, 64, generator=generator)
     k, v = (torch.randn(9 + padded_k, 2, 64, generator=generator) for _ in range(2))
     call = dict(
-        q=q, k=k, v=v, cu_seqlens_q=offsets([5]), cu_seqlens_k=offsets([9]), max_seqlen_q=5, max_seqlen_k=9,
+        q=q, k=k, v=v, cu_seqlens_q=offsets([5]), cu_seqlens_k=offsets([9]), max_seqlen_q=5,
+        max_seqlen_k=9,
         causal=causal, return_softmax_lse=True,
     )  # fmt: skip
     return call, attention(q[:5], k[:9], v[:9], causal=causal)

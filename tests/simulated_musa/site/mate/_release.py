@@ -1,4 +1,6 @@
-"""The release that is stood in for; the build of the site folder writes the version of one release here."""
+"""The release that is stood in for; the build of the site folder writes the version of one release
+here.
+"""
 
 from __future__ import annotations
 

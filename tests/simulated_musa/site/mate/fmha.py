@@ -82,10 +82,12 @@ def attend(
     geometry: Geometry,
     plan: torch.Tensor | None,
 ) -> None:
-    """Write attention's output, ``(total_q, heads, headdim_v)``, and its log-sum-exp, ``(heads, total_q)``.
+    """Write attention's output, ``(total_q, heads, headdim_v)``, and its log-sum-exp, ``(heads,
+    total_q)``.
 
-    Without a plan, and with sinks, every request has one split. Where a plan is another call's, this goes wrong as it
-    would on a GPU: query tiles that it does not name are not written, and splits that are not launched are missed.
+    Without a plan, and with sinks, every request has one split. Where a plan is another call's,
+    this goes wrong as it would on a GPU: query tiles that it does not name are not written, and
+    splits that are not launched are missed.
     """
     batch = geometry.batch
     work = [
@@ -167,7 +169,9 @@ def _visible(rows: int, keys: int, shift: int, options: Options) -> torch.Tensor
 
 
 def _partial(scores: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return output and log-sum-exp over some of the keys: ``(heads, rows, headdim_v)``, ``(heads, rows)``."""
+    """Return output and log-sum-exp over some of the keys: ``(heads, rows, headdim_v)``, ``(heads,
+    rows)``.
+    """
     if scores.shape[-1] == 0:
         heads, rows = scores.shape[:2]
         return torch.zeros(heads, rows, v.shape[-1]), torch.full((heads, rows), -torch.inf)

@@ -1,7 +1,8 @@
 """How work is cut up: query tiles, key tiles of 64, splits of the keys; and the plan that says so.
 
-A plan has four vectors of one value a request, in the order in which requests are worked on (longest first):
-splits of the keys, the request, its query tiles, heads that share the cache (a constant here).
+A plan has four vectors of one value a request, in the order in which requests are worked on
+(longest first): splits of the keys, the request, its query tiles, heads that share the cache (a
+constant here).
 """
 
 from __future__ import annotations

@@ -50,15 +50,18 @@ def flash_attn_with_kvcache(
     capacity = k_cache.shape[1] * (1 if page_table is None else page_table.shape[1])
     options = _options(given, headdim if given.get("qv") is None else headdim + headdim_v)
     geometry = Geometry(
-        batch, longest, capacity, heads, k_cache.shape[2], headdim, headdim_v, options.causal, options.window,
+        batch, longest, capacity, heads, k_cache.shape[2], headdim, headdim_v, options.causal,
+        options.window,
         options.attention_chunk, int(given["num_splits"] or 0), given["pack_gqa"],
     )  # fmt: skip
     dtype = q.dtype if q.dtype in HALF else torch.bfloat16
     out = torch.empty(rows.shape[0], heads, headdim_v, dtype=dtype, device=q.device)
     lse = torch.empty(heads, rows.shape[0], dtype=torch.float32, device=q.device)
     launch(
-        _attend_cache, out, lse, rows, k_cache, v_cache, starts, cache_seqlens, _densely(page_table),
-        _if_known(given["cache_leftpad"]), _if_known(given["cache_batch_idx"]), given.get("qv"), _sinks(given),
+        _attend_cache, out, lse, rows, k_cache, v_cache, starts, cache_seqlens,
+        _densely(page_table),
+        _if_known(given["cache_leftpad"]), _if_known(given["cache_batch_idx"]), given.get("qv"),
+        _sinks(given),
         (given.get("q_descale"), given.get("k_descale"), given.get("v_descale")), options, geometry,
         given["scheduler_metadata"],
     )  # fmt: skip
@@ -85,7 +88,8 @@ def flash_attn_varlen_func(
     geometry = Geometry(
         batch, int(given["max_seqlen_q"]), int(given["max_seqlen_k"]), q.shape[1], k.shape[-2],
         q.shape[-1], v.shape[-1],
-        options.causal, options.window, options.attention_chunk, int(given.get("num_splits") or 0), None,
+        options.causal, options.window, options.attention_chunk, int(given.get("num_splits") or 0),
+        None,
     )  # fmt: skip
     out = given.get("out")
     if out is None:
@@ -93,8 +97,10 @@ def flash_attn_varlen_func(
         out = torch.empty(q.shape[0], q.shape[1], v.shape[-1], dtype=dtype, device=q.device)
     lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
     launch(
-        _attend_rows, out, lse, q, k, v, given["cu_seqlens_q"], given["cu_seqlens_k"], given["seqused_q"],
-        given["seqused_k"], _densely(page_table), given.get("qv"), _sinks(given), options, geometry, whole,
+        _attend_rows, out, lse, q, k, v, given["cu_seqlens_q"], given["cu_seqlens_k"],
+        given["seqused_q"],
+        given["seqused_k"], _densely(page_table), given.get("qv"), _sinks(given), options, geometry,
+        whole,
         given.get("scheduler_metadata"),
     )  # fmt: skip
     return (out, lse) if given["return_attn_probs"] else out
@@ -109,8 +115,10 @@ def get_scheduler_metadata(arguments: dict[str, Any]) -> torch.Tensor:
         raise AssertionError("attention_chunk is not supported")
     batch = given["batch_size"]
     geometry = Geometry(
-        batch, given["max_seqlen_q"], given["max_seqlen_k"], given["num_heads_q"], given["num_heads_kv"],
-        given["headdim"], given["headdim_v"] or given["headdim"], given["causal"], tuple(given["window_size"]),
+        batch, given["max_seqlen_q"], given["max_seqlen_k"], given["num_heads_q"],
+        given["num_heads_kv"],
+        given["headdim"], given["headdim_v"] or given["headdim"], given["causal"],
+        tuple(given["window_size"]),
         given["attention_chunk"] or 0, given["num_splits"] or 0, given["pack_gqa"],
     )  # fmt: skip
     plan = torch.empty(plan_length(batch), dtype=torch.int32, device=given["cache_seqlens"].device)
@@ -166,7 +174,8 @@ def _attend_cache(
 ) -> None:
     inputs = fmha.Inputs(
         q, k_cache, v_cache, starts.tolist(), starts.diff().tolist(), cache_seqlens.tolist(),
-        page_table=page_table, leftpad=_listed(leftpad), rows=_listed(rows), qv=qv, sinks=sinks, scales=scales,
+        page_table=page_table, leftpad=_listed(leftpad), rows=_listed(rows), qv=qv, sinks=sinks,
+        scales=scales,
     )  # fmt: skip
     fmha.attend(out, lse, inputs, options, geometry, plan)
 
@@ -226,8 +235,10 @@ def _attend_latent(
     out = torch.empty(rows.shape[0], rows.shape[1], mla.LATENT, dtype=q.dtype, device=q.device)
     lse = torch.empty(rows.shape[1], rows.shape[0], dtype=torch.float32, device=q.device)
     launch(
-        mla.attend_latent, out, lse, rows, qv, k_cache, v_cache, _densely(given["page_table"]), cache_seqlens, starts,
-        workspace, max_seqlen_q=longest, reuse=bool(reuse), softmax_scale=scale, causal=given["causal"],
+        mla.attend_latent, out, lse, rows, qv, k_cache, v_cache, _densely(given["page_table"]),
+        cache_seqlens, starts,
+        workspace, max_seqlen_q=longest, reuse=bool(reuse), softmax_scale=scale,
+        causal=given["causal"],
     )  # fmt: skip
     if given["cu_seqlens_q"] is not None:
         return (out, lse) if given["return_softmax_lse"] else out
@@ -285,7 +296,9 @@ def _lengths(cache_seqlens: Any, k_cache: torch.Tensor, batch: int) -> torch.Ten
 
 
 def _densely(page_table: torch.Tensor | None) -> torch.Tensor | None:
-    """Return the page table as a kernel reads it: rows that follow one another, whatever the strides say."""
+    """Return the page table as a kernel reads it: rows that follow one another, whatever the
+    strides say.
+    """
     if page_table is None or page_table.is_contiguous():
         return page_table
     last = page_table.storage_offset() + page_table.numel()

@@ -1,8 +1,9 @@
-"""MLA decode over pages of 64 latent keys. The kernel writes its plan into the workspace it is given.
+"""MLA decode over pages of 64 latent keys. The kernel writes its plan into the workspace it is
+given.
 
-The plan cuts the key tiles of all requests, one after another, into parts of about the same number, one for each
-piece of the GPU: records of eight int32 (request and tile where it begins, request and tile where it ends, unused),
-then the number of splits before each request.
+The plan cuts the key tiles of all requests, one after another, into parts of about the same number,
+one for each piece of the GPU: records of eight int32 (request and tile where it begins, request and
+tile where it ends, unused), then the number of splits before each request.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ def attend_latent(
     softmax_scale: float,
     causal: bool,
 ) -> None:
-    """Write output ``(total_q, heads, 512)`` and log-sum-exp ``(heads, total_q)`` by the plan in ``workspace``."""
+    """Write output ``(total_q, heads, 512)`` and log-sum-exp ``(heads, total_q)`` by the plan in
+    ``workspace``.
+    """
     lengths, batch = cache_seqlens.tolist(), cache_seqlens.numel()
     parts = max(MULTIPROCESSORS // -(-max_seqlen_q * q.shape[1] // 128), 1)
     size = parts * _RECORD + batch + 1
@@ -89,12 +92,15 @@ def _write_plan(plan: torch.Tensor, lengths: list[int], parts: int) -> None:
 
 
 def _pieces(records: list[list[int]], batch: int) -> dict[int, list[slice]]:
-    """Return which keys of each request the parts work on; a part that is not meant for this batch raises."""
+    """Return which keys of each request the parts work on; a part that is not meant for this batch
+    raises.
+    """
     pieces: dict[int, list[slice]] = {}
     for begin, tile, end, last, *_ in records:
         if not (0 <= begin <= end <= batch and tile >= 0 and last >= 0):
             raise RuntimeError(
-                "MUSA error: an illegal memory access (an MLA plan names a request that is not there)"
+                "MUSA error: an illegal memory access (an MLA plan names a request that is not "
+                "there)"
             )
         for request in range(begin, end + 1):
             first = tile if request == begin else 0

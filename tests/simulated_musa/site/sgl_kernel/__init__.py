@@ -1,4 +1,5 @@
-"""A stand-in of SGLang's kernel library as built for MUSA: what SGLang's MUSA branches import from it, in PyTorch.
+"""A stand-in of SGLang's kernel library as built for MUSA: what SGLang's MUSA branches import from
+it, in PyTorch.
 
 No attribute is made up on demand: SGLang probes for optional parts.
 """
@@ -95,7 +96,9 @@ def merge_state_v2(
     v_merged: Tensor | None = None,
     s_merged: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Merge attention over two sets of keys: outputs ``(rows, heads, headdim)``, log-sum-exp ``(rows, heads)``."""
+    """Merge attention over two sets of keys: outputs ``(rows, heads, headdim)``, log-sum-exp
+    ``(rows, heads)``.
+    """
     first, second = (
         score.float().masked_fill(score == torch.inf, -torch.inf) for score in (s_a, s_b)
     )

@@ -44,8 +44,8 @@ def install() -> None:
 
 
 def _argument(value: Any, computed_with: bool) -> Any:
-    """Return ``value`` in host memory; a boolean that the kernel computes with as a number, since the
-    interpreter knows no single boolean.
+    """Return ``value`` in host memory; a boolean that the kernel computes with as a number, since
+    the interpreter knows no single boolean.
     """
     if isinstance(value, bool) and computed_with:
         return int(value)

@@ -11,7 +11,9 @@ from torch_musa import _MUSAC
 
 
 def on_host(value: Any) -> Any:
-    """Return ``value`` with a host tensor over the same memory in place of each tensor of the device."""
+    """Return ``value`` with a host tensor over the same memory in place of each tensor of the
+    device.
+    """
     if isinstance(value, torch.Tensor):
         return _MUSAC.alias_on_host(value)
     if isinstance(value, list | tuple) and type(value) in (list, tuple):
@@ -20,7 +22,8 @@ def on_host(value: Any) -> Any:
 
 
 def launch(kernel: Callable[..., None], *args: Any, **kwargs: Any) -> None:
-    """Run ``kernel`` on the arguments' memory; a graph that is being captured runs it again at each replay.
+    """Run ``kernel`` on the arguments' memory; a graph that is being captured runs it again at each
+    replay.
 
     It returns nothing: what it computes it writes to tensors among its arguments.
     """
