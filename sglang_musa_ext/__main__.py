@@ -35,7 +35,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command that ``arguments`` name (None: the command line's); returns its exit status."""
+    """Run the command that ``arguments`` (None: the command line) name; return its exit status."""
     name, *options = sys.argv[1:] if arguments is None else arguments or [""]
     if name in ("-h", "--help"):
         print(usage())

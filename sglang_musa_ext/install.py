@@ -41,8 +41,9 @@ CONFIGURATION = {"PIP_CONFIG_FILE": os.devnull}
 
 INSTALLED = """
 import importlib.metadata, json, sys
-found = {x.metadata["Name"]: x.version for x in importlib.metadata.distributions() if x.metadata["Name"]}
-print(json.dumps({"python": list(sys.version_info[:2]), "installed": found}))
+distributions = [x for x in importlib.metadata.distributions() if x.metadata["Name"]]
+installed = {x.metadata["Name"]: x.version for x in distributions}
+print(json.dumps({"python": list(sys.version_info[:2]), "installed": installed}))
 """
 IDENTIFY = """
 import sys

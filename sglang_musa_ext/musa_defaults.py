@@ -219,7 +219,7 @@ def _marking(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _watched(name: str, create: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Return ``create``, with a warning where SGLang chose the backend before this package could."""
+    """Return ``create``, with a warning where SGLang chose a backend before this package could."""
 
     @functools.wraps(create)
     def watched(runner: Any) -> Any:

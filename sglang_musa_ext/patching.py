@@ -165,7 +165,7 @@ class _AfterImport(MetaPathFinder):
         return None
 
     def _observe(self, loader: Loader, fullname: str) -> None:
-        """Have ``loader`` call back; it stays the kind that inspect and Triton read sources from."""
+        """Have ``loader`` call back; its kind stays: inspect and Triton read sources from it."""
         execute = loader.exec_module
 
         def exec_module(module: ModuleType) -> None:
@@ -180,7 +180,7 @@ class _AfterImport(MetaPathFinder):
 
 
 def stand_in(name: str, module: ModuleType) -> Undo:
-    """Have ``import name`` find ``module``, also as an attribute of its parent if that is imported."""
+    """Have ``import name`` find ``module``, also as an attribute of an imported parent."""
     with contextlib.ExitStack() as undo:
         undo.callback(replace(sys.modules, name, module))
         parent, _, child = name.rpartition(".")

@@ -284,7 +284,7 @@ def _draft_backend_of_ours(
 
 
 def _ready_attention() -> Any:
-    """Import the attention module and install it into upstream's; for processes that run a model."""
+    """Import the attention module and install it upstream, in a process that runs a model."""
     _require_capability()
     from sglang_musa_ext import guard
     from sglang_musa_ext.attention import selection as attention

@@ -359,7 +359,7 @@ def mate_dtypes(release: MateRelease) -> tuple[str, ...]:
 
 
 def mate_head_dim_pairs(release: MateRelease) -> tuple[tuple[int, int], ...]:
-    """Return the pairs of head dimensions, of keys and of values, that a release has kernels for."""
+    """Return the pairs of key and value head dimensions that a release has kernels for."""
     absent = {(192, 192)} if "head_dims_192" in kernel_limits(release) else set()
     return tuple(pair for pair in _HEAD_DIM_PAIRS if pair not in absent)
 

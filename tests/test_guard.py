@@ -39,7 +39,9 @@ runner = types.SimpleNamespace(
 def serve(case, model):
     os.environ.update(case["environment"])
     if case.get("resolve_first"):
-        args = ServerArgs(model_path=model, device="cpu", attention_backend="fa3", skip_tokenizer_init=True)
+        args = ServerArgs(
+            model_path=model, device="cpu", attention_backend="fa3", skip_tokenizer_init=True
+        )
     if case.get("unguarded"):
         backend = flashattention_backend.FlashAttentionBackend
         backend.__init__ = getattr(backend.__init__, "__wrapped__", backend.__init__)
@@ -52,10 +54,15 @@ def serve(case, model):
         result["attention_backend"] = args.attention_backend
     if case.get("resolve_first"):
         from sglang_musa_ext.attention.mixin import MusaFA3Mixin
-        kernels = types.SimpleNamespace(name="mate", versions={"mate": "0.2.7", "flash_attn_3": "0.2.7+musa"})
-        settings = types.SimpleNamespace(check="metadata", mla_workspace_mb=3, force_update_metadata=False)
+        kernels = types.SimpleNamespace(
+            name="mate", versions={"mate": "0.2.7", "flash_attn_3": "0.2.7+musa"}
+        )
+        settings = types.SimpleNamespace(
+            check="metadata", mla_workspace_mb=3, force_update_metadata=False
+        )
         backend = types.SimpleNamespace(
-            _kernels=kernels, _settings=settings, _workspace=object(), _pool_device="musa:1", page_size=64
+            _kernels=kernels, _settings=settings, _workspace=object(), _pool_device="musa:1",
+            page_size=64,
         )
         result["line"] = MusaFA3Mixin._configuration(backend)
     for name, build in {
@@ -271,7 +278,7 @@ def test_others_do_not_pass_the_guard(module: str) -> None:
 def test_where_ours_serves_the_guard_names_the_option(
     meta_path: list[Any], monkeypatch: pytest.MonkeyPatch, armed: bool
 ) -> None:
-    """Beside our backend another one is refused in any mode, and nobody is sent to SGLANG_PLUGINS."""
+    """A backend beside ours is refused in any mode, and nobody is sent to SGLANG_PLUGINS."""
     module: Any = ModuleType(FLASH_ATTENTION)
     module.FlashAttentionBackend = type("FlashAttentionBackend", (), {"__module__": "upstream"})
     monkeypatch.setitem(sys.modules, FLASH_ATTENTION, module)

@@ -54,7 +54,8 @@ LAYERS = {
     "musa_vision": layer("envs patching upstream", lazy="kernels"),
     "plugin": layer(
         "envs",
-        lazy="announce policy patching attention cpu guard musa_defaults musa_vision ranks sglang upstream",
+        lazy="announce policy patching attention cpu guard musa_defaults musa_vision ranks sglang "
+        "upstream",
     ),
     "guard": layer("envs patching upstream"),
     "ranks": layer("envs policy patching upstream", lazy="kernels torch"),
@@ -143,7 +144,7 @@ def from_import(node: ast.ImportFrom, name: str) -> str:
 
 
 def walk(node: ast.AST, *, lazy: bool) -> Iterator[tuple[ast.AST, bool]]:
-    """Every node below ``node``, and whether it runs later than the module's own import, or never."""
+    """Yield every node below ``node``, and whether it runs later than the import, or never."""
     for child in ast.iter_child_nodes(node):
         yield child, lazy
         yield from walk(child, lazy=lazy or is_deferred(child))

@@ -264,7 +264,7 @@ def build(musa: Musa, name: str, arguments: Any) -> Any:
 
 @pytest.mark.parametrize("name", ["triton", "flashinfer"])
 def test_lateness_is_said_once(musa: Musa, caplog: pytest.LogCaptureFixture, name: str) -> None:
-    """Arguments that were settled before the plugin was there are pointed out, and the server runs."""
+    """Arguments settled before the plugin was there are pointed out, and the server runs."""
     arguments = musa.settled()
     install_defaults()
     assert build(musa, name, arguments) == build(musa, name, arguments) == name
@@ -326,7 +326,8 @@ beliefs = {
 }
 for module in list(sys.modules.values()):
     if module is not None and module.__name__.startswith("sglang."):
-        vars(module).update({name: value for name, value in beliefs.items() if name in vars(module)})
+        known = {name: value for name, value in beliefs.items() if name in vars(module)}
+        vars(module).update(known)
 try:
     from sglang.srt.runtime_context import override_platform
 except ImportError:

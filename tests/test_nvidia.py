@@ -188,7 +188,7 @@ def test_nvidia_users_get_upstream(states: dict[str, State], settings: str) -> N
 
 @pytest.mark.parametrize("settings", ["unset", "off"])
 def test_nvidia_users_read_what_upstream_says(states: dict[str, State], settings: str) -> None:
-    """Who asked for nothing, or for nothing to happen, reads the same lines as without the package."""
+    """Who asked for nothing, or for ``off``, reads the same lines as without the package."""
     assert states[settings].printed == states[WITHOUT].printed
 
 

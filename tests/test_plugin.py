@@ -176,7 +176,7 @@ def musa(imported: Upstream, monkeypatch: pytest.MonkeyPatch) -> Callable[[tuple
 
 @pytest.fixture
 def attention(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A stand-in of this package's attention module, which builds a record of what it is asked for."""
+    """Stand in for this package's attention module; what it builds records how it was asked for."""
     module: Any = ModuleType("sglang_musa_ext.attention.selection")
     module.installed = []
     for name in (
@@ -271,7 +271,7 @@ def test_a_release_outside_the_tested_range_is_warned_of(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """A newer SGLang that meets the contract is served, with a warning that names the tested range."""
+    """A newer SGLang that meets the contract is served; a warning names the tested range."""
     support = releases.classify_version("0.99.0")
     assert support.message
     monkeypatch.setattr(check, "require_upstream", lambda: support)
@@ -429,7 +429,7 @@ def test_a_broken_contract_refuses_every_way_to_fa3(
     set_environment: Callable[[dict[str, str]], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """With a SGLang that this package cannot compose with, fa3, fa4 and both draft methods say so."""
+    """With a SGLang that we cannot compose with, fa3, fa4 and both draft methods say so."""
     set_environment(OURS[0])
     monkeypatch.setattr(check, "require_upstream", broken_contract)
     register()

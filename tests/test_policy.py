@@ -33,7 +33,7 @@ from sglang_musa_ext.upstream.limits import Configuration
 def test_which_kernels_serve_a_process(
     settings: dict[str, Any], on_musa: bool, kernels: str | None
 ) -> None:
-    """Kernels serve where a device for them is or was named; wherever none do, a reason says why."""
+    """Kernels serve where a device for them is or was named; elsewhere a reason says why not."""
     choice = choose_service(Settings(**settings), on_musa=on_musa)
     assert choice.kernels == kernels
     assert bool(choice.reasons) == (kernels is None)

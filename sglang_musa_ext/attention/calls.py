@@ -362,7 +362,7 @@ def _table_facts(arguments: Arguments) -> tuple[Any, ...] | None:
 
 
 def _version(tensor: torch.Tensor) -> int | None:
-    """Return how often the contents changed; ``None`` under ``inference_mode``, which counts not."""
+    """Return how often the contents changed; ``inference_mode`` does not count: ``None``."""
     return None if tensor.is_inference() else tensor._version
 
 

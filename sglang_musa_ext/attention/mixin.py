@@ -392,7 +392,7 @@ class MusaFA3Mixin:
     # --- construction and reports -----------------------------------------------------------------
 
     def _sample_outputs(self, share: float) -> None:
-        """Have some calls compared: the methods of this object are replaced, those of others not."""
+        """Have some calls compared: this object's methods are replaced, those of others are not."""
         self._sampler = sampler = OutputSampler(share, self._plans, self._pool_device)
         for name in KERNEL_PARAMETERS:
             method = f"call_{name}"

@@ -1,1 +1,1 @@
-"""The benchmark: this package beside SGLang's own attention backends, taking turns on one device."""
+"""The benchmark: this package beside SGLang's own attention backends, in turns, on one device."""

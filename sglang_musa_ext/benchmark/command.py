@@ -264,7 +264,8 @@ def _unfit(kind: str, capability: tuple[int, int]) -> str | None:
         return policy.reason_against_capability(capability)
     if capability[0] == 9:
         return None
-    return f"it has compute capability {capability[0]}.{capability[1]}, and FA3's kernels are for 9.0 (Hopper)"
+    version = f"{capability[0]}.{capability[1]}"
+    return f"it has compute capability {version}, and FA3's kernels are for 9.0 (Hopper)"
 
 
 def _options(arguments: Sequence[str]) -> argparse.Namespace:

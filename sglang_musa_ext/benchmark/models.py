@@ -72,21 +72,20 @@ MODELS: Mapping[str, Model] = {
     ),
     "gemma2": Model(
         "like Gemma-2-2B: 13 window and 13 full layers, softcap", "gemma2",
-        {"hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26, "vocab_size": 32000,
-         "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
-         "query_pre_attn_scalar": 256,
-         "sliding_window": 4096}, 150_000, {"swa_full_tokens_ratio": 1.0},
+        {"hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
+         "vocab_size": 32000, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
+         "query_pre_attn_scalar": 256, "sliding_window": 4096},
+        150_000, {"swa_full_tokens_ratio": 1.0},
     ),
     "mla": Model(
         "like DeepSeek-V3's attention, 27 dense layers, 16 heads", "deepseek_v3",
-        {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 27, "vocab_size": 32000,
-         "q_lora_rank": 512}, 280_000,
+        {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 27,
+         "vocab_size": 32000, "q_lora_rank": 512}, 280_000,
     ),
     "verify": Model(
         "dense, 32 layers, head dim 128, EAGLE", "llama",
         {**_DENSE, "num_attention_heads": 16, "num_key_value_heads": 2, "head_dim": 128}, 140_000,
-        _CHAIN, "eagle",
-        (1, 8, 32), (1024, 8192),
+        _CHAIN, "eagle", (1, 8, 32), (1024, 8192),
     ),
 }  # fmt: skip
 TINY = Model(
@@ -114,7 +113,7 @@ ROOM = 128
 
 
 def context_limit(folder: Path) -> int | None:
-    """Return the longest context that ``config.json`` in ``folder`` names; ``None``: it names none."""
+    """Return the longest context that ``config.json`` in ``folder`` names, or ``None``."""
     page = folder / "config.json"
     if not page.is_file():
         return None

@@ -1,4 +1,4 @@
-"""The peers of the benchmark: ways to serve attention on one kind of device, and their processes."""
+"""The peers of the benchmark: the ways to serve attention on a kind of device, as processes."""
 
 from __future__ import annotations
 

@@ -96,7 +96,7 @@ class Clock:
             self._device.synchronize()
 
     def capturing(self) -> bool:
-        """Return whether the current stream's work goes into a graph, where no event can be timed."""
+        """Return whether the current stream is being captured, where no event can be timed."""
         return self._device is not None and self._device.is_current_stream_capturing()
 
     def activities(self) -> list[Any]:

@@ -124,10 +124,11 @@ def as_markdown(
     )
     missing = [f"* {what}" for what in _missing(every, planned or {})]
     notes = [f"* {name}: {one['note']}" for name, one in result["models"].items() if "note" in one]
+    head = ("Model", "What it is", "Measured", "Rounds", "Tokens a request", "Load")
     lines = [
         f"# Benchmark on {result['device']['name']}", "", f"{device}; {stack}.", "",
         f"{INTRODUCTION[_kind(result)]} {READING}", "",
-        *table(("Model", "What it is", "Measured", "Rounds", "Tokens a request", "Load"), _runs(result)), "",
+        *table(head, _runs(result)), "",
         *([*notes, ""] if notes else []),
         *(["Not measured:", "", *missing, ""] if missing else []),
         "## Bars", "", BARS_SAY, "", *table(("Bar", "Measured", "Met"), bars(every, result)), "",
@@ -476,10 +477,9 @@ def bars(every: Sequence[Place], result: Mapping[str, Any]) -> list[list[str]]:
             rows.append(
                 [f"{title}; {place.model}, {place.tokens} tokens", str(ratio), _met(ratio, limit)]
             )
-    slower = [
-        (place, ratio) for place in every for ratio in [place.ratio(OURS)] if ratio and ratio.low > 1.0
-    ]  # fmt: skip
-    total = sum(place.ratio(OURS) is not None for place in every)
+    ratios = [(place, place.ratio(OURS)) for place in every]
+    slower = [(place, ratio) for place, ratio in ratios if ratio and ratio.low > 1.0]
+    total = sum(ratio is not None for _, ratio in ratios)
     listed = ", ".join(f"{p.model} {p.kind} {p.label}: {r}" for p, r in slower)
     rows.append(
         [
@@ -596,14 +596,11 @@ def cost_model(result: Mapping[str, Any], every: Sequence[Place]) -> list[str]:
         "With no plan at all",
     )
     return [
-        (f"A pass under graphs is shorter by **{each:.2f} µs for each plan that it does not compute**, and by "
-        f"{besides:.1f} µs besides (SGLang's own pass plans outside of its graph where it plans "
-        "once): least squares "
-        "over the places below. So a model of L layers that makes P plans a pass gains about "
-        f"{each:.2f} µs x (L - P) in verify, and in decode for its window or MLA layers alone. The "
-        "last "
-        "column is the limit: what would be left without any plan. Without graphs, the host's time "
-        "per call comes on "
-        "top for each layer."), "",
+        (f"A pass under graphs is shorter by **{each:.2f} µs for each plan that it does not "
+        f"compute**, and by {besides:.1f} µs besides (SGLang's own pass plans outside of its graph "
+        "where it plans once): least squares over the places below. So a model of L layers that "
+        f"makes P plans a pass gains about {each:.2f} µs x (L - P) in verify, and in decode for "
+        "its window or MLA layers alone. The last column is the limit: what would be left without "
+        "any plan. Without graphs, the host's time per call comes on top for each layer."), "",
         *table(head, rows),
     ]  # fmt: skip

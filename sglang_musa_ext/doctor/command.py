@@ -116,7 +116,7 @@ def _row(head: str, text: str, width: int) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the checks and print them; returns the exit code: 0 all passed, 1 a warning, 2 a failure."""
+    """Run the checks, print them, and return 0 if all passed, 1 for a warning, 2 for a failure."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     split = given.index("--") if "--" in given else len(given)
     parser = argparse.ArgumentParser(

@@ -49,7 +49,10 @@ def probe_device(s: Surroundings) -> CheckResult:
     report = s.devices
     wanted = (9, 0) if s.kernels == "hopper" else policy.MINIMUM_CAPABILITY
     if not report["devices"]:
-        step = "Check the driver (mthreads-gmi), the permissions of its devices, and MUSA_VISIBLE_DEVICES."
+        step = (
+            "Check the driver (mthreads-gmi), the permissions of its devices, and "
+            "MUSA_VISIBLE_DEVICES."
+        )
         return failed("torch sees no device.", step, **report)
     old = [x for x in report["devices"] if tuple(x["capability"]) < wanted]
     if old:

@@ -1,4 +1,4 @@
-"""Checks of the vendor's packages: that they belong together, and that no public one took a place."""
+"""Checks of the vendor's packages: they belong together, and no public one took a place."""
 
 from __future__ import annotations
 
@@ -88,8 +88,9 @@ def probe_mate(s: Surroundings) -> CheckResult:
     if s.kernels != "mate" and not s.has_musa_stack:
         if found.location is None or not found.problems:
             return passed(f"MATE is not needed for {purpose(s)}.", **details)
-        text = f"{found.problems[0].seen} It does no harm here, because MATE is not needed for {purpose(s)}."
-        return warned(text, found.problems[0].remedy, **details)
+        harmless = f"It does no harm here, because MATE is not needed for {purpose(s)}."
+        problem = found.problems[0]
+        return warned(f"{problem.seen} {harmless}", problem.remedy, **details)
     for problem in found.problems:
         return failed(f"{problem.seen} Expected: {problem.expected}", problem.remedy, **details)
     for problem in found.warnings:
@@ -107,7 +108,8 @@ def probe_triton(s: Surroundings) -> CheckResult:
         return failed("Triton is not installed; SGLang's page tables need it.", INSTALL)
     places = [Path(place, "backends") for place in spec.submodule_search_locations]
     backends = sorted(x.parent.name for place in places for x in place.glob("*/driver.py"))
-    text = f"Triton {installed_versions('triton').get('triton', '?')} has the backends {join_sorted(backends)}"
+    version = installed_versions("triton").get("triton", "?")
+    text = f"Triton {version} has the backends {join_sorted(backends)}"
     if not {"mtgpu", "musa", "mthreads"} & set(backends):
         step = f"A public triton has probably replaced the vendor's. {INSTALL}"
         return failed(f"{text}, and none for MUSA.", step, backends=backends)
@@ -130,7 +132,10 @@ def probe_collisions(s: Surroundings) -> CheckResult:
             f"Public builds stand in the place of the vendor's: {listed}.", step, foreign=foreign
         )
     if cuda:
-        step = "They show that pip resolved dependencies here; check 'torch' and 'triton', and use --no-deps."
+        step = (
+            "They show that pip resolved dependencies here; check 'torch' and 'triton', and use "
+            "--no-deps."
+        )
         return warned(
             f"CUDA packages are installed beside torch_musa: {first_three(cuda)}.", step, cuda=cuda
         )

@@ -77,7 +77,7 @@ class Surroundings:
             RuntimeError: torch, its backend or the driver does not answer.
         """
         kind = "cuda" if self.kernels == "hopper" else "musa"
-        code = f"from sglang_musa_ext.doctor.surroundings import print_devices; print_devices({kind!r})"
+        code = f"from {__name__} import print_devices; print_devices({kind!r})"
         done = subprocess.run(
             [sys.executable, "-c", code],
             capture_output=True,

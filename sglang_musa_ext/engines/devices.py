@@ -29,7 +29,7 @@ def device_kind() -> str:
 
 
 def device_module(kind: str) -> Any:
-    """Return ``torch.musa`` or ``torch.cuda``; ``None`` for a CPU, which has no streams or events."""
+    """Return ``torch.musa`` or ``torch.cuda``; ``None`` for a CPU, which has no streams."""
     import torch
 
     return None if kind == "cpu" else getattr(torch, kind)

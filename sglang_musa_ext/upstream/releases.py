@@ -94,7 +94,7 @@ class Standing(Enum):
 
 @dataclass(frozen=True)
 class Support:
-    """The answer of :func:`classify_version`; ``message`` is empty where there is nothing to say."""
+    """The answer of :func:`classify_version`; ``message`` is empty if there is nothing to say."""
 
     version: str
     standing: Standing

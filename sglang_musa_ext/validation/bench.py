@@ -96,7 +96,7 @@ class Bench:
         return Outcome(PART, "", PASS, "", values)
 
     def _rounds(self, batch: int) -> tuple[list[float], list[float]]:
-        """Seconds a step of each engine, round by round; each round begins with the other engine."""
+        """Return seconds a step of each engine, by round; which engine begins alternates."""
         assert self.engines is not None
         times: tuple[list[float], list[float]] = ([], [])
         for index in range(self.rounds + 1):

@@ -104,7 +104,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--jobs", type=int, default=0, metavar="N",
-        help="engines of modes and cases of memcheck at a time (default: what processor and GPUs have room for)",
+        help="engines of modes and cases of memcheck at a time (default: as many as processor and "
+        "GPUs have room for)",
     )  # fmt: skip
     parser.add_argument(
         "--quick", action="store_true", help="one dtype, and a short engine and benchmark"
@@ -230,7 +231,7 @@ class Run:
     def _messages(
         self, part: str, done: Sequence[str], state: dict[str, Any]
     ) -> Iterator[dict[str, Any]]:
-        """What a new process of ``part`` reports, until it ends; ``state["status"]`` is then how."""
+        """Yield what a new process of ``part`` reports; ``state["status"]`` says how it ended."""
         reading, writing = os.pipe()
         finished = self.out / f"{part}.done.json"
         finished.write_text(json.dumps(list(done)))

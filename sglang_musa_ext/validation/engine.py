@@ -78,7 +78,7 @@ def variants(device: str) -> tuple[Variant, list[Variant], list[Variant]]:
 
 
 def prompts(quick: bool) -> list[list[list[int]]]:
-    """Requests in two phases; those of the second find the first one's tokens in the prefix cache."""
+    """Return requests in two phases; the second finds the first's tokens in the prefix cache."""
     lengths = (5, 70, 200) if quick else (5, 63, 64, 70, 200, 400)
     first = [
         [(7 * position + 31 * length) % (VOCABULARY - 8) + 4 for position in range(length)]

@@ -48,7 +48,7 @@ class Graphs(Protocol):
 
 
 class DeviceGraphs:
-    """PyTorch's graphs of a device, whose module has them under the names that ``torch.cuda`` has."""
+    """PyTorch's graphs of a device, whose module names them as ``torch.cuda`` does."""
 
     def __init__(self, device: torch.device) -> None:
         self.module: Any = torch.get_device_module(device)

@@ -192,7 +192,7 @@ OUTPUT = Way(True, False, "output")
 
 
 def phases(quick: bool) -> list[list[list[int]]]:
-    """Requests, one batch after another; the last batch tells whether answers depend on attention."""
+    """Return batches of requests; the last tells whether answers depend on attention."""
     lengths = (5, 70, 700) if quick else (5, 70, 700, 3000)
     batch = [
         [(7 * at + 13 * row) % 4000 + 3 for at in range(length)]
@@ -336,11 +336,8 @@ class Fleet:
         with self._lock:
             change(name)
             self._down += down
-            self._emit(
-                {
-                    "progress": f"{self._down} of {len(self._found)} engines done; up: {', '.join(self._up)}"
-                }
-            )
+            done = f"{self._down} of {len(self._found)} engines done"
+            self._emit({"progress": f"{done}; up: {', '.join(self._up)}"})
 
 
 # --- cases ----------------------------------------------------------------------------------------
@@ -418,13 +415,12 @@ class Session:
         values = {
             "log-probability difference": max(abs(a - b) for a, b in zip(one, other, strict=True))
         }
-        good = values["log-probability difference"] > 0
+        if values["log-probability difference"] > 0:
+            return Outcome(PART, "", PASS, "", values)
         reason = (
-            ""
-            if good
-            else "prompts that differ before their last token got the same answer: equality says nothing"
+            "prompts that differ before their last token got the same answer: equality says nothing"
         )
-        return Outcome(PART, "", PASS if good else FAIL, reason, values)
+        return Outcome(PART, "", FAIL, reason, values)
 
     def _output(self, name: str) -> Outcome:
         asked = self.fleet.asked(name, OUTPUT)
@@ -517,14 +513,15 @@ def judged_plans(
 
 
 def missing(kernels: str, device: str) -> str:
-    """Why this part cannot run; empty if it can."""
+    """Return why this part cannot run; empty if it can."""
     if not device.startswith("cuda"):
-        return f"SGLang's own fa3, the peer of this part, runs on NVIDIA GPUs alone, and this device is {device}"
-    return (
-        ""
-        if kernels == "hopper"
-        else "on an NVIDIA GPU this part compares the hopper kernels: --kernels hopper"
-    )
+        return (
+            "SGLang's own fa3, the peer of this part, runs on NVIDIA GPUs alone, and this device "
+            f"is {device}"
+        )
+    if kernels != "hopper":
+        return "on an NVIDIA GPU this part compares the hopper kernels: --kernels hopper"
+    return ""
 
 
 def visible_cards(count: int, device: str) -> list[str]:

@@ -331,7 +331,7 @@ def varlen(setting: Setting, shape: Shape, options: dict[str, Any]) -> list[Comp
 
 
 def merged(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Attention over all keys from attention over parts of them, by their log-sum-exp, in float32."""
+    """Merge attention over parts of the keys by their log-sum-exp, in float32."""
     lses = torch.stack([lse.float() for _, lse in parts])
     total = torch.logsumexp(lses, 0)
     weights = torch.exp(lses - total).transpose(1, 2)[..., None]
@@ -656,15 +656,16 @@ def judged(part: str, name: str, found: Sequence[Comparison], seconds: float) ->
 
 
 def _where(wrong: Comparison) -> str:
-    """Which rows are wrong, and how."""
+    """Say which rows are wrong, and how."""
     if wrong.seen.shape != wrong.exact.shape:
         return f"its shape is {tuple(wrong.seen.shape)}, expected {tuple(wrong.exact.shape)}"
     off = ~((wrong.seen.double() - wrong.exact).abs() <= wrong.allowed) & ~(
         wrong.seen.double() == wrong.exact
     )
     rows = off.flatten(1).any(1) if wrong.what == "output" else off.any(0)
-    unwritten = int(wrong.seen.isnan().sum())
-    return f"{int(rows.sum())} of {len(rows)} rows, the first is {int(rows.nonzero()[0])}; {unwritten} values are NaN"
+    first, unwritten = int(rows.nonzero()[0]), int(wrong.seen.isnan().sum())
+    count = f"{int(rows.sum())} of {len(rows)} rows"
+    return f"{count}, the first is {first}; {unwritten} values are NaN"
 
 
 def _short(dtype: torch.dtype) -> str:

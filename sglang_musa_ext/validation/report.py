@@ -13,19 +13,18 @@ from typing import Any
 PASS, FAIL, SKIP, ABSENT = "pass", "fail", "skip", "could not run"
 NOTICE = (
     "Nothing of sglang-musa-ext had been run on a Moore Threads GPU when this kit was written: its "
-    "expectations come "
-    "from MATE's public source, and from the PyTorch kernels that stand in for it. On such a GPU "
-    "this report is news, "
-    "whatever it says. Please attach it to an issue."
+    "expectations come from MATE's public source, and from the PyTorch kernels that stand in for "
+    "it. On such a GPU this report is news, whatever it says. Please attach it to an issue."
 )
 ELSEWHERE = (
     "This run was not on a Moore Threads GPU, and says nothing of one: nothing of sglang-musa-ext "
-    "had been run there "
-    "when this kit was written."
+    "had been run there when this kit was written."
 )
 NOTICES = {
-    "cuda": f"On an NVIDIA GPU sglang-musa-ext shows its logic under real streams, graphs and memory. {ELSEWHERE}",
-    "cpu": f"On a CPU sglang-musa-ext shows its logic on PyTorch kernels that stand in for MATE. {ELSEWHERE}",
+    "cuda": "On an NVIDIA GPU sglang-musa-ext shows its logic under real streams, graphs and "
+    f"memory. {ELSEWHERE}",
+    "cpu": "On a CPU sglang-musa-ext shows its logic on PyTorch kernels that stand in for MATE. "
+    f"{ELSEWHERE}",
 }
 """What a report says of itself on a device that is no Moore Threads GPU."""
 DISTRIBUTIONS = (

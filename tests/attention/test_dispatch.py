@@ -21,7 +21,7 @@ from tests.support.layers import (
 
 @pytest.fixture
 def originals(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
-    """Upstream's kernel names with recorders under them, and no dispatcher yet; the calls by name."""
+    """Put recorders under upstream's kernel names, without a dispatcher; return calls by name."""
     calls: dict[str, list[Any]] = {name: [] for name in KERNEL_PARAMETERS}
     for name, seen in calls.items():
         monkeypatch.setattr(

@@ -109,7 +109,7 @@ def test_replay_at_long_context_is_split(kind: str, graphs: CpuGraphs) -> None:
 def test_window_and_full_layers_have_plans_of_their_own_in_a_graph(
     window_pages: bool, graphs: CpuGraphs
 ) -> None:
-    """Two geometries, two plans, in every graph; also where window layers have pages of their own."""
+    """Every graph has two plans for two geometries, also with window layers on their own pages."""
     layers = [attention_layer(i, sliding_window_size=40 if i % 2 else -1) for i in range(4)]
     model = Model(layers, window=40, window_pages=window_pages, context_len=1024)
     runner = captured(model, graphs, sizes=(2, 1))
@@ -235,7 +235,7 @@ def test_a_capture_leaves_no_plan_behind(graphs: CpuGraphs) -> None:
 
 
 def test_two_captures_in_a_row_share_no_plan(graphs: CpuGraphs) -> None:
-    """Each of two graphs that follow on one another, for two layers of one pass, replays by itself."""
+    """Two graphs captured one after the other, for two layers of one pass, replay by themselves."""
     model, backend, step = _eager_pass(graphs)
     made = []
     for layer in model.layers:

@@ -59,7 +59,7 @@ def test_slots_of_a_dropped_backend_serve_the_next() -> None:
 def test_an_exhausted_workspace_is_an_error_and_never_a_shared_slot(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The backend that finds no room refuses, naming the setting; the one that has a slot goes on."""
+    """A backend without room refuses and names the setting; the one that has a slot goes on."""
     model = mla_model()
     small = MLAWorkspace(torch.device("cpu"), 4096)
     monkeypatch.setattr(MLAWorkspace, "of_device", classmethod(lambda *_: small))

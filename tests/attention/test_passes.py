@@ -81,7 +81,7 @@ def test_prefill_and_decode_alternate() -> None:
 
 
 def test_long_context_decode_is_split() -> None:
-    """One request with many keys: its plan has more than one split, and the result is still right."""
+    """One request with many keys has a plan of more than one split, and the result is right."""
     model = Model(uniform_layers(2), context_len=2048)
     backend = model.backend()
     calls = recorded(backend)
@@ -314,7 +314,7 @@ def _padded(model: Model, requests: list[Request], size: int) -> Step:
 
 
 def test_passes_that_reuse_one_metadata_object_are_passes_of_their_own() -> None:
-    """A graph's warm-up runs and its capture share metadata and batch; each computes its own plan."""
+    """A graph's warm-up and capture share metadata and batch; each computes its own plan."""
     model = Model(uniform_layers(2))
     backend, requests = model.backend(), model.requests(100, 5)
     step = model.decode(requests)
@@ -403,7 +403,7 @@ def test_every_init_method_of_this_release_ends_the_pass() -> None:
 
 
 def test_the_batch_alone_tells_passes_apart() -> None:
-    """Another forward batch under the same metadata object, as a pipeline's micro-batches may be."""
+    """Another batch under the same metadata object is another pass, as in micro-batches."""
     model = Model(uniform_layers(2))
     backend, requests = model.backend(), model.requests(100, 5)
     step = model.decode(requests)

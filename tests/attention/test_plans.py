@@ -172,7 +172,7 @@ def test_another_view_is_another_identity(other: Callable[[torch.Tensor], torch.
 
 
 def test_two_views_of_the_same_elements_are_one_identity() -> None:
-    """Upstream slices its static buffer anew for each pass: the slices stand for the same contents."""
+    """Upstream slices its static buffer anew for each pass; the slices have the same contents."""
     tensor = torch.arange(8)
     assert TensorIdentity.of(tensor[:4]) == TensorIdentity.of(tensor[:4])
 
@@ -329,7 +329,7 @@ def test_the_same_role_of_the_same_layer_begins_a_pass(
 
 
 def test_a_layer_at_the_address_of_a_dead_one_cannot_be() -> None:
-    """The cache holds the layers of its pass, so that another layer cannot have the address of one."""
+    """The cache keeps its pass's layers alive, so no other layer can take the address of one."""
     server = Server()
     layer = Thing()
     server.call(layer)
@@ -556,7 +556,7 @@ def test_statistics_count_plans_in_place_alike() -> None:
 
 
 def test_a_pass_without_a_plan_is_none() -> None:
-    """Calls that take no plan make no pass of the statistics, and do not end one of calls that do."""
+    """Calls that take no plan count as no pass, and do not end a pass of calls that do."""
     server = Server()
     server.begin(Thing())
     known: Any = Alike("like this")

@@ -41,7 +41,7 @@ SPEC = {
 
 @pytest.fixture
 def plugin_on(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The plugin, registered in this process; everything it puts into upstream is taken out again."""
+    """Register the plugin in this process, and take out afterwards what it put into upstream."""
     with warnings.catch_warnings():
         # From 0.5.22 on its import says that Triton has no driver here.
         warnings.simplefilter("ignore")
@@ -125,7 +125,7 @@ def test_draft_factories_build_ours(
 
 @pytest.mark.usefixtures("plugin_on")
 def test_a_foreign_fa3_backend_is_refused_once_ours_serves() -> None:
-    """A way to upstream's class that this package does not know is an error, not a silent fallback."""
+    """A way to upstream's class that this package does not know is an error, not a fallback."""
     from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 
     runner = ready_runner()

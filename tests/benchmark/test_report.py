@@ -54,7 +54,7 @@ def test_a_bar_is_met_missed_or_within_the_spread(ours: list[float], met: str) -
 
 
 def test_the_step_around_a_verify_pass_is_told_too() -> None:
-    """A verify pass that is faster in a step that is not: both are there, each under its own head."""
+    """A verify pass may be faster in a step that is not: each is shown under its own head."""
     data = result()
     theirs, ours, _ = data["models"]["verify"]["points"][:3]
     theirs |= {"step_ms": [4.0] * 3, "forward_ms": [2.0] * 3}
@@ -127,7 +127,7 @@ def test_every_prefill_has_a_bar() -> None:
 
 
 def test_what_the_host_takes_is_laid_beside_the_pass() -> None:
-    """Calls of 2 µs more, 26 times a pass, make 52 µs, beside the 60 by which the pass is longer."""
+    """Calls of 2 µs more, 26 times a pass, make 52 µs, beside the 60 by which a pass is longer."""
     data = result()
     for peer, times, calls in (
         ("upstream", [4.0] * 3, [20.0] * 3),

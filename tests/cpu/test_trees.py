@@ -18,7 +18,7 @@ SHAPES = [(1, 3, 4), (2, 2, 4), (4, 3, 8), (3, 4, 16), (1, 1, 2)]
 
 @dataclass(frozen=True)
 class Tree:
-    """The path of drafted choices from the root to each node; that of node 0, the root, is empty."""
+    """Return each node's path of drafted choices from the root, node 0, whose own is empty."""
 
     paths: tuple[tuple[int, ...], ...]
 

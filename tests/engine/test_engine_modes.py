@@ -529,7 +529,7 @@ CHECKED = [
 """Modes that run once more under ``SGLANG_MUSA_EXT_CHECK=metadata``."""
 
 NOT_ON_A_CPU = {
-    "two-batch overlap": "SGLang asks for an expert-parallel all-to-all backend, all of them CUDA's",
+    "two-batch overlap": "SGLang wants an expert-parallel all-to-all backend, all of them CUDA's",
     "torch.compile and graphs": "SGLang asks the platform for a graph runner; a CPU has no graphs",
     "Gemma-4 (layers of different head dims)": "SGLang's own list of its backends lacks fa3",
     "Llama-4 (chunked-local attention)": "SGLang's experts in PyTorch cannot weigh their input",

@@ -1,4 +1,4 @@
-"""Two nodes on one machine, over gloo: a real engine on each, and what stops them before weights."""
+"""Two nodes on one machine, over gloo: an engine on each, and what stops them before weights."""
 
 from __future__ import annotations
 

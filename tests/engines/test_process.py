@@ -17,8 +17,8 @@ from sglang_musa_ext.engines.process import Engine, EngineDied, graph_arguments,
         ({"graphs": [8]}, {"disable_cuda_graph": False, "cuda_graph_max_bs_decode": 8}),
         (
             {"graphs": [1, 8], "prefill_graphs": False},
-            {"disable_cuda_graph": False, "cuda_graph_max_bs_decode": 8, "cuda_graph_bs_decode": [1, 8],
-             "disable_prefill_cuda_graph": True},
+            {"disable_cuda_graph": False, "cuda_graph_max_bs_decode": 8,
+             "cuda_graph_bs_decode": [1, 8], "disable_prefill_cuda_graph": True},
         ),
     ],
 )  # fmt: skip

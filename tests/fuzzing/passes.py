@@ -125,7 +125,7 @@ class Case:
 
 
 def run_case(case: Case, totals: Totals | None = None) -> Totals:
-    """Carry out ``case``; raises :class:`~tests.fuzzing.oracle.Mismatch` where something is wrong."""
+    """Carry out ``case``; raise :class:`~tests.fuzzing.oracle.Mismatch` if something is wrong."""
     totals = Totals() if totals is None else totals
     with World(case.lanes, totals) as world:
         for operation in case.operations:

@@ -43,7 +43,7 @@ OTHER = ("draft", "replay", "again", "fault", "finish", "idle", "reload")
 
 @pytest.fixture(scope="module", autouse=True)
 def leaves_no_backend() -> Iterator[None]:
-    """Have backends gone that are cycles of references, with their slots in the shared workspace."""
+    """Collect backends that are cycles of references, and so free their workspace slots."""
     yield
     gc.collect()
 

@@ -111,7 +111,7 @@ def environment(tmp_path: Path) -> Environment:
 def install(
     environment: Environment, *options: str, **variables: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run the command as a person would, on ``environment``, with that folder as the current one."""
+    """Run the command on ``environment`` as a person would, from that folder."""
     command = [sys.executable, "-m", "sglang_musa_ext", "install"]
     return subprocess.run(
         [*command, "--python", environment.python, "--cohort", COHORT, *options],
@@ -126,7 +126,7 @@ def install(
 def test_the_cohort_is_installed_and_nothing_else(
     vendor: Index, public: Index, environment: Environment
 ) -> None:
-    """What is pinned replaces a squatter, without dependencies, whatever the environment tells pip."""
+    """Pinned packages replace squatters, without dependencies, whatever pip's variables say."""
     environment.has("mate", PINS["mate"], dict(UNRELATED))
     done = install(
         environment,

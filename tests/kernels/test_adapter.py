@@ -98,7 +98,7 @@ def test_out_is_handed_to_a_kernel_that_has_it() -> None:
 
 @pytest.mark.parametrize("shape", [(2, 3, 4), (2, 12)])
 def test_out_is_written_for_a_kernel_that_lacks_it(shape: tuple[int, ...]) -> None:
-    """The result lands in ``out``, in whatever shape the caller gave it, and ``out`` is returned."""
+    """The result lands in ``out``, in the shape that the caller gave it, and is returned."""
     result = torch.arange(24.0).view(2, 3, 4)
     out = torch.full(shape, torch.nan)
     returned = adapted(lambda q: result)(q=1, out=out)
@@ -107,7 +107,7 @@ def test_out_is_written_for_a_kernel_that_lacks_it(shape: tuple[int, ...]) -> No
 
 
 def test_out_is_written_when_the_kernel_returns_more() -> None:
-    """With ``return_softmax_lse`` the output is the first of several, and the others pass through."""
+    """With ``return_softmax_lse`` the output is the first of several; the others pass through."""
     result, lse, extra = torch.arange(6.0), torch.zeros(1), object()
     out = torch.full((6,), torch.nan)
     returned = adapted(lambda q: (result, lse, extra))(q=1, out=out)

@@ -134,7 +134,7 @@ def test_a_wrapper_lists_everything_it_lacks(packages: Path) -> None:
 def test_mate_sizes_an_mla_plan_by_its_layout(
     packages: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A plan has at most one 32-byte record a multiprocessor, and batch+1 split offsets of 4 bytes."""
+    """A plan has at most a 32-byte record a multiprocessor and batch+1 offsets of 4 bytes."""
     write_mate(packages)
     properties = SimpleNamespace(multi_processor_count=60)
     module = SimpleNamespace(get_device_properties=lambda device: {MUSA: properties}[device])

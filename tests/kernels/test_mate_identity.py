@@ -36,7 +36,7 @@ MATCHERS = {"mate/__init__.py": "class Mate: ...\n", "mate/matchers.py": ""}
 
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder of packages that is searched first; the modules in question are found nowhere else."""
+    """Put a folder of packages first on the path; the modules in question are nowhere else."""
     before = {
         name: module for name, module in sys.modules.items() if name.partition(".")[0] in MODULES
     }
@@ -81,7 +81,7 @@ def only_warning(identity: MateIdentity) -> str:
 
 
 def test_the_vendors_packages_are_recognized(site: Path) -> None:
-    """MATE and its wrapper are named with distribution, version and location, and nothing is wrong."""
+    """MATE and its wrapper are named with distribution, version and path, and nothing is wrong."""
     install_vendors(site)
     assert identify_mate() == MateIdentity(
         distribution="mate",
@@ -113,7 +113,7 @@ def test_the_wrapper_of_mate_0_1_is_recognized(site: Path) -> None:
     "version", ["0.1.3", "0.2.0", "0.2.1", "0.2.2", "0.2.3", "0.2.7", "0.2.7.post1+musa5.2.0"]
 )
 def test_every_known_release_is_accepted(site: Path, version: str) -> None:
-    """MATE 0.1.3 to 0.2.7 pass with the wrapper of their generation, whatever the build is called."""
+    """MATE 0.1.3 to 0.2.7 pass with their generation's wrapper, whatever the build is called."""
     install(site, "mate", version, MATE, VENDOR)
     if version == "0.1.3":
         install(site, "mate-flash-attention", version, LEGACY)

@@ -31,7 +31,7 @@ FULL = "Installing collected packages: torch\nERROR: OSError: [Errno 28] No spac
 
 
 def play_pip(venv: Path, script: str) -> Pip:
-    """Make a virtual environment whose Python is the shell script ``script``; it notes its calls."""
+    """Make a virtual environment whose Python is the shell script ``script``, which notes calls."""
     (venv / "bin").mkdir(parents=True, exist_ok=True)
     python = venv / "bin" / "python"
     python.write_text(f'#!/bin/sh\necho "$*" >> "{venv}/calls"\n{script}\n')

@@ -197,7 +197,7 @@ def test_bad_rows_are_refused(tmp_path: Path, backend: str, exceptions: str, mes
 
 
 def test_releases_and_levels_are_selected() -> None:
-    """Lists keep the matrix's order, know the ends of it, and mean everything when they are empty."""
+    """Lists keep the matrix's order, know its ends, and mean everything when they are empty."""
     rows = [release(version=version) for version in ("0.5.11", "0.5.17", "0.5.21")]
     chosen = [row.version for row in select_rows(rows, "newest, 0.5.17")]
     assert (chosen, select_rows(rows, ""), select_rows(rows, "oldest")) == (
@@ -226,7 +226,7 @@ def test_unknown_names_are_refused(choose: Callable[[str], Any], wrong: str) -> 
 
 
 def test_a_report_of_pytest_is_read() -> None:
-    """Passes, failures, errors and skips are told apart; a test whose teardown fails did not pass."""
+    """Passes, failures, errors and skips differ; a test whose teardown fails did not pass."""
     run = matrix_levels.parse_report(
         """<testsuites><testsuite>
         <testcase name="good"/>

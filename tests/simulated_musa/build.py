@@ -129,7 +129,7 @@ def _compile(folder: Path) -> None:
         left_over.unlink()
 
 
-# --- the site folder -------------------------------------------------------------------------------
+# --- the site folder ------------------------------------------------------------------------------
 
 
 def _fill_site(folder: Path, library: Path, mate: str) -> None:
@@ -225,7 +225,7 @@ def _register(folder: Path, distribution: _Distribution) -> None:
     (info / "RECORD").write_text("\n".join([*records, f"{info.name}/RECORD,,"]) + "\n")
 
 
-# --- files and processes -----------------------------------------------------------------------------
+# --- files and processes --------------------------------------------------------------------------
 
 
 def _files(path: Path) -> list[Path]:

@@ -137,12 +137,14 @@ THOUSANDS = (prompts(4200, 60), prompts(40, 4100))
 EXPERTS = (prompts(330, 40), prompts(40))
 TWICE = (prompts(700), prompts(700))
 
+NO_OVERLAP = {"disable_overlap_schedule": True}
+
 CASES = [
     MusaCase("Llama", LLAMA),
     MusaCase("Llama, thousands of tokens", LLAMA, THOUSANDS, {"chunked_prefill_size": 2048}),
     MusaCase("Llama, batch reversed", LLAMA, REVERSED, {}),
     MusaCase("Llama, no graphs", LLAMA, arguments=CHUNKS | {"disable_cuda_graph": True}),
-    MusaCase("Llama, without overlap", LLAMA, arguments=CHUNKS | {"disable_overlap_schedule": True}),
+    MusaCase("Llama, without overlap", LLAMA, arguments=CHUNKS | NO_OVERLAP),
     MusaCase("Qwen3-MoE", QWEN_3_MOE, EXPERTS),
     MusaCase("Gemma-2", GEMMA_2),
     MusaCase("Gemma-3", GEMMA_3),

@@ -58,36 +58,42 @@ def _text(name: str, model: tiny_models.TinyModel, architecture: str, **argument
     return Kind(name, model.config, model.fields, architecture, arguments)
 
 
+def _parts(name: str, config: str, family: str, text: Mapping[str, Any]) -> Kind:
+    """Return a model of several parts, such as text and images."""
+    return Kind(name, config, {}, f"{family}ForConditionalGeneration", text=text)
+
+
 _LLAMA, _MLA = cases.LLAMA, cases.MLA_DENSE
 _CROSS = {**_LLAMA.fields, "cross_attention_layers": [1]}
-_MLA_NAME = "DeepseekV3ForCausalLM"
+_MLA_NAME, _NAME = "DeepseekV3ForCausalLM", "LlamaForCausalLM"
+_NGRAM = {"speculative_algorithm": "NGRAM", "speculative_num_draft_tokens": 8}
 KINDS = [
-    _text("Llama", _LLAMA, "LlamaForCausalLM"),
+    _text("Llama", _LLAMA, _NAME),
     _text("Qwen3-MoE", cases.QWEN_3_MOE, "Qwen3MoeForCausalLM"),
     _text("Gemma-2", cases.GEMMA_2, "Gemma2ForCausalLM"),
     _text("Gemma-3, text", cases.GEMMA_3, "Gemma3ForCausalLM"),
-    Kind("Gemma-3, images", "Gemma3Config", {}, "Gemma3ForConditionalGeneration", text=cases.GEMMA_3.fields),
+    _parts("Gemma-3, images", "Gemma3Config", "Gemma3", cases.GEMMA_3.fields),
     _text("GPT-OSS", cases.GPT_OSS, "GptOssForCausalLM"),
     Kind("OLMo-2", "Olmo2Config", _LLAMA.fields, "Olmo2ForCausalLM"),
     _text("OLMo-3", cases.OLMO_3, "Olmo3ForCausalLM"),
-    Kind("Gemma-4", "Gemma4Config", {}, "Gemma4ForConditionalGeneration", text=cases.GEMMA_3.fields),
-    Kind("Llama-4", "Llama4Config", {}, "Llama4ForConditionalGeneration", text=_LLAMA.fields),
-    Kind("Mllama (cross attention)", "MllamaConfig", {}, "MllamaForConditionalGeneration", text=_CROSS),
+    _parts("Gemma-4", "Gemma4Config", "Gemma4", cases.GEMMA_3.fields),
+    _parts("Llama-4", "Llama4Config", "Llama4", _LLAMA.fields),
+    _parts("Mllama (cross attention)", "MllamaConfig", "Mllama", _CROSS),
     Kind("Whisper", "WhisperConfig", {}, "WhisperForConditionalGeneration"),
-    Kind("Qwen2.5-VL", "Qwen2_5_VLConfig", {}, "Qwen2_5_VLForConditionalGeneration", text=_LLAMA.fields),
+    _parts("Qwen2.5-VL", "Qwen2_5_VLConfig", "Qwen2_5_VL", _LLAMA.fields),
     _text("MLA (DeepSeek-V3)", _MLA, _MLA_NAME),
     _text("MLA, `--dtype float16`", _MLA, _MLA_NAME, dtype="float16"),
     _text("MLA, `--page-size 1`", _MLA, _MLA_NAME, page_size=1),
     _text("MLA, EAGLE, topk 1", _MLA, _MLA_NAME, **EAGLE),
     _text("MLA, EAGLE, topk 4", _MLA, _MLA_NAME, **TREE),
-    _text("Llama, EAGLE, topk 1", _LLAMA, "LlamaForCausalLM", **EAGLE),
-    _text("Llama, EAGLE, topk 4", _LLAMA, "LlamaForCausalLM", **TREE),
-    _text("Llama, `--page-size 16`", _LLAMA, "LlamaForCausalLM", page_size=16),
-    _text("Llama, `--kv-cache-dtype fp8_e4m3`", _LLAMA, "LlamaForCausalLM", kv_cache_dtype="fp8_e4m3"),
-    _text("Llama, `--dtype float32`", _LLAMA, "LlamaForCausalLM", dtype="float32"),
-    _text("Llama, NGRAM", _LLAMA, "LlamaForCausalLM", speculative_algorithm="NGRAM", speculative_num_draft_tokens=8),
-    _text("Llama, deterministic inference", _LLAMA, "LlamaForCausalLM", enable_deterministic_inference=True),
-]  # fmt: skip
+    _text("Llama, EAGLE, topk 1", _LLAMA, _NAME, **EAGLE),
+    _text("Llama, EAGLE, topk 4", _LLAMA, _NAME, **TREE),
+    _text("Llama, `--page-size 16`", _LLAMA, _NAME, page_size=16),
+    _text("Llama, `--kv-cache-dtype fp8_e4m3`", _LLAMA, _NAME, kv_cache_dtype="fp8_e4m3"),
+    _text("Llama, `--dtype float32`", _LLAMA, _NAME, dtype="float32"),
+    _text("Llama, NGRAM", _LLAMA, _NAME, **_NGRAM),
+    _text("Llama, deterministic inference", _LLAMA, _NAME, enable_deterministic_inference=True),
+]
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ def test_raw_keys_serve_prefill(case: MusaCase, run: EngineRun) -> None:
 
 
 def keep_plans_too_long() -> None:
-    """Make the mistake that this package exists to avoid: a plan serves every pass of its geometry."""
+    """Make the mistake that this package prevents: a plan serves every pass of its geometry."""
     mccl.stand_in()
     keep_plans_for_ever()
 

@@ -403,7 +403,7 @@ class Model:
         )  # fmt: skip
 
     def publish(self) -> Any:
-        """Make this model's server arguments those of the process, through upstream's own setter."""
+        """Make this model's server arguments the process's, through upstream's own setter."""
         arguments = ServerArgs(
             model_path="dummy", device=DEVICE, page_size=self.page_size, **self.arguments
         )

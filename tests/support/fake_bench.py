@@ -117,19 +117,22 @@ def verdicts(found: Contest) -> dict[str, tuple[str, int]]:
     return {point.peer: (point.verdict, len(point.step_ms)) for point in found.points}
 
 
+PLANNER = "void flash::prepare_varlen_num_blocks_kernel<1>"
+ATTENTION = {
+    "void cutlass::device_kernel<flash::enable_sm90<flash::FlashAttnFwdSm90<...": [26, 260.0],
+    "void flash::FlashAttnFwdCombine<...": [26, 52.0],
+}
+
+
 def result(each: float = 3.0, besides: float = 5.0) -> dict[str, Any]:
     """Measurements in which a plan costs ``each`` µs, and upstream's pass ``besides`` µs more."""
     models: dict[str, Any] = {}
     for name, (theirs, ours) in {"dense": (1, 1), "gemma2": (14, 2), "verify": (32, 1)}.items():
         kind, mode = ("verify", "TARGET_VERIFY") if name == "verify" else ("decode", "DECODE")
         traces = [
-            {"peer": peer, "mode": mode, "kernels": {
-                "void flash::prepare_varlen_num_blocks_kernel<1>": [plans, plans * each],
-                "void cutlass::device_kernel<flash::enable_sm90<flash::FlashAttnFwdSm90<...": [26, 260.0],
-                "void flash::FlashAttnFwdCombine<...": [26, 52.0],
-            }}
+            {"peer": peer, "mode": mode, "kernels": {PLANNER: [plans, plans * each], **ATTENTION}}
             for peer, plans in (("upstream", theirs), ("ours", ours))
-        ]  # fmt: skip
+        ]
         points = []
         for batch in (1, 8):
             time = 1000.0 + 100 * batch
@@ -137,8 +140,10 @@ def result(each: float = 3.0, besides: float = 5.0) -> dict[str, Any]:
             points += [point(kind, batch, "upstream", slow), point(kind, batch, "ours", time)]
             wrong = point(kind, batch, "in-tree", 0.0) | {"step_ms": [], "forward_ms": []}
             points.append(wrong | {"verdict": "wrong output (off by 0.5)"})
-        held = {"allocator": {"allocated": 1 << 30, "reserved": 2 << 30},
-                "sglang": {"kvcache": 4.0, "token_capacity": 1 << 16, "graph": {"decode": 0.25}}}  # fmt: skip
+        held = {
+            "allocator": {"allocated": 1 << 30, "reserved": 2 << 30},
+            "sglang": {"kvcache": 4.0, "token_capacity": 1 << 16, "graph": {"decode": 0.25}},
+        }
         more = {**held, "allocator": {"allocated": 1 << 30, "reserved": (2 << 30) + (1 << 20)}}
         run = {
             "title": name,
@@ -161,5 +166,5 @@ def result(each: float = 3.0, besides: float = 5.0) -> dict[str, Any]:
 def point(kind: str, batch: int, peer: str, micros: float) -> dict[str, Any]:
     """A point whose every round took ``micros``."""
     times = [micros / 1e3] * 3
-    return {"kind": kind, "batch": batch, "tokens": 1024, "peer": peer, "verdict": "equal", "step_ms": times,
-            "forward_ms": times, "call_us": [], "difference": 0.0}  # fmt: skip
+    return {"kind": kind, "batch": batch, "tokens": 1024, "peer": peer, "verdict": "equal",
+            "step_ms": times, "forward_ms": times, "call_us": [], "difference": 0.0}  # fmt: skip

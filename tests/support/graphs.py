@@ -256,13 +256,14 @@ class GraphRunner:
         rows = size * self.tokens
         template = self.model.extend([Request(0, 0)], [1]).batch
         verify = self.tokens > 1
+        draft = Draft(draft_token_num=self.tokens, num_tokens_per_req=self.tokens)
         fields = {
             "forward_mode": ForwardMode.TARGET_VERIFY if verify else ForwardMode.DECODE,
             "batch_size": size, "req_pool_indices": self.table_rows[:size],
             "seq_lens": self.lengths[:size],
             "seq_lens_cpu": self.lengths[:size].cpu().clone(), "out_cache_loc": self.loc[:rows],
             "positions": torch.zeros(rows, dtype=torch.int64),
-            "spec_info": Draft(draft_token_num=self.tokens, num_tokens_per_req=self.tokens) if verify else None,
+            "spec_info": draft if verify else None,
         }  # fmt: skip
         for name, value in fields.items():
             setattr(template, name, value)

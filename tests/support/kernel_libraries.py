@@ -134,12 +134,8 @@ def write(root: Path, files: dict[str, str]) -> None:
 
 
 def write_distribution(root: Path, name: str, version: str) -> None:
-    write(
-        root,
-        {
-            f"{name}-{version}.dist-info/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
-        },
-    )
+    metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+    write(root, {f"{name}-{version}.dist-info/METADATA": metadata})
 
 
 def write_mate(root: Path, wrapper: str = WRAPPER) -> None:

@@ -27,6 +27,7 @@ VARLEN_TAIL = (
     "sm_margin=0 return_attn_probs=False return_softmax_lse=False sinks=None s_aux=None "
     "cp_world_size=1 cp_rank=0 cp_tot_seqused_k=None"
 )
+UNPAGED = f"{VARLEN_HEAD} softmax_scale=None causal=False qv=None"
 PAGED = f"{VARLEN_HEAD} page_table=None block_table=None softmax_scale=None causal=False qv=None"
 METADATA = (
     "batch_size max_seqlen_q max_seqlen_k num_heads_q num_heads_kv headdim cache_seqlens "
@@ -37,7 +38,7 @@ METADATA = (
 SIGNATURES = {
     "0.1.3": {
         "flash_attn_with_kvcache": WITH_KVCACHE,
-        "flash_attn_varlen_func": f"{VARLEN_HEAD} softmax_scale=None causal=False qv=None {VARLEN_TAIL}",
+        "flash_attn_varlen_func": f"{UNPAGED} {VARLEN_TAIL}",
         "get_scheduler_metadata": METADATA,
     },
     "0.2.0": {

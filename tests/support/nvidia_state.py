@@ -245,7 +245,7 @@ def described_module(name: str) -> Any:
 
 
 def _is_volatile(value: Any) -> bool:
-    """Whether a value says nothing of what SGLang does: caches, and what Python keeps for itself."""
+    """Return whether a value says nothing of SGLang: caches, and what Python keeps for itself."""
     return type(value).__name__ in ("getset_descriptor", "_abc_data", "member_descriptor")
 
 
@@ -269,12 +269,15 @@ def main(request: Path) -> None:
     answer = {
         "backends": {name: described_object(backend) for name, backend in build(torch).items()},
         "modules": {name: described_module(name) for name in asked["modules"]},
-        "meta path": [getattr(finder, "__qualname__", type(finder).__qualname__) for finder in sys.meta_path],
+        "meta path": [getattr(finder, "__qualname__", type(finder).__qualname__)
+                      for finder in sys.meta_path],
         "imported": sorted(name for name in sys.modules if not name.startswith("sglang_musa_ext")),
         "ours": sorted(name for name in sys.modules if name.startswith("sglang_musa_ext")),
         "environment": {name: os.environ.get(name) for name in sorted({*before, *os.environ})
                         if os.environ.get(name) != before.get(name)},
-        "hooks": [described(sys.excepthook), described(sys.displayhook), described(builtins.__import__)],
+        "hooks": [
+            described(hook) for hook in (sys.excepthook, sys.displayhook, builtins.__import__)
+        ],
         "log": [type(handler).__qualname__ for handler in logging.getLogger().handlers],
     }  # fmt: skip
     Path(asked["output"]).write_text(json.dumps(answer, indent=1, sort_keys=True), encoding="utf-8")

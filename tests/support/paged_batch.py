@@ -108,7 +108,7 @@ def offsets(lengths: list[int]) -> Tensor:
 
 
 def assert_close(result: Tensor, expected: Tensor, plain: Tensor, dtype: torch.dtype) -> None:
-    """No further from the expected than twice PyTorch's own error in this dtype, and two roundings."""
+    """Require an error of at most twice PyTorch's own in this dtype, and two roundings."""
     finite = expected.isfinite()
     assert torch.equal(result.double()[~finite], expected[~finite])
     fair = 2 * (plain.double() - expected)[finite].abs().max() if finite.any() else 0.0

@@ -226,7 +226,7 @@ def add_tokenizer(directory: Path) -> None:
 
 
 def chat(model: Path, question: str, new_tokens: int) -> str:
-    """What transformers answers to ``question``, with the model's own tokenizer and chat template."""
+    """Return transformers' answer to ``question``, with the model's tokenizer and chat template."""
     import transformers
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)

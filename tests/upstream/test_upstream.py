@@ -449,7 +449,7 @@ def test_versions_are_ordered_as_pep_440_orders_them() -> None:
     ],
 )
 def test_version_is_classified(version: str, standing: Standing, message: str) -> None:
-    """A version is too old, tested, between tested ones, or newer, and the message names the range."""
+    """A version is too old, tested, between tested ones, or newer; the message names the range."""
     support = classify_version(version)
     assert support.standing is standing
     assert re.search(message, support.message)
@@ -659,7 +659,7 @@ def test_need_is_absent_outside_its_bounds(
 def test_allowance_is_used_inside_its_bounds_only(
     version: str, release_tree: Callable[[str], SourceTree]
 ) -> None:
-    """What a row allows, upstream does in each release within its bounds, and in none outside them."""
+    """Upstream does what a row allows in each release within its bounds, and in no other."""
     tree = release_tree(version)
     for row in REQUIREMENTS:
         if row.kind in ALLOWANCES:

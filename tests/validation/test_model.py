@@ -1,4 +1,4 @@
-"""The operator's own model in the kit: it is compared with another backend, and faults are found."""
+"""The operator's own model in the kit is compared with another backend, and faults are caught."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ def without(*names: str) -> FA3Kernels:
     ],
 )
 def test_kernels_that_ignore_an_argument_fail(argument: str, case: str) -> None:
-    """Every argument that kernels could drop has a case that shows it, in the coarsest dtype too."""
+    """Every argument that kernels could drop has a case that shows it, even in bfloat16."""
     torch.set_num_threads(1)
     assert outcome_of(case, reference_kernels(), torch.bfloat16).status == PASS
     found = outcome_of(case, without(argument), torch.bfloat16)

@@ -543,7 +543,8 @@ ISOLATION = (
         "dispatch is installed over itself",
         DISPATCH,
         "patching.wrap(upstream, name,",
-        "patching.replace(upstream, name, patching.mark(_dispatcher(name, getattr(upstream, name)), 0)) or (",
+        "patching.replace(\n            upstream, name, "
+        "patching.mark(_dispatcher(name, getattr(upstream, name)), 0)) or (",
         "installing_twice",
     ),
 )

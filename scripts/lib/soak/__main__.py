@@ -90,7 +90,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--case", type=Path, metavar="FILE", help="run one written case again")
     add("--add", type=Path, nargs="+", metavar="FILE", help="add up reports of runs, and print")
     add("--mutants", nargs="*", metavar="NAME",
-        help="instead, break the package as scripts/mutants does, and say how fast each is found")  # fmt: skip
+        help="instead, break the package as scripts/mutants does, and say how fast each is "
+        "found")  # fmt: skip
     return parser
 
 

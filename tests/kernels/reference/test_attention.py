@@ -250,7 +250,7 @@ def test_a_batch_without_rows_gives_nothing() -> None:
 @pytest.mark.parametrize("page", [1, 16])
 @pytest.mark.parametrize("ragged", [False, True])
 def test_new_keys_are_appended_in_place(ragged: bool, page: int) -> None:
-    """New keys go into the cache behind the old ones and are attended to; nothing else is touched."""
+    """New keys go into the cache behind the old ones and are attended to; nothing else changes."""
     batch = Batch([3, 3], [20, 40], page=page)
     before = batch.k_cache.clone()
     new = int32([20 - 3, 40 - 3])

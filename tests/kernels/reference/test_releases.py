@@ -29,7 +29,7 @@ FP8 = torch.float8_e4m3fn
 
 
 def one_request(padded_q: int, padded_k: int, causal: bool) -> tuple[dict[str, Any], Any]:
-    """A call for one request of 5 queries and 9 keys with rows behind them; its float64 attention."""
+    """Return a call of 5 queries and 9 keys with rows behind them, and its float64 attention."""
     generator = torch.Generator().manual_seed(1)
     q = torch.randn(5 + padded_q, 4, 64, generator=generator)
     k, v = (torch.randn(9 + padded_k, 2, 64, generator=generator) for _ in range(2))

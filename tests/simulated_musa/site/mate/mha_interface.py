@@ -1,4 +1,4 @@
-"""MATE's attention: what it asserts, what it drops without a word, and which kernel serves a call."""
+"""MATE's attention: what it asserts, what it drops in silence, and which kernel serves a call."""
 
 from __future__ import annotations
 
@@ -247,7 +247,7 @@ def _attend_latent(
     return (padded, by_row) if given["return_softmax_lse"] else padded
 
 
-# --- what is asserted, dropped and chosen ----------------------------------------------------------
+# --- what is asserted, dropped and chosen ---------------------------------------------------------
 
 
 def _takes_workspace(metadata: Any) -> bool:

@@ -205,11 +205,11 @@ def verify_tree_greedy(*args: Any, **kwargs: Any) -> None:
 
 
 def weak_ref_tensor(tensor: Tensor) -> Tensor:
-    """Return a tensor over the same memory; the real one does not keep the memory, this one does."""
+    """Return a tensor over the same memory, and keep that memory, which the real one does not."""
     return tensor.detach()
 
 
-# --- what has names alone ---------------------------------------------------------------------------
+# --- what has names alone -------------------------------------------------------------------------
 
 
 def _absent(*_: Any, **__: Any) -> NoReturn:

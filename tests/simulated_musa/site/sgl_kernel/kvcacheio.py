@@ -1,4 +1,4 @@
-"""Copies between caches of host and device, which nothing here calls: names for SGLang's imports."""
+"""Copies between caches of host and device: names for SGLang's imports, called by nothing here."""
 
 from sgl_kernel import _absent
 

@@ -1,4 +1,4 @@
-"""Triton on the simulated device: kernels run in Triton's interpreter, on the device's own memory."""
+"""Triton on the simulated device: kernels run in Triton's interpreter, on the device's memory."""
 
 from __future__ import annotations
 
