@@ -39,7 +39,7 @@ VENDOR_INDEX = "SGLANG_MUSA_EXT_VENDOR_INDEX"
 TORCH_INDEX = "SGLANG_MUSA_EXT_TORCH_INDEX"
 """URL of an index of CPU builds of PyTorch, for ``scripts/dev-env``."""
 TORCH_BUILD = "SGLANG_MUSA_EXT_TORCH_BUILD"
-"""Which build of PyTorch ``scripts/dev-env`` takes."""
+"""The build of PyTorch that ``scripts/dev-env`` takes."""
 TOOL_VARIABLES = (
     VENDOR_INDEX,
     TORCH_INDEX,

@@ -1,5 +1,4 @@
-"""Install Moore Threads' packages that belong together into one environment, each step from one
-index.
+"""Install Moore Threads' packages that belong together, each step from one index.
 
 1. Download the pinned wheels of a cohort from the vendor's index, without their dependencies.
 2. Look into them: ``mate`` and its wrapper must be Moore Threads', whatever an index calls so.
@@ -31,9 +30,7 @@ from sglang_musa_ext.envs import VENDOR_INDEX
 PACKAGE = Path(__file__).resolve().parent
 CONSTRAINTS = PACKAGE / "constraints"
 TORCH_GROUP = frozenset({"torch", "torch-musa", "torchvision", "torchaudio"})
-"""What of these is installed already is left alone, once torch has shown to be the vendor's and of
-the same release.
-"""
+"""Left alone where installed, once torch is seen to be the vendor's of the same release."""
 SUPERSEDED = "mate-flash-attention"
 """MATE 0.1's wrapper, whose module the newer one shares."""
 
@@ -60,7 +57,7 @@ class InstallError(RuntimeError):
 
 @dataclass(frozen=True)
 class Plan:
-    """What to run, in this order; between download and install the wheels are looked into."""
+    """The commands, in order; between download and install the wheels are inspected."""
 
     download: list[str]
     install: list[str]

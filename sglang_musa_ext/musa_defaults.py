@@ -1,4 +1,4 @@
-"""What SGLang gets on a MUSA device without being asked: ``fa3`` where no backend was chosen.
+"""The default attention backend on MUSA: ``fa3`` where nobody chose one and it can serve.
 
 The page size, 64 where none was given, is upstream's own default on MUSA and stays upstream's.
 """
@@ -20,9 +20,7 @@ from sglang_musa_ext.upstream.limits import Configuration
 logger = logging.getLogger(__name__)
 
 _SETTLED_WITH_US = "_musa_ext_present"
-"""The attribute of a ``ServerArgs`` that was settled with this package in place; it goes along to
-child processes.
-"""
+"""The attribute of a ``ServerArgs`` settled with this package; child processes get it too."""
 
 
 def install_defaults() -> patching.Undo:

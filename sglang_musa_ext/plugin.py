@@ -1,5 +1,4 @@
-"""Entry points that SGLang finds: :func:`register` in every process, :func:`activate_platform` at
-device discovery.
+"""SGLang's entry points: :func:`register` in every process, :func:`activate_platform`.
 
 Nothing heavy is imported until a server asks for ``fa3``. SGLang logs what a plugin raises and then
 serves without it, so a problem is not raised here: it is kept, and raised when a server asks for
@@ -26,8 +25,7 @@ class PluginError(RuntimeError):
 
 
 def register() -> None:
-    """Put this package under ``--attention-backend fa3``, if the environment and the device ask for
-    it.
+    """Put this package under ``--attention-backend fa3``, if environment and device ask for it.
 
     Called by SGLang in each of its processes; calling it again changes nothing. Raises nothing: a
     problem becomes an error of every attempt to build an FA3 backend, which stops the server.
@@ -195,9 +193,7 @@ def _have_ranks_agree(settings: Settings) -> None:
 
 
 def _take_defaults() -> None:
-    """Put the defaults of MUSA in place. What upstream has changed about them costs them alone, not
-    ``fa3``.
-    """
+    """Put the defaults of MUSA in place; if upstream has changed, they are lost, not ``fa3``."""
     from sglang_musa_ext import musa_defaults
     from sglang_musa_ext.upstream import check
 
@@ -249,8 +245,7 @@ def _take_over(create: Callable[[Any], Any]) -> None:
 
 
 def _take_over_drafts(create: Callable[..., Any]) -> None:
-    """Let ``create`` build the FA3 backends of draft models, which upstream chooses without its
-    registry.
+    """Let ``create`` build draft models' FA3 backends, which upstream builds without registry.
 
     It is called with the method it replaces, then with that method's arguments.
     """

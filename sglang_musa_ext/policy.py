@@ -1,4 +1,4 @@
-"""Which kernels serve which device and configuration, and why not.
+"""The rules of which kernels serve which device and configuration, and why not.
 
 The plugin, the defaults on MUSA, the doctor and the validation kit all ask here, so that they give
 one answer. Dtypes, devices and releases come in by name: this module imports neither torch nor
@@ -18,9 +18,7 @@ if TYPE_CHECKING:
     from sglang_musa_ext.upstream.limits import Configuration
 
 PAGE_SIZE = 64
-"""Tokens in a page of the KV cache: what MATE's MLA kernels take, and what all others are fastest
-with.
-"""
+"""Tokens in a page of the KV cache: MATE's MLA kernels need 64, others are fastest with it."""
 MINIMUM_CAPABILITY = (3, 1)
 """The oldest MP version that MATE's kernels are built for."""
 HALF_DTYPES = ("bfloat16", "float16")
@@ -48,7 +46,7 @@ class KernelChoice:
     kernels: str | None
     """``mate``, ``hopper`` or ``reference``; ``None``: no kernels serve."""
     reasons: tuple[str, ...] = ()
-    """Why no kernels serve."""
+    """Reasons that no kernels serve."""
 
 
 def choose_service(settings: Settings, *, on_musa: bool) -> KernelChoice:
@@ -108,7 +106,7 @@ class DefaultRule:
 
     applies: Callable[[Configuration], bool]
     reason: str
-    """Why not; fields of the configuration stand in braces."""
+    """The reason; fields of the configuration stand in braces."""
 
 
 DEFAULT_RULES = (
@@ -145,9 +143,7 @@ FA3_ON_OTHER_DEVICES = frozenset(
         "ExaoneMoeForCausalLM",
     }
 )
-"""Models that SGLang puts on ``fa3`` where it has it, and on ``triton`` on every device that it
-does not know, MUSA among them.
-"""
+"""Models that SGLang puts on ``fa3`` where it has it, else, as on MUSA, on ``triton``."""
 
 
 def reasons_against_fa3(asked: Configuration, version: str | None = None) -> tuple[str, ...]:
@@ -213,11 +209,11 @@ class KernelLimit:
 
     name: str
     feature: str
-    """What it is about, for people."""
+    """The subject, for people."""
     effect: str
     """One of :data:`EFFECTS`: what happens where the limit holds."""
     why: str
-    """What MATE would do, or what it needs."""
+    """MATE's behaviour or need there, in words."""
     since: MateRelease = (0,)
     """The first release that it holds for."""
     until: MateRelease | None = None
@@ -338,7 +334,7 @@ KERNEL_LIMITS = (
 """Every known limit of MATE, each a row: adapter, checks at start and docs read them from here."""
 
 MATE_HEAD_DIMS = (64, 128, 192, 256, 384, 512)
-"""What MATE rounds a head dimension up to."""
+"""Head dimensions that MATE rounds up to."""
 _HEAD_DIM_PAIRS = ((64, 64), (128, 128), (192, 128), (192, 192), (256, 256), (384, 384), (512, 512))
 LARGEST_OLD_BATCH = 992
 """Requests that MATE can plan for where the limit ``batch_size`` holds."""

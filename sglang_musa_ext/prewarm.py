@@ -35,7 +35,7 @@ PLAN_GROUP, MOST_GROUPS = 31, 32
 
 @dataclass(frozen=True)
 class LayerKind:
-    """What kernels depend on of the attention layers of one kind."""
+    """The attributes of attention layers of one kind that kernels depend on."""
 
     num_heads_q: int
     num_heads_kv: int

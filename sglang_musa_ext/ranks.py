@@ -29,7 +29,7 @@ from sglang_musa_ext.upstream.names import MODEL_RUNNER
 logger = logging.getLogger(__name__)
 
 SECONDS = {"on": 45.0, "auto": 10.0}
-"""How long a rank waits for the others' notes, by ``SGLANG_MUSA_EXT``: with ``auto`` a difference
+"""Seconds that a rank waits for others' notes, by ``SGLANG_MUSA_EXT``: with ``auto`` a difference
 is no error, so a start waits less for one. All ranks have joined the group by then.
 """
 _POLL_SECONDS = 0.1
@@ -43,11 +43,11 @@ class RanksDisagreeError(RuntimeError):
 
 @dataclass(frozen=True)
 class Note:
-    """What a rank says of itself."""
+    """A rank's account of itself."""
 
     host: str
     facts: Mapping[str, str]
-    """What must be the same on all ranks, by its name."""
+    """Values that must be the same on all ranks, by name."""
 
 
 @dataclass(frozen=True)

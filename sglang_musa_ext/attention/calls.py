@@ -1,4 +1,4 @@
-"""What the plan of a kernel call depends on, and how a call is known to be like one before it.
+"""The values that a kernel call's plan depends on, and the test that two calls are alike.
 
 Which keywords plans depend on is said by the contract with SGLang, ``upstream.rows.kernels``:
 there, a new one is one row.
@@ -27,7 +27,7 @@ _UNSET: Mapping[str, Any] = {
     "num_splits": 0,
     "sm_margin": 0,
 }
-"""What ``None``, or no argument, stands for where that is not ``None``."""
+"""The values that ``None``, or no argument, stands for where that is not ``None``."""
 _GEOMETRY = ("max_seqlen_q", "softcap")
 """Of the values that a plan depends on, those that a geometry has fields of its own for."""
 PLANNED_OPTIONS: Mapping[str, Any] = {
@@ -40,14 +40,12 @@ PLANNED_OPTIONS: Mapping[str, Any] = {
 
 
 class CallGeometry(NamedTuple):
-    """What a plan depends on besides the contents of tensors; field names are FA3's."""
+    """The geometry of a plan: all that it depends on but tensors' contents; names are FA3's."""
 
     batch_size: int
     max_seqlen_q: int
     max_seqlen_k: int
-    """Capacity of the page table in tokens: the bound that the kernel itself uses, so that splits
-    never exceed it.
-    """
+    """Capacity of the page table in tokens, by which the kernel too bounds its splits."""
     num_heads_q: int
     num_heads_kv: int
     headdim: int
@@ -133,7 +131,7 @@ _get_compared = operator.itemgetter(*_COMPARED, "max_seqlen_q")
 
 
 class CallSite:
-    """What upstream's paged calls of one kind share, whatever their pass.
+    """The properties that upstream's paged calls of one kind share, whatever their pass.
 
     They have equal names and options, and tensors of equal dtypes, layouts and shapes, but for how
     many tokens, requests and pages there are. So one function serves them all, and the rest of
@@ -165,7 +163,7 @@ class CallSite:
         """
         self.geometry, self.attention = geometry, attention
         self.serves_raw_keys = False
-        """Whether such a call was served over raw keys, so that names and options allow it."""
+        """True if such a call was served over raw keys, so that names and options allow it."""
         self.keywords = geometry.keywords()
         """Those of ``get_scheduler_metadata`` for this call; others of its kind have some else."""
         q, k_cache, v_cache = arguments["q"], arguments["k_cache"], arguments["v_cache"]

@@ -1,4 +1,4 @@
-"""What ``SGLANG_MUSA_EXT_CHECK`` compares, and the errors it raises."""
+"""The comparisons of ``SGLANG_MUSA_EXT_CHECK``, and the errors they raise."""
 
 from __future__ import annotations
 

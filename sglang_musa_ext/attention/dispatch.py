@@ -19,7 +19,7 @@ from sglang_musa_ext.upstream.names import KERNEL_PARAMETERS
 
 
 class Backend(Protocol):
-    """What a call is handed to: the arguments as one dict, because every ``**`` copies them."""
+    """A handler of calls: it gets the arguments as one dict, because every ``**`` copies them."""
 
     def call_flash_attn_with_kvcache(self, arguments: dict[str, Any]) -> Any:
         """Serve attention over a paged KV cache."""

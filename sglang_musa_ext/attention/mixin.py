@@ -115,7 +115,7 @@ class MusaFA3Mixin:
         self._sites: dict[tuple[str, ...], list[CallSite]] = {}
         """The kinds of paged calls that this backend has served, by their names."""
         self._functions: dict[tuple[str, tuple[str, ...]], Attention] = {}
-        """What serves calls, by function and names."""
+        """The functions that serve calls, by function called and names."""
         self._new_rows: int | None = None
         """The rows of the running pass, where its layers attend to nothing but their own keys."""
         self._own_keys: OwnKeys | None = None
@@ -342,7 +342,7 @@ class MusaFA3Mixin:
 
     @property
     def _checking(self) -> bool:
-        """Whether reused plans are to be recomputed.
+        """Return whether reused plans are to be recomputed.
 
         A comparison waits for the device, which a capture forbids.
         """

@@ -1,4 +1,4 @@
-"""How long a plan lives: scheduler metadata per forward pass.
+"""The lifetime of a plan: scheduler metadata per forward pass.
 
 A *plan* is FlashAttention-3's scheduler metadata: how the work of one call geometry is split and
 ordered. It is a function of the *values* of ``cache_seqlens`` and ``cu_seqlens_q``, which change
@@ -106,9 +106,7 @@ class PlanStatistics:
 
     @property
     def planned_calls(self) -> int:
-        """Calls that take a plan; attention over raw keys and values needs none, and some calls no
-        kernels can plan.
-        """
+        """Calls that take a plan: neither those over raw keys nor those that no kernels plan."""
         return self.plans + self.reuses
 
     @property
@@ -194,7 +192,7 @@ class SchedulerMetadataCache:
 
     @property
     def capturing(self) -> bool:
-        """Whether the calls of the current layer are being captured into a graph."""
+        """Return whether the current layer's calls are being captured into a graph."""
         return self._state[1]
 
     def end_pass(self) -> None:

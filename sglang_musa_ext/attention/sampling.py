@@ -33,7 +33,7 @@ CALLS_A_LINE = 100
 
 @dataclass
 class ModeErrors:
-    """What the compared calls of one mode showed."""
+    """The result of comparing the calls of one mode."""
 
     compared: int = 0
     wrong: int = 0

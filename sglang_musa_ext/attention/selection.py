@@ -1,4 +1,4 @@
-"""What makes SGLang build our attention backends, and say so."""
+"""The selection points at which SGLang is made to build our attention backends, and say so."""
 
 from __future__ import annotations
 

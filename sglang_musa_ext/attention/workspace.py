@@ -92,9 +92,7 @@ class MLAWorkspace:
         return self.buffer[slot.start : slot.start + slot.size]
 
     def _grown(self, owner: object, old: _Slot | None, size: int) -> _Slot:
-        """A slot of at least ``size`` bytes in place of ``old``: twice as large where there is room
-        for that.
-        """
+        """Replace ``old`` by a slot of ``size`` bytes, or of twice as many if there is room."""
         if old is not None and 2 * old.size > size:
             with contextlib.suppress(MLAWorkspaceExhausted):
                 return self._reserve(owner, 2 * old.size)

@@ -63,9 +63,7 @@ from sglang_musa_ext.engines.devices import device_kind
 from sglang_musa_ext.validation.report import versions
 
 OCCUPIED = 4 << 30
-"""Bytes of the device that may be in use before the benchmark starts: a context, and what a desktop
-needs.
-"""
+"""Bytes of the device that may be in use at the start: a context, and what a desktop needs."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -181,8 +179,7 @@ def write_report(
 
 
 def merged(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return several runs on one device as one: of the kinds of places of a model that several
-    measured, the last.
+    """Merge runs on one device: a model's kind of places comes from the last run that has it.
 
     Raises:
         SystemExit: they are of different devices or versions.

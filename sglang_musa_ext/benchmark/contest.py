@@ -23,16 +23,14 @@ from sglang_musa_ext.engines.process import Engine, EngineDied
 from sglang_musa_ext.validation.engine import Answer, deviation
 
 PROMPTS, TOKENS = 9, 24576
-"""Prompts that a peer prefills in one round: as many as have this many tokens together, and at most
-so many.
-"""
+"""Tokens of the prompts that a peer prefills in one round, and the most prompts of a round."""
 IN_ONE_ENGINE = ("prefill", "eager")
 """Kinds of places whose passes the peers' backends serve in turn in the baseline's engine."""
 
 
 @dataclass
 class Point:
-    """What was measured of one peer at one place."""
+    """The measurements of one peer at one place."""
 
     kind: str
     batch: int
@@ -41,13 +39,9 @@ class Point:
     verdict: str
     """``equal``, or why there are no times."""
     difference: float | None = None
-    """The largest difference of a log-probability from the baseline's, up to the first other token;
-    ``None``: no number.
-    """
+    """The largest log-probability difference from the baseline's up to the first other token."""
     allowed: float | None = None
-    """What it may be: twice what the baseline's own two answers differ by, and at least the
-    resolution of its field.
-    """
+    """The limit: twice the difference of the baseline's two answers, at least the resolution."""
     step_ms: list[float] = field(default_factory=list)
     """From the end of one pass to the end of the next: the median of each round."""
     forward_ms: list[float] = field(default_factory=list)
@@ -55,13 +49,11 @@ class Point:
     call_us: list[float] = field(default_factory=list)
     """The host's time per attention call; empty under graphs."""
     over_upstream: list[float] = field(default_factory=list)
-    """Of passes that took turns in one engine, each over the baseline's of the same turn: the
-    median of each round.
-    """
+    """Ratios to the baseline of passes that took turns in one engine: each round's median."""
 
     @property
     def what(self) -> str:
-        """Which of a pass's times stands for it; without graphs, prompts come one at a time."""
+        """Return the pass times that stand for it; without graphs, prompts come one at a time."""
         return "forward" if self.kind == "prefill" else "since"
 
     def leave(self, verdict: str) -> None:
@@ -73,9 +65,7 @@ class Point:
 Rows = Sequence[Mapping[str, Any]]
 """Passes of an engine, as the probe measured them."""
 Measure = Callable[[Engine, Sequence[str]], Mapping[str, Rows]]
-"""What has an engine work at a place, and gives the passes that count, by peer of those that serve
-in it.
-"""
+"""A function that has an engine work at a place, and gives the passes that count, by peer."""
 
 
 class Contest:
@@ -99,9 +89,7 @@ class Contest:
         self.steps = options.steps
 
     def run(self) -> Iterator[None]:
-        """Measure everything that this model is for and that was asked for; goes on after each
-        place.
-        """
+        """Measure all that this model is for and that was asked for; yield after each place."""
         kinds = set(self.model.kinds) & set(self.options.kinds)
         for kind in kinds & {"decode", "verify"}:
             for context in self.model.contexts:
@@ -185,9 +173,7 @@ class Contest:
         prompts: Sequence[Sequence[int]],
         measure: Measure,
     ) -> None:
-        """Time the peers as backends of the baseline's engine, once they have given its answers
-        there too.
-        """
+        """Time the peers as backends of the baseline's engine, after comparing answers there."""
         if self.baseline not in racers(points):
             return
         engine = self.engines[self.baseline]
@@ -211,9 +197,7 @@ class Contest:
                 points[name].leave(self.failed[self.baseline])
 
     def _points_beside(self, points: Mapping[str, Point]) -> dict[str, Point]:
-        """Return points of those who take turns beside the peers, whose answers are still to be
-        judged.
-        """
+        """Return points of those who take turns beside the peers, before they are judged."""
         chosen = {peer.name: peer.beside for peer in self.contenders.peers if peer.beside}
         beside = {chosen[name]: points[name] for name in racers(points) if name in chosen}
         found = {
@@ -262,9 +246,7 @@ class Contest:
             self.engines.pop(name).close()
 
     def traces(self) -> list[dict[str, Any]]:
-        """Return kernels by pass, traced at the end: a profiler that was there once slows what
-        comes after.
-        """
+        """Return kernels by pass, traced at the end: a profiler slows all that comes after it."""
         found = []
         modes = {"EXTEND": 1} | ({"TARGET_VERIFY": 2} if self.model.draft else {"DECODE": 2})
         length = 128 if self.contenders.device == "cpu" else 2048
@@ -286,9 +268,7 @@ def rows_of(engine: Engine) -> list[dict[str, Any]]:
 
 
 def answer_of(engine: Engine, prompts: Sequence[Sequence[int]]) -> Answer:
-    """Return the first tokens that an engine continues prompts by; the forwards that they took are
-    no measurement.
-    """
+    """Return the first tokens by which an engine continues prompts, without measuring."""
     found = engine.ask(prompts, 8)
     rows_of(engine)
     return Answer(found["tokens"], found["logprobs"], [])
@@ -300,9 +280,7 @@ def racers(points: Mapping[str, Point]) -> list[str]:
 
 
 def judge(point: Point, off: float) -> None:
-    """Say whether a peer may differ from the baseline by ``off``, which is no number where its
-    answer has none.
-    """
+    """Judge a difference ``off`` from the baseline; it is NaN where an answer has no number."""
     assert point.allowed is not None
     point.difference = off if math.isfinite(off) else None
     point.verdict = (
@@ -313,9 +291,7 @@ def judge(point: Point, off: float) -> None:
 
 
 def passes(rows: Rows, mode: str, batch: int, peer: str) -> Rows:
-    """Return the passes of this mode, batch and peer whose predecessor was one of this mode and
-    batch, too.
-    """
+    """Return the passes of this mode, batch and peer that follow one of this mode and batch."""
     chosen = [
         row for before, row in itertools.pairwise(rows)
         if all(one["mode"] == mode and one["batch"] == batch for one in (before, row))
@@ -330,8 +306,7 @@ def prefills(rows: Rows, peer: str) -> Rows:
 
 
 def record(point: Point, rows: Rows) -> None:
-    """Add the medians of one round's passes to a point, and of the host's time in a call where
-    Python makes any.
+    """Add the medians of a round's passes to a point, and the host's time if Python makes calls.
 
     Raises:
         RuntimeError: there is none, so that later rounds would stand beside other peers' earlier
@@ -347,9 +322,7 @@ def record(point: Point, rows: Rows) -> None:
 
 
 def paired(rows: Rows, baselines: Rows, what: str) -> float:
-    """Return the median of a peer's passes over the baseline's, each pair of one turn, so that both
-    meet the same machine.
-    """
+    """Return the median ratio of a peer's passes to the baseline's, pair by pair of one turn."""
     theirs = {row["turn"]: row[what] for row in baselines}
     return float(
         statistics.median(row[what] / theirs[row["turn"]] for row in rows if row["turn"] in theirs)
@@ -401,9 +374,7 @@ def entered(
 
 
 def contend(contest: Contest) -> Iterator[dict[str, Any]]:
-    """Boot the engines of a contest, measure, and end them; yields what was measured so far after
-    each place.
-    """
+    """Boot the engines of a contest, measure, and end them; yield results after each place."""
     began = time.monotonic()
     contest.gate.touch()
     found: dict[str, Any] = {
@@ -429,9 +400,7 @@ def contend(contest: Contest) -> Iterator[dict[str, Any]]:
 
 
 def _first_state(peer: Peer, contest: Contest) -> dict[str, Any]:
-    """Return what an engine holds before it has served anything, once it is the peer that it should
-    be.
-    """
+    """Return the memory that an engine holds before it serves, if it is the peer it should be."""
     point = Point("boot", 0, 0, peer.name, "")
     with contest.survives(peer.name, point):
         # The class shows once a forward has run.

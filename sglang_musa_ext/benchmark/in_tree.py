@@ -28,9 +28,7 @@ def serve_in_tree() -> None:
 
 
 def create_in_tree(runner: Any) -> Any:
-    """Build the in-tree MUSA backend of a ``ModelRunner``: on a MUSA device on MATE, elsewhere on
-    NVIDIA's FA3.
-    """
+    """Build the in-tree MUSA backend: on MATE on a MUSA device, elsewhere on NVIDIA's FA3."""
     if runner.device != "musa":
         sys.modules.setdefault("flash_attn_interface", interface())
     from sglang.srt.hardware_backend.musa.attention.flashattention_backend import (

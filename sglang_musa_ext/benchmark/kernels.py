@@ -1,5 +1,4 @@
-"""What a plan costs in a graph: the time of an FA3 call with its plan and without, and of a plan
-alone.
+"""The cost of a plan in a graph: times of FA3 calls with and without one, and of plans alone.
 
 ``command.py`` runs it in a process of its own. Calls stand between other kernels, as in a model:
 there the device hides a part of what a call launches before its main kernel. Without a graph it is
@@ -46,8 +45,7 @@ def measure(
     timers: Mapping[str, Timer],
     shapes: Mapping[str, Shape],
 ) -> Iterator[dict[str, Any]]:
-    """The times of each shape, with a window and without, in microseconds a call, by each of
-    ``timers``.
+    """Return each shape's times, with a window and without, in µs a call, by timer.
 
     Raises:
         AssertionError: the output with a plan is not the output without.
@@ -88,9 +86,7 @@ def _times(
 
 
 def graph_timer(device: torch.device) -> Timer:
-    """Microseconds of a function that is captured many times, between other kernels: the median of
-    replays.
-    """
+    """Return a timer of a function captured many times between other kernels: median µs."""
     module: Any = torch.get_device_module(device)
     filler = torch.randn(256, 256, device=device, dtype=torch.bfloat16)
 
@@ -115,9 +111,7 @@ def graph_timer(device: torch.device) -> Timer:
 
 
 def host_timer(device: torch.device) -> Timer:
-    """Microseconds that the host takes to launch a function, while the device has nothing to do:
-    the median.
-    """
+    """Return a timer of the host's launch of a function on an idle device: median µs."""
     synchronize = torch.get_device_module(device).synchronize
 
     def timer(function: Callable[[], Any]) -> float:
@@ -134,9 +128,7 @@ def host_timer(device: torch.device) -> Timer:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure on the first device of the kind that ``arguments`` name, and print a line for each
-    call.
-    """
+    """Measure on the first device of the kind that ``arguments`` name; print a line a call."""
     [kind] = sys.argv[1:] if arguments is None else arguments
     import_vendor_modules()
     device = torch.device(kind, 0)

@@ -13,7 +13,7 @@ from sglang_musa_ext.engines.models import write_model
 PAGE = 64
 """Tokens in a page of every peer's KV cache."""
 KINDS = ("decode", "verify", "prefill", "eager")
-"""What may be measured: see the help of the command."""
+"""The kinds of places that may be measured: see the help of the command."""
 OWN_KV_TOKENS = 70_000
 """Size of each peer's KV cache for a model of the operator's, unless the command line says another.
 """
@@ -25,17 +25,13 @@ class Model:
 
     title: str
     family: str
-    """Of :mod:`sglang_musa_ext.engines.models`, served without weights; empty: it stands at
-    ``path``.
-    """
+    """A family of :mod:`sglang_musa_ext.engines.models`; empty if the model stands at ``path``."""
     shape: Mapping[str, Any]
     kv_tokens: int
     """Size of the KV cache of each peer: three of them must fit on the card."""
     arguments: Mapping[str, Any] = field(default_factory=dict)
     draft: str = ""
-    """The family of the draft model, with which verify steps are measured in place of decode,
-    prefill and eager.
-    """
+    """The draft model's family; with one, verify steps replace decode, prefill and eager."""
     batches: tuple[int, ...] = (1, 8, 32, 128)
     contexts: tuple[int, ...] = (1024, 8192, 32768)
     prefills: tuple[int, ...] = (512, 2048, 8192, 32768)

@@ -34,7 +34,7 @@ class Peer:
     environ: Mapping[str, str]
     attention: str = "fa3"
     beside: str = ""
-    """Who else takes turns in the baseline's engine if this peer does; empty: nobody."""
+    """The companion that takes turns in the baseline's engine beside this peer; may be empty."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,9 @@ class Field:
     device: str
     """``cuda``, ``musa`` or ``cpu``."""
     peers: tuple[Peer, ...]
-    """The first is the baseline: others must give its answers, and their times are told as ratios
-    to its.
-    """
+    """The peers; the first is the baseline, whose answers and times others are compared with."""
     resolution: float = 2.0**-3
-    """What a log-probability may differ by in any case; see :data:`FIELDS`."""
+    """The difference that log-probabilities may have in any case; see :data:`FIELDS`."""
     common: Mapping[str, str] = field(default_factory=dict)
     """Environment variables of every peer."""
 

@@ -113,7 +113,7 @@ def _draw_plans(result: Mapping[str, Any], page: Path) -> Path:
 
 
 def _draw_savings(found: Sequence[Saving], page: Path) -> Path:
-    """What the model of the costs says against what was measured."""
+    """Draw the costs that the model says against those that were measured."""
     from matplotlib import pyplot
 
     each, besides = fit(found)

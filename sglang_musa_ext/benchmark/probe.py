@@ -26,13 +26,9 @@ from sglang_musa_ext.engines.process import FORCE_UPDATE
 PEER = "MUSA_EXT_BENCH_PEER"
 """The environment variable that says which peer this engine is."""
 GATE = "MUSA_EXT_BENCH_GATE"
-"""The environment variable that names the file without which a scheduler goes no further than its
-imports.
-"""
+"""The variable that names a file; until it is there, a scheduler stops after its imports."""
 DEVICE = "MUSA_EXT_BENCH_DEVICE"
-"""The environment variable that says which kind of device is measured: ``cuda``, ``musa`` or
-``cpu``.
-"""
+"""The variable that says which kind of device is measured: ``cuda``, ``musa`` or ``cpu``."""
 UPSTREAM, OURS, IN_TREE, TRITON, NO_REUSE = (
     "upstream",
     "ours",
@@ -42,7 +38,7 @@ UPSTREAM, OURS, IN_TREE, TRITON, NO_REUSE = (
 )
 """The peers."""
 AGAIN, UNPLANNED = "upstream again", "ours without plans"
-"""Who serves beside the peers where they take turns in one engine: a second backend of the
+"""Companions of the peers where they take turns in one engine: a second backend of the
 baseline's shows what two of the same differ by, and ours without plans what plans do.
 """
 FORWARD_MODES = {
@@ -51,7 +47,7 @@ FORWARD_MODES = {
     "prefill": "EXTEND",
     "eager": "DECODE",
 }
-"""What SGLang calls the passes of each kind of place."""
+"""SGLang's names of the passes of each kind of place."""
 
 
 @dataclass
@@ -110,9 +106,7 @@ class Clock:
         return [getattr(kinds, self._device.__name__.rpartition(".")[2].upper(), kinds.CUDA)]
 
     def memory(self) -> dict[str, int]:
-        """Return the bytes that PyTorch's allocator has given out and holds, graph pools among
-        them.
-        """
+        """Return the bytes that PyTorch's allocator has given out and holds, with graph pools."""
         if self._device is None:
             return {}
         return {
@@ -155,9 +149,7 @@ class Turns:
         self._peers, self._mode, self._left = list(peers), mode, []
 
     def next(self, batch: Any) -> str:
-        """Give the pass of ``batch``, a ``ForwardBatch``, to the peer whose turn it is, and say who
-        that is.
-        """
+        """Give the pass of a ``ForwardBatch`` to the peer whose turn it is, and say who it is."""
         name = self._own
         if self._peers and self._mode in (None, batch.forward_mode.name):
             if not self._left:
@@ -176,9 +168,7 @@ class Turns:
 
 
 def _dispatched() -> Callable[[], None]:
-    """Lead the kernels that upstream's forwards call to our backend; returns what undoes it, so
-    that only ours pays.
-    """
+    """Lead the kernels that upstream's forwards call to our backend; return the undo."""
     from sglang_musa_ext.attention import selection as attention
 
     return attention.install_kernel_dispatch()
@@ -231,9 +221,9 @@ def _in_tree(runner: Any) -> Any:
 BACKENDS: Mapping[str, Callable[[Any], Any]] = {
     OURS: _ours, NO_REUSE: _without_reuse, IN_TREE: _in_tree, AGAIN: _again, UNPLANNED: _unplanned,
 }  # fmt: skip
-"""What builds a backend in an engine of the baseline's, whose own one serves meanwhile."""
+"""Builders of a backend in an engine of the baseline's, whose own one serves meanwhile."""
 OF_THIS_PACKAGE = (OURS, NO_REUSE, UNPLANNED)
-"""Who of them needs the kernels that upstream's forwards call led to it."""
+"""Those of them that need the kernels of upstream's forwards led to them."""
 
 
 class Probe:
@@ -290,9 +280,7 @@ class Probe:
         return result
 
     def take_turns(self, peers: Sequence[str], mode: str | None = None) -> None:
-        """Have the backends of these peers serve passes of the target model in turn; see
-        :class:`Turns`.
-        """
+        """Have backends of these peers serve target passes in turn; see :class:`Turns`."""
         self._turns = self._turns or Turns(self.runner, self._peer)
         self._turns.among(peers, mode)
 
@@ -320,9 +308,7 @@ class Probe:
         return result
 
     def drain(self) -> dict[str, Any]:
-        """Everything since the last call, as plain data: times in milliseconds, the host's in
-        microseconds.
-        """
+        """Return all since the last call as plain data: times in ms, the host's in µs."""
         self.clock.settle()
         rows: list[dict[str, Any]] = []
         before: Any = None
@@ -355,9 +341,7 @@ class Probe:
 
 
 def register() -> None:
-    """SGLang's plugin: put the probe into this process, and the in-tree MUSA backend if this peer
-    is that.
-    """
+    """SGLang's plugin: put the probe into this process, and the in-tree backend if that is due."""
     if multiprocessing.parent_process() is not None:
         # Imports take longer than all the rest, so engines of all models do them at the same time.
         _wait_for(Path(os.environ[GATE]))
@@ -423,7 +407,7 @@ def _wrap(owner: type, name: str, around: Callable[..., Any]) -> None:
 
 
 def measurements(state: Mapping[str, Any]) -> dict[str, Any]:
-    """What a scheduler's state says of the forwards since it was last asked.
+    """Return what a scheduler's state says of the forwards since it was last asked.
 
     Raises:
         RuntimeError: the probe is not in that process; SGLang logs what a plugin raises, and goes

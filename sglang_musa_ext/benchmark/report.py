@@ -1,5 +1,4 @@
-"""The benchmark's report: tables in Markdown, plots, and what a pass costs as a model of few
-numbers.
+"""The benchmark's report: tables in Markdown, plots, and a pass's cost as a model of few numbers.
 
 Everything here is worked out from ``bench.json`` alone, so a report can be drawn again anywhere.
 """
@@ -15,9 +14,7 @@ from sglang_musa_ext.benchmark.probe import AGAIN, FORWARD_MODES, OURS, TRITON, 
 from sglang_musa_ext.validation.report import table
 
 PLANNER = "prepare_varlen_num_blocks"
-"""What the kernel that computes scheduler metadata has in its name, in every release of
-FlashAttention-3.
-"""
+"""A part of the name of FA3's kernel that computes scheduler metadata, in every release."""
 GRAPHED = ("decode", "verify")
 """Kinds of points whose passes are graphs, where the host's time per call does not count."""
 
@@ -46,9 +43,7 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Place:
-    """One place of the benchmark: a model, a kind, a batch and a number of tokens, with each peer's
-    point.
-    """
+    """One place of the benchmark: model, kind, batch and tokens, with each peer's point."""
 
     model: str
     kind: str
@@ -60,7 +55,7 @@ class Place:
 
     @property
     def what(self) -> str:
-        """Which times stand for it: of the whole step where there is one, of the pass otherwise."""
+        """Return the field of its times: of the whole step if there are any, or of the pass."""
         return "step_ms" if self.kind in ("decode", "eager") else "forward_ms"
 
     def times(self, peer: str, what: str = "") -> list[float]:
@@ -69,9 +64,7 @@ class Place:
         return found
 
     def ratio(self, peer: str, what: str = "") -> Ratio | None:
-        """Return a peer's times over the baseline's; pass by pass where they took turns in one
-        engine.
-        """
+        """Return a peer's times over the baseline's; pass by pass if they took turns."""
         paired = self.points.get(peer, {}).get("over_upstream")
         if paired and not what:
             return Ratio.over(paired)
@@ -308,9 +301,7 @@ def _beside(result: Mapping[str, Any]) -> list[str]:
 def timed(
     title: str, said: str, rows: Sequence[Sequence[str]], columns: Sequence[str], baseline: str
 ) -> list[str]:
-    """Return the section of a kind of places, from what :func:`row` makes of each; nothing without
-    any.
-    """
+    """Return the section of a kind of places from the :func:`row` of each; empty without any."""
     if not rows:
         return []
     ratios = [f"{peer} / {baseline}" for peer in columns]
@@ -336,9 +327,7 @@ def _why(place: Place, peer: str) -> str:
 
 
 def planned(result: Mapping[str, Any], model: str, mode: str, peer: str) -> dict[str, float] | None:
-    """Per pass: kernels that plan, µs of one, attention kernels, µs of all kernels; ``None``
-    without a trace.
-    """
+    """Return a pass's planning kernels, µs of one, attention kernels, µs of all; None untraced."""
     traces = [
         trace["kernels"]
         for trace in result["models"][model]["traces"]
@@ -503,9 +492,7 @@ def bars(every: Sequence[Place], result: Mapping[str, Any]) -> list[list[str]]:
 
 
 GEOMETRIES = {"gemma2": 2}
-"""Models whose layers have more than one geometry, and how many: window layers are others than full
-ones.
-"""
+"""Models whose layers differ in geometry, window layers from full ones, and the number."""
 
 
 NO_PLANS = {

@@ -70,9 +70,7 @@ class CpuReferencePlatform(SRTPlatform):  # type: ignore[misc]
     device_type = "cpu"
 
     def apply_server_args_defaults(self, server_args: Any) -> None:
-        """Set what the user left open; ``server_args`` is SGLang's ``ServerArgs`` or a recorder of
-        its fields.
-        """
+        """Set what the user left open in a ``ServerArgs``, or in a recorder of its fields."""
         for name, value in DEFAULTS.items():
             if getattr(server_args, name) in (None, False, UPSTREAM_CPU_CHOICE):
                 setattr(server_args, name, value)
@@ -151,7 +149,7 @@ class CpuReferencePlatform(SRTPlatform):  # type: ignore[misc]
         return ProfilerActivity.CPU
 
     def supports_speculative_algorithm(self, algorithm: str) -> bool:
-        """Whether drafts by ``algorithm`` were seen to give here what plain decoding gives."""
+        """Return whether drafts by ``algorithm`` were seen to give what plain decoding gives."""
         return algorithm in SPECULATIVE_ALGORITHMS
 
     # Memory pools: SGLang's own serve any torch device. Up to 0.5.21 an out-of-tree platform must
@@ -198,17 +196,13 @@ def _merge_states_in_pytorch() -> None:
 
 
 def _exists(module: str) -> bool:
-    """Whether this release has ``module``; asking for one in a package that is not there would
-    raise.
-    """
+    """Return whether this release has ``module``; in an absent package, asking would raise."""
     package = module.rpartition(".")[0]
     return (not package or _exists(package)) and importlib.util.find_spec(module) is not None
 
 
 def _mla_pool(*args: Any, index_head_dim: int | None = None, **kwargs: Any) -> Any:
-    """Build SGLang's MLA pool; core passes ``index_head_dim``, which that class does not take, to a
-    foreign one.
-    """
+    """Build SGLang's MLA pool, which does not take the ``index_head_dim`` that core passes."""
     from sglang.srt.mem_cache.memory_pool import MLATokenToKVPool
 
     return MLATokenToKVPool(*args, **kwargs)

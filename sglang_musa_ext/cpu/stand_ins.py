@@ -44,8 +44,7 @@ ENVIRONMENT = {
 
 @functools.cache
 def prepare_process() -> None:
-    """Put everything in place that SGLang's imports and kernels need on a CPU; call it again
-    freely.
+    """Put all in place that SGLang's imports and kernels need on a CPU; repeating is harmless.
 
     SGLang reaches this through the platform entry point, early in its own import. Up to 0.5.20 it
     imports ``torchvision``, and up to 0.5.12 ``sgl_kernel``, before it looks for platforms: there,
@@ -90,8 +89,7 @@ def _install(name: str, contents: dict[str, dict[str, Any]]) -> None:
 
 
 def ignore_waits_for_cuda() -> None:
-    """Let ``torch.cuda.synchronize()`` return at once, where it would raise because there is no
-    CUDA device.
+    """Let ``torch.cuda.synchronize()`` return at once, where it would raise for want of CUDA.
 
     Why: models that share their embeddings with a draft model call it after that, whatever the
     device. Until: 0.5.15.
@@ -105,8 +103,7 @@ def _nothing_to_wait_for(device: object = None) -> None:
 
 
 def torchvision_modules() -> dict[str, dict[str, Any]]:
-    """Return the import-only ``torchvision``: the names taken from it at import on the way to a
-    text model.
+    """Return a ``torchvision`` of the names that are imported on the way to a text model.
 
     Why: PyPI has only builds for CUDA, which do not load beside a CPU build of torch; and SGLang
     registers image processors with transformers, which transformers allows only where
@@ -265,8 +262,7 @@ def interpret_triton() -> None:
 
 
 def _reinterpret_standard_library() -> None:
-    """Decorate Triton's own device functions again if it was imported before ``TRITON_INTERPRET``
-    was set.
+    """Decorate Triton's device functions again if Triton came before ``TRITON_INTERPRET``.
 
     SGLang imports Triton shortly before it looks for platforms. Kernels are decorated later and see
     the variable, but ``tl.sum``, ``tl.cdiv`` and their like would remain functions for the
@@ -331,9 +327,7 @@ def _elementwise(name: str, function: Callable[..., Array]) -> Callable[..., Any
 
 
 def _take_first_config() -> None:
-    """Let the autotuner take its first configuration: it times on a GPU's clock, and here all are
-    equal.
-    """
+    """Let the autotuner take its first configuration: on a CPU it has no clock to time with."""
     from triton.runtime.autotuner import Autotuner
 
     def first_config(self: Any, *_args: Any, config: Any, **_kwargs: Any) -> list[float]:

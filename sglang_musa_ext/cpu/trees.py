@@ -1,5 +1,4 @@
-"""Draft trees of speculative decoding in PyTorch, under the names that SGLang calls in
-``sgl_kernel``.
+"""Draft trees of speculative decoding in PyTorch, by SGLang's names in ``sgl_kernel``.
 
 A request's draft is a tree of ``n`` nodes. Node 0 is the last token that the target model chose;
 every other node is a drafted token below its parent, which has a smaller number. SGLang passes
@@ -126,8 +125,7 @@ def verify_tree_greedy(
     retrive_next_sibling: torch.Tensor,
     target_predict: torch.Tensor,
 ) -> None:
-    """Follow each tree from its root along the tokens that the target model would have chosen
-    itself.
+    """Follow each tree from its root along the tokens that the target model would have chosen.
 
     Args:
         predicts: ``(batch * n,)`` or longer, int32, written where the way leads: the target's
@@ -155,18 +153,14 @@ def verify_tree_greedy(
 
 
 def _parents(selected: Sequence[int], parent_list: Sequence[int], topk: int) -> list[int]:
-    """The parent of each node: another node, or -1 for the root and for a node whose parent was not
-    selected.
-    """
+    """Return each node's parent: a node, or -1 for the root and where no parent was selected."""
     node_of = {candidate: node for node, candidate in enumerate(selected, start=1)}
     groups = [candidate // topk for candidate in selected]
     return [-1, *(node_of.get(parent_list[group], -1) if group else 0 for group in groups)]
 
 
 def _attended(parents: Sequence[int]) -> torch.Tensor:
-    """``(n, n)`` bool: whether a node (row) attends to another, which the root, ancestors and the
-    node itself are.
-    """
+    """Return ``(n, n)`` bool: whether a node (row) attends to another, as an ancestor or itself."""
     seen = torch.eye(len(parents), dtype=torch.bool)
     seen[:, 0] = True
     for node, parent in enumerate(parents):
@@ -204,9 +198,7 @@ def _accepted(
     next_sibling: Sequence[int],
     most: int,
 ) -> list[int]:
-    """The way from the root on which every node is what the target model chose after the node
-    before it.
-    """
+    """Return the path from the root on which the target model chose every node."""
     way = [0]
     while len(way) < most:
         child = first_child[way[-1]]

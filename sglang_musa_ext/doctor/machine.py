@@ -24,7 +24,7 @@ from sglang_musa_ext.doctor.surroundings import (
 from sglang_musa_ext.upstream import check, releases
 
 OLDEST_TOOLKIT, TOOLKIT_OF_CHUNKS = (4, 3, 6), (5, 1, 0)
-"""What MATE needs, and what ``attention_chunk`` with a local window needs."""
+"""Toolkits that MATE needs, and that ``attention_chunk`` with a local window needs."""
 _MIB = 1 << 20
 TOOL_TIMEOUT = 5
 """Seconds to wait for the driver's tool."""
@@ -156,9 +156,7 @@ def probe_python(s: Surroundings) -> CheckResult:
 
 
 def _built_for_another_python(name: str) -> bool:
-    """Whether the installed wheel of ``name`` has a binary interface, and not the one of this
-    interpreter.
-    """
+    """Return whether the wheel of ``name`` has a binary interface of another interpreter."""
     distribution = find_distribution(name)
     lines = (distribution.read_text("WHEEL") or "").splitlines() if distribution else []
     tags = [line.partition(":")[2].strip().split("-") for line in lines if line.startswith("Tag:")]

@@ -43,7 +43,7 @@ def probe_torch(s: Surroundings) -> CheckResult:
 
 
 def _problems_of_torch(versions: Mapping[str, str]) -> list[CheckResult]:
-    """What is wrong with the packages around a MUSA build of torch, worst first."""
+    """Return the problems of the packages around a MUSA build of torch, worst first."""
     found = []
     theirs = versions.get("torch_musa", "")
     if theirs and release_numbers(theirs) != release_numbers(versions["torch"]):
@@ -149,9 +149,7 @@ def _of_musa(version: str) -> bool:
 
 
 def _of_mate(version: str) -> bool:
-    """Whether a wrapper's version is one of MATE's: from 0.2.7 on they say musa, before that they
-    are 0.x.
-    """
+    """Return whether a wrapper's version is MATE's: ``musa`` from 0.2.7 on, before that 0.x."""
     return _of_musa(version) or version.startswith("0.")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 
 class CheckStatus(enum.Enum):
-    """How a check came out, from best to worst."""
+    """The outcome of a check, from best to worst."""
 
     PASS = "pass"
     WARN = "warn"
@@ -21,13 +21,13 @@ EXIT_CODES = {CheckStatus.PASS: 0, CheckStatus.WARN: 1, CheckStatus.FAIL: 2}
 
 @dataclass(frozen=True)
 class CheckResult:
-    """What a probe found."""
+    """The finding of a probe."""
 
     status: CheckStatus
     finding: str
-    """What was seen, and what was expected where that differs."""
+    """The facts as seen, and what was expected where that differs."""
     next_step: str = ""
-    """What to do about it; empty: nothing."""
+    """The remedy; empty if none is needed."""
     details: Mapping[str, Any] = field(default_factory=dict)
     """The same as plain data, for ``--json``."""
     name: str = ""

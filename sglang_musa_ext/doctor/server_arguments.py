@@ -100,7 +100,7 @@ def _attention(options: argparse.Namespace, s: Surroundings) -> tuple[str, str]:
 def _problems_of_command(
     options: argparse.Namespace, resolved: Mapping[str, tuple[Any, str]], kernels: str
 ) -> list[CheckResult]:
-    """What is wrong with a command line, worst first."""
+    """Return the problems of a command line, worst first."""
     backends = {name: value for name, (value, _) in resolved.items() if name.endswith("attention")}
     found = []
     if kernels and "fa4" in backends.values():
@@ -130,9 +130,7 @@ def _problems_of_command(
 
 
 def _is_mla(model_path: str | None) -> bool:
-    """Whether a model's own configuration names MLA's latent rank; False where it is not on this
-    machine.
-    """
+    """Return whether a model's configuration on this machine names MLA's latent rank."""
     path = Path(model_path or "", "config.json")
     if not model_path or not path.is_file():
         return False

@@ -27,7 +27,7 @@ INSTALL = "Install the vendor's stack with sglang-musa-ext install, into a new e
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What the probes look at; found out when a probe asks for it, and once."""
+    """The machine as probes see it; each part is read once, when a probe asks for it."""
 
     environ: Mapping[str, str]
     command: Sequence[str] | None = None
@@ -44,7 +44,7 @@ class Surroundings:
 
     @cached_property
     def has_musa_stack(self) -> bool:
-        """Whether PyTorch's MUSA backend is installed: there is no MUSA device without it."""
+        """Return whether PyTorch's MUSA backend is installed, which any MUSA device needs."""
         return (
             find_distribution("torch_musa") is not None
             or importlib.util.find_spec("torch_musa") is not None
@@ -62,16 +62,14 @@ class Surroundings:
 
     @cached_property
     def has_our_defaults(self) -> bool:
-        """Whether this package chooses what a command line leaves open: on MUSA and on its own CPU
-        platform.
-        """
+        """Return whether this package fills in options: on MUSA and on its own CPU platform."""
         return bool(self.kernels) and (
             self.has_musa_stack or self.settings.platform == policy.REFERENCE_PLATFORM
         )
 
     @cached_property
     def devices(self) -> dict[str, Any]:
-        """What torch says of the devices; see :func:`print_devices`.
+        """Return what torch says of the devices; see :func:`print_devices`.
 
         Raises:
             RuntimeError: torch, its backend or the driver does not answer.
@@ -104,9 +102,7 @@ class Check(NamedTuple):
 
 
 def print_devices(kind: str) -> None:
-    """Print, as one line of JSON, what torch says of itself and of the devices of ``kind``
-    (``musa`` or ``cuda``).
-    """
+    """Print, as one line of JSON, torch and its devices of ``kind`` (``musa`` or ``cuda``)."""
     import torch
 
     if kind == "musa":

@@ -1,5 +1,4 @@
-"""What engines of the kit and the benchmark have different from SGLang's own, where a variable asks
-for it.
+"""Changes to SGLang in engines of the kit and the benchmark, where a variable asks for them.
 
 Each change is made to one module of SGLang, right after it was imported, in every process of an
 engine.
@@ -19,13 +18,9 @@ from types import ModuleType
 from typing import Any
 
 WEIGHTS = "MUSA_EXT_ENGINE_WEIGHTS"
-"""Set for engines whose models, loaded with ``load_format="dummy"``, get weights of
-:func:`initialize`.
-"""
+"""Set for engines whose dummy-loaded models get weights of :func:`initialize`."""
 PLANS = "MUSA_EXT_ENGINE_PLANS"
-"""Set for engines whose upstream backend asks FA3 for a plan before every call, and uses none
-twice.
-"""
+"""Set for engines whose upstream backend asks FA3 for a new plan before every call."""
 
 
 def initialize(model: Any) -> None:
@@ -64,8 +59,7 @@ def _give_weights(module: Any) -> None:
 
 
 def _plan_calls(module: Any) -> None:
-    """Give every FA3 call of upstream's backend a plan of its own, in place of those that it
-    precomputes.
+    """Give every FA3 call of upstream's backend a plan of its own, not those it precomputes.
 
     As shipped, it precomputes plans for plain decode alone, for the longest request of the batch,
     and leaves others to the kernels. So numbers of splits may differ, and the last bits of the
@@ -87,8 +81,7 @@ def _plan_calls(module: Any) -> None:
 
 
 def plan_of(arguments: Mapping[str, Any]) -> Any:
-    """What FA3 plans for the ``flash_attn_with_kvcache`` call with these arguments, over a paged
-    cache.
+    """Return FA3's plan for a ``flash_attn_with_kvcache`` call over a paged cache.
 
     ``None`` for requests with different numbers of queries: SGLang's build bounds splits by the
     longest query where it plans, and by the average one where it attends, so that a plan may have

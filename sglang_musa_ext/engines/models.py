@@ -1,5 +1,4 @@
-"""Models without weights: configurations that SGLang loads with ``load_format="dummy"``, for the
-kit and the benchmark.
+"""Models without weights, as configurations that SGLang loads with ``load_format="dummy"``.
 
 Their shapes are those of a family's real models; sizes are the caller's. SGLang draws the weights
 itself, the same ones every time; for a comparison of answers take those of ``dummy_weights``.
@@ -20,7 +19,7 @@ COMMON: Mapping[str, Any] = {
     "bos_token_id": 1, "eos_token_id": 2, "hidden_size": 1024, "intermediate_size": 2048,
     "num_hidden_layers": 4,
 }  # fmt: skip
-"""What every configuration has where its family or its caller says nothing else."""
+"""Fields of every configuration whose family or caller says nothing else."""
 
 FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "llama": {
@@ -72,8 +71,7 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
 
 
 def write_model(directory: Path, family: str, **changes: Any) -> Path:
-    """Write the configuration of a model of ``family`` to ``directory``, with ``changes``; returns
-    ``directory``.
+    """Write a model configuration of ``family`` with ``changes``; return ``directory``.
 
     Raises:
         KeyError: there is no such family.

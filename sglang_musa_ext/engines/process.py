@@ -25,11 +25,9 @@ from sglang_musa_ext.engines import changes
 
 GRAPH_SIZES = ("cuda_graph_bs_decode", "cuda_graph_bs")
 LARGEST_GRAPH = ("cuda_graph_max_bs_decode", "cuda_graph_max_bs")
-"""What releases of SGLang call the batch sizes to capture, and the largest; one of them takes a
-list.
-"""
+"""Releases' names of the batch sizes to capture and of the largest; one takes a list."""
 NO_PREFILL_GRAPH = ("disable_prefill_cuda_graph", "disable_piecewise_cuda_graph")
-"""What they call the switch that keeps prefill out of graphs."""
+"""Their names of the switch that keeps prefill out of graphs."""
 FORCE_UPDATE = "SGLANG_MUSA_FA3_FORCE_UPDATE_METADATA"
 """A plan for every call: a setting that an engine has only where it was asked for."""
 
@@ -39,9 +37,7 @@ class EngineDied(RuntimeError):
 
 
 class Engine:
-    """An engine in a process of its own. It boots while others do, and the first question waits for
-    it.
-    """
+    """An engine in a process of its own, which boots on while others do; questions wait for it."""
 
     def __init__(
         self,
@@ -127,9 +123,7 @@ class Engine:
         self._process.kill()
 
     def close(self) -> None:
-        """End it, and wait for it: as a server ends where it serves, and at once where it still
-        boots.
-        """
+        """End it and wait: in order if it serves, at once if it still boots."""
         assert self._process.stdin is not None
         if not self._ready:
             self.kill()
@@ -292,9 +286,7 @@ def _flush(engine: Any, seconds: float = 30.0) -> None:
 def _step_seconds(
     engine: Any, prompts: Sequence[Sequence[int]], sampling: Mapping[str, Any]
 ) -> float:
-    """Between the first and the last token that the first request streams, so that prefill does not
-    count.
-    """
+    """Time from the first to the last token that the first request streams, without prefill."""
     seen: list[tuple[float, int]] = []
     for chunk in engine.generate(input_ids=prompts, sampling_params=sampling, stream=True):
         if chunk.get("index", 0) == 0:

@@ -116,7 +116,7 @@ class AdaptedFunction:
 
 
 class _Way(NamedTuple):
-    """How calls of a site that have the same traits are made."""
+    """The way in which calls of a site with the same traits are made."""
 
     dropped: tuple[str, ...]
     given: Arguments

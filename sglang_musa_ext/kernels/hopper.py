@@ -57,9 +57,7 @@ _HOPPER_LIBRARIES = (
 
 
 _FA3_CAPABILITIES = (8, 9)
-"""Major compute capabilities that FA3 has kernels for; SGLang's ``is_fa3_supported`` has the same
-ones.
-"""
+"""Major compute capabilities that FA3 has kernels for, as in SGLang's ``is_fa3_supported``."""
 
 
 def hopper_kernels(device: torch.device) -> FA3Kernels:
@@ -151,8 +149,7 @@ def _require_fa3_device(device: torch.device) -> None:
 
 
 def _import_hopper_library() -> tuple[_Library, ModuleType]:
-    """The first of :data:`_HOPPER_LIBRARIES` that can be had; a warning says why the ones before it
-    cannot.
+    """Return the first usable one of :data:`_HOPPER_LIBRARIES`; warn why earlier ones are not.
 
     Raises:
         KernelsUnavailable: none can be had; with the reason and the remedy of each.
@@ -202,8 +199,7 @@ def _import_hopper_candidate(candidate: _Library) -> ModuleType:
 
 
 def _hopper_plan_contents(plan: torch.Tensor, batch_size: int) -> torch.Tensor:
-    """What two computations of one plan have in common: all but what is never written, and the
-    forward's counter.
+    """Return a plan without what is never written, and without the forward's counter.
 
     Read in ``hopper/flash_api.cpp`` and ``flash_prepare_scheduler.cu`` of
     Dao-AILab/flash-attention:

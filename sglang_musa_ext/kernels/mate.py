@@ -195,9 +195,7 @@ def _static_num_splits(release: Release, **geometry: Any) -> int | None:
 def _mla_plan_bytes(
     batch_size: int, max_seqlen_q: int, num_heads_q: int, device: torch.device
 ) -> int:
-    """Return an upper bound of an MLA plan: 32 bytes a tile-scheduler part, at most one part a
-    multiprocessor; 4 a request.
-    """
+    """Bound an MLA plan: 32 bytes for each multiprocessor's part, and 4 a request."""
     multiprocessors: int = (
         torch.get_device_module(device).get_device_properties(device).multi_processor_count
     )
@@ -291,9 +289,7 @@ def _head_dim(tensor: torch.Tensor | None) -> int | None:
 
 
 def _require_dtypes(release: Release, arguments: Arguments) -> Arguments:
-    """Refuse what MATE reads not at all or not together; drop scales that mean nothing to half
-    precision.
-    """
+    """Refuse what MATE does not read, or not together; drop scales that half precision lacks."""
     dtypes = {tensor.dtype for name in _INPUTS if (tensor := arguments.get(name)) is not None}
     known = frozenset(getattr(torch, name) for name in policy.mate_dtypes(release))
     if len(dtypes) > 1 or not dtypes <= known:
@@ -331,9 +327,7 @@ def _require_bfloat16_sinks(arguments: Arguments) -> Arguments:
 
 
 def _require_dense_rows(arguments: Arguments) -> Arguments:
-    """Refuse a cache that a kernel could only read from a copy: the copy would be as large as the
-    cache.
-    """
+    """Refuse a cache that a kernel could only read from a copy as large as the cache."""
     paged = ("k", "v") if arguments.get("page_table") is not None else ()
     for name in ("k_cache", "v_cache", *paged):
         cache = arguments.get(name)
@@ -380,9 +374,7 @@ def _require_mla_decode(arguments: Arguments) -> Arguments:
 
 
 def _drop_unset(arguments: Arguments) -> Arguments:
-    """Leave out what is ``None`` where FA3 has another word for "none": not every release of MATE
-    takes both.
-    """
+    """Leave out a ``None`` for which FA3 has another word: not every MATE takes both."""
     words = ("window_size", "attention_chunk", "softcap", "num_splits")
     unset = {name for name in words if name in arguments and arguments[name] is None}
     return {name: value for name, value in arguments.items() if name not in unset}
@@ -432,9 +424,7 @@ def _refuse_large_batch(largest: int, arguments: Arguments) -> Arguments:
 
 
 def _window_of_mate_0_1(arguments: Arguments) -> Arguments:
-    """Say a window the way MATE 0.1 reads it: both sides, and not ``causal``, with which it forgets
-    the window.
-    """
+    """Say a window as MATE 0.1 reads it: by both sides, without ``causal``, which drops it."""
     left, right = arguments.get("window_size", (-1, -1))
     if left < 0 and right < 0:
         return arguments
@@ -464,9 +454,7 @@ _RULES_OVER_RAW_KEYS: Mapping[str, Rule] = {
     "old_window": _window_of_mate_0_1,
     "causal_window": _causal_for_its_window,
 }
-"""What meets a limit of ``policy.KERNEL_LIMITS``, by its name, where more is needed than to refuse
-arguments.
-"""
+"""Handlers of limits of ``policy.KERNEL_LIMITS`` by name, where refusing is not enough."""
 
 
 # --- steps: what every call needs -----------------------------------------------------------------

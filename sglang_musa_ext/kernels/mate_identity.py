@@ -1,4 +1,4 @@
-"""Whose MATE is installed: read off metadata and files on disk, without importing any of it.
+"""Identify the installed MATE from metadata and files on disk, without importing any of it.
 
 Public package indexes have an unrelated distribution called ``mate``, and NVIDIA's FlashAttention-3
 has the distribution name and the module name of Moore Threads' wrapper. So a name or a version
@@ -53,7 +53,7 @@ GENERATIONS = (CURRENT, LEGACY)
 
 
 class Problem(NamedTuple):
-    """What is wrong with an installation."""
+    """One fault of an installation."""
 
     seen: str
     expected: str
@@ -65,19 +65,15 @@ class Problem(NamedTuple):
 
 @dataclass(frozen=True)
 class MateIdentity:
-    """What is installed under the names of MATE and of its wrapper."""
+    """The packages installed under the names of MATE and of its wrapper."""
 
     distribution: str | None = None
-    """The distribution that the module ``mate`` belongs to; ``None``: there is no module, or
-    nothing claims it.
-    """
+    """The distribution of the module ``mate``; ``None`` without a module or an owner."""
     version: str | None = None
     location: str | None = None
     """The file or folder of the module ``mate``."""
     wrapper: str | None = None
-    """The generation of the wrapper: ``flash_attn_3``, ``mate-flash-attention``, or ``None``
-    without one.
-    """
+    """The wrapper's generation: ``flash_attn_3``, ``mate-flash-attention`` or ``None``."""
     wrapper_module: str | None = None
     """The module to import the functions from."""
     wrapper_distribution: str | None = None
@@ -85,21 +81,19 @@ class MateIdentity:
     wrapper_version: str | None = None
     wrapper_location: str | None = None
     problems: tuple[Problem, ...] = ()
-    """Why these must not be used; empty: they are Moore Threads'."""
+    """Reasons against using these; empty if they are Moore Threads'."""
     warnings: tuple[Problem, ...] = ()
-    """What is unusual, and may still work."""
+    """Unusual facts, with which it may still work."""
 
     @property
     def release(self) -> tuple[int, ...]:
-        """MATE's release as numbers; where nothing says it, the first or the newest one with this
-        wrapper.
-        """
+        """Return MATE's release, or if unknown the first or newest with this wrapper."""
         known = _release(self.version)
         return known or (OLDEST_MATE if self.wrapper == LEGACY.distribution else NEWEST_MATE)
 
 
 def identify_mate() -> MateIdentity:
-    """What ``mate`` and its wrapper are. Imports neither, and raises nothing for what it finds."""
+    """Identify ``mate`` and its wrapper; import neither, and raise for nothing that is there."""
     mate = _find("mate")
     generation, wrapper = _find_wrapper()
     owner = _owner("mate", mate)
@@ -128,9 +122,7 @@ def identify_mate() -> MateIdentity:
 
 
 def is_wrapper(module: str) -> bool:
-    """Whether the top-level module of this name is there and written on top of ``mate``; it is not
-    imported.
-    """
+    """Return whether a top-level module is there and written on ``mate``, without importing it."""
     spec = _find(module)
     return spec is not None and _is_over_mate(spec)
 
@@ -206,7 +198,7 @@ def _misfits(generation: Generation | None, version: str | None) -> Iterator[Pro
 def _oddities(
     generation: Generation | None, version: str | None, wrapper_version: str | None
 ) -> Iterator[Problem]:
-    """What to mention of an installation that is Moore Threads' and may work."""
+    """Yield what to mention of an installation that is Moore Threads' and may work."""
     release, wrapper = _release(version), _release(wrapper_version)
     if release is None:
         yield Problem(
@@ -246,7 +238,7 @@ def _oddities(
 
 
 def _is_vendors(owner: Distribution | None) -> bool:
-    """Whether a distribution's own metadata name Moore Threads or MUSA."""
+    """Return whether a distribution's own metadata name Moore Threads or MUSA."""
     if owner is None:
         return False
     return any(
@@ -257,7 +249,7 @@ def _is_vendors(owner: Distribution | None) -> bool:
 
 
 def _is_over_mate(spec: ModuleSpec) -> bool:
-    """Whether the module, or one of its own package that it imports, imports ``mate``."""
+    """Return whether the module, or one of its package that it imports, imports ``mate``."""
     pending, seen = [spec], set[str]()
     while pending:
         module = pending.pop()
@@ -277,9 +269,7 @@ def _is_over_mate(spec: ModuleSpec) -> bool:
 
 
 def _find_wrapper() -> tuple[Generation | None, ModuleSpec | None]:
-    """The newest generation whose module is there; one that is over MATE comes before one that is
-    not.
-    """
+    """Return the newest generation whose module is there, preferably one over MATE."""
     found = [(item, spec) for item in GENERATIONS if (spec := _find(item.module)) is not None]
     ours = [(item, spec) for item, spec in found if _is_over_mate(spec)]
     # NVIDIA's FlashAttention-2 is called flash_attn too: without MATE in it, it says nothing of
@@ -297,17 +287,13 @@ def _find(name: str) -> ModuleSpec | None:
 
 
 def _inside(package: ModuleSpec, name: str) -> ModuleSpec | None:
-    """The module ``name`` directly inside ``package``, which is not imported for it: it may not
-    even import.
-    """
+    """Return the module ``name`` directly inside ``package``, importing neither."""
     places = package.submodule_search_locations
     return PathFinder.find_spec(name, list(places)) if places else None
 
 
 def _chain(name: str) -> Iterator[ModuleSpec]:
-    """The modules that the dotted ``name`` leads through; what is an attribute rather than a module
-    ends it.
-    """
+    """Yield the modules along the dotted ``name``, up to what is an attribute and no module."""
     first, *rest = name.split(".")
     spec = _find(first)
     for part in rest:
@@ -367,7 +353,7 @@ def _owner(module: str, spec: ModuleSpec | None) -> Distribution | None:
 
 
 def _contains(distribution: Distribution, path: Path) -> bool:
-    """Whether the distribution's list of files has ``path``, or a file in the folder ``path``."""
+    """Return whether a distribution's list of files has ``path``, or a file in that folder."""
     root = _root(distribution)
     if root not in path.parents:
         return False

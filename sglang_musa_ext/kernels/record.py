@@ -63,43 +63,34 @@ class FA3Kernels:
     fastest_page_size: int | None = None
     """The page size that other calls than MLA are fastest with; ``None``: no size stands out."""
     serves_head_dims: Callable[[int, int], bool] = lambda headdim, headdim_v: True
-    """Whether there is a kernel for these head dimensions of keys and of values."""
+    """True if there is a kernel for these head dimensions of keys and of values."""
     head_dims: str = "any"
     """The head dimensions that there are kernels for, for messages."""
     largest_batch: int | None = None
     """The most requests that can be planned for; ``None``: no limit is known."""
     metadata_uses_softcap: bool = False
-    """Whether scheduler metadata depends on ``has_softcap``."""
+    """True if scheduler metadata depends on ``has_softcap``."""
     plans_unequal_queries: bool = True
-    """Whether a plan is right for a call whose requests have different numbers of queries."""
+    """True if a plan is right for requests with different numbers of queries."""
     plans_for_itself: bool = False
-    """Whether a call without a plan makes the same one, so that a plan is worth its time from the
-    second call on.
-    """
+    """True if a call without a plan makes it itself: then the first call of a pass needs none."""
     drops_plan: Callable[[Mapping[str, Any]], bool] = lambda arguments: False
-    """Whether a ``flash_attn_with_kvcache`` call with these arguments ignores its plan, so that
-    none should be computed.
-    """
+    """True if a ``flash_attn_with_kvcache`` call with these arguments ignores its plan."""
     static_num_splits: Callable[..., int | None] = lambda **geometry: None
     """The number of splits that a call launches, from the keywords of ``get_scheduler_metadata``
     that are no tensors; ``None``: unknown. With 1, a plan settles the order of requests alone.
     """
     combines_unsplit: bool = False
-    """Whether a call with a plan combines its splits even if there is one, so that a plan of one
-    split costs a kernel for nothing.
-    """
+    """True if a planned call combines even a single split, which costs a kernel for nothing."""
     serves_raw_keys: Callable[..., bool] = lambda **call: False
-    """Whether ``flash_attn_varlen_func`` over raw keys and values serves a call as exactly as
+    """True if ``flash_attn_varlen_func`` over raw keys and values serves a call as exactly as
     ``flash_attn_with_kvcache`` over a cache of them, on kernels that are no slower, from ``dtype``,
     ``headdim``, ``headdim_v``, ``window_size``, ``softcap``, ``attention_chunk``, ``has_sinks``.
     """
     plan_contents: Callable[[torch.Tensor, int], torch.Tensor] = lambda plan, batch_size: plan
-    """What of a plan's tensor says something, from it and the batch size; for comparing two plans.
-    """
+    """Takes from a plan's tensor and batch size what has meaning, for comparing two plans."""
     unadapted: Callable[..., Any] | None = None
-    """The library's own ``flash_attn_with_kvcache``, where it means the same by each name that it
-    has.
-    """
+    """The library's ``flash_attn_with_kvcache``, if its names mean the same as FA3's."""
     versions: Mapping[str, str] = field(default_factory=dict)
     """Distribution names and versions behind the functions, for reports; ``library`` is the module
     that they come from, where there is a choice."""

@@ -24,9 +24,7 @@ from sglang_musa_ext.upstream.rows import PLUGIN_SUPPORT, REQUIREMENTS
 from sglang_musa_ext.upstream.source import SourceTree, Unreadable, listed
 
 SERVING = ("plugin", "attention")
-"""The users of those rows without which ``fa3`` cannot be served; a broken row of another user
-concerns it alone.
-"""
+"""Users of the rows that ``fa3`` cannot be served without; others break for themselves."""
 
 
 @dataclass(frozen=True)
@@ -152,9 +150,7 @@ def read_version(package: Path) -> str:
 
 
 def check_rows(rows: Iterable[Requirement], tree: SourceTree, version: str) -> list[Violation]:
-    """Compare ``rows``, all of which are taken to hold in ``version``, with the sources in
-    ``tree``.
-    """
+    """Compare ``rows``, all taken to hold in ``version``, with the sources in ``tree``."""
     violations = []
     for row in _joined(rows):
         seen = _seen(row, tree)

@@ -1,4 +1,4 @@
-"""What SGLang's own ``fa3`` cannot serve, whoever's kernels it has: rows, one for each limit.
+"""The limits of SGLang's own ``fa3``, whoever's kernels it has, one row for each.
 
 Such a configuration ends a server in the middle of serving, or answers wrongly, with upstream's
 class as with ours. The defaults on MUSA do not choose ``fa3`` for it, and a server that names
@@ -17,7 +17,7 @@ from sglang_musa_ext.upstream.requirement import NONE_KNOWN
 
 @dataclass(frozen=True)
 class Configuration:
-    """What a server is asked for, as far as it decides about its attention backend.
+    """A server's request, as far as it decides about its attention backend.
 
     Each field has the value that leaves the choice open, so that callers give what they know.
     """
@@ -37,7 +37,7 @@ class Configuration:
     is_encoder_decoder: bool = False
     has_sliding_windows: bool = False
     has_sinks: bool = False
-    """Whether attention has sinks."""
+    """True if attention has sinks."""
     head_dims: frozenset[tuple[int, int]] = frozenset()
     """Head dimensions of keys and of values, as far as they are known."""
     mate: tuple[int, ...] | None = None
@@ -47,7 +47,7 @@ class Configuration:
     capability: tuple[int, int] | None = None
     """MP version of the device; ``None``: unknown."""
     other_platform: bool = False
-    """Whether another platform plugin serves this process."""
+    """True if another platform plugin serves this process."""
 
     @classmethod
     def of(cls, server_args: Any, model_config: Any, **known: Any) -> Configuration:
@@ -96,12 +96,12 @@ class Configuration:
 
     @property
     def is_tree(self) -> bool:
-        """Whether drafts are trees and not chains."""
+        """Return whether drafts are trees and not chains."""
         return self.topk is not None and self.topk > 1
 
     @property
     def has_large_pages(self) -> bool:
-        """Whether a page has more than one token, as far as is known."""
+        """Return whether a page has more than one token, as far as is known."""
         return self.page_size is not None and self.page_size > 1
 
 
@@ -144,11 +144,11 @@ class UpstreamLimit:
     """The configuration, in words that follow "fa3 does not serve"."""
     applies: Callable[[Configuration], bool]
     happens: str
-    """What a server does that is started all the same."""
+    """The behaviour of a server that is started all the same."""
     instead: str
-    """What to set in its place."""
+    """The setting to use in its place."""
     is_fatal: bool = True
-    """Whether nothing useful is served, so that a server is stopped at start; else it is warned."""
+    """True if nothing useful is served, so that a server is stopped at start, not warned."""
     since: str | None = None
     until: str | None = None
     """The releases that have it, both included; ``None``: the oldest, and still."""

@@ -18,8 +18,6 @@ KERNEL_PARAMETERS = {
     "flash_attn_with_kvcache": ("q", "k_cache", "v_cache"),
     "flash_attn_varlen_func": ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k"),
 }
-"""The kernel names in :data:`FLASH_ATTENTION` that upstream's forwards call, with the parameters
-that they may pass by position.
-"""
+"""Kernels that forwards call in :data:`FLASH_ATTENTION`, with their positional parameters."""
 DRAFT_METHODS = ("_create_fa_decode_backend", "_create_fa_prefill_backend")
 """Methods of upstream's ``DraftBackendFactory`` that choose an FA3 class by themselves."""

@@ -1,3 +1,1 @@
-"""The validation kit: what is installed on this machine, checked against attention in float64 and
-SGLang's own.
-"""
+"""The validation kit: the stack installed here beside float64 attention and SGLang's own."""

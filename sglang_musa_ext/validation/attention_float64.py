@@ -1,5 +1,4 @@
-"""Attention of one sequence, densely, from its definition: the truth that kernels are compared
-with.
+"""Attention of one sequence, densely, by its definition: the reference for the kernels.
 
 It shares nothing with the package. In float64 it is the truth; in another dtype it is PyTorch's own
 plain computation there, whose error says how much error is fair.
@@ -16,9 +15,7 @@ from torch import Tensor
 def visible_keys(
     rows: int, keys: int, causal: bool, window: tuple[int, int] = (-1, -1), chunk: int = 0
 ) -> Tensor:
-    """Which keys each query row sees, bool ``(rows, keys)``; the last row is aligned with the last
-    key.
-    """
+    """Return the keys that rows see, bool ``(rows, keys)``; the last row is at the last key."""
     own = torch.arange(keys - rows, keys).reshape(rows, 1)
     key = torch.arange(keys).reshape(1, keys)
     hidden = torch.zeros(rows, keys, dtype=torch.bool)

@@ -1,5 +1,4 @@
-"""Decode step time of a served random Llama, with plans reused within a pass and with one computed
-for every layer.
+"""Time a served random Llama's decode step, with plans reused and with one for every layer.
 
 Both engines are up at the same time, and take turns. They must give the same tokens before anything
 is timed. A step's time is taken from the first streamed token to the last, so that prefill does not

@@ -1,5 +1,4 @@
-"""Validate sglang-musa-ext on the machine that has the GPU, and write one report to attach to an
-issue.
+"""Validate sglang-musa-ext on the machine that has the GPU, and write a report for an issue.
 
 It needs the installed stack alone: torch, sglang and sglang-musa-ext. Its parts are
 
@@ -38,7 +37,7 @@ from typing import Any
 from sglang_musa_ext.validation.report import FAIL, PASS, SKIP, Outcome, Report, numbers
 
 PROGRAM = ("-m", "sglang_musa_ext.validation.command")
-"""What a part's process runs."""
+"""Python's arguments in a part's process, before the part's own."""
 PARTS = ("doctor", "numerics", "graphs", "memcheck", "engine", "modes", "bench", "model")
 UNASKED = PARTS[:-1]
 """The parts that run where none is named; with --model, the last one too."""

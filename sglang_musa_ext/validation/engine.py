@@ -1,5 +1,4 @@
-"""A tiny random Llama served by SGLang with this package, beside SGLang's ``torch_native``
-attention.
+"""Serve a tiny random Llama with this package and with SGLang's ``torch_native`` attention.
 
 On a CPU both compute in float32, and tokens must be equal. On a device they compute in bfloat16,
 where near ties fall either way: there ``torch_native`` in float32 is the truth, and
@@ -29,7 +28,7 @@ PART = "engine"
 VOCABULARY = 512
 FLOAT32_TOLERANCE = 1e-3
 FLOOR = 1e-2
-"""What log-probabilities in bfloat16 may be off by in any case."""
+"""The error that log-probabilities in bfloat16 may have in any case."""
 ARGUMENTS: Mapping[str, Any] = {
     "skip_tokenizer_init": True,
     "random_seed": 0,
@@ -99,7 +98,7 @@ def booted(variant: Variant, model: Path, device: str) -> Iterator[Engine]:
 
 @dataclass
 class Answer:
-    """What one engine gave."""
+    """The answers of one engine."""
 
     tokens: list[list[int]]
     logprobs: list[list[float]]
@@ -216,11 +215,11 @@ class Session:
 
 
 class Missing(LookupError):
-    """What a case compares is not there, because another case failed."""
+    """Another case failed, so that what this one compares is not there."""
 
 
 def guarded(part: str, name: str, case: Callable[[], Outcome]) -> Outcome:
-    """What becomes of one case; whatever it raises is a result too."""
+    """Return the outcome of one case; whatever it raises is an outcome too."""
     started = time.perf_counter()
     try:
         found = case()
@@ -234,8 +233,7 @@ def guarded(part: str, name: str, case: Callable[[], Outcome]) -> Outcome:
 
 
 def deviation(ours: Answer, right: Answer) -> tuple[float, int]:
-    """The largest error of a log-probability, and how many tokens are equal, up to each request's
-    first other one.
+    """Return the largest log-probability error, and the number of tokens before answers differ.
 
     That other token is compared too: where two tokens tie, they are as likely as each other. A
     log-probability that is no number is infinitely wrong.
@@ -284,9 +282,7 @@ def _equal_length(ours: Sequence[float], right: Sequence[float]) -> int:
 
 
 def build_model(directory: Path, layers: int, hidden: int) -> None:
-    """Write a random Llama to ``directory``, in a process of its own, because it takes PyTorch and
-    transformers.
-    """
+    """Write a random Llama to ``directory``, in a process that imports PyTorch and transformers."""
     fields = {
         "hidden_size": hidden, "intermediate_size": 2 * hidden, "num_hidden_layers": layers,
         "head_dim": 64,

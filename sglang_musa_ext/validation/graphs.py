@@ -1,5 +1,4 @@
-"""Plans and kernels inside a device's graphs: captured once over static buffers, replayed with
-other lengths.
+"""Plans and kernels in a device's graphs: captured once, replayed with other lengths.
 
 That is what a captured decode step of the backend is: the plan is computed in the graph from
 lengths that the next replay changes, and every layer of one geometry uses it. The served model of
@@ -44,7 +43,7 @@ class Graphs(Protocol):
     """A device's way to capture graphs."""
 
     def capture(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-        """What replays ``function``, and what it returned while it was captured."""
+        """Capture ``function``; return its replay, and what it returned in the capture."""
 
 
 class DeviceGraphs:
@@ -56,7 +55,7 @@ class DeviceGraphs:
 
     @staticmethod
     def missing(device: torch.device) -> str:
-        """Why ``device`` captures no graphs; empty if it does."""
+        """Return why ``device`` captures no graphs; empty if it does."""
         if device.type == "cpu":
             return "a CPU captures no graphs"
         names = ("CUDAGraph", "graph", "Stream", "stream", "synchronize", "current_stream")
@@ -66,8 +65,7 @@ class DeviceGraphs:
         )
 
     def captured(self, function: Callable[[], Any]) -> tuple[Any, Any]:
-        """Run twice to warm up, on a stream of its own, then capture; all graphs share one pool, as
-        in SGLang.
+        """Warm up twice on a stream of its own, then capture; graphs share a pool, as in SGLang.
 
         Returns the graph, and what ``function`` returned while it was captured.
         """
@@ -86,9 +84,7 @@ class DeviceGraphs:
         return graph, result
 
     def capture(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-        """What replays the graph of ``function`` and waits for it, and what it returned while it
-        was captured.
-        """
+        """Return a replay of ``function``'s graph that waits, and what the capture returned."""
         graph, result = self.captured(function)
 
         def replay() -> None:
@@ -165,9 +161,7 @@ def replayed(
     latent: bool,
     lengths: Lengths,
 ) -> list[Comparison]:
-    """Capture layers, two of each kind in ``kinds``, for each batch size from large to small;
-    replay and compare.
-    """
+    """Capture layers, two of each of ``kinds``, from large batches to small; replay and compare."""
     found: list[Comparison] = []
     shape = replace(shape, keys=lengths[0], capacity=max(map(max, lengths)))
     captured = {
@@ -264,7 +258,7 @@ CASES: dict[str, tuple[Shape, list[dict[str, Any]], bool]] = {
 
 
 def run_case(name: str, setting: Setting, graphs: Graphs, lengths: Lengths = LENGTHS) -> Outcome:
-    """What becomes of one case, replayed with these lengths; whatever it raises is a result too."""
+    """Return the outcome of a case replayed with these lengths; an error is an outcome too."""
     started = time.perf_counter()
     shape, kinds, latent = CASES[name]
     try:

@@ -1,5 +1,4 @@
-"""NVIDIA's compute-sanitizer over each way that the backend calls the kernels, planned, reused and
-in graphs.
+"""NVIDIA's compute-sanitizer over each way in which the backend calls the kernels.
 
 Each case runs in a process of its own under ``compute-sanitizer --tool memcheck``, which sees what
 no comparison of results does: reads and writes beside the tensors. The first case reads beside them
@@ -105,9 +104,7 @@ def check(name: str, sanitizer: str, options: SimpleNamespace) -> Outcome:
 
 
 def judged(name: str, status: int, log: str, case: Outcome | None) -> Outcome:
-    """What becomes of a case, from the sanitizer's exit status and log, and the case's own outcome
-    (None: none).
-    """
+    """Return a case's outcome, from the sanitizer's exit status and log, and its own outcome."""
     found = re.findall(r"ERROR SUMMARY: (\d+) error", log)
     values = {"errors": int(found[-1]) if found else "unknown", "exit status": status}
     words = " / ".join([line.strip() for line in log.split("\n") if line.strip(" =")][-3:])[-600:]
@@ -134,7 +131,7 @@ def judged(name: str, status: int, log: str, case: Outcome | None) -> Outcome:
 
 
 def missing(device: str, sanitizer: str | None) -> str:
-    """Why this part cannot run; empty if it can."""
+    """Return why this part cannot run; empty if it can."""
     if not device.startswith("cuda"):
         return f"compute-sanitizer is for NVIDIA GPUs, and this device is {device}"
     return "" if sanitizer else "compute-sanitizer is neither on PATH nor in /usr/local/cuda/bin"

@@ -49,7 +49,7 @@ class Comparison:
     backend: str
     environ: Mapping[str, str]
     allowed: float
-    """What log-probabilities may be off by in any case."""
+    """The error that log-probabilities may have in any case."""
     dtype: str = "auto"
     memory: float = 0.8
     """``mem_fraction_static`` of an engine; they are up one after another."""

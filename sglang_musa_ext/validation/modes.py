@@ -1,5 +1,4 @@
-"""Models without weights, served by SGLang with this package, beside SGLang's own ``fa3``, in every
-mode.
+"""Serve models without weights in every mode, with this package and with SGLang's own ``fa3``.
 
 Both peers call the same kernels of the same GPU, so that their answers must be the same: where
 SGLang's own are the same twice, ours must be equal to the last bit. Random weights do, because
@@ -56,11 +55,9 @@ class Mode:
     arguments: Mapping[str, Any]
     """Of ``sglang.Engine``, besides :data:`COMMON`."""
     plans: tuple[int, ...] = ()
-    """How many plans a pass of one of its backends may compute: one a geometry. Empty: counted, and
-    not judged.
-    """
+    """Plans that a pass of its backends may compute, one a geometry; empty: counted, not judged."""
     changes: Mapping[str, Any] = field(default_factory=dict)
-    """What its model has different from its family."""
+    """Fields in which its model differs from its family."""
     draft: str = ""
     """The family of the draft model, where there is one."""
     gpus: int = 1
@@ -134,27 +131,23 @@ COMMON: Mapping[str, Any] = {
 }  # fmt: skip
 GRAPHS = [1, 2, 4, 8]
 ENVIRON = {"SGLANG_ENABLE_JIT_DEEPGEMM": "0", "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0"}
-"""Unless the environment says otherwise: nothing here computes in FP8, and GPUs are shared with
-other engines.
-"""
+"""Defaults of the environment: no FP8 computation, and GPUs shared with other engines."""
 BYTES = 6 << 30
 """Device memory that an engine is counted with."""
 SECONDS = 600.0
-"""What one engine may take from its start to its end."""
+"""The longest time from an engine's start to its end."""
 FIRST_PORT, PORTS = 21000, 50
 """Where the ports of engines that talk over TCP begin, and how many each has for itself."""
 
 
 class Way(NamedTuple):
-    """Whose backend serves, and how."""
+    """A backend, and its options."""
 
     ours: bool
     graphs: bool
     check: str = "off"
     shipped: bool = False
-    """Of upstream's backend: whether it plans as it does unless told otherwise, and not before
-    every call.
-    """
+    """For upstream's backend: True if it plans as it does by default, not before every call."""
 
     @property
     def name(self) -> str:
@@ -165,7 +158,7 @@ class Way(NamedTuple):
 
     @property
     def environ(self) -> dict[str, str]:
-        """What makes it so."""
+        """Return the environment that makes it so."""
         if self.ours:
             return {
                 "SGLANG_MUSA_EXT": "on",
@@ -182,9 +175,7 @@ PEERS = {
     "graphs": (Way(False, True), Way(True, True)),
     "eager, plans checked": (Way(False, False), Way(True, False, "metadata")),
 }
-"""Upstream's and ours, which must be the same to the last bit: every call of both has the plan of
-FA3 for it.
-"""
+"""Upstream's and ours, equal to the last bit: each of their calls has FA3's plan for it."""
 AS_SHIPPED = Way(False, True, shipped=True)
 """Upstream's as it is. Its calls may have other numbers of splits, and its answers other last bits.
 """
@@ -203,9 +194,7 @@ def phases(quick: bool) -> list[list[list[int]]]:
 
 
 def twins() -> list[list[int]]:
-    """Two prompts of one length that end in the same token, so that nothing but attention tells
-    them apart.
-    """
+    """Return two prompts of one length and last token, which attention alone tells apart."""
     return [[(step * at + 29) % 4000 + 3 for at in range(99)] + [17] for step in (11, 23)]
 
 
@@ -214,7 +203,7 @@ def twins() -> list[list[int]]:
 
 @dataclass
 class Asked:
-    """What an engine gave: the same questions twice, with the prefix cache emptied between."""
+    """The answers of an engine to the same questions twice, the prefix cache emptied between."""
 
     answers: list[Answer]
     reports: list[dict[str, Any]]
@@ -226,9 +215,7 @@ class Asked:
 
 
 class Fleet:
-    """Engines on the GPUs, several at a time, each started when there is room and ended when it has
-    answered.
-    """
+    """Engines on the GPUs, several at once, started when there is room, ended when answered."""
 
     def __init__(
         self, options: argparse.Namespace, cards: Sequence[str], jobs: int, emit: Emit
@@ -251,7 +238,7 @@ class Fleet:
                 )
 
     def asked(self, name: str, way: Way) -> Asked:
-        """What an engine gave; waits for it.
+        """Return what an engine answered; wait for it.
 
         Raises:
             Missing: it is upstream's, and did not serve, so that there is nothing to compare with.
@@ -440,9 +427,7 @@ class Session:
 
 
 def judged_equal(ours: Asked, right: Asked, other: Asked | None = None) -> Outcome:
-    """Whether our answers are upstream's, as far as upstream's are the same twice, and those of its
-    ``other`` way.
-    """
+    """Compare our answers with upstream's, as far as upstream's are the same twice."""
     first, second = right.both
     own = [deviation(second, first)]
     own += [] if other is None else map(deviation, other.both, right.both)
@@ -475,9 +460,7 @@ def judged_plans(
     upstream: Sequence[Mapping[str, Any]],
     wanted: Sequence[int],
 ) -> Outcome:
-    """Whether ours served where it should and nowhere else, with as many plans a pass as there are
-    geometries.
-    """
+    """Judge whether ours served where it should, with as many plans a pass as geometries."""
     counts: Counter[int] = Counter()
     for report in reports:
         counts.update(
@@ -525,9 +508,7 @@ def missing(kernels: str, device: str) -> str:
 
 
 def visible_cards(count: int, device: str) -> list[str]:
-    """The ``count`` GPUs that PyTorch sees, as ``CUDA_VISIBLE_DEVICES`` names them; that of
-    ``device`` if it says.
-    """
+    """Return ``count`` visible GPUs for ``CUDA_VISIBLE_DEVICES``, or ``device``'s if it has one."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     cards = named.split(",")[:count] if named else [str(index) for index in range(count)]
     _, _, index = device.partition(":")
@@ -535,7 +516,7 @@ def visible_cards(count: int, device: str) -> list[str]:
 
 
 def default_jobs(cards: int, each: int = 1) -> int:
-    """How many engines of ``each`` GPUs the processor and the GPUs' free memory have room for."""
+    """Return how many engines of ``each`` GPUs the processor and free GPU memory have room for."""
     import torch
 
     memory = sum(torch.cuda.mem_get_info(index)[0] // BYTES for index in range(cards)) // each

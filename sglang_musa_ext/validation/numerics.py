@@ -1,5 +1,4 @@
-"""The kernels of a provider, called as the attention backend calls them, against attention in
-float64.
+"""A provider's kernels, called as the backend calls them, against attention in float64.
 
 The truth is ``attention_float64.py`` beside this module: it shares nothing with the kernels, nor
 with the rest of the package. It is computed on the CPU. A result may be off by twice what PyTorch's
@@ -29,9 +28,7 @@ from sglang_musa_ext.validation.report import FAIL, PASS, SKIP, Outcome
 Tensor = torch.Tensor
 
 UNWRITTEN = 50.0
-"""What slots without a key hold: kernels may load them and must mask them. NaN would survive a
-correct mask.
-"""
+"""The value of slots without a key, which kernels must mask; NaN would survive a correct mask."""
 LATENT, ROPE = 512, 64
 PART = "numerics"
 
@@ -51,9 +48,7 @@ class Comparison:
 
     @property
     def error(self) -> float:
-        """The largest difference from the truth; infinite where a row is NaN, or is infinite on one
-        side only.
-        """
+        """Return the largest error; infinite where a row is NaN, or infinite on one side."""
         finite = self.exact.isfinite()
         seen = self.seen.double()
         if (
@@ -85,9 +80,7 @@ def _largest(values: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Shape:
-    """A batch: ``rows`` new queries of each request, the last of its ``keys`` tokens; heads, dims
-    and pages.
-    """
+    """A batch: ``rows`` new queries of each request, the last of its ``keys``; heads and pages."""
 
     rows: tuple[int, ...]
     keys: tuple[int, ...]
@@ -101,9 +94,7 @@ class Shape:
 
 
 class Batch:
-    """The tensors of a :class:`Shape`: lists of float values on the CPU, and what the kernels get
-    on the device.
-    """
+    """The tensors of a :class:`Shape`: float values on the CPU, and the kernels' on the device."""
 
     def __init__(
         self, shape: Shape, dtype: torch.dtype, device: torch.device, seed: int = 0
@@ -138,9 +129,7 @@ class Batch:
         return cache.to(self.device)
 
     def arguments(self, **options: Any) -> dict[str, Any]:
-        """Arguments of ``flash_attn_with_kvcache``, as upstream's forwards pass them, with
-        ``options``.
-        """
+        """Return arguments of ``flash_attn_with_kvcache`` as upstream passes them."""
         return dict(
             q=torch.cat(self.q).to(self.device), k_cache=self.cached(self.k),
             v_cache=self.cached(self.v),
@@ -152,8 +141,7 @@ class Batch:
     def plan(
         self, kernels: FA3Kernels, lengths: dict[str, Tensor] | None = None, **options: Any
     ) -> Tensor | None:
-        """Scheduler metadata for a call of this shape, asked for as the backend asks; ``None``
-        where it does not.
+        """Return scheduler metadata as the backend asks for it, or ``None`` if it does not.
 
         ``lengths`` are ``cache_seqlens`` and ``cu_seqlens_q`` that are on the device already: a
         capture forbids to bring them there.
@@ -205,9 +193,7 @@ def compare(
 
 
 def _joined(pairs: Sequence[tuple[Tensor, Tensor]], index: int) -> Tensor:
-    """The outputs (0) or the log-sum-exps (1) of all requests; tokens are the dimension of the same
-    number.
-    """
+    """Join all requests' outputs (0) or log-sum-exps (1) along that dimension, their tokens."""
     return torch.cat([pair[index] for pair in pairs], dim=index)
 
 
@@ -216,7 +202,7 @@ def _joined(pairs: Sequence[tuple[Tensor, Tensor]], index: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Setting:
-    """What a case runs on."""
+    """The surroundings of a case: kernels, dtype and device."""
 
     kernels: FA3Kernels
     device: torch.device
@@ -227,7 +213,7 @@ Way = Callable[[Setting, Shape, dict[str, Any]], list[Comparison]]
 
 
 def truth_options(batch: Batch, options: dict[str, Any]) -> dict[str, Any]:
-    """What the truth must know of a call of ``batch`` with ``options``."""
+    """Return the arguments of float64 attention for a call of ``batch`` with ``options``."""
     own = {
         "scale": batch.scale,
         "causal": options.get("causal", False),
@@ -241,9 +227,7 @@ def truth_options(batch: Batch, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _with_sinks(setting: Setting, shape: Shape, options: dict[str, Any]) -> dict[str, Any]:
-    """``options`` with a tensor where they say that there are sinks; SGLang loads them as bfloat16
-    for FA3.
-    """
+    """Return ``options`` with a tensor of sinks if they say so, bfloat16 as SGLang loads them."""
     if not options.get("sinks"):
         return options
     values = torch.linspace(-1.0, 2.0, shape.heads).to(torch.bfloat16)
@@ -339,9 +323,7 @@ def merged(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 
 def cascade(setting: Setting, shape: Shape, options: dict[str, Any]) -> list[Comparison]:
-    """Draft branches over a shared prefix, then each over its own suffix, merged; ``options`` say
-    how many.
-    """
+    """Attend from draft branches to a shared prefix and to their own suffixes, and merge."""
     topk, suffix = options["topk"], options["suffix"]
     batch = Batch(replace(shape, rows=(topk,) * len(shape.keys)), setting.dtype, setting.device)
     branches = len(shape.keys) * topk
@@ -375,9 +357,7 @@ def cascade(setting: Setting, shape: Shape, options: dict[str, Any]) -> list[Com
 
 
 class Latent(Batch):
-    """An MLA batch: one latent key head of 512 beside a rotary part of 64, in one buffer as SGLang
-    holds it.
-    """
+    """An MLA batch: a latent key head of 512 and a rotary part of 64, in SGLang's one buffer."""
 
     def __init__(
         self, shape: Shape, dtype: torch.dtype, device: torch.device, seed: int = 0
@@ -387,9 +367,7 @@ class Latent(Batch):
         )
 
     def arguments(self, **options: Any) -> dict[str, Any]:
-        """Arguments of an absorbed MLA call: ``q`` and ``k_cache`` rotary, ``qv`` and ``v_cache``
-        latent.
-        """
+        """Return arguments of an absorbed MLA call: ``q``, ``k_cache`` rotary, others latent."""
         both, buffer = torch.cat(self.q).to(self.device), self.cached(self.k)
         own = {"q": both[..., LATENT:], "qv": both[..., :LATENT]}
         caches = {"k_cache": buffer[..., LATENT:], "v_cache": buffer[..., :LATENT]}
@@ -407,9 +385,7 @@ class Latent(Batch):
 
 
 class Slots:
-    """Where MLA plans are: slots of one workspace where the kernels write them, tensors where they
-    return them.
-    """
+    """The place of MLA plans: slots of a workspace that kernels write, or returned tensors."""
 
     def __init__(self, kernels: FA3Kernels) -> None:
         self.kernels = kernels
@@ -447,9 +423,7 @@ def mla(setting: Setting, shape: Shape, options: dict[str, Any]) -> list[Compari
 
 
 def mla_slots(setting: Setting, shape: Shape, options: dict[str, Any]) -> list[Comparison]:
-    """Two geometries, planned in two slots one after the other, then both reused: neither spoils
-    the other's plan.
-    """
+    """Plan two geometries in two slots, then reuse both: neither overwrites the other's plan."""
     other = replace(shape, rows=tuple(2 for _ in shape.rows), keys=shape.keys[::-1])
     batches = [
         Latent(one, setting.dtype, setting.device, seed) for seed, one in enumerate((shape, other))
@@ -468,9 +442,7 @@ def mla_slots(setting: Setting, shape: Shape, options: dict[str, Any]) -> list[C
 
 
 def mla_cascade(setting: Setting, shape: Shape, options: dict[str, Any]) -> list[Comparison]:
-    """Draft branches of an MLA model over a shared prefix and their own suffixes, each call in a
-    slot of its own.
-    """
+    """Attend from MLA draft branches to prefix and suffixes, each call in a slot of its own."""
     topk, suffix = options["topk"], options["suffix"]
     batch = Latent(replace(shape, rows=(topk,) * len(shape.keys)), setting.dtype, setting.device)
     branches = len(shape.keys) * topk
@@ -512,7 +484,7 @@ DECODE = Shape((1, 1, 1, 1), (700, 5, 64, 129))
 LONG = Shape((1,), (6000,), capacity=8192)
 VERIFY = Shape((4, 4, 4), (300, 64, 7))
 HITS = Shape((17, 15, 15, 15), (17, 73, 703, 3003), heads=16, heads_kv=4, dim=64, dim_v=64)
-"""What is left of prompts that were found in the prefix cache. Kernels that bound the number of
+"""The rest of prompts that were found in the prefix cache. Kernels that bound the number of
 splits by the average query in one place and by the longest in another have accumulators for 7 parts
 of the longest keys, and plan 14.
 """
@@ -617,7 +589,7 @@ def _mla() -> Iterator[Case]:
 
 
 def dtypes(kernels: FA3Kernels) -> list[torch.dtype]:
-    """What the kernels take, bfloat16 first."""
+    """The dtypes that the kernels take, bfloat16 first."""
     return [
         dtype for dtype in (torch.bfloat16, torch.float16, torch.float32) if dtype in kernels.dtypes
     ]
@@ -630,7 +602,7 @@ def named_cases(kernels: FA3Kernels, quick: bool) -> dict[str, tuple[Case, torch
 
 
 def run_case(name: str, case: Case, setting: Setting) -> Outcome:
-    """What becomes of one case; whatever it raises is a result too."""
+    """Return the outcome of one case; whatever it raises is an outcome too."""
     started = time.perf_counter()
     try:
         found = case.way(setting, case.shape, case.options)
@@ -645,7 +617,7 @@ def run_case(name: str, case: Case, setting: Setting) -> Outcome:
 
 
 def judged(part: str, name: str, found: Sequence[Comparison], seconds: float) -> Outcome:
-    """Whether every comparison of a case is within what it is allowed."""
+    """Judge whether every comparison of a case is within its limit."""
     measured = [(one.error, one.allowed, one.what) for one in found]
     error, allowed, what = max(measured, key=lambda one: one[0] / max(one[1], 1e-30))
     values = {"error": error, "allowed": allowed, "in": what}

@@ -1,4 +1,4 @@
-"""What the validation kit found, and the report of it: Markdown for people, JSON for machines."""
+"""The results of the validation kit and their report: Markdown for people, JSON for machines."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NOTICES = {
     "cpu": "On a CPU sglang-musa-ext shows its logic on PyTorch kernels that stand in for MATE. "
     f"{ELSEWHERE}",
 }
-"""What a report says of itself on a device that is no Moore Threads GPU."""
+"""Notices of a report from a device that is no Moore Threads GPU."""
 DISTRIBUTIONS = (
     "sglang-musa-ext", "sglang", "torch", "torch_musa", "torchada", "mate", "mate-mubin",
     "flash_attn_3",
@@ -37,7 +37,7 @@ DISTRIBUTIONS = (
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one case."""
+    """The outcome of one case."""
 
     part: str
     name: str
@@ -63,9 +63,7 @@ class Report:
 
     @property
     def verdict(self) -> str:
-        """``fail`` if a case failed; ``could not run`` if a part did not, or nothing passed;
-        ``pass`` otherwise.
-        """
+        """Return ``fail`` if a case failed, ``pass`` if all parts ran and one passed."""
         found = {outcome.status for outcome in self.outcomes}
         if FAIL in found:
             return FAIL
@@ -78,7 +76,7 @@ class Report:
 
     @property
     def notice(self) -> str:
-        """What a reader must know of the device that this ran on."""
+        """Return what a reader must know of the device that this ran on."""
         return NOTICES.get(str(self.device.get("device", "")).partition(":")[0], NOTICE)
 
     def of(self, part: str) -> list[Outcome]:

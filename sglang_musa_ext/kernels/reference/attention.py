@@ -108,9 +108,7 @@ class Problem:
         return self.q.shape[1] // self.heads_kv
 
     def packed_queries(self, batch: int) -> Tensor:
-        """A batch's queries, float32 ``(heads_kv, rows * ratio, dim)``: query heads side by side in
-        a row.
-        """
+        """Pack a batch's queries, float32 ``(heads_kv, rows * ratio, dim)``, heads in a row."""
         start, count = self.row_starts[batch], self.row_counts[batch]
         q = self.q[start : start + count].float()
         grouped = q.view(count, self.heads_kv, self.ratio, q.shape[-1]).transpose(0, 1)
@@ -130,9 +128,7 @@ class Queries:
 def find_queries(
     q: Tensor, cu_seqlens_q: Tensor | None, max_seqlen_q: int | None, used: Tensor | None
 ) -> Queries:
-    """Find each batch's rows, by ``cu_seqlens_q`` or by the shape of padded queries; refuse what
-    does not fit.
-    """
+    """Find each batch's rows, by ``cu_seqlens_q`` or by padded queries; refuse misfits."""
     if cu_seqlens_q is None:
         if q.dim() != 4:
             raise RefusedValue(
@@ -181,9 +177,7 @@ def forward(
     sm_margin: int,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Run one call as its plan says; return ``(total_q, heads, dim)`` and the LSE ``(heads,
-    total_q)``.
-    """
+    """Run one call by its plan; return ``(total_q, heads, dim)`` and LSE ``(heads, total_q)``."""
     batch, heads, dim = len(queries.counts), problem.q.shape[1], problem.q.shape[2]
     tile = tile_shape(queries.longest, problem.ratio, dim, problem.headdim_v, pack_gqa)
     launched = ceil_div(queries.longest * (problem.ratio if tile.packed else 1), tile.query)
@@ -212,9 +206,7 @@ def forward(
 
 @dataclass(frozen=True)
 class _Visit:
-    """What the schedule says of one batch: how many of its query tiles run, in how many splits of
-    the keys.
-    """
+    """The query tiles of a batch that the schedule runs, and the splits of its keys."""
 
     batch: int
     query_tiles: int
@@ -245,9 +237,7 @@ def _visits(
 def _run(
     problem: Problem, tile: TileShape, visits: list[_Visit], static: int, out: Tensor, lse: Tensor
 ) -> None:
-    """Fill ``out`` ``(total_q, heads, dim)`` and ``lse`` ``(heads, total_q)`` where the schedule
-    says so.
-    """
+    """Fill ``out`` ``(total_q, heads, dim)`` and ``lse`` ``(heads, total_q)`` by the schedule."""
     tile_rows = tile.query if tile.packed else tile.query * problem.ratio
     for visit in visits:
         q = problem.packed_queries(visit.batch)[:, : visit.query_tiles * tile_rows]
@@ -290,8 +280,7 @@ def _key_tiles(problem: Problem, batch: int) -> range:
 def attend(
     problem: Problem, batch: int, q: Tensor, keys: range, held: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Attention of packed rows ``q`` over one run of keys: output ``(heads_kv, n, dim)``, LSE
-    ``(heads_kv, n)``.
+    """Attend to one run of keys; return ``(heads_kv, n, dim)`` and LSE ``(heads_kv, n)``.
 
     ``held`` are these keys and values where the caller has them already.
     """
@@ -333,9 +322,7 @@ def _softmax_rows(
 
 
 def _packed_sinks(problem: Problem, first_row: int, count: int) -> Tensor | None:
-    """Sinks of packed rows, ``(heads_kv, count)``; they are logits already, neither scaled nor
-    capped.
-    """
+    """Return packed rows' sinks ``(heads_kv, count)``: logits, neither scaled nor capped."""
     if problem.sinks is None:
         return None
     heads = torch.arange(first_row, first_row + count, device=problem.q.device) % problem.ratio
@@ -345,9 +332,7 @@ def _packed_sinks(problem: Problem, first_row: int, count: int) -> Tensor | None
 def _visible(
     problem: Problem, batch: int, first_row: int, count: int, keys: range
 ) -> Tensor | None:
-    """Which of ``keys`` each packed row sees, bool ``(count, keys)``; ``None`` where it is all of
-    them.
-    """
+    """Return the ``keys`` that packed rows see, bool ``(count, keys)``; ``None`` for all."""
     rule, ratio = problem.rule, problem.ratio
     shift = problem.key_counts[batch] - problem.row_counts[batch]
     if not rule.local and (not rule.causal or first_row // ratio + shift >= keys.stop - 1):
@@ -378,9 +363,7 @@ def combine(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
 def write_rows(
     problem: Problem, batch: int, part: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor
 ) -> None:
-    """Write packed results of a batch's first packed rows; rows that are not there stay as they
-    were.
-    """
+    """Write packed results of a batch's first packed rows; absent rows stay as they were."""
     start, count, ratio = problem.row_starts[batch], problem.row_counts[batch], problem.ratio
     missing = count * ratio - part.shape[1]
     if missing:

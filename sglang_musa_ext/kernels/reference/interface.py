@@ -180,9 +180,7 @@ def _cached_keys(
     cache_batch_idx: Tensor | None,
     cache_leftpad: Tensor | None,
 ) -> tuple[KeyStore, list[int], int]:
-    """The store, each batch's key count past its left padding, and the capacity in keys of one
-    batch.
-    """
+    """Return the store, each batch's key count past its padding, and a batch's capacity."""
     check_page_table(page_table, batch if cache_batch_idx is None else None)
     rows_held = k_cache.shape[0] if page_table is None else page_table.shape[0]
     if cache_batch_idx is None and rows_held != batch:
@@ -405,9 +403,7 @@ def _varlen_keys(
 
 
 def _checked_out(out: Tensor | None, q: Tensor, headdim_v: int, queries: Queries) -> Tensor | None:
-    """The caller's buffer as ``(total_q, heads, dim)``, NaN where rows are due, its padding rows
-    untouched.
-    """
+    """Return the caller's buffer as ``(total_q, heads, dim)``, with NaN where rows are due."""
     if out is None:
         return None
     expected = (*q.shape[:-1], headdim_v)

@@ -38,13 +38,11 @@ MLA_QUERY_TILE = 128
 
 
 MLA_RECORD_INTS = 8
-"""int32 values in one tile-scheduler record: first batch, first block, last batch, end block, first
-split.
-"""
+"""int32 values of a tile-scheduler record: first batch and block, last batch, end, split."""
 
 
 MLA_OVERHEAD_BLOCKS = 5
-"""What starting on a request costs a part, in key blocks."""
+"""Cost of starting on a request, for a part, in key blocks."""
 
 
 class _LatentStore(KeyStore):
@@ -59,7 +57,7 @@ class _LatentStore(KeyStore):
 
 
 def mla_parts(max_seqlen_q: int, num_heads_q: int, num_heads_kv: int = 1) -> int:
-    """How many parts the work of an MLA decode is cut into: one record of the plan each."""
+    """Return the number of parts of an MLA decode's work: one record of the plan each."""
     tiles = ceil_div(max_seqlen_q * num_heads_q // num_heads_kv, MLA_QUERY_TILE)
     return max(MULTIPROCESSORS // num_heads_kv // max(tiles, 1), 1)
 
@@ -81,9 +79,7 @@ def mla_decode(
     causal: bool,
     metadata: object,
 ) -> tuple[Tensor, Tensor]:
-    """Returns the output and its LSE; of 4-d queries the LSE is ``(batch, seqlen_q, heads)``, as in
-    MATE.
-    """
+    """Return the output and its LSE; for 4-d queries ``(batch, seqlen_q, heads)``, as in MATE."""
     if cache_seqlens is None or page_table is None:
         raise RefusedValue(
             "cache_seqlens and page_table", "not both given", "both for MLA", "Pass them."
@@ -208,9 +204,7 @@ def _mla_run(
 
 
 def _mla_pieces(plan: list[int], parts: int, key_counts: list[int]) -> list[list[range]]:
-    """Decode a plan against the keys there are: per batch, the runs of key blocks that some part
-    works on.
-    """
+    """Decode a plan: by batch, the runs of key blocks that some part works on."""
     pieces: list[list[range]] = [[] for _ in key_counts]
     for part in range(parts):
         first, first_block, last, end_block = plan[
@@ -224,9 +218,7 @@ def _mla_pieces(plan: list[int], parts: int, key_counts: list[int]) -> list[list
 
 
 def _mla_pieces_fit(pieces: list[range], splits: int, keys: int) -> bool:
-    """Whether the pieces are the splits that will be combined, and are all the keys, once and in
-    order.
-    """
+    """Return whether the pieces are the splits to combine, and all keys once, in order."""
     ends = [piece.stop for piece in pieces]
     starts = [piece.start for piece in pieces]
     return (

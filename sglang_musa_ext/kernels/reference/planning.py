@@ -18,7 +18,7 @@ from sglang_musa_ext.kernels.reference.refusals import (
 )
 
 MULTIPROCESSORS = 56
-"""How many multiprocessors the reference pretends to have; splits and MLA parts depend on it."""
+"""Multiprocessors that the reference claims to have; splits and MLA parts depend on it."""
 
 
 KEY_TILE = 64
@@ -40,9 +40,7 @@ _METADATA_GROUP = 31 * 32  # batches that one thread block sorts; splits are off
 
 @dataclass(frozen=True)
 class TileShape:
-    """Rows and keys of one tile; ``packed`` puts the query heads of one key head into the same
-    tile.
-    """
+    """Rows and keys of a tile; ``packed`` puts one key head's query heads into the same tile."""
 
     query: int
     key: int
@@ -51,7 +49,7 @@ class TileShape:
 
 @dataclass(frozen=True)
 class MaskRule:
-    """Which keys a row sees. A row's anchor is its own key position, aligned to the bottom right.
+    """The rule of which keys a row sees, from its key position, aligned to the bottom right.
 
     ``local`` keys lie in ``[anchor - left, anchor + right]`` and, with ``chunk``, in the anchor's
     chunk. With neither ``causal`` nor ``local`` every key is seen.
@@ -83,9 +81,7 @@ def resolve_mask(
     window_size: Sequence[int | None] | None,
     chunk: int,
 ) -> MaskRule:
-    """Turn FA3's mask arguments into one rule; bounds that cannot bite under these lengths are
-    dropped.
-    """
+    """Turn FA3's mask arguments into one rule, without bounds that these lengths never reach."""
     left, right = (-1, -1) if window_size is None else window_size
     left = -1 if left is None or left >= max_seqlen_k - 1 else left
     right = -1 if right is None or right >= max_seqlen_q - 1 else right
@@ -112,9 +108,7 @@ def static_num_splits(
     rule: MaskRule,
     multiprocessors: int = MULTIPROCESSORS,
 ) -> int:
-    """How many splits are launched, and so how many accumulators exist, when the caller leaves it
-    open.
-    """
+    """Return how many splits are launched when the caller leaves it open."""
     keys = (
         min(max_seqlen_k, rule.left + rule.right + 1 + tile.query) if rule.local else max_seqlen_k
     )
@@ -274,9 +268,7 @@ def _dynamic_splits(
 
 
 def _shed_splits(splits: list[int], key_tiles: list[int], overflow: int) -> None:
-    """Take splits back in rounds, cheapest requests first, until they fit the multiprocessors; in
-    place.
-    """
+    """Take splits back in place, cheapest requests first, until they fit the multiprocessors."""
     while overflow > 0:
         costs = [
             (ceil_div(n, s - 1) - ceil_div(n, s), batch)

@@ -11,9 +11,7 @@ from sglang_musa_ext import policy
 
 
 class KernelRefusal(Exception):
-    """The kernels do not take this call; ``argument`` names what is wrong and ``seen`` holds what
-    was passed.
-    """
+    """The kernels do not take this call; ``argument`` is wrong, and ``seen`` is what it was."""
 
     def __init__(self, argument: str, seen: object, expected: str, remedy: str) -> None:
         self.argument, self.seen = argument, seen

@@ -1,4 +1,4 @@
-"""What the benchmark builds of SGLang to compare with."""
+"""Rows of what the benchmark builds of SGLang to compare with."""
 
 from __future__ import annotations
 

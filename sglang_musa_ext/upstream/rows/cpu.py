@@ -1,4 +1,4 @@
-"""What the CPU reference platform overrides and adjusts."""
+"""Rows of what the CPU reference platform overrides and adjusts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What SGLang chooses on MUSA where nobody did: attention backend and page size."""
+"""Rows of what SGLang chooses on MUSA where nobody did: attention backend and page size."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ class Keyword:
     since: str | None = None
     """The first release in which upstream passes it; ``None``: the oldest supported."""
     passed: bool = True
-    """Whether upstream passes it; FA3 has it in any case."""
+    """True if upstream passes it; FA3 has it in any case."""
 
 
 KEYWORDS = (

@@ -24,9 +24,9 @@ class PassMethod:
     parameters: tuple[str, ...] | None = None
     """Its first parameters after ``self``; ``None``: nothing of it is relied on but its name."""
     assigns: bool = True
-    """Whether ``forward_metadata`` is assigned through it."""
+    """True if ``forward_metadata`` is assigned through it."""
     is_inherited: bool = False
-    """Whether it is a method of the class that all backends derive from."""
+    """True if it is a method of the class that all backends derive from."""
 
     def rows(self) -> list[Requirement]:
         """Return what the contract says about it."""

@@ -1,4 +1,4 @@
-"""How SGLang finds this package, and where ``fa3`` is registered."""
+"""Rows of how SGLang loads this package, and where ``fa3`` is registered."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ranks read of their runner before they load weights, to compare themselves with others."""
+"""Rows of what ranks read of their runner before they load weights, to compare themselves."""
 
 from __future__ import annotations
 
