@@ -10,7 +10,8 @@ shipped with what those plans change in it allowed. SGLang's own ``fa3`` runs on
 and so does this part.
 
 A mode takes five engines: both peers under CUDA graphs, both eager, ours with every reused plan
-checked, and SGLang's own as shipped. They share the GPUs, several at a time.
+checked, and SGLang's own as shipped; some take more of ours. They share the GPUs, several at a
+time.
 """
 
 from __future__ import annotations
@@ -61,10 +62,15 @@ class Mode:
     draft: str = ""
     """The family of the draft model, where there is one."""
     gpus: int = 1
+    output_checked: bool = False
+    """Whether ours serves it once more, with every call's output beside the reference kernels'."""
+    raw_prefill: bool = False
+    """Whether ours serves it once more, with prefill over raw keys allowed and used nowhere."""
 
 
 CHAIN = {"speculative_num_steps": 3, "speculative_eagle_topk": 1, "speculative_num_draft_tokens": 4}
 TREE = {"speculative_num_steps": 3, "speculative_eagle_topk": 4, "speculative_num_draft_tokens": 8}
+FP8 = {"page_size": 64, "kv_cache_dtype": "fp8_e4m3"}
 EXPERTS = {"first_k_dense_replace": 1}
 # SGLang turns this fusion on for DeepSeek's models over several GPUs, and it has nothing to do with
 # attention. The first engine compiles it for minutes, while the others wait.
@@ -79,7 +85,7 @@ OVERLAP = {
 MODES: Mapping[str, Mode] = {
     "dense-page1": Mode("llama", {"page_size": 1}, (1,)),
     "dense-page16": Mode("llama", {"page_size": 16}, (1,)),
-    "dense-page64": Mode("llama", {"page_size": 64}, (1,)),
+    "dense-page64": Mode("llama", {"page_size": 64}, (1,), output_checked=True),
     "dense-page128": Mode("llama", {"page_size": 128}, (1,)),
     "dense-chunked": Mode("llama", {"page_size": 64, "chunked_prefill_size": 512}, (1,)),
     "deterministic": Mode("llama", {"page_size": 64, "enable_deterministic_inference": True}, (1,)),
@@ -87,6 +93,9 @@ MODES: Mapping[str, Mode] = {
     "window-sinks": Mode("gpt_oss", {"page_size": 64}, (2,)),
     "mla": Mode("deepseek_v3", {"page_size": 64}, (1,)),
     "mla-chunked": Mode("deepseek_v3", {"page_size": 64, "chunked_prefill_size": 1024}, (1,)),
+    "fp8": Mode("llama", FP8, (1,), output_checked=True, raw_prefill=True),
+    "fp8-chunked": Mode("llama", {**FP8, "chunked_prefill_size": 512}, (1,)),
+    "fp8-window": Mode("gemma2", FP8, (2,), output_checked=True, raw_prefill=True),
     "eagle": Mode(
         "llama", {"page_size": 64, "speculative_algorithm": "EAGLE", **CHAIN}, (1,), draft="eagle"
     ),
@@ -116,9 +125,6 @@ MODES: Mapping[str, Mode] = {
     # attention alone.
     "two-batch-overlap": Mode("deepseek_v3", {"page_size": 64, **OVERLAP}, changes=EXPERTS, gpus=2),
 }
-OUTPUT_CHECKED = "dense-page64"
-"""The mode that is served once more with every call's output compared with the reference kernels'.
-"""
 COMMON: Mapping[str, Any] = {
     "load_format": "dummy", "skip_tokenizer_init": True, "attention_backend": "fa3",
     "dtype": "bfloat16",
@@ -131,7 +137,7 @@ COMMON: Mapping[str, Any] = {
 }  # fmt: skip
 GRAPHS = [1, 2, 4, 8]
 ENVIRON = {"SGLANG_ENABLE_JIT_DEEPGEMM": "0", "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0"}
-"""Defaults of the environment: no FP8 computation, and GPUs shared with other engines."""
+"""Defaults of the environment: FP8 in attention alone, and GPUs shared with other engines."""
 BYTES = 6 << 30
 """Device memory that an engine is counted with."""
 SECONDS = 600.0
@@ -148,12 +154,15 @@ class Way(NamedTuple):
     check: str = "off"
     shipped: bool = False
     """For upstream's backend: True if it plans as it does by default, not before every call."""
+    raw_prefill: str = "off"
+    """For ours: ``on`` if prompts without a prefix may be prefilled over raw keys."""
 
     @property
     def name(self) -> str:
         """For a log's name and for progress."""
         words = ["ours" if self.ours else "upstream", "graphs" if self.graphs else "eager"]
         words += ["output"] if self.check == "output" else []
+        words += ["raw"] if self.raw_prefill == "on" else []
         return ".".join([*words, *(["shipped"] if self.shipped else [])])
 
     @property
@@ -165,7 +174,7 @@ class Way(NamedTuple):
                 "SGLANG_MUSA_EXT_KERNELS": "hopper",
                 "SGLANG_MUSA_EXT_CHECK": self.check,
                 # Upstream's backend prefills from the paged cache, and with a plan for every call.
-                "SGLANG_MUSA_EXT_RAW_PREFILL": "off",
+                "SGLANG_MUSA_EXT_RAW_PREFILL": self.raw_prefill,
                 "SGLANG_MUSA_EXT_PLANS": "always",
             }
         return {"SGLANG_MUSA_EXT": "off"} | ({} if self.shipped else {PLANS: "1"})
@@ -180,6 +189,7 @@ AS_SHIPPED = Way(False, True, shipped=True)
 """Upstream's as it is. Its calls may have other numbers of splits, and its answers other last bits.
 """
 OUTPUT = Way(True, False, "output")
+RAW_PREFILL = Way(True, True, raw_prefill="on")
 
 
 def phases(quick: bool) -> list[list[list[int]]]:
@@ -352,11 +362,9 @@ class Session:
 
     @staticmethod
     def _ways(name: str) -> list[Way]:
-        return [
-            *itertools.chain(*PEERS.values()),
-            AS_SHIPPED,
-            *([OUTPUT] if name == OUTPUT_CHECKED else []),
-        ]
+        mode, ways = MODES[name], [*itertools.chain(*PEERS.values()), AS_SHIPPED]
+        ways += [OUTPUT] if mode.output_checked else []
+        return ways + ([RAW_PREFILL] if mode.raw_prefill else [])
 
     def _of_mode(self, name: str) -> dict[str, Callable[[str], Outcome]]:
         found: dict[str, Callable[[str], Outcome]] = {
@@ -366,8 +374,10 @@ class Session:
         found[f"{name}: graphs, upstream as shipped"] = self._as_shipped
         found[f"{name}: who served, and plans a pass"] = self._plans
         found[f"{name}: answers depend on attention"] = self._depends
-        if name == OUTPUT_CHECKED:
+        if MODES[name].output_checked:
             found[f"{name}: every call's output beside the reference kernels'"] = self._output
+        if MODES[name].raw_prefill:
+            found[f"{name}: graphs, prefill over raw keys allowed"] = self._raw_prefill
         return found
 
     def _equal(self, name: str, peers: tuple[Way, Way]) -> Outcome:
@@ -388,6 +398,17 @@ class Session:
     def _as_shipped(self, name: str) -> Outcome:
         planned, ours = (self.fleet.asked(name, way) for way in PEERS["graphs"])
         return judged_equal(ours, self.fleet.asked(name, AS_SHIPPED), planned)
+
+    def _raw_prefill(self, name: str) -> Outcome:
+        """Judge a cache whose type no layer's own keys have, so that every call reads the cache."""
+        ours = self.fleet.asked(name, RAW_PREFILL)
+        outcome = judged_equal(ours, self.fleet.asked(name, PEERS["graphs"][0]))
+        raw = sum(report["statistics"]["raw_calls"] for report in ours.reports)
+        values = {**outcome.numbers, "calls over raw keys": raw}
+        if raw or not ours.reports:
+            reason = f"{raw} calls were served over raw keys, which this cache does not allow"
+            return Outcome(PART, "", FAIL, reason if raw else "ours did not serve", values)
+        return Outcome(PART, "", outcome.status, outcome.reason, values)
 
     def _plans(self, name: str) -> Outcome:
         upstream, reports = [], []

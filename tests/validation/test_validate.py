@@ -392,6 +392,7 @@ class StandInEngine:
     def __init__(self, arguments: dict[str, Any], environ: dict[str, str], log: Path) -> None:
         self.ours = environ["SGLANG_MUSA_EXT"] == "on"
         self.check = environ.get("SGLANG_MUSA_EXT_CHECK", "off")
+        self.raw_prefill = environ.get("SGLANG_MUSA_EXT_RAW_PREFILL") == "on"
         self.other_splits = (
             not self.ours and engine_changes.PLANS not in environ and self.fault == "other splits"
         )
@@ -423,13 +424,14 @@ class StandInEngine:
         self.flushed += 1
 
     def reports(self) -> list[dict[str, Any]]:
-        if not self.ours and self.fault != "ours everywhere":
+        if self.fault == "no report" or (not self.ours and self.fault != "ours everywhere"):
             return []
         plans = 2 if self.fault == "two plans" else 1
         reuses = 0 if self.fault == "no reuse" else 3
         statistics = {
             "calls": 40, "planned_calls": 10 * (plans + reuses), "plans": 10 * plans,
             "reuses": 10 * reuses,
+            "raw_calls": 10 * (self.raw_prefill and self.fault == "raw keys"),
             "passes_by_plans": {str(plans): 10},
         }  # fmt: skip
         kernels = "reference" if self.fault == "other kernels" else "hopper"
@@ -520,8 +522,27 @@ def test_outputs_are_compared_where_they_were_asked_to_be(
     fault: str, status: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The engine with ``SGLANG_MUSA_EXT_CHECK=output`` must say that it compared."""
-    found = mode_outcomes(fault, 0.0, tmp_path, monkeypatch, validate_modes.OUTPUT_CHECKED)
+    found = mode_outcomes(fault, 0.0, tmp_path, monkeypatch, "dense-page64")
     assert found["every call's output beside the reference kernels'"].status == status
+
+
+@pytest.mark.parametrize(
+    ("fault", "status"),
+    [("", PASS), ("raw keys", FAIL), ("0.0001", FAIL), ("ours dies", FAIL), ("no report", FAIL)],
+)
+def test_an_fp8_cache_is_prefilled_from(
+    fault: str, status: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No layer's own keys are fp8, so that allowing raw keys changes nothing and uses none."""
+    found = mode_outcomes(fault, 0.0, tmp_path, monkeypatch, "fp8")
+    assert found["graphs, prefill over raw keys allowed"].status == status, found
+
+
+def test_modes_of_an_fp8_cache_ask_for_one() -> None:
+    """Every engine of these modes has the option, a window model among them."""
+    modes = {name: mode for name, mode in validate_modes.MODES.items() if name.startswith("fp8")}
+    assert {mode.arguments.get("kv_cache_dtype") for mode in modes.values()} == {"fp8_e4m3"}
+    assert {mode.family for mode in modes.values()} == {"llama", "gemma2"}
 
 
 def test_gpus_are_named_as_the_environment_names_them(monkeypatch: pytest.MonkeyPatch) -> None:
