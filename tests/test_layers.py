@@ -48,7 +48,7 @@ LAYERS = {
     "kernels": layer("envs policy torch", lazy="*"),
     "attention": layer("torch sglang envs policy kernels patching upstream"),
     "cpu": layer(
-        "sglang torch numpy psutil", lazy="policy patching kernels upstream transformers triton"
+        "sglang torch numpy psutil patching", lazy="policy kernels upstream transformers triton"
     ),
     "musa_defaults": layer("announce policy patching upstream", lazy="kernels sglang"),
     "musa_vision": layer("envs patching upstream", lazy="kernels"),

@@ -6,6 +6,7 @@ tensors live on the CPU; what it imports for accelerators is prepared by ``stand
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import logging
@@ -14,9 +15,12 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import psutil
+import torch
 from sglang.srt.platforms.interface import PlatformEnum, SRTPlatform
 
+from sglang_musa_ext import patching
 from sglang_musa_ext.cpu import trees
+from sglang_musa_ext.cpu.host_memory import serve_host_pools, transfer_host_memory
 from sglang_musa_ext.cpu.stand_ins import merge_state_v2, prepare_process
 
 __all__ = ["CpuReferencePlatform", "prepare_process"]
@@ -32,16 +36,19 @@ DEFAULTS: dict[str, Any] = {
     # reference.
     "mem_fraction_static": 0.3,
     "max_total_tokens": 8192,
+    "lora_backend": "torch_native",
+    "hicache_io_backend": "direct",
+    "hicache_mem_layout": "layer_first",
 }
 if not hasattr(SRTPlatform, "get_kv_pool_cls"):
     # Up to 0.5.21 an out-of-tree platform always gets the plain pool, where the prefix cache of
     # models with sliding windows expects the pool that frees what the windows have left behind.
     DEFAULTS["disable_hybrid_swa_memory"] = True
 
-# Before it asks the platform, SGLang has chosen this attention backend for a CPU that is not ARM.
-# It has none for an out-of-tree platform and would fall back to torch_native, so nobody can have
-# meant it here.
-UPSTREAM_CPU_CHOICE = "intel_amx"
+# SGLang has chosen these before it asks the platform, and none of them can serve here, so nobody
+# can have meant them: the attention backend of a CPU that is not ARM, kernels of adapters, and
+# kernels that copy between device and host, with the layout that they want.
+UPSTREAM_CHOICES = ("intel_amx", "csgmv", "kernel", "page_first")
 # For ARM it has chosen torch_native, which the user may have meant as well.
 TORCH_NATIVE_ON_ARM = (
     "This server runs on torch_native, which is SGLang's own choice for ARM where no attention "
@@ -59,7 +66,14 @@ MUSA_KERNEL_MODULES = (
     "sglang.kernels.ops.speculative.spec_tree",
 )
 
-SPECULATIVE_ALGORITHMS = ("EAGLE", "EAGLE3", "NEXTN", "NGRAM", "STANDALONE")
+SPECULATIVE_ALGORITHMS = ("DFLASH", "EAGLE", "EAGLE3", "NEXTN", "NGRAM", "STANDALONE")
+
+# Collectives that SGLang registers as operators of devices that it knows, and the methods of a
+# group that they call.
+GROUP_OPERATORS = {
+    "reg_all_gather_into_tensor": "_all_gather_into_tensor",
+    "reg_reduce_scatter_tensor": "_reduce_scatter_tensor",
+}
 
 
 class CpuReferencePlatform(SRTPlatform):  # type: ignore[misc]
@@ -72,7 +86,7 @@ class CpuReferencePlatform(SRTPlatform):  # type: ignore[misc]
     def apply_server_args_defaults(self, server_args: Any) -> None:
         """Set what the user left open in a ``ServerArgs``, or in a recorder of its fields."""
         for name, value in DEFAULTS.items():
-            if getattr(server_args, name) in (None, False, UPSTREAM_CPU_CHOICE):
+            if getattr(server_args, name) in (None, False, *UPSTREAM_CHOICES):
                 setattr(server_args, name, value)
         if server_args.attention_backend == "torch_native" and platform.machine() in (
             "aarch64",
@@ -95,6 +109,11 @@ class CpuReferencePlatform(SRTPlatform):  # type: ignore[misc]
             base._is_mps = True
         _take_kernels_of_musa()
         _merge_states_in_pytorch()
+        serve_host_pools(_exists)
+        transfer_host_memory()
+        _call_groups_directly()
+        _rotate_nothing(base.RotaryEmbedding)
+        patching.after_import("sglang.srt.models.dflash", _draft_in_the_model_s_dtype)
 
     # The device.
 
@@ -152,6 +171,14 @@ class CpuReferencePlatform(SRTPlatform):  # type: ignore[misc]
         """Return whether drafts by ``algorithm`` were seen to give what plain decoding gives."""
         return algorithm in SPECULATIVE_ALGORITHMS
 
+    def get_default_speculative_draft_attention_backend(self, algorithm: str) -> str:
+        """Return the attention backend of a draft model for which none is named."""
+        return "fa3"
+
+    def supports_speculative_draft_attention_backend(self, algorithm: str, backend: str) -> bool:
+        """Whether a draft model of ``algorithm`` can be served by ``backend`` here."""
+        return backend in ("fa3", "torch_native")
+
     # Memory pools: SGLang's own serve any torch device. Up to 0.5.21 an out-of-tree platform must
     # name them; from 0.5.22 on the first hook is asked instead, and None means SGLang's own.
 
@@ -193,6 +220,61 @@ def _merge_states_in_pytorch() -> None:
     from sglang.srt.layers.attention import merge_state
 
     merge_state.merge_state_triton = merge_state_v2
+
+
+def _call_groups_directly() -> None:
+    """Let ranks gather and scatter tensors by PyTorch's collectives.
+
+    Why: SGLang goes through operators, so that compilers do not look inside, and these exist for
+    the devices that it knows. Data-parallel attention calls them.
+    """
+    from sglang.srt.distributed import parallel_state
+
+    for operator, method in GROUP_OPERATORS.items():
+        setattr(parallel_state, operator, _call_of_group(parallel_state, method))
+
+
+def _call_of_group(module: Any, method: str) -> Callable[..., None]:
+    def call(output: torch.Tensor, input: torch.Tensor, group_name: str) -> None:  # noqa: A002  # SGLang's name.
+        getattr(module._groups[group_name](), method)(output, input)
+
+    return call
+
+
+def _rotate_nothing(embedding: Any) -> None:
+    """Let rotary embeddings take no tokens, which an idle rank of data-parallel attention has.
+
+    Why: the PyTorch implementation derives the number of heads from that of tokens.
+    """
+    rotate = embedding.forward_native
+
+    @functools.wraps(rotate)
+    def forward_native(
+        self: Any, positions: Any, query: Any, key: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        if positions.numel() == 0:
+            return query, key
+        return rotate(self, positions, query, key, *args, **kwargs)
+
+    embedding.forward_native = forward_native
+
+
+def _draft_in_the_model_s_dtype(module: Any) -> None:
+    """Give a DFLASH draft the embeddings of its block in the dtype of its weights.
+
+    Why: SGLang casts embeddings that a model is given to bfloat16, whatever the model is in. What
+    that rounds off changes drafts alone, which the model itself verifies.
+    """
+    draft = module.DFlashDraftModel
+    original = draft.forward
+
+    @functools.wraps(original)
+    def forward(self: Any, *args: Any, input_embeds: Any = None, **kwargs: Any) -> Any:
+        if input_embeds is not None:
+            input_embeds = input_embeds.to(self.norm.weight.dtype)
+        return original(self, *args, input_embeds=input_embeds, **kwargs)
+
+    draft.forward = forward
 
 
 def _exists(module: str) -> bool:

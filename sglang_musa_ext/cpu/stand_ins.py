@@ -24,6 +24,7 @@ import numpy.typing as npt
 import torch
 
 from sglang_musa_ext.cpu import trees
+from sglang_musa_ext.cpu.host_memory import pin_nothing
 
 Array = npt.NDArray[Any]
 
@@ -53,6 +54,7 @@ def prepare_process() -> None:
     os.environ.update(ENVIRONMENT)
     install_missing_modules()
     ignore_waits_for_cuda()
+    pin_nothing()
     if importlib.util.find_spec("triton") is not None:
         interpret_triton()
 

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 import torch
 
-from sglang_musa_ext.cpu import stand_ins
+from sglang_musa_ext.cpu import host_memory, stand_ins
 from tests.support.engine import EngineServer
 
 UNDER_THE_PLATFORM = {"SGLANG_PLATFORM": "musa_reference"}
@@ -289,6 +289,36 @@ def test_the_autotuner_takes_its_first_configuration() -> None:
     assert run_python(KERNELS + textwrap.dedent(code)) == 4
 
 
+# Host and device memory
+# ---------------------------------------------------------------------------
+
+
+def test_pages_are_copied_slot_by_slot() -> None:
+    """Each layer's slots arrive where they were sent, in any order, and no others change."""
+    source = [torch.randn(8, 2, 3) for _ in range(2)]
+    target = [torch.zeros(6, 2, 3) for _ in range(2)]
+    there, here = torch.tensor([6, 7, 0, 1]), torch.tensor([2, 3, 4, 5])
+    host_memory.transfer_kv_direct(source, target, there, here, page_size=2)
+    for layer, copied in zip(source, target, strict=True):
+        torch.testing.assert_close(copied[2:], layer[[6, 7, 0, 1]])
+        assert not copied[:2].any()
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="memory can be pinned here")
+def test_a_module_that_asks_for_pinned_memory_gets_ordinary_memory() -> None:
+    """A view of PyTorch gives the tensor that was asked for, unpinned; PyTorch itself still raises,
+    and its functions stay the ones that its device contexts know.
+    """
+    view = host_memory.UnpinnedTorch("torch")
+    assert view.tensor([1, 2], dtype=torch.int32, pin_memory=True).tolist() == [1, 2]
+    assert view.arange(3, pin_memory=True).tolist() == [0, 1, 2]
+    assert view.float32 is torch.float32
+    with pytest.raises(RuntimeError, match="pin_memory"):
+        torch.tensor([1], pin_memory=True)
+    with torch.device("meta"):
+        assert view.empty(2, pin_memory=True).is_meta
+
+
 PLATFORM = """
 import json
 import sys
@@ -302,9 +332,12 @@ def platform_facts() -> dict[str, Any]:
     """What SGLang finds under ``SGLANG_PLATFORM=musa_reference``."""
     code = """
     open_ = dict(attention_backend="intel_amx", page_size=None, disable_cuda_graph=False,
-                 mem_fraction_static=None, max_total_tokens=None, disable_hybrid_swa_memory=False)
+                 mem_fraction_static=None, max_total_tokens=None, disable_hybrid_swa_memory=False,
+                 lora_backend="csgmv", hicache_io_backend="kernel", hicache_mem_layout="page_first")
     chosen = dict(attention_backend="torch_native", page_size=1, disable_cuda_graph=True,
-                  mem_fraction_static=0.5, max_total_tokens=100, disable_hybrid_swa_memory=True)
+                  mem_fraction_static=0.5, max_total_tokens=100, disable_hybrid_swa_memory=True,
+                  lora_backend="triton", hicache_io_backend="direct",
+                  hicache_mem_layout="page_first_direct")
     defaults = {}
     for name, values in (("open", open_), ("chosen", chosen)):
         arguments = SimpleNamespace(**values)
@@ -363,7 +396,14 @@ def test_sglang_finds_a_cpu_outside_its_tree(
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("attention_backend", "fa3"), ("page_size", 64), ("disable_cuda_graph", True)],
+    [
+        ("attention_backend", "fa3"),
+        ("page_size", 64),
+        ("disable_cuda_graph", True),
+        ("lora_backend", "torch_native"),
+        ("hicache_io_backend", "direct"),
+        ("hicache_mem_layout", "layer_first"),
+    ],
 )
 def test_open_arguments_get_the_platforms_defaults(
     platform_facts: dict[str, Any], name: str, expected: Any

@@ -69,6 +69,8 @@ class Request:
 
     prompt: tuple[int, ...]
     new_tokens: int = 8
+    adapter: str | None = None
+    """The name of a LoRA adapter that the engine knows."""
     after: int = 0
     """Sent when the first request of its phase has produced this many tokens; 0: at once."""
 
@@ -444,13 +446,17 @@ async def _phase(engine: Any, requests: Sequence[Request]) -> list[Output]:
         return list(await asyncio.gather(first(requests[0]), *map(later, requests[1:])))
     arguments = [_arguments_of(request) for request in requests]
     batch = {name: [each[name] for each in arguments] for name in ("input_ids", "sampling_params")}
+    if any(request.adapter for request in requests):
+        batch["lora_path"] = [request.adapter for request in requests]
     answers = await engine.async_generate(**batch, return_logprob=True)
     return [_output(answer) for answer in answers]
 
 
 def _arguments_of(request: Request) -> dict[str, Any]:
     sampling = {"temperature": 0, "max_new_tokens": request.new_tokens, "ignore_eos": True}
-    return {"input_ids": list(request.prompt), "sampling_params": sampling, "return_logprob": True}
+    arguments = {"input_ids": list(request.prompt), "sampling_params": sampling}
+    adapter = {} if request.adapter is None else {"lora_path": request.adapter}
+    return arguments | adapter | {"return_logprob": True}
 
 
 def _output(answer: dict[str, Any]) -> Output:

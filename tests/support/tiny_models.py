@@ -107,6 +107,98 @@ class EagleDraft(TinyModel):
         )
 
 
+@dataclass(frozen=True)
+class DFlashDraft(TinyModel):
+    """A DFLASH draft of one random layer, for a model of the same fields, which drafts blocks of
+    four tokens from the hidden states of the model's first layer.
+    """
+
+    config: str = "Qwen3Config"
+    architecture: str | None = "DFlashDraftModel"
+
+    def build(self, directory: Path) -> None:
+        """Write the draft to ``directory`` as a checkpoint."""
+        import torch
+        import transformers
+        from safetensors.torch import save_file
+
+        torch.manual_seed(1)
+        own = {"num_hidden_layers": 1, "architectures": [self.architecture]}
+        drafting = {
+            "block_size": 4,
+            "num_target_layers": self.fields["num_hidden_layers"],
+            "dflash_config": {"mask_token_id": 0, "target_layer_ids": [0]},
+        }
+        config = transformers.Qwen3Config(**{**self.fields, **own, **drafting})
+        model = transformers.Qwen3ForCausalLM(config).float()
+        _tell_apart(model)
+        hidden = config.hidden_size
+        weights = {
+            name.removeprefix("model."): weight
+            for name, weight in model.state_dict().items()
+            if "embed_tokens" not in name and "lm_head" not in name
+        }
+        weights["fc.weight"] = WIDE * torch.randn(hidden, hidden)
+        weights["hidden_norm.weight"] = torch.ones(hidden)
+        config.save_pretrained(directory)
+        save_file(
+            {name: weight.contiguous() for name, weight in weights.items()},
+            directory / "model.safetensors",
+        )
+
+
+ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""The matrices of a layer that an adapter changes."""
+
+
+@dataclass(frozen=True)
+class AdaptedModel(TinyModel):
+    """A model with a LoRA adapter merged into its weights, and the adapter beside it.
+
+    The adapter is the folder ``adapter`` of the checkpoint, for the model without it.
+    """
+
+    seed: int = 0
+    rank: int = 4
+    alpha: int = 8
+
+    def build(self, directory: Path) -> None:
+        """Write the merged model to ``directory``, and the adapter to its folder ``adapter``."""
+        import torch
+        from safetensors.torch import load_file, save_file
+
+        super().build(directory)
+        checkpoint = directory / "model.safetensors"
+        weights = load_file(checkpoint)
+        torch.manual_seed(self.seed)
+        adapter = {}
+        for name in sorted(weights):
+            if any(f".{adapted}." in name for adapted in ADAPTED):
+                rows, columns = weights[name].shape
+                down, up = torch.randn(self.rank, columns), torch.randn(rows, self.rank)
+                down, up = 0.1 * down, 0.1 * up
+                weights[name] += self.alpha / self.rank * up @ down
+                prefix = f"base_model.model.{name.removesuffix('.weight')}"
+                adapter[f"{prefix}.lora_A.weight"] = down
+                adapter[f"{prefix}.lora_B.weight"] = up
+        save_file(weights, checkpoint, metadata={"format": "pt"})
+        (directory / "adapter").mkdir()
+        save_file(adapter, directory / "adapter" / "adapter_model.safetensors")
+        config = {
+            "peft_type": "LORA",
+            "r": self.rank,
+            "lora_alpha": self.alpha,
+            "target_modules": list(ADAPTED),
+            "bias": "none",
+        }
+        (directory / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+
+    @property
+    def name(self) -> str:
+        """The model's, and which adapter is merged into it."""
+        return f"{super().name}-adapter{self.seed}"
+
+
 def _tell_apart(model: Any) -> None:
     """Make every part of the model count for what it answers.
 

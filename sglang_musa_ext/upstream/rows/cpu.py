@@ -83,6 +83,18 @@ _HOOKS = (
         "says which algorithms it runs",
         "0.5.21",
     ),
+    _hook(
+        "SRTPlatform.supports_speculative_draft_attention_backend",
+        ("self", "algorithm", "backend"),
+        "says what serves drafts",
+        "0.5.21",
+    ),
+    _hook(
+        "SRTPlatform.get_default_speculative_draft_attention_backend",
+        ("self", "algorithm"),
+        "names what serves drafts",
+        "0.5.21",
+    ),
 )
 
 ROWS = (
@@ -163,6 +175,90 @@ ROWS = (
                 "has PyTorch in place of it",
             ),
         )
+    ),
+    *(
+        Requirement(
+            "module_global",
+            module,
+            name,
+            (),
+            since,
+            until,
+            used_by=_USER,
+            why=f"On a CPU, {purpose}.",
+            remove_when="Upstream's host pools serve every out-of-tree device.",
+            fault=NONE_KNOWN,
+        )
+        for module, name, since, until, purpose in (
+            (
+                "sglang.srt.mem_cache.memory_pool_host",
+                "ALLOC_MEMORY_FUNCS",
+                None,
+                "0.5.13.post1",
+                "the host's part of a hierarchical cache is ordinary memory",
+            ),
+            (
+                "sglang.srt.mem_cache.pool_host.common",
+                "ALLOC_MEMORY_FUNCS",
+                "0.5.14",
+                None,
+                "the host's part of a hierarchical cache is ordinary memory",
+            ),
+            *(
+                (module, "torch", since, until, "nothing is pinned that this module makes")
+                for module, since, until in (
+                    ("sglang.srt.lora.backend.torch_backend", None, None),
+                    ("sglang.srt.lora.layers", "0.5.12.post1", None),
+                    ("sglang.srt.managers.overlap_utils", "0.5.13.post1", None),
+                    ("sglang.srt.model_executor.forward_batch_info", None, None),
+                )
+            ),
+        )
+    ),
+    *(
+        Requirement(
+            "function",
+            "sglang.srt.distributed.parallel_state",
+            name,
+            ("output", "input", "group_name"),
+            used_by=_USER,
+            why="This operator exists for known devices; a CPU's ranks call the group's method.",
+            remove_when="Upstream registers its collectives for every device.",
+            fault=NONE_KNOWN,
+        )
+        for name in ("reg_all_gather_into_tensor", "reg_reduce_scatter_tensor")
+    ),
+    *(
+        Requirement(
+            "method",
+            "sglang.srt.distributed.parallel_state",
+            f"GroupCoordinator.{name}",
+            ("self", "output", "input"),
+            used_by=_USER,
+            why="The operator above is this call.",
+            remove_when="The row above is gone.",
+        )
+        for name in ("_all_gather_into_tensor", "_reduce_scatter_tensor")
+    ),
+    Requirement(
+        "method",
+        "sglang.srt.layers.rotary_embedding.base",
+        "RotaryEmbedding.forward_native",
+        ("self", "positions", "query", "key"),
+        used_by=_USER,
+        why="It fails on no tokens, which idle ranks of data-parallel attention have.",
+        remove_when="Upstream's PyTorch rotation takes no tokens.",
+        fault=NONE_KNOWN,
+    ),
+    Requirement(
+        "method",
+        "sglang.srt.models.dflash",
+        "DFlashDraftModel.forward",
+        ("self", "input_ids", "positions", "forward_batch", "input_embeds"),
+        used_by=_USER,
+        why="SGLang casts the embeddings that it passes here to bfloat16, whatever the model's.",
+        remove_when="Upstream passes them in the model's dtype.",
+        fault=NONE_KNOWN,
     ),
     *(
         Requirement(
