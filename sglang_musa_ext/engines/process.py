@@ -8,6 +8,7 @@ globals.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import os
 import re
@@ -28,6 +29,8 @@ LARGEST_GRAPH = ("cuda_graph_max_bs_decode", "cuda_graph_max_bs")
 """Releases' names of the batch sizes to capture and of the largest; one takes a list."""
 NO_PREFILL_GRAPH = ("disable_prefill_cuda_graph", "disable_piecewise_cuda_graph")
 """Their names of the switch that keeps prefill out of graphs."""
+DP_RANK = ("routed_dp_rank", "data_parallel_rank")
+"""Their names of the data-parallel rank that is to answer a request."""
 FORCE_UPDATE = "SGLANG_MUSA_FA3_FORCE_UPDATE_METADATA"
 """A plan for every call: a setting that an engine has only where it was asked for."""
 
@@ -85,9 +88,20 @@ class Engine:
             self._ready = True
         return self
 
-    def ask(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> dict[str, Any]:
-        """Tokens and log-probabilities of each prompt's greedy continuation."""
-        return self._call({"prompts": prompts, "new_tokens": new_tokens, "logprobs": True})
+    def ask(
+        self, prompts: Sequence[Sequence[int]], new_tokens: int, **options: Any
+    ) -> dict[str, Any]:
+        """Tokens and log-probabilities of each prompt's greedy continuation.
+
+        Args:
+            prompts: token ids.
+            new_tokens: how many to append to each.
+            options: of ``sglang.Engine.generate``; ``dp_rank`` is the data-parallel rank that is to
+                answer, whatever the release calls it.
+        """
+        return self._call(
+            {"prompts": prompts, "new_tokens": new_tokens, "logprobs": True, "options": options}
+        )
 
     def run(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> None:
         """Continue these prompts as a server does that was asked for no log-probabilities."""
@@ -233,8 +247,6 @@ def graph_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
     that SGLang chooses. ``prefill_graphs`` says whether prefill may be captured too; without it
     SGLang chooses.
     """
-    import inspect
-
     from sglang.srt.server_args import ServerArgs
 
     known = {*inspect.signature(ServerArgs).parameters, *getattr(ServerArgs, "__annotations__", ())}
@@ -267,11 +279,22 @@ def _answer(engine: Any, question: SimpleNamespace) -> dict[str, Any]:
         engine.generate(input_ids=question.prompts, sampling_params=sampling)
         return {}
     answers = engine.generate(
-        input_ids=question.prompts, sampling_params=sampling, return_logprob=True
-    )
+        input_ids=question.prompts, sampling_params=sampling, return_logprob=True,
+        **_options(engine, question.options),
+    )  # fmt: skip
     chosen = [answer["meta_info"]["output_token_logprobs"] for answer in answers]
     tokens, logprobs = ([[entry[index] for entry in row] for row in chosen] for index in (1, 0))
     return {"tokens": tokens, "logprobs": logprobs}
+
+
+def _options(engine: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``options`` in the words of this release of SGLang."""
+    found = dict(options)
+    rank = found.pop("dp_rank", None)
+    if rank is not None:
+        known = inspect.signature(engine.generate).parameters
+        found[next(name for name in DP_RANK if name in known)] = rank
+    return found
 
 
 def _flush(engine: Any, seconds: float = 30.0) -> None:

@@ -34,7 +34,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sglang_musa_ext.validation.report import FAIL, PASS, SKIP, Outcome, Report, numbers
+from sglang_musa_ext.validation.report import (
+    FAIL,
+    PASS,
+    SKIP,
+    Outcome,
+    Report,
+    ReportsDifferError,
+    merged,
+    numbers,
+    read,
+)
 
 PROGRAM = ("-m", "sglang_musa_ext.validation.command")
 """Python's arguments in a part's process, before the part's own."""
@@ -62,6 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.out or f"musa-validation-{datetime.datetime.now().astimezone():%Y%m%d-%H%M%S}"
     )
     out.mkdir(parents=True, exist_ok=True)
+    if options.merge:
+        return _merge(options.merge, out)
     run = Run(options, out)
     # Being told to end must end the parts' processes too, and leave a report.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -74,10 +86,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run.report.broken["interrupted"] = "by the keyboard"
     finally:
         shutil.rmtree(run.models, ignore_errors=True)
-    pages = run.report.write(out)
-    _show_summary(run.report)
+    return _deliver(run.report, out)
+
+
+def _merge(paths: Sequence[str], out: Path) -> int:
+    """Write one report of those at ``paths``; returns its exit status."""
+    try:
+        report = merged({path: read(Path(path)) for path in paths})
+    except (OSError, ReportsDifferError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for part in report.parts:
+        _show_part(report, part)
+    return _deliver(report, out)
+
+
+def _deliver(report: Report, out: Path) -> int:
+    pages = report.write(out)
+    _show_summary(report)
     print("\nThe report, to attach to an issue: " + ", ".join(map(str, pages)))
-    return run.report.exit_code
+    return report.exit_code
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -112,6 +140,10 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--out", metavar="FOLDER", help="where the report goes (default: ./musa-validation-<date>)"
     )
+    parser.add_argument(
+        "--merge", nargs="+", metavar="REPORT", default=(),
+        help="run nothing, and make one report of several: folders, or their report.json",
+    )  # fmt: skip
     for hidden in ("--child", "--fd", "--done", "--scratch"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)

@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import importlib.util
 import itertools
 import json
 import os
@@ -33,6 +34,7 @@ from typing import Any, NamedTuple
 from sglang_musa_ext.engines.changes import PLANS, WEIGHTS
 from sglang_musa_ext.engines.models import write_model
 from sglang_musa_ext.engines.process import Engine, EngineDied
+from sglang_musa_ext.validation import several
 from sglang_musa_ext.validation.engine import (
     Answer,
     Missing,
@@ -66,6 +68,13 @@ class Mode:
     """Whether ours serves it once more, with every call's output beside the reference kernels'."""
     raw_prefill: bool = False
     """Whether ours serves it once more, with prefill over raw keys allowed and used nowhere."""
+    nodes: int = 1
+    """Engines that serve together, each with an equal part of the GPUs."""
+    apart: bool = False
+    """Whether one engine prefills and another one decodes, each on a GPU of its own."""
+    singly: bool = False
+    """Whether requests come one at a time. Several would be batched by when they come, and batches
+    decide last bits."""
 
 
 CHAIN = {"speculative_num_steps": 3, "speculative_eagle_topk": 1, "speculative_num_draft_tokens": 4}
@@ -82,6 +91,23 @@ OVERLAP = {
     "enable_two_batch_overlap": True,
     **UNFUSED,
 }
+DP_ATTENTION = {"tp_size": 2, "dp_size": 2, "enable_dp_attention": True, **UNFUSED}
+EAGLE_CHAIN: Mapping[str, Any] = {"speculative_algorithm": "EAGLE", **CHAIN}
+EAGLE_TREE: Mapping[str, Any] = {"speculative_algorithm": "EAGLE", **TREE}
+MTP = dict(EAGLE_CHAIN)
+"""The model's own layer drafts; ``WITH_MTP`` is what its configuration says of it."""
+WITH_MTP = {"num_nextn_predict_layers": 1}
+CONTEXT_PARALLEL = {"tp_size": 2, "attn_cp_size": 2, "enable_prefill_cp": True, **UNFUSED}
+ZIGZAG = CONTEXT_PARALLEL | {"cp_strategy": "zigzag"}
+INTERLEAVE = CONTEXT_PARALLEL | {"cp_strategy": "interleave"}
+COMPILED = {"enable_torch_compile": True, "torch_compile_max_bs": 2}
+
+
+def _on_two(family: str, arguments: Mapping[str, Any], **fields: Any) -> Mode:
+    """Return a mode on two GPUs, at pages of 64 unless ``arguments`` say otherwise."""
+    return Mode(family, {"page_size": 64, **arguments}, gpus=2, **fields)
+
+
 MODES: Mapping[str, Mode] = {
     "dense-page1": Mode("llama", {"page_size": 1}, (1,)),
     "dense-page16": Mode("llama", {"page_size": 16}, (1,)),
@@ -124,6 +150,27 @@ MODES: Mapping[str, Mode] = {
     # Without another way to exchange tokens between experts, SGLang overlaps under data-parallel
     # attention alone.
     "two-batch-overlap": Mode("deepseek_v3", {"page_size": 64, **OVERLAP}, changes=EXPERTS, gpus=2),
+    "torch-compile": Mode("llama", {"page_size": 64, **COMPILED}, (1,)),
+    "mla-mtp": Mode("deepseek_v3", {"page_size": 64, **MTP}, changes=WITH_MTP),
+    "tp2-mla-mtp": _on_two("deepseek_v3", {"tp_size": 2, **UNFUSED, **MTP}, changes=WITH_MTP),
+    "tp2-eagle": _on_two("llama", {"tp_size": 2, **EAGLE_CHAIN}, plans=(1,), draft="eagle"),
+    "tp2-eagle-tree": _on_two(
+        "llama", {"tp_size": 2, "page_size": 1, **EAGLE_TREE}, plans=(1, 2), draft="eagle"
+    ),
+    "tp2-window-softcap": _on_two("gemma2", {"tp_size": 2}, plans=(2,)),
+    "tp2-window-sinks": _on_two("gpt_oss", {"tp_size": 2}, plans=(2,)),
+    "dp-attention": _on_two("deepseek_v3", DP_ATTENTION, changes=EXPERTS, singly=True),
+    "dp-attention-mtp": _on_two(
+        "deepseek_v3", DP_ATTENTION | MTP, changes=EXPERTS | WITH_MTP, singly=True
+    ),
+    "cp-zigzag": _on_two("deepseek_v3", ZIGZAG),
+    "cp-zigzag-window-sinks": _on_two("gpt_oss", ZIGZAG),
+    "cp-interleave": _on_two("deepseek_v3", INTERLEAVE),
+    "two-nodes": _on_two("llama", {"tp_size": 2}, plans=(1,), nodes=2),
+    "two-nodes-mla": _on_two("deepseek_v3", {"tp_size": 2, **UNFUSED}, nodes=2),
+    "apart": _on_two("llama", {}, plans=(1,), apart=True, singly=True),
+    "apart-window-sinks": _on_two("gpt_oss", {}, plans=(2,), apart=True, singly=True),
+    "apart-mla-mtp": _on_two("deepseek_v3", MTP, changes=WITH_MTP, apart=True, singly=True),
 }
 COMMON: Mapping[str, Any] = {
     "load_format": "dummy", "skip_tokenizer_init": True, "attention_backend": "fa3",
@@ -136,8 +183,14 @@ COMMON: Mapping[str, Any] = {
     "mem_fraction_static": 0.9,
 }  # fmt: skip
 GRAPHS = [1, 2, 4, 8]
-ENVIRON = {"SGLANG_ENABLE_JIT_DEEPGEMM": "0", "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0"}
-"""Defaults of the environment: FP8 in attention alone, and GPUs shared with other engines."""
+ENVIRON = {
+    "SGLANG_ENABLE_JIT_DEEPGEMM": "0",
+    "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0",
+    "SGLANG_HOST_IP": several.LOOPBACK,
+}
+"""Defaults of the environment: FP8 in attention alone, GPUs shared with other engines, and servers
+that are apart on this machine.
+"""
 BYTES = 6 << 30
 """Device memory that an engine is counted with."""
 SECONDS = 600.0
@@ -269,27 +322,42 @@ class Fleet:
         log = Path(self.options.out) / PART / f"{name}.{way.name}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         with self._shown(f"{name}.{way.name}"), self._engine(name, way, number, log) as served:
-            asked = self._conversation(served, way)
+            asked = self._conversation(name, served, way)
             log.with_suffix(".json").write_text(
                 json.dumps([asdict(answer) for answer in asked.answers]) + "\n"
             )
             return asked
 
     @contextlib.contextmanager
-    def _engine(self, name: str, way: Way, number: int, log: Path) -> Iterator[Engine]:
+    def _engine(self, name: str, way: Way, number: int, log: Path) -> Iterator[several.Server]:
+        server = self._started(name, way, number, log)
+        # A server that hangs must not hang the others' cases.
+        alarm = threading.Timer(SECONDS, server.kill)
+        alarm.start()
+        try:
+            yield server.wait()
+        finally:
+            alarm.cancel()
+            server.close()
+
+    def _started(self, name: str, way: Way, number: int, log: Path) -> several.Server:
+        """Start the engines of a server, each on its part of the mode's GPUs."""
         mode = MODES[name]
         cards = [self.cards[(number + index) % len(self.cards)] for index in range(mode.gpus)]
         environ = {key: os.environ.get(key, value) for key, value in ENVIRON.items()}
-        environ |= {WEIGHTS: "1"} | way.environ | {"CUDA_VISIBLE_DEVICES": ",".join(cards)}
-        process = Engine(self._arguments(name, way, number), environ, log)
-        # An engine that hangs must not hang the others' cases.
-        alarm = threading.Timer(SECONDS, process.kill)
-        alarm.start()
-        try:
-            yield process.wait()
-        finally:
-            alarm.cancel()
-            process.close()
+        environ |= {WEIGHTS: "1"} | way.environ
+        port = FIRST_PORT + PORTS * (number % 200)
+        arguments = self._arguments(name, way, number)
+        parts = several.parts(mode.nodes, port, apart=mode.apart)
+        share = mode.gpus // len(parts)
+        engines = []
+        for rank, own in enumerate(parts):
+            visible = ",".join(cards[rank * share : (rank + 1) * share])
+            output = log if rank == 0 else log.with_suffix(f".{rank}.log")
+            engines.append(
+                Engine(arguments | own, environ | {"CUDA_VISIBLE_DEVICES": visible}, output)
+            )
+        return several.Apart(engines, port) if mode.apart else several.Server(engines)
 
     def _arguments(self, name: str, way: Way, number: int) -> dict[str, Any]:
         mode, models = MODES[name], Path(self.options.scratch)
@@ -301,24 +369,37 @@ class Fleet:
         if mode.draft:
             draft = write_model(models / f"{name}.{number}.draft", mode.draft, num_hidden_layers=1)
             found["speculative_draft_model_path"] = str(draft)
-        if mode.gpus > 1:
-            found["port"] = FIRST_PORT + PORTS * (number % 200)
         return found
 
-    def _conversation(self, served: Engine, way: Way) -> Asked:
+    def _conversation(self, name: str, served: several.Server, way: Way) -> Asked:
         if way.check == "output":
             # The reference kernels take their time.
             answer = served.ask([prompt[:70] for prompt in phases(True)[0]], 4)
             return Asked([Answer(answer["tokens"], answer["logprobs"], [])], served.reports())
         count, answers = 8 if self.options.quick else 24, []
         for _ in range(2):
-            found = [served.ask(batch, count) for batch in phases(self.options.quick)]
+            found = list(self._answers(MODES[name], served, count))
             tokens, logprobs = (
                 [row for one in found for row in one[what]] for what in ("tokens", "logprobs")
             )
             answers.append(Answer(tokens, logprobs, []))
             served.flush()
         return Asked(answers, served.reports())
+
+    def _answers(
+        self, mode: Mode, served: several.Server, count: int
+    ) -> Iterator[dict[str, list[Any]]]:
+        """Yield the answers to every batch of requests, or to every request by itself.
+
+        Of the ranks of data-parallel attention each request has its own, the one that has its
+        prefix.
+        """
+        for batch in phases(self.options.quick):
+            if not mode.singly:
+                yield served.ask(batch, count)
+                continue
+            for prompt in batch:
+                yield served.ask([prompt], count, **_placed(mode, prompt))
 
     @contextlib.contextmanager
     def _shown(self, name: str) -> Iterator[None]:
@@ -335,6 +416,12 @@ class Fleet:
             self._down += down
             done = f"{self._down} of {len(self._found)} engines done"
             self._emit({"progress": f"{done}; up: {', '.join(self._up)}"})
+
+
+def _placed(mode: Mode, prompt: Sequence[int]) -> dict[str, int]:
+    """Return the data-parallel rank of a prompt, which goes by its first token; or nothing."""
+    ranks = mode.arguments.get("dp_size", 1)
+    return {"dp_rank": prompt[0] % ranks} if ranks > 1 else {}
 
 
 # --- cases ----------------------------------------------------------------------------------------
@@ -555,7 +642,7 @@ def run(options: argparse.Namespace, done: Collection[str], emit: Emit) -> None:
         import torch
 
         cards = visible_cards(torch.cuda.device_count(), device)
-    reasons = {name: why or _too_few(name, len(cards)) for name in names}
+    reasons = {name: why or _lacking(name, len(cards)) for name in names}
     skipped = [name for name, reason in reasons.items() if reason]
     most = max((MODES[name].gpus for name in names if name not in skipped), default=1)
     fleet = Fleet(
@@ -571,9 +658,11 @@ def run(options: argparse.Namespace, done: Collection[str], emit: Emit) -> None:
         fleet.close()
 
 
-def _too_few(name: str, cards: int) -> str:
-    return (
-        f"it takes {MODES[name].gpus} GPUs, and there are {cards}"
-        if MODES[name].gpus > cards
-        else ""
-    )
+def _lacking(name: str, cards: int) -> str:
+    """Return what this machine lacks for a mode; empty if it has all."""
+    mode = MODES[name]
+    if mode.gpus > cards:
+        return f"it takes {mode.gpus} GPUs, and there are {cards}"
+    if mode.apart and importlib.util.find_spec("nixl") is None:
+        return "it takes NIXL to move keys and values between servers: pip install nixl"
+    return ""

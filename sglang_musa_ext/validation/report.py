@@ -6,7 +6,7 @@ import importlib.metadata
 import json
 import platform
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +153,78 @@ class Report:
             ["## Failures", "", *table(("Part", "Case", "Numbers", "Reason"), rows), ""]
             if rows
             else []
+        )
+
+
+class ReportsDifferError(ValueError):
+    """Reports are of different machines or versions, and cannot be one."""
+
+
+def read(path: Path) -> Report:
+    """Read a report from its ``report.json``, or from the folder that holds it."""
+    file = path / "report.json" if path.is_dir() else path
+    content = json.loads(file.read_text(encoding="utf-8"))
+    known = {each.name: content[each.name] for each in fields(Report)}
+    return Report(**known | {"outcomes": [Outcome(**outcome) for outcome in known["outcomes"]]})
+
+
+def merged(reports: Mapping[str, Report]) -> Report:
+    """Return one report of several, which have some of the cases each.
+
+    A case that failed in one of them has failed, and a part that could not run in one of them could
+    not run.
+
+    Args:
+        reports: by where each was read from; at least one.
+
+    Raises:
+        ReportsDifferError: they are of other devices or versions.
+    """
+    (first, report), *others = reports.items()
+    for name, other in others:
+        _require_the_same(first, report, name, other)
+    outcomes: dict[tuple[str, str], Outcome] = {}
+    for other in reports.values():
+        for outcome in other.outcomes:
+            case = (outcome.part, outcome.name)
+            outcomes[case] = max(outcomes.get(case, outcome), outcome, key=_weight)
+    names = sorted({name for other in reports.values() for name in other.settings})
+    return replace(
+        report,
+        started="; ".join(other.started for other in reports.values()),
+        settings={name: _all_values(name, reports.values()) for name in names},
+        outcomes=list(outcomes.values()),
+        broken={
+            part: f"in {name}: {reason}"
+            for name, other in reports.items()
+            for part, reason in other.broken.items()
+        },
+        doctor=next((other.doctor for other in reports.values() if other.doctor), None),
+    )
+
+
+def _weight(outcome: Outcome) -> int:
+    """Return how much a result says: a failure most, and a skipped case least."""
+    return (SKIP, PASS, FAIL).index(outcome.status)
+
+
+def _all_values(name: str, reports: Iterable[Report]) -> str:
+    """Return a setting of several reports: one value if all have the same."""
+    values = [str(report.settings.get(name, "")) for report in reports]
+    return " | ".join(dict.fromkeys(values))
+
+
+def _require_the_same(first: str, report: Report, name: str, other: Report) -> None:
+    differences = [
+        f"{fact}: {mine.get(fact)} in {first}, {theirs.get(fact)} in {name}"
+        for mine, theirs in ((report.device, other.device), (report.versions, other.versions))
+        for fact in sorted({*mine, *theirs})
+        if mine.get(fact) != theirs.get(fact)
+    ]
+    if differences:
+        raise ReportsDifferError(
+            "Reports of different machines or versions are not merged: "
+            f"{'; '.join(differences)}. Merge reports of one installation on one kind of GPU."
         )
 
 

@@ -403,7 +403,7 @@ class StandInEngine:
             raise EngineDied("the process ended")
         return self
 
-    def ask(self, prompts: list[list[int]], new_tokens: int) -> dict[str, Any]:
+    def ask(self, prompts: list[list[int]], new_tokens: int, **_: Any) -> dict[str, Any]:
         blind = self.fault == "blind to attention"
         starts = [len(prompt) if blind else sum(prompt) for prompt in prompts]
         tokens = [[(start + at) % 97 for at in range(new_tokens)] for start in starts]

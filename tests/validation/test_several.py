@@ -1,0 +1,184 @@
+"""Servers of several engines in the kit, and reports of several runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from sglang_musa_ext.engines.process import Engine
+from sglang_musa_ext.validation import command, several
+from sglang_musa_ext.validation.modes import FIRST_PORT, MODES, PORTS, Mode, _placed, phases
+from sglang_musa_ext.validation.report import (
+    ABSENT,
+    FAIL,
+    PASS,
+    SKIP,
+    Outcome,
+    Report,
+    ReportsDifferError,
+    merged,
+    read,
+)
+
+
+class StandInEngine:
+    """Notes what it is asked, and answers with its name."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.asked, self.events = name, [], []  # type: ignore[var-annotated]
+
+    def wait(self) -> StandInEngine:
+        self.events.append("wait")
+        return self
+
+    def ask(self, prompts: Any, new_tokens: int, **options: Any) -> dict[str, Any]:
+        self.asked.append(options)
+        return {"tokens": [self.name] * len(prompts)}
+
+    def flush(self) -> None:
+        self.events.append("flush")
+
+    def reports(self) -> list[dict[str, Any]]:
+        return [{"from": self.name}]
+
+
+def stand_ins() -> tuple[list[StandInEngine], list[Engine]]:
+    """Two stand-ins, and the same as engines."""
+    engines = [StandInEngine("first"), StandInEngine("second")]
+    return engines, cast(list[Engine], engines)
+
+
+def test_of_two_nodes_the_first_is_asked() -> None:
+    """The second node's engine never comes up as one that answers, and is not waited for."""
+    (first, second), engines = stand_ins()
+    server = several.Server(engines)
+    assert server.wait().ask([[1]], 1)["tokens"] == ["first"]
+    assert [report["from"] for report in server.reports()] == ["first"]
+    assert (second.asked, second.events) == ([], [])
+    assert first.events == ["wait"]
+
+
+def test_prefill_and_decode_apart_get_the_same_rooms() -> None:
+    """Both engines get each request, with one room a request, never one twice; the second's answer
+    counts.
+    """
+    (first, second), engines = stand_ins()
+    server = several.Apart(engines, 21000)
+    answers = [server.ask([[1], [2]], 1)["tokens"], server.ask([[3]], 1)["tokens"]]
+    assert answers == [["second", "second"], ["second"]]
+    assert first.asked == second.asked
+    rooms = [room for asked in first.asked for room in asked["bootstrap_room"]]
+    assert len(set(rooms)) == len(rooms) == 3
+    server.flush()
+    assert [engine.events for engine in (first, second)] == [["flush"], ["flush"]]
+    assert [report["from"] for report in server.reports()] == ["first", "second"]
+
+
+def test_parts_of_a_server_differ_in_rank_or_role() -> None:
+    """Nodes share an address and differ in rank; the others share where they meet."""
+    assert several.parts(1, 21000, apart=False) == [{"port": 21000}]
+    nodes = several.parts(2, 21000, apart=False)
+    assert [node["node_rank"] for node in nodes] == [0, 1]
+    assert len({node["dist_init_addr"] for node in nodes}) == 1
+    halves = several.parts(1, 21000, apart=True)
+    assert [half["disaggregation_mode"] for half in halves] == ["prefill", "decode"]
+    assert len({half["disaggregation_bootstrap_port"] for half in halves}) == 1
+    for parts in (nodes, halves):
+        assert len({part["port"] for part in parts}) == len(parts)
+
+
+def test_ports_of_servers_do_not_meet() -> None:
+    """What engines of a server listen on lies within its own ports, and not where SGLang puts the
+    ports of data-parallel attention of another server: from 233 after its first on.
+    """
+    own = {several.RENDEZVOUS + more for more in range(8)}
+    own |= {0, several.SECOND_ENGINE, several.BOOTSTRAP}
+    theirs = {(233 + more) % PORTS for more in range(10)}
+    assert max(own) < PORTS
+    assert not own & theirs
+    assert FIRST_PORT + 200 * PORTS < 32768
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_a_request_goes_to_the_rank_that_has_its_prefix(quick: bool) -> None:
+    """Under data-parallel attention both ranks get requests, and a later one with the same
+    beginning goes where that is cached.
+    """
+    mode = MODES["dp-attention"]
+    first, *later = phases(quick)
+    ranks = {tuple(prompt[:5]): _placed(mode, prompt)["dp_rank"] for prompt in first}
+    assert set(ranks.values()) == {0, 1}
+    for batch in later[:-1]:
+        for prompt in batch:
+            assert _placed(mode, prompt)["dp_rank"] == ranks[tuple(prompt[:5])]
+    assert _placed(Mode("llama", {}), first[0]) == {}
+
+
+def test_every_mode_takes_as_many_cards_as_its_engines_need() -> None:
+    """GPUs divide among the engines of a mode, and each has what its parallel options ask for."""
+    for mode in MODES.values():
+        engines = 2 if mode.apart else mode.nodes
+        ranks = mode.arguments.get("tp_size", 1) * mode.arguments.get("pp_size", 1)
+        assert mode.gpus == ranks * (2 if mode.apart else 1)
+        assert mode.gpus % engines == 0
+
+
+# Reports ------------------------------------------------------------------------------------------
+
+DEVICE = {"device": "cuda", "name": "NVIDIA H100"}
+VERSIONS = {"sglang": "0.5.17"}
+
+
+def report(*outcomes: Outcome, **fields: Any) -> Report:
+    known = {"device": DEVICE, "versions": VERSIONS} | fields
+    return Report("now", {"modes": "some"}, list(outcomes), **known)
+
+
+def test_reports_of_single_modes_become_one(tmp_path: Path) -> None:
+    """Cases of both are there, a case that failed once has failed, and so says the exit status."""
+    first = report(
+        Outcome("modes", "eagle", PASS), Outcome("modes", "mla", PASS), broken={"bench": "no"}
+    )
+    second = report(Outcome("modes", "mla", FAIL, "another token"), Outcome("modes", "tp2", SKIP))
+    first.write(tmp_path / "first")
+    second.write(tmp_path / "second")
+    paths = [str(tmp_path / "first"), str(tmp_path / "second" / "report.json")]
+    assert command.main(["--merge", *paths, "--out", str(tmp_path / "both")]) == 1
+    both = read(tmp_path / "both")
+    found = {outcome.name: outcome.status for outcome in both.outcomes}
+    assert found == {"eagle": PASS, "mla": FAIL, "tp2": SKIP}
+    assert "another token" in (tmp_path / "both" / "report.md").read_text()
+    assert list(both.broken) == ["bench"]
+
+
+def test_a_part_that_could_not_run_is_not_lost() -> None:
+    """Merging hides nothing: the verdict says that a part is missing."""
+    reports = {
+        "a": report(Outcome("modes", "mla", PASS)),
+        "b": report(broken={"numerics": "it died"}),
+    }
+    both = merged(reports)
+    assert (both.verdict, both.broken) == (ABSENT, {"numerics": "in b: it died"})
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        ({"device": DEVICE | {"name": "NVIDIA H200"}}, "name: NVIDIA H100 in a, NVIDIA H200 in b"),
+        ({"versions": {"sglang": "0.5.21"}}, "sglang: 0.5.17 in a, 0.5.21 in b"),
+    ],
+)
+def test_reports_of_other_machines_are_not_merged(other: dict[str, Any], words: str) -> None:
+    """The error names what differs, and where."""
+    with pytest.raises(ReportsDifferError, match=words):
+        merged({"a": report(), "b": report(**other)})
+
+
+def test_a_report_that_is_not_there_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A misspelled path ends the command with that path."""
+    assert command.main(["--merge", str(tmp_path / "none"), "--out", str(tmp_path / "out")]) == 2
+    assert "none" in capsys.readouterr().err
