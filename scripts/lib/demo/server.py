@@ -1,6 +1,4 @@
-"""Child processes of the demo: started with a log, watched with a line of progress, ended with all
-they started.
-"""
+"""Child processes of the demo: started with a log, watched with a line of progress, ended whole."""
 
 from __future__ import annotations
 
@@ -33,9 +31,7 @@ class DemoError(Exception):
 
 
 class Progress:
-    """What is being waited for, and since when: one line that changes on a terminal, a few lines
-    elsewhere.
-    """
+    """A line that says what is waited for, since when: rewritten on a terminal, rare elsewhere."""
 
     QUIET_S = 15
     """Seconds between lines where they cannot be overwritten."""
@@ -69,9 +65,7 @@ class Progress:
 
 
 class Child:
-    """A process in a session of its own, so that all it starts can be ended with it, and Ctrl-C
-    reaches us alone.
-    """
+    """A process in its own session: all it starts ends with it, and Ctrl-C reaches us alone."""
 
     def __init__(
         self, title: str, command: Sequence[str], log: Path, environ: Mapping[str, str]
@@ -94,9 +88,7 @@ class Child:
             )
 
     def stop(self) -> None:
-        """End it and everything it started; nothing happens if it was never started or has been
-        stopped.
-        """
+        """End it and all that it started, if it runs."""
         if self.process is None:
             return
         process, self.process = self.process, None
@@ -212,9 +204,7 @@ class Server(Child):
             raise self.broken(path, error) from error
 
     def broken(self, what: str, error: Exception) -> DemoError:
-        """The error to raise when ``error`` ended the request ``what``: that the server is gone, if
-        it is.
-        """
+        """Return the error to raise when ``error`` ended ``what``: the server is gone, if so."""
         time.sleep(1)  # A server that has just been killed may not have been seen to end.
         try:
             self.require_alive()

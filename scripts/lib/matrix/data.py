@@ -53,7 +53,7 @@ class LevelResult:
     skipped: Mapping[str, str] = field(default_factory=dict)
     """Case -> why it does not apply to this release."""
     error: str = ""
-    """Why the level did not run to its end; empty where it did."""
+    """The reason that the level did not run to its end; empty where it did."""
     seconds: float = 0.0
 
 

@@ -1,5 +1,4 @@
-"""Break the core in many small ways, one at a time, and see that the backend-level tests notice
-each.
+"""Break the core in many small ways, one at a time; the backend-level tests must notice each.
 
 Every mutant is a copy of the package with one piece of text replaced: a field or tensor left out of
 a plan's key, a rule of what a pass is, an isolation between backends, threads or roles. The tests
@@ -36,11 +35,9 @@ FILES = (
     "attention/test_speculation.py",
 )
 UNIT = ("attention/test_plans.py", "attention/test_workspace.py")
-"""Where a guard is that no call of upstream can reach: what upstream never passes, or what is
-guarded twice.
-"""
+"""Tests of guards that no call of upstream reaches, or that are guarded twice."""
 SECONDS = 150
-"""How long the guards of a mutant may take; a mutant that hangs them is noticed."""
+"""Seconds that the guards of a mutant may take; one that hangs them is noticed."""
 
 CALLS_FILE, RAW, DISPATCH, SELECT, SPACE = (
     "attention/calls.py",
@@ -59,9 +56,7 @@ CACHE, BACKEND, KERNELS, PLUGIN = (
 
 @dataclass(frozen=True)
 class Mutant:
-    """One way to break the package: ``old`` becomes ``new``, and tests that ``guards`` selects
-    (``-k``) must fail.
-    """
+    """A break of the package: ``old`` becomes ``new``, and ``guards`` (``-k``) must fail."""
 
     name: str
     file: str
@@ -77,9 +72,7 @@ FIELD_GUARDS = {
     "device": "another_geometry",
     "has_softcap": "another_geometry",
 }
-"""Fields that a call cannot change alone, because tensors in the key change with them: guarded as
-units.
-"""
+"""Fields that a call cannot change alone, as tensors in the key change too: guarded as units."""
 FIELDS = (
     "batch_size",
     "max_seqlen_q",
@@ -100,9 +93,7 @@ TENSORS = ("cache_seqlens", "cu_seqlens_q", "cache_leftpad", "cu_seqlens_k_new")
 
 
 def key_mutants() -> Iterator[Mutant]:
-    """Each field and tensor left out of the key, and each way of knowing a tensor again left out of
-    its identity.
-    """
+    """Leave out of the key each field and tensor, and of a tensor's identity each part."""
     for field in FIELDS:
         guards = FIELD_GUARDS.get(field, "differ_in_one_thing")
         tests = UNIT if field in FIELD_GUARDS else FILES
@@ -155,8 +146,7 @@ SIGNATURE = (
     "and (v_cache.is_contiguous() or v_cache.stride()) == v_dense",
     "and (not self._others or self._has_others(arguments))",
 )
-"""What a known call is compared by, but for the version of ``cu_seqlens_q``: nothing changes that.
-"""
+"""The values that known calls are compared by; the version of ``cu_seqlens_q`` never changes."""
 
 
 def signature_mutants() -> Iterator[Mutant]:
@@ -798,7 +788,7 @@ def run_guards(guards: str, tests: Sequence[str], folder: Path) -> NoReturn:
 
 
 def verdict(wait_status: int, mutant: Mutant, log: str) -> bool:
-    """Whether the tests noticed: a failure, or a run that hung."""
+    """Return whether the tests noticed: a failure, or a run that hung."""
     if os.WIFSIGNALED(wait_status) and os.WTERMSIG(wait_status) == signal.SIGALRM:
         return True
     status = os.waitstatus_to_exitcode(wait_status)

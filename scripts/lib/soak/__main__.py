@@ -1,5 +1,4 @@
-"""Fuzz the attention backend and the engine for some minutes, and say what was run and what was
-wrong.
+"""Fuzz the attention backend and the engine for some minutes, and report runs and failures.
 
 Backend: random sequences of forward passes on upstream's real backend; each output is compared with
 float64, each plan with the plan that its call would get alone. Engine: random requests to random

@@ -24,7 +24,7 @@ OURS = ("sglang_musa_ext", "tests")
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the fuzzing of one mutant gave."""
+    """The result of fuzzing one mutant."""
 
     name: str
     case: int
@@ -35,9 +35,7 @@ class Verdict:
 
 
 def run(names: Sequence[str], jobs: int, seconds: float) -> int:
-    """Fuzz the mutants whose name contains one of ``names`` (none: all); exit status 1 if one
-    lives.
-    """
+    """Fuzz the mutants with one of ``names`` in theirs (none: all); return 1 if one survives."""
     command: Any = mutant_command
     mutants = [
         one for one in command.all_mutants() if not names or any(name in one.name for name in names)

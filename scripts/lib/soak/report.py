@@ -1,4 +1,4 @@
-"""What a soak has run: totals that add up over processes and runs, and how they are shown."""
+"""The totals of soaks, which add up over processes and runs, and how they are shown."""
 
 from __future__ import annotations
 

@@ -132,7 +132,7 @@ def shrunk(case: Case, seconds: float = SHRINKING_SECONDS) -> Case:
 
 
 def goes_wrong(case: Case) -> bool:
-    """Whether ``case`` raises anything."""
+    """Return whether ``case`` raises anything."""
     try:
         run_case(case, Totals())
     except Exception:  # noqa: BLE001 - as above
