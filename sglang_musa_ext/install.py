@@ -164,9 +164,8 @@ def require_same_torch(installed: str, pinned: str, options: argparse.Namespace)
     whose = "the vendor's torch" if "musa" in installed else "a torch that is not the vendor's"
     raise InstallError(
         f"{options.python} has {whose}, {installed}, and the cohort {options.cohort} has {pinned}. "
-        "It is not replaced. "
-        f"Take another cohort ({', '.join(cohorts())}), or a new environment: python3.12 -m venv "
-        "NAME"
+        f"It is not replaced. Take another cohort ({', '.join(cohorts())}), or a new environment: "
+        "python3.12 -m venv NAME"
     )
 
 
@@ -195,12 +194,12 @@ def require_moore_threads(wheels: Path, pins: Mapping[str, str]) -> None:
         # answer.
         Path(alone, PACKAGE.name).symlink_to(PACKAGE)
         command = [sys.executable, "-I", "-S", "-c", IDENTIFY, folder, alone]
-        found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    if found:
+        problems = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    if problems:
         raise InstallError(
-            f"The wheels in {wheels} are not Moore Threads' MATE, so none was installed:\n{found}"
-            "Delete them, and give the vendor's own index with --index: a public one has other "
-            "projects of these names."
+            f"The wheels in {wheels} are not Moore Threads' MATE, so none was installed:\n"
+            f"{problems}Delete them, and give the vendor's own index with --index: a public one "
+            "has other projects of these names."
         )
 
 
@@ -216,8 +215,10 @@ def look_at(python: str) -> tuple[dict[str, str], list[int]]:
         )
     except (OSError, subprocess.CalledProcessError) as error:
         raise InstallError(f"--python {python} is no interpreter that runs: {error}.") from error
-    found = json.loads(done.stdout)
-    return {normal(name): version for name, version in found["installed"].items()}, found["python"]
+    answer = json.loads(done.stdout)
+    return {normal(name): version for name, version in answer["installed"].items()}, answer[
+        "python"
+    ]
 
 
 def run(command: Sequence[str]) -> None:

@@ -51,7 +51,7 @@ class Note:
 
 
 @dataclass(frozen=True)
-class Place:
+class RankPlace:
     """A rank of this process, and where SGLang put the others."""
 
     rank: int
@@ -94,7 +94,7 @@ def require_agreement(runner: Any) -> None:
         return
     settings = Settings.from_environ()
     arguments = runner.server_args
-    place = Place(
+    place = RankPlace(
         distributed.get_rank(),
         distributed.get_world_size(),
         functools.partial(node_of, arguments.nnodes, arguments.pp_size, arguments.tp_size),
@@ -132,7 +132,7 @@ def node_of(nnodes: int, pp_size: int, tp_size: int, rank: int) -> int:
     return rank * nnodes // (pp_size * tp_size)
 
 
-def exchange(store: Any, place: Place, own: Note, mode: str) -> dict[int, Note]:
+def exchange(store: Any, place: RankPlace, own: Note, mode: str) -> dict[int, Note]:
     """Leave ``own`` for the other ranks, and return the notes that are there in time, by rank.
 
     Args:
@@ -163,7 +163,7 @@ def _wait_for(store: Any, key: str, wanted: set[int], seconds: float) -> set[int
         time.sleep(_POLL_SECONDS)
 
 
-def judge(mode: str, place: Place, notes: Mapping[int, Note]) -> None:
+def judge(mode: str, place: RankPlace, notes: Mapping[int, Note]) -> None:
     """Raise, or with ``auto`` have the first rank warn, if the notes of all ranks are not alike.
 
     Raises:
@@ -188,7 +188,7 @@ def judge(mode: str, place: Place, notes: Mapping[int, Note]) -> None:
         )
 
 
-def silent_ranks(place: Place, notes: Mapping[int, Note]) -> list[str]:
+def silent_ranks(place: RankPlace, notes: Mapping[int, Note]) -> list[str]:
     """Return a line for each rank without a note: the package is missing there, off or broken."""
     return [
         f"rank {rank} (--node-rank {place.node_of(rank)}; its host is not known here) says "

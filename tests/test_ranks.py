@@ -13,7 +13,7 @@ import pytest
 from torch._C._distributed_c10d import HashStore
 
 from sglang_musa_ext import envs, ranks
-from sglang_musa_ext.ranks import Note, Place, RanksDisagreeError
+from sglang_musa_ext.ranks import Note, RankPlace, RanksDisagreeError
 from sglang_musa_ext.upstream.names import MODEL_RUNNER
 
 FACTS = {
@@ -31,8 +31,8 @@ def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ranks, "_READING_SECONDS", 5.0)
 
 
-def place(rank: int, world_size: int = 2) -> Place:
-    return Place(rank, world_size, lambda rank: 10 + rank)
+def place(rank: int, world_size: int = 2) -> RankPlace:
+    return RankPlace(rank, world_size, lambda rank: 10 + rank)
 
 
 def serve(mode: str, notes: dict[int, Note], world_size: int = 2) -> dict[int, str]:

@@ -23,11 +23,9 @@ class MLAWorkspaceExhausted(MemoryError):
         self.device, self.needed, self.free, self.capacity = device, needed, free, capacity
         super().__init__(
             f"The MLA workspace of {device} has no room for one more plan: {needed} bytes are "
-            "needed, the largest "
-            f"free piece has {free} of {capacity} bytes, and {slots} slots are in use (a slot "
-            "belongs to one backend "
-            "and one call role, and is never shared). Set SGLANG_MUSA_EXT_MLA_WORKSPACE_MB to a "
-            "larger number."
+            f"needed, the largest free piece has {free} of {capacity} bytes, and {slots} slots are "
+            "in use (a slot belongs to one backend and one call role, and is never shared). Set "
+            "SGLANG_MUSA_EXT_MLA_WORKSPACE_MB to a larger number."
         )
 
 

@@ -97,8 +97,8 @@ def _measure(options: argparse.Namespace) -> int:
         }
         for name, contest in contests.items():
             print(f"{name}: {contest.model.title}", flush=True)
-            for found in contend(contest):
-                result["models"][name] = found
+            for measured in contend(contest):
+                result["models"][name] = measured
                 # What was measured so far must survive whatever comes next.
                 (out / "bench.json").write_text(json.dumps(result, indent=1) + "\n")
     return _draw(result, out)
@@ -110,8 +110,7 @@ def _contenders(options: argparse.Namespace) -> Field:
     if kind == "cpu" and options.device == "auto":
         sys.exit(
             "PyTorch sees neither a MUSA device nor an NVIDIA GPU. Ask sglang-musa-ext doctor what "
-            "is missing; "
-            "--device cpu tries the benchmark without one."
+            "is missing; --device cpu tries the benchmark without one."
         )
     contenders = FIELDS[kind]
     names = options.peers or tuple(peer.name for peer in contenders.peers)
@@ -232,16 +231,16 @@ def _device(kind: str) -> dict[str, Any]:
     if module is None or not module.is_available():
         sys.exit(
             f"PyTorch {torch.__version__} sees no {kind} device. Ask sglang-musa-ext doctor what "
-            "is missing; "
-            "--device cpu tries the benchmark without one."
+            "is missing; --device cpu tries the benchmark without one."
         )
-    found = module.get_device_properties(0)
+    properties = module.get_device_properties(0)
     free, total = module.mem_get_info(0)
-    _require_idle(found.name, total - free)
-    if refusal := _unfit(kind, (found.major, found.minor)):
-        sys.exit(f"{found.name} cannot be measured: {refusal}.")
+    _require_idle(properties.name, total - free)
+    if refusal := _unfit(kind, (properties.major, properties.minor)):
+        sys.exit(f"{properties.name} cannot be measured: {refusal}.")
     return {
-        "name": found.name, "multiprocessors": found.multi_processor_count, "memory": total,
+        "name": properties.name, "multiprocessors": properties.multi_processor_count,
+        "memory": total,
         kind: getattr(torch.version, kind, None),
     }  # fmt: skip
 
@@ -250,8 +249,7 @@ def _require_idle(name: str, used: int) -> None:
     if used > OCCUPIED:
         sys.exit(
             f"{used / 2**30:.0f} GiB of {name} are in use: something else runs there, and times "
-            "would say "
-            "little. End it first."
+            "would say little. End it first."
         )
 
 
@@ -266,11 +264,11 @@ def _unfit(kind: str, capability: tuple[int, int]) -> str | None:
 
 
 def _options(arguments: Sequence[str]) -> argparse.Namespace:
-    head, _, rest = str(__doc__).partition("\n\n")
+    head, _, details = str(__doc__).partition("\n\n")
     parser = argparse.ArgumentParser(
         prog="sglang-musa-ext bench",
         description=head,
-        epilog=rest,
+        epilog=details,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     names = list(dict.fromkeys(peer.name for field in FIELDS.values() for peer in field.peers))

@@ -162,9 +162,9 @@ class Contest:
                 if name in self.failed:
                     continue
                 with self.survives(name, points[name]):
-                    found = measure(self.engines[name], [name])[name]
+                    rows = measure(self.engines[name], [name])[name]
                     if index:  # The first round warms up.
-                        record(points[name], found)
+                        record(points[name], rows)
 
     def _race_in_one_engine(
         self,
@@ -185,11 +185,11 @@ class Contest:
             racing = racers(points)
             engine.scheduler("bench_turns", peers=racing, mode=mode)
             for index in range(self.rounds + 1):
-                found = measure(engine, racing)
+                rows = measure(engine, racing)
                 for name in racing if index else ():
-                    record(points[name], found[name])
+                    record(points[name], rows[name])
                     points[name].over_upstream.append(
-                        paired(found[name], found[self.baseline], points[name].what)
+                        paired(rows[name], rows[self.baseline], points[name].what)
                     )
             engine.scheduler("bench_turns", peers=[], mode=None)
         if self.baseline in self.failed:
@@ -200,12 +200,14 @@ class Contest:
         """Return points of those who take turns beside the peers, before they are judged."""
         chosen = {peer.name: peer.beside for peer in self.contenders.peers if peer.beside}
         beside = {chosen[name]: points[name] for name in racers(points) if name in chosen}
-        found = {
-            name: Point(one.kind, one.batch, one.tokens, name, one.verdict, allowed=one.allowed)
-            for name, one in beside.items()
+        companions = {
+            name: Point(
+                point.kind, point.batch, point.tokens, name, point.verdict, allowed=point.allowed
+            )
+            for name, point in beside.items()
         }
-        self.points += found.values()
-        return found
+        self.points += companions.values()
+        return companions
 
     def _answer_in_one_engine(self, name: str, prompts: Sequence[Sequence[int]]) -> Answer:
         engine = self.engines[self.baseline]
@@ -247,7 +249,7 @@ class Contest:
 
     def traces(self) -> list[dict[str, Any]]:
         """Return kernels by pass, traced at the end: a profiler slows all that comes after it."""
-        found = []
+        every = []
         modes = {"EXTEND": 1} | ({"TARGET_VERIFY": 2} if self.model.draft else {"DECODE": 2})
         length = 128 if self.contenders.device == "cpu" else 2048
         for name, engine in list(self.engines.items()):
@@ -257,8 +259,8 @@ class Contest:
                     engine.scheduler("bench_trace", mode=mode, passes=count)
                     engine.run([prompt(length, 77)], 12 if mode != "EXTEND" else 1)
                     traces = measurements(engine.state())["traces"]
-                    found += [{"peer": name, **trace} for trace in traces]
-        return found
+                    every += [{"peer": name, **trace} for trace in traces]
+        return every
 
 
 def rows_of(engine: Engine) -> list[dict[str, Any]]:
@@ -269,9 +271,9 @@ def rows_of(engine: Engine) -> list[dict[str, Any]]:
 
 def answer_of(engine: Engine, prompts: Sequence[Sequence[int]]) -> Answer:
     """Return the first tokens by which an engine continues prompts, without measuring."""
-    found = engine.ask(prompts, 8)
+    reply = engine.ask(prompts, 8)
     rows_of(engine)
-    return Answer(found["tokens"], found["logprobs"], [])
+    return Answer(reply["tokens"], reply["logprobs"], [])
 
 
 def racers(points: Mapping[str, Point]) -> list[str]:
@@ -294,7 +296,7 @@ def passes(rows: Rows, mode: str, batch: int, peer: str) -> Rows:
     """Return the passes of this mode, batch and peer that follow one of this mode and batch."""
     chosen = [
         row for before, row in itertools.pairwise(rows)
-        if all(one["mode"] == mode and one["batch"] == batch for one in (before, row))
+        if all(each["mode"] == mode and each["batch"] == batch for each in (before, row))
     ]  # fmt: skip
     # The first ones still fill the pipeline of the scheduler.
     return [row for row in chosen[3:] if row["peer"] == peer]
@@ -377,7 +379,7 @@ def contend(contest: Contest) -> Iterator[dict[str, Any]]:
     """Boot the engines of a contest, measure, and end them; yield results after each place."""
     began = time.monotonic()
     contest.gate.touch()
-    found: dict[str, Any] = {
+    measured: dict[str, Any] = {
         "title": contest.model.title, "shape": dict(contest.model.shape),
         "kv_tokens": contest.model.kv_tokens,
         "failed": contest.failed, "points": [], "traces": [], "rounds": contest.rounds,
@@ -388,15 +390,15 @@ def contend(contest: Contest) -> Iterator[dict[str, Any]]:
     _say(f"  engines up after {time.monotonic() - began:.0f} s")
     for _ in contest.run():
         # The load tells a reader whether something else kept the processor busy.
-        found["points"] = [asdict(point) for point in contest.points]
-        found["load"] = os.getloadavg()[0]
-        yield found
-    found["traces"] = contest.traces()
+        measured["points"] = [asdict(point) for point in contest.points]
+        measured["load"] = os.getloadavg()[0]
+        yield measured
+    measured["traces"] = contest.traces()
     # The next model's engines need the device's memory.
     for engine in contest.engines.values():
         engine.close()
-    found["seconds"] = time.monotonic() - began
-    yield found
+    measured["seconds"] = time.monotonic() - began
+    yield measured
 
 
 def _first_state(peer: Peer, contest: Contest) -> dict[str, Any]:
@@ -406,10 +408,10 @@ def _first_state(peer: Peer, contest: Contest) -> dict[str, Any]:
         # The class shows once a forward has run.
         contest.engines[peer.name].run([prompt(8, 5)], 2)
         state = contest.engines[peer.name].state()
-        found = measurements(state)
-        if found["backend"] != peer.backend:
+        measured = measurements(state)
+        if measured["backend"] != peer.backend:
             raise EngineDied(
-                f"{found['backend']} serves in place of {peer.backend}: the log says why."
+                f"{measured['backend']} serves in place of {peer.backend}: the log says why."
             )
         usage = state["memory_usage"]
         wanted = contest.model.kv_tokens // PAGE * PAGE
@@ -418,12 +420,10 @@ def _first_state(peer: Peer, contest: Contest) -> dict[str, Any]:
             # slowly.
             raise EngineDied(
                 f"Its KV cache holds {usage['token_capacity']} tokens and not {wanted}: the device "
-                "has too "
-                "little free memory for all peers. End what else uses it, measure fewer --peers at "
-                "a "
-                "time, or, with --model, set --kv-tokens."
+                "has too little free memory for all peers. End what else uses it, measure fewer "
+                "--peers at a time, or, with --model, set --kv-tokens."
             )
-        return {"allocator": found["memory"], "sglang": usage}
+        return {"allocator": measured["memory"], "sglang": usage}
     _say(f"  {peer.name} {point.verdict}")
     return {}
 

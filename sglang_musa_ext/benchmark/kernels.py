@@ -78,11 +78,11 @@ def _times(
         "a call gives another output with its plan than without"
     )
     functions = {"without": lambda: call(None), "with": lambda: call(ready), "plan": plan}
-    found = {}
+    times = {}
     for where, timer in timers.items():
         nothing = timer(lambda: None)
-        found[where] = {what: timer(function) - nothing for what, function in functions.items()}
-    return found
+        times[where] = {what: timer(function) - nothing for what, function in functions.items()}
+    return times
 
 
 def graph_timer(device: torch.device) -> Timer:

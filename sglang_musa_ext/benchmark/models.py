@@ -144,7 +144,7 @@ def shared_among(model: Model, peers: int) -> Model:
 
 def engine_arguments(model: Model, scratch: Path, device: str) -> dict[str, Any]:
     """Return the arguments of ``sglang.Engine`` that all peers share on this kind of device."""
-    found: dict[str, Any] = {
+    arguments: dict[str, Any] = {
         "skip_tokenizer_init": True, "random_seed": 0, "log_level": "info", "page_size": PAGE,
         "max_total_tokens": model.kv_tokens, "max_running_requests": max(model.batches) + 8,
         "chunked_prefill_size": 40960, "max_prefill_tokens": 40960, "sleep_on_idle": True,
@@ -152,16 +152,16 @@ def engine_arguments(model: Model, scratch: Path, device: str) -> dict[str, Any]
     }  # fmt: skip
     if model.draft:
         shape = {**model.shape, "num_hidden_layers": 1}
-        found["speculative_draft_model_path"] = str(
+        arguments["speculative_draft_model_path"] = str(
             write_model(scratch / "draft", model.draft, **shape)
         )
     if device == "cpu":
         own = {"device": "cpu", "dtype": "float32", "graphs": [], "mem_fraction_static": 0.3}
-        return {**found, **own}
+        return {**arguments, **own}
     # What an engine takes is what max_total_tokens says: the fraction must only not be in its way
     # while others boot.
     graphs = {"graphs": list(model.batches), "prefill_graphs": False}
-    return {**found, "mem_fraction_static": 0.9, **graphs}
+    return {**arguments, "mem_fraction_static": 0.9, **graphs}
 
 
 def _source(model: Model, scratch: Path) -> dict[str, Any]:

@@ -29,9 +29,9 @@ def draw(result: Mapping[str, Any], out: Path) -> list[Path]:
         if any(m["traces"] for m in result["models"].values())
         else []
     )
-    found = savings(result, every)
-    if len({saving.plans for saving in found}) > 1:
-        pages.append(_draw_savings(found, out / "savings.png"))
+    every_saving = savings(result, every)
+    if len({saving.plans for saving in every_saving}) > 1:
+        pages.append(_draw_savings(every_saving, out / "savings.png"))
     return pages
 
 
@@ -91,16 +91,16 @@ def _draw_plans(result: Mapping[str, Any], page: Path) -> Path:
         zip(result["peers"], ("tab:orange", "tab:green", "tab:blue"), strict=False)
     ):
         heights = [position + index * width for position in range(len(rows))]
-        found = [peers[peer] for _, _, peers in rows]
-        bars_of = axis.barh(
+        counts = [peers[peer] for _, _, peers in rows]
+        drawn = axis.barh(
             heights,
-            [one["plans"] if one else 0 for one in found],
+            [each["plans"] if each else 0 for each in counts],
             width,
             label=result["peers"][peer],
             color=colour,
         )
         axis.bar_label(
-            bars_of, [f"{one['plans']:g}" if one else "not traced" for one in found], fontsize=8
+            drawn, [f"{each['plans']:g}" if each else "not traced" for each in counts], fontsize=8
         )
     axis.set_yticks(
         [position + 0.4 - width / 2 for position in range(len(rows))],
@@ -112,18 +112,18 @@ def _draw_plans(result: Mapping[str, Any], page: Path) -> Path:
     return _saved(figure, page)
 
 
-def _draw_savings(found: Sequence[Saving], page: Path) -> Path:
+def _draw_savings(results: Sequence[Saving], page: Path) -> Path:
     """Draw the costs that the model says against those that were measured."""
     from matplotlib import pyplot
 
-    each, besides = fit(found)
+    each, besides = fit(results)
     figure, axis = pyplot.subplots(figsize=(6.5, 5))
-    for model in dict.fromkeys(saving.place.model for saving in found):
-        points = [saving for saving in found if saving.place.model == model]
+    for model in dict.fromkeys(saving.place.model for saving in results):
+        points = [saving for saving in results if saving.place.model == model]
         axis.plot(
             [s.plans for s in points], [s.microseconds for s in points], "o", label=model, alpha=0.7
         )
-    ends = [0.0, max(saving.plans for saving in found) + 1]
+    ends = [0.0, max(saving.plans for saving in results) + 1]
     line = [besides + each * end for end in ends]
     axis.plot(
         ends, line, color="black", linewidth=1, label=f"{each:.2f} µs a plan, {besides:+.1f} µs"

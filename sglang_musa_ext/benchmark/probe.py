@@ -312,28 +312,28 @@ class Probe:
         self.clock.settle()
         rows: list[dict[str, Any]] = []
         before: Any = None
-        for one in self.forwards:
-            since = None if before is None else self.clock.milliseconds(before, one.end)
+        for forward in self.forwards:
+            since = None if before is None else self.clock.milliseconds(before, forward.end)
             rows.append(
                 {
-                    "peer": one.peer, "turn": one.turn, "mode": one.mode, "batch": one.batch,
-                    "tokens": one.tokens,
-                    "draft": one.draft, "since": since,
-                    "forward": self.clock.milliseconds(one.start, one.end),
-                    "host_us": 1e6 * one.host,
-                    "calls": one.attention_calls, "attention_us": 1e6 * one.attention_host,
+                    "peer": forward.peer, "turn": forward.turn, "mode": forward.mode,
+                    "batch": forward.batch, "tokens": forward.tokens,
+                    "draft": forward.draft, "since": since,
+                    "forward": self.clock.milliseconds(forward.start, forward.end),
+                    "host_us": 1e6 * forward.host,
+                    "calls": forward.attention_calls, "attention_us": 1e6 * forward.attention_host,
                 }
             )  # fmt: skip
-            if not one.draft:
-                before = one.end
-        found = {
+            if not forward.draft:
+                before = forward.end
+        drained = {
             "forwards": rows,
             "traces": self.traces,
             "backend": self._backend(),
             "memory": self.clock.memory(),
         }
         self.forwards, self.traces = [], []
-        return found
+        return drained
 
     def _backend(self) -> str:
         backend = getattr(self.runner, "attn_backend", None)
@@ -418,5 +418,5 @@ def measurements(state: Mapping[str, Any]) -> dict[str, Any]:
             "The engine runs without the benchmark's probe: its log says why SGLang did not load "
             "it."
         )
-    found: dict[str, Any] = json.loads(state["bench"])
-    return found
+    measured: dict[str, Any] = json.loads(state["bench"])
+    return measured

@@ -28,14 +28,14 @@ class Ratio:
     high: float
 
     @classmethod
-    def over(cls, found: Sequence[float]) -> Ratio | None:
+    def over(cls, ratios: Sequence[float]) -> Ratio | None:
         """Of the rounds' ratios; ``None`` where there are none."""
-        return cls(statistics.median(found), min(found), max(found)) if found else None
+        return cls(statistics.median(ratios), min(ratios), max(ratios)) if ratios else None
 
     @classmethod
     def of(cls, ours: Sequence[float], theirs: Sequence[float]) -> Ratio | None:
         """``None`` where one of them has no times."""
-        return cls.over([one / other for one, other in zip(ours, theirs, strict=False)])
+        return cls.over([own / other for own, other in zip(ours, theirs, strict=False)])
 
     def __str__(self) -> str:
         return f"{self.median:.3f} ({self.low:.3f} to {self.high:.3f})"
@@ -60,8 +60,8 @@ class Place:
 
     def times(self, peer: str, what: str = "") -> list[float]:
         """A peer's times, round by round; none where its output was wrong."""
-        found: list[float] = self.points.get(peer, {}).get(what or self.what, [])
-        return found
+        times: list[float] = self.points.get(peer, {}).get(what or self.what, [])
+        return times
 
     def ratio(self, peer: str, what: str = "") -> Ratio | None:
         """Return a peer's times over the baseline's; pass by pass if they took turns."""
@@ -78,14 +78,14 @@ class Place:
 
 def places(result: Mapping[str, Any]) -> list[Place]:
     """Every place that was measured, in the order of measuring."""
-    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    points_of: dict[tuple[Any, ...], dict[str, Any]] = {}
     for model, contest in result["models"].items():
         for point in contest["points"]:
             key = (model, point["kind"], point["batch"], point["tokens"])
-            found.setdefault(key, {})[point["peer"]] = point
+            points_of.setdefault(key, {})[point["peer"]] = point
     return [
         Place(model, kind, batch, tokens, points, baseline_of(result))
-        for (model, kind, batch, tokens), points in found.items()
+        for (model, kind, batch, tokens), points in points_of.items()
     ]
 
 
@@ -116,7 +116,11 @@ def as_markdown(
         f"{name} {version}" for name, version in result["versions"].items() if version != "absent"
     )
     missing = [f"* {what}" for what in _missing(every, planned or {})]
-    notes = [f"* {name}: {one['note']}" for name, one in result["models"].items() if "note" in one]
+    notes = [
+        f"* {name}: {contest['note']}"
+        for name, contest in result["models"].items()
+        if "note" in contest
+    ]
     head = ("Model", "What it is", "Measured", "Rounds", "Tokens a request", "Load")
     lines = [
         f"# Benchmark on {result['device']['name']}", "", f"{device}; {stack}.", "",
@@ -124,7 +128,8 @@ def as_markdown(
         *table(head, _runs(result)), "",
         *([*notes, ""] if notes else []),
         *(["Not measured:", "", *missing, ""] if missing else []),
-        "## Bars", "", BARS_SAY, "", *table(("Bar", "Measured", "Met"), bars(every, result)), "",
+        "## Thresholds", "", THRESHOLDS_SAY, "",
+        *table(("Threshold", "Measured", "Met"), thresholds(every, result)), "",
         *(f"![{name}]({name})" for name in plots), "",
         "## Plans in a pass", "", PLANS_SAY, "", *table(PLANS, planners(result)), "",
     ]  # fmt: skip
@@ -148,7 +153,7 @@ def as_markdown(
     if rows := memory(result):
         lines += ["## Memory", "", *table(MEMORY, rows), ""]
     lines += ["## What a pass costs", "", *cost_model(result, every), ""]
-    if rows := [_kernel(one) for one in result.get("kernels", ())]:
+    if rows := [_kernel(kernel) for kernel in result.get("kernels", ())]:
         lines += ["## A call without any engine", "", KERNELS_SAY, "", *table(KERNELS, rows), ""]
     return "\n".join(lines)
 
@@ -159,25 +164,27 @@ def _kind(result: Mapping[str, Any]) -> str:
     return "cpu" if result["device"]["name"].startswith("CPU") else names[baseline_of(result)]
 
 
-def _kernel(one: Mapping[str, Any]) -> list[str]:
-    cells = [one["call"]]
-    for times in (one["graph"], one.get("host")):
-        found = times and (
+def _kernel(kernel: Mapping[str, Any]) -> list[str]:
+    cells = [kernel["call"]]
+    for times in (kernel["graph"], kernel.get("host")):
+        micros = times and (
             times["without"],
             times["with"],
             times["without"] - times["with"],
             times["plan"],
         )
-        cells += [f"{time:.2f}" for time in found] if found else ["–"] * 4
+        cells += [f"{time:.2f}" for time in micros] if micros else ["–"] * 4
     return cells
 
 
 def _runs(result: Mapping[str, Any]) -> list[list[Any]]:
-    found = []
-    for name, one in result["models"].items():
-        load = f"{one['load']:.1f}" if "load" in one else "–"
-        found.append([name, one["title"], one["started"], one["rounds"], one["steps"], load])
-    return found
+    rows = []
+    for name, contest in result["models"].items():
+        load = f"{contest['load']:.1f}" if "load" in contest else "–"
+        rows.append(
+            [name, contest["title"], contest["started"], contest["rounds"], contest["steps"], load]
+        )
+    return rows
 
 
 def _missing(every: Sequence[Place], planned: Mapping[str, Sequence[str]]) -> list[str]:
@@ -198,30 +205,24 @@ INTRODUCTION = {
     ),
     "musa": (
         "Written by `sglang-musa-ext bench` on a MUSA device. The kernels of sglang-musa-ext and "
-        "of SGLang's in-tree "
-        "backend are MATE's; the baseline is SGLang's triton, which serves where nobody names a "
-        "backend. Kernels that "
-        "compute plans are counted by the name that they have in FlashAttention-3, and MATE may "
-        "name them otherwise."
+        "of SGLang's in-tree backend are MATE's; the baseline is SGLang's triton, which serves "
+        "where nobody names a backend. Kernels that compute plans are counted by the name that "
+        "they have in FlashAttention-3, and MATE may name them otherwise."
     ),
     "cpu": "Written by `sglang-musa-ext bench` on a CPU, where times say nothing.",
 }
 READING = (
     "A place has times only for peers whose log-probabilities are those of the first peer, but for "
-    "what another "
-    "number of splits changes in the last bits. Ratios are times over those of the first peer, and "
-    "below 1 is "
-    "faster: the median of the rounds, and in parentheses the least and the greatest. In each "
-    "round the peers took "
-    "turns. The load is that of the whole machine in the last minute of a model's turn: one engine "
-    "works at a time, "
-    "so above some 4 something else did too, and times in which the host is the limit say little."
+    "what another number of splits changes in the last bits. Ratios are times over those of the "
+    "first peer, and below 1 is faster: the median of the rounds, and in parentheses the least and "
+    "the greatest. In each round the peers took turns. The load is that of the whole machine in "
+    "the last minute of a model's turn: one engine works at a time, so above some 4 something else "
+    "did too, and times in which the host is the limit say little."
 )
-BARS_SAY = (
+THRESHOLDS_SAY = (
     "What could be had at most is told with each measurement: under graphs by the last column of "
-    "*What a pass "
-    "costs*, a pass with no plan at all; without graphs, where the host limits a short pass, by "
-    "*ours without plans*."
+    "*What a pass costs*, a pass with no plan at all; without graphs, where the host limits a "
+    "short pass, by *ours without plans*."
 )
 TITLES = {
     "decode": "Decode step, CUDA graphs",
@@ -236,14 +237,11 @@ PLANS = (
 )  # fmt: skip
 PLANS_SAY = (
     "From a profiler's trace of single passes: of a prompt of 2048 tokens, and after it. The last "
-    "columns are what "
-    "the device works in all kernels of the pass, so that what the host takes between them does "
-    "not count. A call "
-    "with a plan that is not split has a kernel of 1 µs that clears a counter, in place of one "
-    "that plans. The "
-    "in-tree backend prefills a prompt without a prefix from keys and values as they were made, "
-    "and SGLang's own, "
-    "which this package runs, from the paged cache: hence its shorter time there."
+    "columns are what the device works in all kernels of the pass, so that what the host takes "
+    "between them does not count. A call with a plan that is not split has a kernel of 1 µs that "
+    "clears a counter, in place of one that plans. The in-tree backend prefills a prompt without a "
+    "prefix from keys and values as they were made, and SGLang's own, which this package runs, "
+    "from the paged cache: hence its shorter time there."
 )
 KERNELS = (
     "Call", "In a graph: µs without a plan", "with it", "spared", "a plan alone",
@@ -251,25 +249,20 @@ KERNELS = (
 )  # fmt: skip
 KERNELS_SAY = (
     "The library's own calls, without a line of this package in them. Without a plan a call "
-    "computes its own, in a "
-    "kernel that it launches first. With one, a call that is not split launches a kernel that "
-    "clears a counter of "
-    "the plan instead, so that the host spares little or nothing."
+    "computes its own, in a kernel that it launches first. With one, a call that is not split "
+    "launches a kernel that clears a counter of the plan instead, so that the host spares little "
+    "or nothing."
 )
 STEP_SAYS = (
     "From the end of one verify pass to the end of the next, with the draft's passes between, of "
-    "which SGLang extends "
-    "the draft without a graph. The host is the limit here, and each peer has an engine of its "
-    "own: see how much the "
-    "rounds of one peer differ by."
+    "which SGLang extends the draft without a graph. The host is the limit here, and each peer has "
+    "an engine of its own: see how much the rounds of one peer differ by."
 )
 BESIDE_SAY = (
     "The peers' backends took turns in one engine, pass by pass, and a ratio is of two passes of "
-    "one turn. *Upstream "
-    "again* is a second backend of the first peer's: by as much two of the same differ. *Ours "
-    "without plans* does all "
-    "that this package does but plan: between it and ours lies what a planned call costs and "
-    "spares in FA3 itself."
+    "one turn. *Upstream again* is a second backend of the first peer's: by as much two of the "
+    "same differ. *Ours without plans* does all that this package does but plan: between it and "
+    "ours lies what a planned call costs and spares in FA3 itself."
 )
 HOST = (
     "Model", "Pass", "upstream µs", "ours µs", "ours without plans µs", "ours / upstream",
@@ -278,8 +271,7 @@ HOST = (
 )  # fmt: skip
 HOSTS_SAY = (
     "Where the host is the limit, a pass is longer by what its calls take longer, so the last two "
-    "columns agree; "
-    "where the device is, it is not."
+    "columns agree; where the device is, it is not."
 )
 MEMORY = (
     "Model",
@@ -363,22 +355,22 @@ def planners(result: Mapping[str, Any]) -> list[list[str]]:
         for mode in dict.fromkeys(trace["mode"] for trace in contest["traces"]):
             sides = {peer: planned(result, model, mode, peer) for peer in result["peers"]}
             right = sides.get(baseline_of(result))
-            for peer, found in sides.items():
-                if found:
+            for peer, kernels in sides.items():
+                if kernels:
                     row = [
                         model,
                         mode,
                         peer,
-                        f"{found['plans']:g}",
-                        f"{found['each']:.2f}",
-                        f"{found['calls']:g}",
+                        f"{kernels['plans']:g}",
+                        f"{kernels['each']:.2f}",
+                        f"{kernels['calls']:g}",
                     ]
                     over = (
-                        f"{found['device'] / right['device']:.3f}"
+                        f"{kernels['device'] / right['device']:.3f}"
                         if right and right["device"]
                         else "–"
                     )
-                    rows.append([*row, f"{found['device']:.0f}", over])
+                    rows.append([*row, f"{kernels['device']:.0f}", over])
     return rows
 
 
@@ -441,11 +433,11 @@ def _mebibytes(count: float) -> str:
     return f"{count / 2**20:.1f} MiB"
 
 
-# --- bars -----------------------------------------------------------------------------------------
+# --- thresholds -----------------------------------------------------------------------------------
 
 
-def bars(every: Sequence[Place], result: Mapping[str, Any]) -> list[list[str]]:
-    """Each bar, what was measured, and whether it was met."""
+def thresholds(every: Sequence[Place], result: Mapping[str, Any]) -> list[list[str]]:
+    """Return each threshold, what was measured, and whether it was met."""
     baseline = baseline_of(result)
     wanted = [
         ("decode step at batch 1, dense: at most 1.00", 1.00, "decode", "dense"),
@@ -526,7 +518,7 @@ class Saving:
 
 def savings(result: Mapping[str, Any], every: Iterable[Place]) -> list[Saving]:
     """Every graphed place that has both peers' times and traces."""
-    found = []
+    results = []
     for place in every:
         if place.kind not in GRAPHED or not (
             place.times(place.baseline, "forward_ms") and place.times(OURS, "forward_ms")
@@ -542,27 +534,27 @@ def savings(result: Mapping[str, Any], every: Iterable[Place]) -> list[Saving]:
                 1e3 * statistics.median(place.times(peer, "forward_ms"))
                 for peer in (place.baseline, OURS)
             ]
-            found.append(Saving(place, theirs - ours, ours, times[0] - times[1], times[1]))
-    return found
+            results.append(Saving(place, theirs - ours, ours, times[0] - times[1], times[1]))
+    return results
 
 
-def fit(found: Sequence[Saving]) -> tuple[float, float]:
+def fit(results: Sequence[Saving]) -> tuple[float, float]:
     """Microseconds of one plan, and what a pass saves besides: least squares over the places."""
     from numpy.linalg import lstsq
 
-    matrix = [[saving.plans, 1.0] for saving in found]
-    (each, besides), *_ = lstsq(matrix, [saving.microseconds for saving in found], rcond=None)
+    matrix = [[saving.plans, 1.0] for saving in results]
+    (each, besides), *_ = lstsq(matrix, [saving.microseconds for saving in results], rcond=None)
     return float(each), float(besides)
 
 
 def cost_model(result: Mapping[str, Any], every: Sequence[Place]) -> list[str]:
     """The fit, and how well it says what was measured."""
-    found = savings(result, every)
-    if len({saving.plans for saving in found}) < 2:
+    results = savings(result, every)
+    if len({saving.plans for saving in results}) < 2:
         return ["Too few places have both times and traces to fit anything."]
-    each, besides = fit(found)
+    each, besides = fit(results)
     rows = []
-    for saving in found:
+    for saving in results:
         said = each * saving.plans + besides
         theirs = saving.pass_microseconds + saving.microseconds
         limit = (saving.pass_microseconds - each * saving.own_plans) / theirs

@@ -52,8 +52,7 @@ UPSTREAM_CHOICES = ("intel_amx", "csgmv", "kernel", "page_first")
 # For ARM it has chosen torch_native, which the user may have meant as well.
 TORCH_NATIVE_ON_ARM = (
     "This server runs on torch_native, which is SGLang's own choice for ARM where no attention "
-    "backend is named. "
-    "Start it with --attention-backend fa3 to run on the composed FA3 backend."
+    "backend is named. Start it with --attention-backend fa3 to run on the composed FA3 backend."
 )
 
 # Modules of upstream that choose kernels of speculative decoding by flags of known devices, and

@@ -150,9 +150,8 @@ def _absent(library: str, *names: str) -> dict[str, Callable[..., Any]]:
 def _refuse(library: str, name: str, *_args: Any, **_kwargs: Any) -> NoReturn:
     raise NotImplementedError(
         f"{library}.{name} was called, and the CPU reference platform has only a stand-in of "
-        f"{library} "
-        f"without it. Install a {library} that works on this machine, or serve a model that does "
-        "not need it."
+        f"{library} without it. Install a {library} that works on this machine, or serve a model "
+        "that does not need it."
     )
 
 

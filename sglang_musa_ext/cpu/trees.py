@@ -68,9 +68,8 @@ def build_tree_kernel_efficient(
     if tree_mask_mode not in (FULL_MASK, MASK_OF_DRAFT):
         raise NotImplementedError(
             f"A tree mask of mode {int(tree_mask_mode)} was asked for, and the CPU reference "
-            "platform writes modes "
-            f"{FULL_MASK} and {MASK_OF_DRAFT}. Serve with --attention-backend fa3, which asks for "
-            "those."
+            f"platform writes modes {FULL_MASK} and {MASK_OF_DRAFT}. Serve with "
+            "--attention-backend fa3, which asks for those."
         )
     n, start = draft_token_num, 0
     for request, verified in enumerate(verified_seq_len.tolist()):

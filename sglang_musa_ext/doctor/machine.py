@@ -97,8 +97,8 @@ def probe_driver(s: Surroundings) -> CheckResult:
             f"{tool} exits with status {done.returncode}.",
             "Run it, and mend the driver's installation.",
         )
-    found = re.search(r"driver[ _]version\s*:?\s*([\w.+-]+)", done.stdout, re.IGNORECASE)
-    return passed(f"Driver {found.group(1) if found else 'of unknown version'}.", tool=tool)
+    version = re.search(r"driver[ _]version\s*:?\s*([\w.+-]+)", done.stdout, re.IGNORECASE)
+    return passed(f"Driver {version.group(1) if version else 'of unknown version'}.", tool=tool)
 
 
 def probe_toolkit(s: Surroundings) -> CheckResult:
@@ -112,15 +112,15 @@ def probe_toolkit(s: Surroundings) -> CheckResult:
         return warned(
             f"No MUSA toolkit at {home} ({needed}).", "Set MUSA_HOME to where the toolkit is."
         )
-    found = re.search(
+    define = re.search(
         r"#\s*define\s+MUSA_VERSION\s+(\d+)", header.read_text(encoding="utf-8", errors="replace")
     )
-    if found is None:
+    if define is None:
         return warned(
             f"{header} does not say its version ({needed}).",
             "Compare it with the toolkit's release notes.",
         )
-    number = int(found.group(1))
+    number = int(define.group(1))
     version = (number // 10000, number // 100 % 100, number % 100)
     text = f"MUSA toolkit {dotted(version)} at {home}"
     if version < OLDEST_TOOLKIT:

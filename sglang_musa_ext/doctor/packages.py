@@ -44,19 +44,19 @@ def probe_torch(s: Surroundings) -> CheckResult:
 
 def _problems_of_torch(versions: Mapping[str, str]) -> list[CheckResult]:
     """Return the problems of the packages around a MUSA build of torch, worst first."""
-    found = []
+    problems = []
     theirs = versions.get("torch_musa", "")
     if theirs and release_numbers(theirs) != release_numbers(versions["torch"]):
-        found.append(failed("torch_musa and torch are of different releases.", INSTALL))
+        problems.append(failed("torch_musa and torch are of different releases.", INSTALL))
     if "torchada" not in versions:
         step = "pip install --no-deps torchada"
-        found.append(
+        problems.append(
             failed("torchada is missing: SGLang takes no device for MUSA without it.", step)
         )
     if "musa" in theirs and "musa" not in versions["torch"]:
         step = f"A public torch has probably replaced the vendor's. {INSTALL}"
-        found.append(failed("torch_musa is the vendor's build, and torch is not.", step))
-    return found
+        problems.append(failed("torch_musa is the vendor's build, and torch is not.", step))
+    return problems
 
 
 def pinned_torch() -> str | None:
@@ -73,9 +73,9 @@ def probe_mate(s: Surroundings) -> CheckResult:
     """Check that MATE is Moore Threads', and that its wrapper fits."""
     from sglang_musa_ext.kernels.mate_identity import identify_mate
 
-    found = identify_mate()
+    identity = identify_mate()
     details = {
-        name: getattr(found, name)
+        name: getattr(identity, name)
         for name in (
             "distribution",
             "version",
@@ -86,17 +86,17 @@ def probe_mate(s: Surroundings) -> CheckResult:
         )
     }
     if s.kernels != "mate" and not s.has_musa_stack:
-        if found.location is None or not found.problems:
+        if identity.location is None or not identity.problems:
             return passed(f"MATE is not needed for {purpose(s)}.", **details)
         harmless = f"It does no harm here, because MATE is not needed for {purpose(s)}."
-        problem = found.problems[0]
+        problem = identity.problems[0]
         return warned(f"{problem.seen} {harmless}", problem.remedy, **details)
-    for problem in found.problems:
+    for problem in identity.problems:
         return failed(f"{problem.seen} Expected: {problem.expected}", problem.remedy, **details)
-    for problem in found.warnings:
+    for problem in identity.warnings:
         return warned(f"{problem.seen} Expected: {problem.expected}", problem.remedy, **details)
-    wrapper = f"wrapper {found.wrapper} {found.wrapper_version}"
-    return passed(f"MATE {found.version} at {found.location}, {wrapper}.", **details)
+    wrapper = f"wrapper {identity.wrapper} {identity.wrapper_version}"
+    return passed(f"MATE {identity.version} at {identity.location}, {wrapper}.", **details)
 
 
 def probe_triton(s: Surroundings) -> CheckResult:

@@ -25,12 +25,12 @@ def probe_command(s: Surroundings) -> CheckResult:
             "No command line was given; give a server's arguments after -- to see what they lead "
             "to."
         )
-    options, rest = _server_parser().parse_known_args(s.command)
+    options, unknown = _server_parser().parse_known_args(s.command)
     resolved = _resolve(options, s)
     words = [f"{name} {value} ({why})" for name, (value, why) in resolved.items()]
     finding = "; ".join(words) + f". {UNKNOWABLE}"
     details = {name: {"value": value, "because": why} for name, (value, why) in resolved.items()}
-    details["not_looked_at"] = {"value": rest, "because": UNKNOWABLE}
+    details["not_looked_at"] = {"value": unknown, "because": UNKNOWABLE}
     for problem in _problems_of_command(options, resolved, s.kernels):
         return replace(problem, finding=f"{problem.finding} {finding}", details=details)
     return passed(finding, **details)
@@ -102,9 +102,9 @@ def _problems_of_command(
 ) -> list[CheckResult]:
     """Return the problems of a command line, worst first."""
     backends = {name: value for name, (value, _) in resolved.items() if name.endswith("attention")}
-    found = []
+    problems = []
     if kernels and "fa4" in backends.values():
-        found.append(
+        problems.append(
             failed("fa4 is refused while this package serves.", "Use --attention-backend fa3.")
         )
     if not kernels or "fa3" not in backends.values():
@@ -113,10 +113,10 @@ def _problems_of_command(
             if kernels
             else "See the check 'device'."
         )
-        return [*found, warned("This package would not be used.", step)]
+        return [*problems, warned("This package would not be used.", step)]
     if kernels != "reference" and "fp8" in options.kv_cache_dtype:
         step = "Leave --kv-cache-dtype at auto, or take another --attention-backend."
-        found.append(
+        problems.append(
             failed(f"--kv-cache-dtype {options.kv_cache_dtype}: these kernels take no fp8.", step)
         )
     if (
@@ -125,8 +125,10 @@ def _problems_of_command(
         and resolved["page size"][0] != policy.PAGE_SIZE
     ):
         step = "Leave --page-size unset, or set it to 64."
-        found.append(failed(f"--page-size {options.page_size}: MLA's kernels take 64 alone.", step))
-    return found
+        problems.append(
+            failed(f"--page-size {options.page_size}: MLA's kernels take 64 alone.", step)
+        )
+    return problems
 
 
 def _is_mla(model_path: str | None) -> bool:

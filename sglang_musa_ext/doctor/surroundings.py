@@ -136,13 +136,17 @@ def find_distribution(name: str) -> Distribution | None:
 
 def installed_versions(*names: str) -> dict[str, str]:
     """Return the versions of those of the named distributions that are installed."""
-    return {name: found.version for name in names if (found := find_distribution(name)) is not None}
+    return {
+        name: distribution.version
+        for name in names
+        if (distribution := find_distribution(name)) is not None
+    }
 
 
 def release_numbers(version: str) -> str:
     """The release numbers of a version, without post-release and local label."""
-    found = re.match(r"\d+(\.\d+)*", version)
-    return found.group() if found else version
+    numbers = re.match(r"\d+(\.\d+)*", version)
+    return numbers.group() if numbers else version
 
 
 def dotted(numbers: Sequence[int]) -> str:

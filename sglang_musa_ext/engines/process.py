@@ -250,17 +250,17 @@ def graph_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
     from sglang.srt.server_args import ServerArgs
 
     known = {*inspect.signature(ServerArgs).parameters, *getattr(ServerArgs, "__annotations__", ())}
-    found = dict(arguments)
-    sizes, prefill = found.pop("graphs", ()), found.pop("prefill_graphs", True)
-    found["disable_cuda_graph"] = not sizes
+    settled = dict(arguments)
+    sizes, prefill = settled.pop("graphs", ()), settled.pop("prefill_graphs", True)
+    settled["disable_cuda_graph"] = not sizes
     wanted: list[tuple[tuple[str, str], Any]] = [] if prefill else [(NO_PREFILL_GRAPH, True)]
     wanted += [(LARGEST_GRAPH, max(sizes))] if sizes else []
     wanted += [(GRAPH_SIZES, list(sizes))] if len(sizes) > 1 else []
     for names, value in wanted:
         name = next((name for name in names if name in known), None)
         if name is not None:
-            found[name] = value
-    return found
+            settled[name] = value
+    return settled
 
 
 def _answer(engine: Any, question: SimpleNamespace) -> dict[str, Any]:

@@ -85,8 +85,7 @@ def hopper_kernels(device: torch.device) -> FA3Kernels:
     if device.type != "cuda":
         raise KernelsUnavailable(
             f"The 'hopper' kernels run on an NVIDIA GPU, and the KV cache is on {device}. Set "
-            f"{envs.KERNELS}=auto, or "
-            "start the server on a machine with a Hopper GPU."
+            f"{envs.KERNELS}=auto, or start the server on a machine with a Hopper GPU."
         )
     _require_fa3_device(device)
     candidate, library = _import_hopper_library()
@@ -228,8 +227,7 @@ def _hopper_plan_contents(plan: torch.Tensor, batch_size: int) -> torch.Tensor:
         return plan[1:]
     raise UnsupportedByKernels(
         f"A plan of FA3 has {plan.numel()} values for a batch of {batch_size}, which {envs.CHECK} "
-        "cannot compare. "
-        f"Expected 3 or 4 vectors of {padded} and a counter, or at most {batch_size + 1} values. "
-        f"Unset {envs.CHECK}, "
-        "and report this with the version of the kernels."
+        f"cannot compare. Expected 3 or 4 vectors of {padded} and a counter, or at most "
+        f"{batch_size + 1} values. Unset {envs.CHECK}, and report this with the version of the "
+        "kernels."
     )

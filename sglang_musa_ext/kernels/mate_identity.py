@@ -142,8 +142,7 @@ def _problems_of_mate(spec: ModuleSpec | None, owner: Distribution | None) -> It
     if "mate.mha_interface" in missing or (missing and not _is_vendors(owner)):
         yield Problem(
             f"The module 'mate' at {_location(spec)} is not Moore Threads' MATE: it has no "
-            f"{_quoted(missing)}. "
-            f"{_said(owner)}",
+            f"{_quoted(missing)}. {_said(owner)}",
             "a 'mate' with MATE's attention interface, 'mate.mha_interface'.",
             f"Uninstall it (pip uninstall {_name(owner) or 'mate'}). {INSTALL}",
         )
@@ -162,8 +161,7 @@ def _problems_of_wrapper(
     elif not _is_over_mate(spec):
         yield Problem(
             f"The module {generation.module!r} at {_location(spec)} is not Moore Threads' wrapper: "
-            "nothing in it "
-            f"imports 'mate'. {_said(owner)}",
+            f"nothing in it imports 'mate'. {_said(owner)}",
             "a wrapper that calls MATE's kernels.",
             f"Uninstall it (pip uninstall {_name(owner) or generation.distribution}). {INSTALL}",
         )
@@ -270,11 +268,11 @@ def _is_over_mate(spec: ModuleSpec) -> bool:
 
 def _find_wrapper() -> tuple[Generation | None, ModuleSpec | None]:
     """Return the newest generation whose module is there, preferably one over MATE."""
-    found = [(item, spec) for item in GENERATIONS if (spec := _find(item.module)) is not None]
-    ours = [(item, spec) for item, spec in found if _is_over_mate(spec)]
+    candidates = [(item, spec) for item in GENERATIONS if (spec := _find(item.module)) is not None]
+    ours = [(item, spec) for item, spec in candidates if _is_over_mate(spec)]
     # NVIDIA's FlashAttention-2 is called flash_attn too: without MATE in it, it says nothing of
     # MATE.
-    foreign = [(item, spec) for item, spec in found if item != LEGACY]
+    foreign = [(item, spec) for item, spec in candidates if item != LEGACY]
     return next(iter([*ours, *foreign]), (None, None))
 
 
@@ -396,8 +394,8 @@ def _said(owner: Distribution | None) -> str:
 
 def _release(version: str | None) -> tuple[int, ...] | None:
     """The numbers of a version: ``(0, 2, 7)`` of ``0.2.7+musa``; ``None`` where it has none."""
-    found = re.match(r"\d+(\.\d+)*", version or "")
-    return tuple(map(int, found.group().split("."))) if found else None
+    numbers = re.match(r"\d+(\.\d+)*", version or "")
+    return tuple(map(int, numbers.group().split("."))) if numbers else None
 
 
 def sources_read() -> str:

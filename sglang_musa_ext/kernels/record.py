@@ -224,8 +224,7 @@ def import_library(name: str, remedy: str) -> ModuleType:
     if missing:
         raise KernelsUnavailable(
             f"{name!r} at {getattr(library, '__file__', None)} lacks {', '.join(missing)}, so it "
-            "is not the library "
-            f"that is needed here. {remedy}"
+            f"is not the library that is needed here. {remedy}"
         )
     return library
 

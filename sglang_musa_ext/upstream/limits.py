@@ -190,8 +190,7 @@ UPSTREAM_LIMITS = (
     ),
     UpstreamLimit(
         "a draft tree (--speculative-eagle-topk above 1) over sliding windows at pages of more "
-        "than "
-        "one token",
+        "than one token",
         lambda asked: asked.is_tree and asked.has_sliding_windows and asked.has_large_pages,
         "the first draft ends in an AssertionError",
         "Start the server with --speculative-eagle-topk 1, or with --page-size 1",

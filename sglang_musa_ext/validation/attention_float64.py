@@ -1,6 +1,6 @@
 """Attention of one sequence, densely, by its definition: the reference for the kernels.
 
-It shares nothing with the package. In float64 it is the truth; in another dtype it is PyTorch's own
+It shares nothing with the package. In float64 it is exact; in another dtype it is PyTorch's own
 plain computation there, whose error says how much error is fair.
 """
 

@@ -43,15 +43,15 @@ class Bench:
 
     def cases(self) -> list[tuple[str, Callable[[], Outcome]]]:
         """First the engines and their equality, then the times."""
-        found: dict[str, Callable[[], Outcome]] = {
+        cases: dict[str, Callable[[], Outcome]] = {
             "equal tokens with and without reuse": self._verify
         }
         for batch in (1, 4):
-            found[f"decode step at batch {batch}, reuse / no reuse"] = functools.partial(
+            cases[f"decode step at batch {batch}, reuse / no reuse"] = functools.partial(
                 self._time, batch
             )
         return [
-            (name, functools.partial(guarded, PART, name, case)) for name, case in found.items()
+            (name, functools.partial(guarded, PART, name, case)) for name, case in cases.items()
         ]
 
     def _verify(self) -> Outcome:
@@ -62,8 +62,8 @@ class Bench:
         reuse = Variant("reuse", "fa3", dtype, graphs=self.on_device)
         each = replace(reuse, name="no reuse", environ={FORCE_UPDATE: "1"})
         engines = [
-            self._stack.enter_context(booted(one, model, self.options.device))
-            for one in (reuse, each)
+            self._stack.enter_context(booted(variant, model, self.options.device))
+            for variant in (reuse, each)
         ]
         answers = [engine.ask(_prompts(4), self.steps) for engine in engines]
         reused = [

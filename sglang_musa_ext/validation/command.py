@@ -2,14 +2,14 @@
 
 It needs the installed stack alone: torch, sglang and sglang-musa-ext. Its parts are
 
-  doctor    what is installed, and what stands in the way numerics  the kernels, in every way that
-  the backend calls them, against attention in float64 graphs    plans and kernels in the device's
-  graphs, replayed with other lengths, against float64 memcheck  NVIDIA's compute-sanitizer over the
-  kernels in each of these ways; on NVIDIA GPUs alone engine    a tiny random Llama served by SGLang
-  with this package, against SGLang's torch_native modes     models without weights served in every
-  mode, against SGLang's own fa3; on NVIDIA GPUs alone bench     decode step time with plans reused
-  within a pass and without, verified before it is timed model     your own model (--model), served
-  with this package and with another backend of SGLang's
+  doctor    what is installed, and what stands in the way
+  numerics  the kernels, called as the backend calls them, against attention in float64
+  graphs    plans and kernels in the device's graphs, replayed with other lengths, against float64
+  memcheck  NVIDIA's compute-sanitizer over each kind of these calls; on NVIDIA GPUs alone
+  engine    a tiny random Llama served by SGLang with this package, against SGLang's torch_native
+  modes     models without weights in every mode, against SGLang's own fa3; on NVIDIA GPUs alone
+  bench     decode step time with plans reused within a pass and without; equal tokens come first
+  model     your own model (--model), served with this package and with another backend of SGLang's
 
 Every part runs in a process of its own, and what a case does to it (a crash, a hang) is a result:
 the case failed, and the rest goes on in another process. Exit status: 0 all that could run passed,
@@ -109,11 +109,11 @@ def _deliver(report: Report, out: Path) -> int:
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    head, _, rest = str(__doc__).partition("\n\n")
+    head, _, details = str(__doc__).partition("\n\n")
     parser = argparse.ArgumentParser(
         prog="sglang-musa-ext validate",
         description=head,
-        epilog=rest,
+        epilog=details,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
@@ -346,14 +346,14 @@ def _lines(descriptor: int, silence: float) -> Iterator[dict[str, Any]]:
     Raises:
         TimeoutError: none came for ``silence`` seconds.
     """
-    rest = b""
+    unfinished = b""
     with selectors.DefaultSelector() as selector:
         selector.register(descriptor, selectors.EVENT_READ)
         while selector.select(silence):
             received = os.read(descriptor, 1 << 16)
             if not received:
                 return
-            *whole, rest = (rest + received).split(b"\n")
+            *whole, unfinished = (unfinished + received).split(b"\n")
             yield from map(json.loads, whole)
     raise TimeoutError
 
@@ -373,9 +373,9 @@ def _show_progress(text: str) -> None:
 
 def _show_part(report: Report, part: str) -> None:
     _show_progress("")
-    found = [outcome.status for outcome in report.of(part)]
+    statuses = [outcome.status for outcome in report.of(part)]
     counts = ", ".join(
-        f"{found.count(status)} {status}" for status in (PASS, FAIL, SKIP) if status in found
+        f"{statuses.count(status)} {status}" for status in (PASS, FAIL, SKIP) if status in statuses
     )
     why = f"could not run: {report.broken[part]}" if part in report.broken else ""
     print(f"{part:<10}{'; '.join(filter(None, (counts, why)))}", flush=True)

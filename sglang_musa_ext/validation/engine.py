@@ -1,7 +1,7 @@
 """Serve a tiny random Llama with this package and with SGLang's ``torch_native`` attention.
 
 On a CPU both compute in float32, and tokens must be equal. On a device they compute in bfloat16,
-where near ties fall either way: there ``torch_native`` in float32 is the truth, and
+where near ties fall either way: there ``torch_native`` in float32 is the reference, and
 log-probabilities may be off by twice what ``torch_native`` in bfloat16 is off by, up to the first
 token that differs.
 """
@@ -66,14 +66,14 @@ class Variant:
 
 
 def variants(device: str) -> tuple[Variant, list[Variant], list[Variant]]:
-    """The truth, those whose own error says what is fair, and ours."""
+    """Return the reference, those whose own error sets the limit, and ours."""
     checked = {"SGLANG_MUSA_EXT_CHECK": "metadata"}
-    truth = Variant("torch_native float32", "torch_native", "float32")
+    reference = Variant("torch_native float32", "torch_native", "float32")
     if device.startswith("cpu"):
-        return truth, [], [Variant("fa3", "fa3", "float32", checked)]
+        return reference, [], [Variant("fa3", "fa3", "float32", checked)]
     ours = [Variant("fa3, eager, plans checked", "fa3", "bfloat16", checked)]
     ours += [Variant("fa3, graphs", "fa3", "bfloat16", graphs=True)]
-    return truth, [Variant("torch_native bfloat16", "torch_native", "bfloat16")], ours
+    return reference, [Variant("torch_native bfloat16", "torch_native", "bfloat16")], ours
 
 
 def prompts(quick: bool) -> list[list[list[int]]]:
@@ -105,7 +105,7 @@ class Answer:
     reports: list[dict[str, Any]]
 
 
-class Session:
+class EngineCases:
     """The engines' answers, as far as they have been asked."""
 
     def __init__(self, options: argparse.Namespace) -> None:
@@ -115,21 +115,21 @@ class Session:
 
     def cases(self) -> list[tuple[str, Callable[[], Outcome]]]:
         """Every case, in an order in which each finds what it needs."""
-        truth, fair, ours = variants(self.options.device)
-        found = {"a tiny random Llama": self._build}
-        for variant in (truth, *fair, *ours):
-            found[f"{variant.name} answers"] = functools.partial(self._ask, variant)
+        reference, fair, ours = variants(self.options.device)
+        cases = {"a tiny random Llama": self._build}
+        for variant in (reference, *fair, *ours):
+            cases[f"{variant.name} answers"] = functools.partial(self._ask, variant)
         for variant in ours:
             compare = self._equal if variant.dtype == "float32" else self._close
-            found[f"{variant.name}: served by this package"] = functools.partial(
+            cases[f"{variant.name}: served by this package"] = functools.partial(
                 self._served, variant
             )
-            found[f"{variant.name}: tokens and log-probabilities"] = functools.partial(
-                compare, variant, truth, fair
+            cases[f"{variant.name}: tokens and log-probabilities"] = functools.partial(
+                compare, variant, reference, fair
             )
-            found[f"{variant.name}: one plan a pass"] = functools.partial(self._plans, variant)
+            cases[f"{variant.name}: one plan a pass"] = functools.partial(self._plans, variant)
         return [
-            (name, functools.partial(guarded, PART, name, case)) for name, case in found.items()
+            (name, functools.partial(guarded, PART, name, case)) for name, case in cases.items()
         ]
 
     def _build(self) -> Outcome:
@@ -171,8 +171,8 @@ class Session:
             "; ".join(seen) or "no backend of this package reported",
         )
 
-    def _equal(self, variant: Variant, truth: Variant, _: Sequence[Variant]) -> Outcome:
-        ours, right = self._answer(variant), self._answer(truth)
+    def _equal(self, variant: Variant, reference: Variant, _: Sequence[Variant]) -> Outcome:
+        ours, right = self._answer(variant), self._answer(reference)
         error, same = deviation(ours, right)
         total = sum(map(len, right.tokens))
         values = {
@@ -185,9 +185,9 @@ class Session:
             PART, "", PASS if good else FAIL, "" if good else first_divergence(ours, right), values
         )
 
-    def _close(self, variant: Variant, truth: Variant, fair: Sequence[Variant]) -> Outcome:
-        ours, right = self._answer(variant), self._answer(truth)
-        own = max(deviation(self._answer(one), right)[0] for one in fair)
+    def _close(self, variant: Variant, reference: Variant, fair: Sequence[Variant]) -> Outcome:
+        ours, right = self._answer(variant), self._answer(reference)
+        own = max(deviation(self._answer(each), right)[0] for each in fair)
         error, same = deviation(ours, right)
         allowed = 2 * own + FLOOR
         values: dict[str, Any] = {
@@ -222,13 +222,13 @@ def guarded(part: str, name: str, case: Callable[[], Outcome]) -> Outcome:
     """Return the outcome of one case; whatever it raises is an outcome too."""
     started = time.perf_counter()
     try:
-        found = case()
+        outcome = case()
     except Missing as error:
-        found = Outcome(part, name, SKIP, str(error))
+        outcome = Outcome(part, name, SKIP, str(error))
     except Exception as error:  # noqa: BLE001  # A case that raises is a result like any other.
-        found = Outcome(part, name, FAIL, f"{type(error).__name__}: {error}"[:4000])
+        outcome = Outcome(part, name, FAIL, f"{type(error).__name__}: {error}"[:4000])
     return Outcome(
-        part, name, found.status, found.reason, found.numbers, time.perf_counter() - started
+        part, name, outcome.status, outcome.reason, outcome.numbers, time.perf_counter() - started
     )
 
 
@@ -246,13 +246,18 @@ def deviation(ours: Answer, right: Answer) -> tuple[float, int]:
             ours.logprobs[index][: equal + 1], right.logprobs[index][: equal + 1], strict=True
         )
         differences = [abs(seen - expected) for seen, expected in pairs]
-        error = max([error, *(math.inf if math.isnan(one) else one for one in differences)])
+        error = max(
+            [
+                error,
+                *(math.inf if math.isnan(difference) else difference for difference in differences),
+            ]
+        )
     return error, same
 
 
 def first_divergence(ours: Answer, right: Answer) -> str:
     """Where each request's tokens first differ, with both log-probabilities."""
-    found = []
+    lines = []
     for index, tokens in enumerate(right.tokens):
         at = _equal_length(ours.tokens[index], tokens)
         if at < len(tokens):
@@ -260,20 +265,20 @@ def first_divergence(ours: Answer, right: Answer) -> str:
                 f"{side.tokens[index][at]} ({side.logprobs[index][at]:.4f})"
                 for side in (ours, right)
             )
-            found.append(f"request {index} at token {at}: " + " for ".join(sides))
-    return "; ".join(found)
+            lines.append(f"request {index} at token {at}: " + " for ".join(sides))
+    return "; ".join(lines)
 
 
 def first_difference(ours: Answer, right: Answer) -> str:
     """From which token on the log-probabilities of each request differ, however little."""
-    found = []
+    lines = []
     for index, sides in enumerate(zip(ours.logprobs, right.logprobs, strict=True)):
         at = _equal_length(*sides)
         if at < len(sides[1]):
-            found.append(
+            lines.append(
                 f"request {index} at token {at}: {sides[0][at]:.6f} for {sides[1][at]:.6f}"
             )
-    return "; ".join(found)
+    return "; ".join(lines)
 
 
 def _equal_length(ours: Sequence[float], right: Sequence[float]) -> int:
@@ -315,4 +320,4 @@ def run(
     """Run every case; the engines have devices of their own, and this process has none."""
     from sglang_musa_ext.validation.device import run_cases
 
-    run_cases(Session(options).cases(), None, done, emit)
+    run_cases(EngineCases(options).cases(), None, done, emit)

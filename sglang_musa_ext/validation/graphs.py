@@ -30,8 +30,8 @@ from sglang_musa_ext.validation.numerics import (
     Slots,
     compare,
     dtypes,
+    float64_options,
     judged,
-    truth_options,
 )
 from sglang_musa_ext.validation.report import FAIL, SKIP, Outcome
 
@@ -162,7 +162,7 @@ def replayed(
     lengths: Lengths,
 ) -> list[Comparison]:
     """Capture layers, two of each of ``kinds``, from large batches to small; replay and compare."""
-    found: list[Comparison] = []
+    comparisons: list[Comparison] = []
     shape = replace(shape, keys=lengths[0], capacity=max(map(max, lengths)))
     captured = {
         size: _Captured(setting, graphs, shape, kinds, size, latent)
@@ -170,8 +170,8 @@ def replayed(
     }
     for replay in lengths:
         for size, graph in captured.items():
-            found += graph.replay(replay[:size])
-    return found
+            comparisons += graph.replay(replay[:size])
+    return comparisons
 
 
 class _Captured:
@@ -238,12 +238,12 @@ class _Captured:
         for seed, layer in enumerate(self.layers):
             layer.fill(self.kind(shape, self.setting.dtype, self.setting.device, 100 + seed))
         self._replay()
-        found = []
+        comparisons = []
         for layer, output in zip(self.layers, self.outputs, strict=True):
-            options = truth_options(layer.batch, layer.options)
+            options = float64_options(layer.batch, layer.options)
             # The next replay writes there again.
-            found += compare(output.clone(), layer.sequences, self.setting.dtype, **options)
-        return found
+            comparisons += compare(output.clone(), layer.sequences, self.setting.dtype, **options)
+        return comparisons
 
 
 SHAPE = Shape((1, 1, 1, 1), (1, 1, 1, 1))
@@ -262,12 +262,12 @@ def run_case(name: str, setting: Setting, graphs: Graphs, lengths: Lengths = LEN
     started = time.perf_counter()
     shape, kinds, latent = CASES[name]
     try:
-        found = replayed(setting, graphs, shape, kinds, latent, lengths)
+        comparisons = replayed(setting, graphs, shape, kinds, latent, lengths)
     except (UnsupportedKernelArgument, UnsupportedByKernels) as error:
         return Outcome(PART, name, SKIP, f"refused by name: {error}")
     except Exception as error:  # noqa: BLE001  # A case that raises is a result like any other.
         return Outcome(PART, name, FAIL, f"{type(error).__name__}: {error}"[:2000])
-    return judged(PART, name, found, time.perf_counter() - started)
+    return judged(PART, name, comparisons, time.perf_counter() - started)
 
 
 def run(options: argparse.Namespace, done: Collection[str], emit: Emit) -> None:

@@ -105,10 +105,10 @@ def check(name: str, sanitizer: str, options: SimpleNamespace) -> Outcome:
 
 def judged(name: str, status: int, log: str, case: Outcome | None) -> Outcome:
     """Return a case's outcome, from the sanitizer's exit status and log, and its own outcome."""
-    found = re.findall(r"ERROR SUMMARY: (\d+) error", log)
-    values = {"errors": int(found[-1]) if found else "unknown", "exit status": status}
+    counts = re.findall(r"ERROR SUMMARY: (\d+) error", log)
+    values = {"errors": int(counts[-1]) if counts else "unknown", "exit status": status}
     words = " / ".join([line.strip() for line in log.split("\n") if line.strip(" =")][-3:])[-600:]
-    if not found:
+    if not counts:
         return Outcome(PART, name, FAIL, f"compute-sanitizer gave no summary: {words}", values)
     first = next(
         (
@@ -119,11 +119,11 @@ def judged(name: str, status: int, log: str, case: Outcome | None) -> Outcome:
         "",
     )
     if name == CONTROL:
-        if int(found[-1]) > 0 and "Invalid" in first:
+        if int(counts[-1]) > 0 and "Invalid" in first:
             return Outcome(PART, name, PASS, first, values)
         reason = "compute-sanitizer missed a page beside the cache, so its silence says nothing"
         return Outcome(PART, name, FAIL, reason, values)
-    if int(found[-1]) or status == ERRORS:
+    if int(counts[-1]) or status == ERRORS:
         return Outcome(PART, name, FAIL, f"compute-sanitizer: {first or words}", values)
     if case is None or status:
         return Outcome(PART, name, FAIL, f"the case died: {words}", values)

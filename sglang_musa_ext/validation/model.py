@@ -43,7 +43,7 @@ ARGUMENTS: Mapping[str, Any] = {
 
 
 @dataclass(frozen=True)
-class Comparison:
+class ComparedBackend:
     """The backend to compare with on one kind of device."""
 
     backend: str
@@ -55,12 +55,12 @@ class Comparison:
     """``mem_fraction_static`` of an engine; they are up one after another."""
 
 
-COMPARISONS: Mapping[str, Comparison] = {
+COMPARED_BACKENDS: Mapping[str, ComparedBackend] = {
     # Another number of splits changes the last bits, as it does in the benchmark.
-    "cuda": Comparison("fa3", {"SGLANG_MUSA_EXT": "off"}, 2.0**-3),
+    "cuda": ComparedBackend("fa3", {"SGLANG_MUSA_EXT": "off"}, 2.0**-3),
     # Kernels of another kind round otherwise in every layer.
-    "musa": Comparison("triton", {"SGLANG_MUSA_EXT": "off"}, 2.0**-1),
-    "cpu": Comparison("torch_native", {}, FLOAT32_TOLERANCE, "float32", 0.3),
+    "musa": ComparedBackend("triton", {"SGLANG_MUSA_EXT": "off"}, 2.0**-1),
+    "cpu": ComparedBackend("torch_native", {}, FLOAT32_TOLERANCE, "float32", 0.3),
 }
 """By kind of device."""
 
@@ -79,7 +79,7 @@ class OwnModel:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.kind = options.device.partition(":")[0]
-        self.comparison = COMPARISONS[self.kind]
+        self.comparison = COMPARED_BACKENDS[self.kind]
         self.together: Answer | None = None
         self.apart: Answer | None = None
 

@@ -71,9 +71,9 @@ class Mode:
     nodes: int = 1
     """Engines that serve together, each with an equal part of the GPUs."""
     apart: bool = False
-    """Whether one engine prefills and another one decodes, each on a GPU of its own."""
+    """True if one engine prefills and another decodes, each on a GPU of its own."""
     singly: bool = False
-    """Whether requests come one at a time. Several would be batched by when they come, and batches
+    """True if requests come one at a time. Several would be batched by when they come, and batches
     decide last bits."""
 
 
@@ -199,7 +199,7 @@ FIRST_PORT, PORTS = 21000, 50
 """Where the ports of engines that talk over TCP begin, and how many each has for itself."""
 
 
-class Way(NamedTuple):
+class BackendChoice(NamedTuple):
     """A backend, and its options."""
 
     ours: bool
@@ -234,15 +234,15 @@ class Way(NamedTuple):
 
 
 PEERS = {
-    "graphs": (Way(False, True), Way(True, True)),
-    "eager, plans checked": (Way(False, False), Way(True, False, "metadata")),
+    "graphs": (BackendChoice(False, True), BackendChoice(True, True)),
+    "eager, plans checked": (BackendChoice(False, False), BackendChoice(True, False, "metadata")),
 }
 """Upstream's and ours, equal to the last bit: each of their calls has FA3's plan for it."""
-AS_SHIPPED = Way(False, True, shipped=True)
+AS_SHIPPED = BackendChoice(False, True, shipped=True)
 """Upstream's as it is. Its calls may have other numbers of splits, and its answers other last bits.
 """
-OUTPUT = Way(True, False, "output")
-RAW_PREFILL = Way(True, True, raw_prefill="on")
+OUTPUT = BackendChoice(True, False, "output")
+RAW_PREFILL = BackendChoice(True, True, raw_prefill="on")
 
 
 def phases(quick: bool) -> list[list[list[int]]]:
@@ -287,20 +287,20 @@ class Fleet:
         self.options, self.cards, self._emit = options, cards, emit
         self._pool = ThreadPoolExecutor(jobs)
         self._numbers = itertools.count()
-        self._found: dict[tuple[str, Way], Future[Asked]] = {}
+        self._asked: dict[tuple[str, BackendChoice], Future[Asked]] = {}
         self._up: list[str] = []
         self._down = 0
         self._lock = threading.Lock()
 
-    def begin(self, name: str, ways: Sequence[Way]) -> None:
+    def begin(self, name: str, choices: Sequence[BackendChoice]) -> None:
         """Have these engines of a mode started as soon as there is room, unless they have been."""
-        for way in ways:
-            if (name, way) not in self._found:
-                self._found[name, way] = self._pool.submit(
-                    self._ask, name, way, next(self._numbers)
+        for choice in choices:
+            if (name, choice) not in self._asked:
+                self._asked[name, choice] = self._pool.submit(
+                    self._ask, name, choice, next(self._numbers)
                 )
 
-    def asked(self, name: str, way: Way) -> Asked:
+    def asked(self, name: str, choice: BackendChoice) -> Asked:
         """Return what an engine answered; wait for it.
 
         Raises:
@@ -308,9 +308,9 @@ class Fleet:
             EngineDied: it is ours.
         """
         try:
-            return self._found[name, way].result()
+            return self._asked[name, choice].result()
         except EngineDied as error:
-            if way.ours:
+            if choice.ours:
                 raise
             raise Missing(f"SGLang's own fa3 does not serve this: {error}") from error
 
@@ -318,19 +318,24 @@ class Fleet:
         """Start no more engines, and wait for those that are up."""
         self._pool.shutdown(cancel_futures=True)
 
-    def _ask(self, name: str, way: Way, number: int) -> Asked:
-        log = Path(self.options.out) / PART / f"{name}.{way.name}.log"
+    def _ask(self, name: str, choice: BackendChoice, number: int) -> Asked:
+        log = Path(self.options.out) / PART / f"{name}.{choice.name}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
-        with self._shown(f"{name}.{way.name}"), self._engine(name, way, number, log) as served:
-            asked = self._conversation(name, served, way)
+        with (
+            self._shown(f"{name}.{choice.name}"),
+            self._engine(name, choice, number, log) as served,
+        ):
+            asked = self._conversation(name, served, choice)
             log.with_suffix(".json").write_text(
                 json.dumps([asdict(answer) for answer in asked.answers]) + "\n"
             )
             return asked
 
     @contextlib.contextmanager
-    def _engine(self, name: str, way: Way, number: int, log: Path) -> Iterator[several.Server]:
-        server = self._started(name, way, number, log)
+    def _engine(
+        self, name: str, choice: BackendChoice, number: int, log: Path
+    ) -> Iterator[several.Server]:
+        server = self._started(name, choice, number, log)
         # A server that hangs must not hang the others' cases.
         alarm = threading.Timer(SECONDS, server.kill)
         alarm.start()
@@ -340,14 +345,14 @@ class Fleet:
             alarm.cancel()
             server.close()
 
-    def _started(self, name: str, way: Way, number: int, log: Path) -> several.Server:
+    def _started(self, name: str, choice: BackendChoice, number: int, log: Path) -> several.Server:
         """Start the engines of a server, each on its part of the mode's GPUs."""
         mode = MODES[name]
         cards = [self.cards[(number + index) % len(self.cards)] for index in range(mode.gpus)]
         environ = {key: os.environ.get(key, value) for key, value in ENVIRON.items()}
-        environ |= {WEIGHTS: "1"} | way.environ
+        environ |= {WEIGHTS: "1"} | choice.environ
         port = FIRST_PORT + PORTS * (number % 200)
-        arguments = self._arguments(name, way, number)
+        arguments = self._arguments(name, choice, number)
         parts = several.parts(mode.nodes, port, apart=mode.apart)
         share = mode.gpus // len(parts)
         engines = []
@@ -359,28 +364,28 @@ class Fleet:
             )
         return several.Apart(engines, port) if mode.apart else several.Server(engines)
 
-    def _arguments(self, name: str, way: Way, number: int) -> dict[str, Any]:
+    def _arguments(self, name: str, choice: BackendChoice, number: int) -> dict[str, Any]:
         mode, models = MODES[name], Path(self.options.scratch)
-        found = {**COMMON, **mode.arguments, "graphs": GRAPHS if way.graphs else []}
+        arguments = {**COMMON, **mode.arguments, "graphs": GRAPHS if choice.graphs else []}
         # Each engine writes its own, because they start at the same time.
-        found["model_path"] = str(
+        arguments["model_path"] = str(
             write_model(models / f"{name}.{number}", mode.family, **mode.changes)
         )
         if mode.draft:
             draft = write_model(models / f"{name}.{number}.draft", mode.draft, num_hidden_layers=1)
-            found["speculative_draft_model_path"] = str(draft)
-        return found
+            arguments["speculative_draft_model_path"] = str(draft)
+        return arguments
 
-    def _conversation(self, name: str, served: several.Server, way: Way) -> Asked:
-        if way.check == "output":
+    def _conversation(self, name: str, served: several.Server, choice: BackendChoice) -> Asked:
+        if choice.check == "output":
             # The reference kernels take their time.
             answer = served.ask([prompt[:70] for prompt in phases(True)[0]], 4)
             return Asked([Answer(answer["tokens"], answer["logprobs"], [])], served.reports())
         count, answers = 8 if self.options.quick else 24, []
         for _ in range(2):
-            found = list(self._answers(MODES[name], served, count))
+            replies = list(self._answers(MODES[name], served, count))
             tokens, logprobs = (
-                [row for one in found for row in one[what]] for what in ("tokens", "logprobs")
+                [row for reply in replies for row in reply[what]] for what in ("tokens", "logprobs")
             )
             answers.append(Answer(tokens, logprobs, []))
             served.flush()
@@ -414,7 +419,7 @@ class Fleet:
         with self._lock:
             change(name)
             self._down += down
-            done = f"{self._down} of {len(self._found)} engines done"
+            done = f"{self._down} of {len(self._asked)} engines done"
             self._emit({"progress": f"{done}; up: {', '.join(self._up)}"})
 
 
@@ -427,7 +432,7 @@ def _placed(mode: Mode, prompt: Sequence[int]) -> dict[str, int]:
 # --- cases ----------------------------------------------------------------------------------------
 
 
-class Session:
+class ModeCases:
     """The cases of the modes that can run here."""
 
     def __init__(self, fleet: Fleet) -> None:
@@ -437,38 +442,38 @@ class Session:
         self, names: Sequence[str], done: Collection[str]
     ) -> list[tuple[str, Callable[[], Outcome]]]:
         """The cases of modes, by name. Their engines are all asked for at once."""
-        found = {name: self._of_mode(name) for name in names}
-        for name, cases in found.items():
+        judges = {name: self._of_mode(name) for name in names}
+        for name, cases in judges.items():
             if set(cases) - set(done):
-                self.fleet.begin(name, self._ways(name))
+                self.fleet.begin(name, self._choices(name))
         return [
             (case, functools.partial(guarded, PART, case, functools.partial(judge, name)))
-            for name, cases in found.items()
+            for name, cases in judges.items()
             for case, judge in cases.items()
         ]
 
     @staticmethod
-    def _ways(name: str) -> list[Way]:
-        mode, ways = MODES[name], [*itertools.chain(*PEERS.values()), AS_SHIPPED]
-        ways += [OUTPUT] if mode.output_checked else []
-        return ways + ([RAW_PREFILL] if mode.raw_prefill else [])
+    def _choices(name: str) -> list[BackendChoice]:
+        mode, choices = MODES[name], [*itertools.chain(*PEERS.values()), AS_SHIPPED]
+        choices += [OUTPUT] if mode.output_checked else []
+        return choices + ([RAW_PREFILL] if mode.raw_prefill else [])
 
     def _of_mode(self, name: str) -> dict[str, Callable[[str], Outcome]]:
-        found: dict[str, Callable[[str], Outcome]] = {
+        judges: dict[str, Callable[[str], Outcome]] = {
             f"{name}: {how}": functools.partial(self._equal, peers=peers)
             for how, peers in PEERS.items()
         }
-        found[f"{name}: graphs, upstream as shipped"] = self._as_shipped
-        found[f"{name}: who served, and plans a pass"] = self._plans
-        found[f"{name}: answers depend on attention"] = self._depends
+        judges[f"{name}: graphs, upstream as shipped"] = self._as_shipped
+        judges[f"{name}: who served, and plans a pass"] = self._plans
+        judges[f"{name}: answers depend on attention"] = self._depends
         if MODES[name].output_checked:
-            found[f"{name}: every call's output beside the reference kernels'"] = self._output
+            judges[f"{name}: every call's output beside the reference kernels'"] = self._output
         if MODES[name].raw_prefill:
-            found[f"{name}: graphs, prefill over raw keys allowed"] = self._raw_prefill
-        return found
+            judges[f"{name}: graphs, prefill over raw keys allowed"] = self._raw_prefill
+        return judges
 
-    def _equal(self, name: str, peers: tuple[Way, Way]) -> Outcome:
-        right, ours = (self.fleet.asked(name, way) for way in peers)
+    def _equal(self, name: str, peers: tuple[BackendChoice, BackendChoice]) -> Outcome:
+        right, ours = (self.fleet.asked(name, choice) for choice in peers)
         outcome = judged_equal(ours, right)
         if peers[1].check != "metadata":
             return outcome
@@ -483,7 +488,7 @@ class Session:
         return Outcome(PART, "", outcome.status, outcome.reason, values)
 
     def _as_shipped(self, name: str) -> Outcome:
-        planned, ours = (self.fleet.asked(name, way) for way in PEERS["graphs"])
+        planned, ours = (self.fleet.asked(name, choice) for choice in PEERS["graphs"])
         return judged_equal(ours, self.fleet.asked(name, AS_SHIPPED), planned)
 
     def _raw_prefill(self, name: str) -> Outcome:
@@ -506,9 +511,11 @@ class Session:
 
     def _depends(self, name: str) -> Outcome:
         answers = self.fleet.asked(name, PEERS["graphs"][0]).answers[0]
-        one, other = answers.logprobs[-2:]
+        first, second = answers.logprobs[-2:]
         values = {
-            "log-probability difference": max(abs(a - b) for a, b in zip(one, other, strict=True))
+            "log-probability difference": max(
+                abs(a - b) for a, b in zip(first, second, strict=True)
+            )
         }
         if values["log-probability difference"] > 0:
             return Outcome(PART, "", PASS, "", values)
@@ -649,7 +656,7 @@ def run(options: argparse.Namespace, done: Collection[str], emit: Emit) -> None:
         options, cards, 1 if why else options.jobs or default_jobs(len(cards), most), emit
     )
     try:
-        cases = Session(fleet).cases([name for name in names if name not in skipped], done)
+        cases = ModeCases(fleet).cases([name for name in names if name not in skipped], done)
         cases += [
             (name, functools.partial(Outcome, PART, name, SKIP, reasons[name])) for name in skipped
         ]

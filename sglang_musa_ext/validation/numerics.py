@@ -1,8 +1,8 @@
 """A provider's kernels, called as the backend calls them, against attention in float64.
 
-The truth is ``attention_float64.py`` beside this module: it shares nothing with the kernels, nor
-with the rest of the package. It is computed on the CPU. A result may be off by twice what PyTorch's
-own plain computation in the same dtype is off by, and by two roundings of the largest value.
+The reference is ``attention_float64.py`` beside this module, computed on the CPU: it shares nothing
+with the kernels, nor with the rest of the package. A result may be off by twice what PyTorch's own
+plain computation in the same dtype is off by, and by two roundings of the largest value.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ PART = "numerics"
 
 @dataclass(frozen=True)
 class Comparison:
-    """A result of the kernels beside the truth and PyTorch's plain computation, all on the CPU."""
+    """A result of the kernels beside float64 and PyTorch's plain computation, all on the CPU."""
 
     what: str
     seen: Tensor
@@ -179,7 +179,7 @@ def compare(
 ) -> list[Comparison]:
     """A call's output, and its log-sum-exp where it returned one, beside what they should be.
 
-    ``sequences`` are q, k, v of each request; ``options`` are those of the truth.
+    ``sequences`` are q, k, v of each request; ``options`` are those of float64 attention.
     """
     exact, plain = (
         [attention(q, k, v, dtype=wanted, **options) for q, k, v in sequences]
@@ -209,10 +209,10 @@ class Setting:
     dtype: torch.dtype
 
 
-Way = Callable[[Setting, Shape, dict[str, Any]], list[Comparison]]
+Procedure = Callable[[Setting, Shape, dict[str, Any]], list[Comparison]]
 
 
-def truth_options(batch: Batch, options: dict[str, Any]) -> dict[str, Any]:
+def float64_options(batch: Batch, options: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments of float64 attention for a call of ``batch`` with ``options``."""
     own = {
         "scale": batch.scale,
@@ -247,7 +247,7 @@ def paged(setting: Setting, shape: Shape, options: dict[str, Any]) -> list[Compa
         result,
         list(zip(batch.q, batch.k, batch.v, strict=True)),
         setting.dtype,
-        **truth_options(batch, options),
+        **float64_options(batch, options),
     )
 
 
@@ -261,21 +261,21 @@ def into_given_output(setting: Setting, shape: Shape, options: dict[str, Any]) -
         out,
         list(zip(batch.q, batch.k, batch.v, strict=True)),
         setting.dtype,
-        **truth_options(batch, options),
+        **float64_options(batch, options),
     )
 
 
 def second_layer(setting: Setting, shape: Shape, options: dict[str, Any]) -> list[Comparison]:
     """Two layers of one pass on one plan: other queries, keys and values, same lengths."""
     first, second = (Batch(shape, setting.dtype, setting.device, seed) for seed in (0, 1))
-    plan, found = first.plan(setting.kernels, **options), []
+    plan, comparisons = first.plan(setting.kernels, **options), []
     for batch in (first, second, first):
         result = setting.kernels.flash_attn_with_kvcache(
             **batch.arguments(**options), scheduler_metadata=plan
         )
         sequences = list(zip(batch.q, batch.k, batch.v, strict=True))
-        found += compare(result, sequences, setting.dtype, **truth_options(batch, options))
-    return found
+        comparisons += compare(result, sequences, setting.dtype, **float64_options(batch, options))
+    return comparisons
 
 
 def strided_table(setting: Setting, shape: Shape, options: dict[str, Any]) -> list[Comparison]:
@@ -291,7 +291,7 @@ def strided_table(setting: Setting, shape: Shape, options: dict[str, Any]) -> li
         result,
         list(zip(batch.q, batch.k, batch.v, strict=True)),
         setting.dtype,
-        **truth_options(batch, options),
+        **float64_options(batch, options),
     )
 
 
@@ -310,7 +310,7 @@ def varlen(setting: Setting, shape: Shape, options: dict[str, Any]) -> list[Comp
         result,
         list(zip(batch.q, batch.k, batch.v, strict=True)),
         setting.dtype,
-        **truth_options(batch, options),
+        **float64_options(batch, options),
     )
 
 
@@ -336,10 +336,10 @@ def cascade(setting: Setting, shape: Shape, options: dict[str, Any]) -> list[Com
     queries = torch.cat(batch.q)
     own.q = list(torch.split(queries, 1))
     parts = []
-    for one in (batch, own):
-        plan = one.plan(setting.kernels)
+    for each in (batch, own):
+        plan = each.plan(setting.kernels)
         result = setting.kernels.flash_attn_with_kvcache(
-            **one.arguments(), scheduler_metadata=plan, return_softmax_lse=True
+            **each.arguments(), scheduler_metadata=plan, return_softmax_lse=True
         )
         parts.append((result[0], result[1]))
     sequences = [
@@ -412,33 +412,40 @@ class Slots:
 
 def mla(setting: Setting, shape: Shape, options: dict[str, Any]) -> list[Comparison]:
     """Absorbed MLA: planned, then once more on the same plan."""
-    batch, slots, found = Latent(shape, setting.dtype, setting.device), Slots(setting.kernels), []
+    batch, slots, comparisons = (
+        Latent(shape, setting.dtype, setting.device),
+        Slots(setting.kernels),
+        [],
+    )
     for reuse in (False, True):
         plan = slots.metadata(batch, 0, reuse=reuse, **options)
         result = setting.kernels.flash_attn_with_kvcache(
             **batch.arguments(**options), scheduler_metadata=plan, return_softmax_lse=True
         )
-        found += compare(result, batch.sequences, setting.dtype, **truth_options(batch, options))
-    return found
+        comparisons += compare(
+            result, batch.sequences, setting.dtype, **float64_options(batch, options)
+        )
+    return comparisons
 
 
 def mla_slots(setting: Setting, shape: Shape, options: dict[str, Any]) -> list[Comparison]:
     """Plan two geometries in two slots, then reuse both: neither overwrites the other's plan."""
     other = replace(shape, rows=tuple(2 for _ in shape.rows), keys=shape.keys[::-1])
     batches = [
-        Latent(one, setting.dtype, setting.device, seed) for seed, one in enumerate((shape, other))
+        Latent(each, setting.dtype, setting.device, seed)
+        for seed, each in enumerate((shape, other))
     ]
-    slots, found = Slots(setting.kernels), []
+    slots, comparisons = Slots(setting.kernels), []
     for reuse in (False, True):
         for slot, batch in enumerate(batches):
             plan = slots.metadata(batch, slot, reuse=reuse, **options)
             result = setting.kernels.flash_attn_with_kvcache(
                 **batch.arguments(**options), scheduler_metadata=plan
             )
-            found += compare(
-                result, batch.sequences, setting.dtype, **truth_options(batch, options)
+            comparisons += compare(
+                result, batch.sequences, setting.dtype, **float64_options(batch, options)
             )
-    return found
+    return comparisons
 
 
 def mla_cascade(setting: Setting, shape: Shape, options: dict[str, Any]) -> list[Comparison]:
@@ -454,10 +461,10 @@ def mla_cascade(setting: Setting, shape: Shape, options: dict[str, Any]) -> list
     )
     own.q = list(torch.split(torch.cat(batch.q), 1))
     slots, parts = Slots(setting.kernels), []
-    for slot, one in enumerate((batch, own)):
-        plan = slots.metadata(one, slot)
+    for slot, each in enumerate((batch, own)):
+        plan = slots.metadata(each, slot)
         result = setting.kernels.flash_attn_with_kvcache(
-            **one.arguments(), scheduler_metadata=plan, return_softmax_lse=True
+            **each.arguments(), scheduler_metadata=plan, return_softmax_lse=True
         )
         parts.append((result[0], result[1]))
     keys = [torch.cat([batch.k[i // topk], own.k[i]]) for i in range(branches)]
@@ -473,7 +480,7 @@ class Case:
     """One call, or a few that belong together."""
 
     name: str
-    way: Way
+    procedure: Procedure
     shape: Shape
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -488,7 +495,7 @@ HITS = Shape((17, 15, 15, 15), (17, 73, 703, 3003), heads=16, heads_kv=4, dim=64
 splits by the average query in one place and by the longest in another have accumulators for 7 parts
 of the longest keys, and plan 14.
 """
-MODES = {
+SHAPES = {
     "prefill": PREFILL,
     "chunked prefill with prefix": PREFIXED,
     "decode": DECODE,
@@ -514,7 +521,7 @@ def _modes() -> Iterator[Case]:
         ", sinks": SINKS,
     }
     kinds |= {", window and softcap": WINDOW | SOFTCAP, ", window and sinks": WINDOW | SINKS}
-    for mode, shape in MODES.items():
+    for mode, shape in SHAPES.items():
         for kind, options in kinds.items():
             yield Case(mode + kind, paged, shape, options)
     yield Case("long decode with splits", paged, LONG, CAUSAL)
@@ -528,7 +535,7 @@ def _modes() -> Iterator[Case]:
 
 def _shapes() -> Iterator[Case]:
     for mode in ("chunked prefill with prefix", "decode"):
-        shape = MODES[mode]
+        shape = SHAPES[mode]
         for heads, heads_kv, kind in ((8, 8, "MHA"), (14, 2, "GQA"), (8, 1, "MQA")):
             yield Case(
                 f"{mode}, {kind} {heads}/{heads_kv}",
@@ -549,9 +556,9 @@ def _shapes() -> Iterator[Case]:
 
 def _special() -> Iterator[Case]:
     for mode in ("chunked prefill with prefix", "decode"):
-        yield Case(f"{mode}, strided page table", strided_table, MODES[mode], CAUSAL)
-        yield Case(f"{mode}, one plan for two layers", second_layer, MODES[mode], CAUSAL)
-        yield Case(f"{mode}, into a given output", into_given_output, MODES[mode], CAUSAL)
+        yield Case(f"{mode}, strided page table", strided_table, SHAPES[mode], CAUSAL)
+        yield Case(f"{mode}, one plan for two layers", second_layer, SHAPES[mode], CAUSAL)
+        yield Case(f"{mode}, into a given output", into_given_output, SHAPES[mode], CAUSAL)
     yield Case("prefill of equal requests", paged, Shape((200, 200), (200, 200)), CAUSAL)
     yield Case(
         "chunked prefill of equal requests", paged, replace(PREFIXED, rows=(33, 33, 33)), CAUSAL
@@ -605,7 +612,7 @@ def run_case(name: str, case: Case, setting: Setting) -> Outcome:
     """Return the outcome of one case; whatever it raises is an outcome too."""
     started = time.perf_counter()
     try:
-        found = case.way(setting, case.shape, case.options)
+        comparisons = case.procedure(setting, case.shape, case.options)
     except (UnsupportedKernelArgument, UnsupportedByKernels) as error:
         return Outcome(
             PART, name, SKIP, f"refused by name: {error}", {}, time.perf_counter() - started
@@ -613,17 +620,17 @@ def run_case(name: str, case: Case, setting: Setting) -> Outcome:
     except Exception as error:  # noqa: BLE001  # A case that raises is a result like any other.
         reason = f"{type(error).__name__}: {error}"
         return Outcome(PART, name, FAIL, reason[:2000], {}, time.perf_counter() - started)
-    return judged(PART, name, found, time.perf_counter() - started)
+    return judged(PART, name, comparisons, time.perf_counter() - started)
 
 
-def judged(part: str, name: str, found: Sequence[Comparison], seconds: float) -> Outcome:
+def judged(part: str, name: str, comparisons: Sequence[Comparison], seconds: float) -> Outcome:
     """Judge whether every comparison of a case is within its limit."""
-    measured = [(one.error, one.allowed, one.what) for one in found]
-    error, allowed, what = max(measured, key=lambda one: one[0] / max(one[1], 1e-30))
+    measured = [(each.error, each.allowed, each.what) for each in comparisons]
+    error, allowed, what = max(measured, key=lambda each: each[0] / max(each[1], 1e-30))
     values = {"error": error, "allowed": allowed, "in": what}
     if all(error <= allowed for error, allowed, _ in measured):
         return Outcome(part, name, PASS, "", values, seconds)
-    wrong = next(one for one in found if not one.error <= one.allowed)
+    wrong = next(each for each in comparisons if not each.error <= each.allowed)
     return Outcome(part, name, FAIL, f"{wrong.what} is wrong: {_where(wrong)}", values, seconds)
 
 

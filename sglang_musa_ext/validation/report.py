@@ -64,10 +64,10 @@ class Report:
     @property
     def verdict(self) -> str:
         """Return ``fail`` if a case failed, ``pass`` if all parts ran and one passed."""
-        found = {outcome.status for outcome in self.outcomes}
-        if FAIL in found:
+        statuses = {outcome.status for outcome in self.outcomes}
+        if FAIL in statuses:
             return FAIL
-        return PASS if PASS in found and not self.broken else ABSENT
+        return PASS if PASS in statuses and not self.broken else ABSENT
 
     @property
     def exit_code(self) -> int:
@@ -136,10 +136,10 @@ class Report:
         return "\n".join(lines)
 
     def _counts(self, part: str) -> list[str]:
-        found = [outcome.status for outcome in self.of(part)]
+        statuses = [outcome.status for outcome in self.of(part)]
         return [
             part,
-            *(str(found.count(status)) for status in (PASS, FAIL, SKIP)),
+            *(str(statuses.count(status)) for status in (PASS, FAIL, SKIP)),
             self.broken.get(part, ""),
         ]
 
@@ -230,13 +230,13 @@ def _require_the_same(first: str, report: Report, name: str, other: Report) -> N
 
 def versions() -> dict[str, str]:
     """The distributions that matter here, with the version of each or that it is absent."""
-    found = {}
+    installed = {}
     for name in DISTRIBUTIONS:
         try:
-            found[name] = importlib.metadata.version(name)
+            installed[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = "absent"
-    return found
+            installed[name] = "absent"
+    return installed
 
 
 def numbers(values: Mapping[str, Any]) -> str:

@@ -44,11 +44,11 @@ def test_a_wrong_peer_has_words_in_place_of_times() -> None:
     [([0.96] * 3, "yes"), ([0.98, 0.96, 0.99], "within the spread"), ([0.98, 0.98, 0.99], "no")],
 )
 def test_a_bar_is_met_missed_or_within_the_spread(ours: list[float], met: str) -> None:
-    """A bar compares the median; where only some rounds reach it, that is said."""
+    """A threshold compares the median; where only some rounds reach it, that is said."""
     data = result()
     first = data["models"]["gemma2"]["points"]
     first[0]["step_ms"], first[1]["step_ms"] = [1.0] * 3, ours
-    rows = bench_report.bars(bench_report.places(data), data)
+    rows = bench_report.thresholds(bench_report.places(data), data)
     [row] = [row for row in rows if row[0].startswith("decode step at batch 1, Gemma-2-like")]
     assert row[2] == met
 
@@ -74,7 +74,7 @@ def test_what_is_slower_in_every_round_is_listed() -> None:
     points[3]["step_ms"], points[4]["step_ms"] = [1.0, 1.0, 1.0], [1.1, 0.9, 1.01]
     [row] = [
         row
-        for row in bench_report.bars(bench_report.places(data), data)
+        for row in bench_report.thresholds(bench_report.places(data), data)
         if row[0].startswith("nothing slower")
     ]
     assert row[1] == "1 of 6"
@@ -117,7 +117,7 @@ def test_every_prefill_has_a_bar() -> None:
             )
     rows = [
         row
-        for row in bench_report.bars(bench_report.places(data), data)
+        for row in bench_report.thresholds(bench_report.places(data), data)
         if row[0].startswith("prefill")
     ]
     assert [row[0].rpartition("; ")[2] for row in rows] == [
@@ -183,14 +183,14 @@ def test_ratios_of_turns_are_told_with_who_stood_beside() -> None:
 
 
 def test_passes_whose_calls_take_no_plan_say_why() -> None:
-    """A plan a layer is a bar not met, unless no plan can be passed there."""
+    """A plan a layer is a threshold not met, unless no plan can be passed there."""
     traces = [{"peer": peer, "mode": "EXTEND", "kernels": {"prepare_varlen_num_blocks": [27, 80.0]}}
               for peer in ("ours", "upstream")]  # fmt: skip
     data = result()
     data["models"] = {
         name: {**data["models"]["dense"], "traces": traces} for name in ("mla", "dense")
     }
-    rows = {row[0]: row for row in bench_report.bars(bench_report.places(data), data)}
+    rows = {row[0]: row for row in bench_report.thresholds(bench_report.places(data), data)}
     assert rows["a plan a geometry: dense, EXTEND"][1:] == ["27, upstream 27", "no"]
     assert rows["a plan a geometry: mla, EXTEND"][2].startswith("none can be passed")
 

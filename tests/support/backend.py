@@ -720,9 +720,8 @@ class Model:
             bad = ~(error <= tolerance)
             assert not bad.any(), (
                 f"{what} of layer {layer.layer_id}: {int(bad.sum())} of {len(bad)} rows are wrong, "
-                "first row "
-                f"{int(bad.nonzero()[0])}, error {error.max().item():.3g} where {tolerance:.3g} is "
-                "allowed"
+                f"first row {int(bad.nonzero()[0])}, error {error.max().item():.3g} where "
+                f"{tolerance:.3g} is allowed"
             )
 
     def run_pass(

@@ -53,21 +53,17 @@ NVIDIA = WRAPPER.replace("num_heads_q, num_heads_kv", "num_heads, num_heads_k").
 DAO = {
     "flash_attn_with_kvcache": (
         "q k_cache v_cache k=None v=None qv=None rotary_cos=None rotary_sin=None "
-        "cache_seqlens=None "
-        "cache_batch_idx=None cache_leftpad=None page_table=None cu_seqlens_q=None "
-        "cu_seqlens_k_new=None "
-        "max_seqlen_q=None rotary_seqlens=None q_descale=None k_descale=None v_descale=None "
-        "softmax_scale=None "
-        "causal=False window_size=(-1,-1) attention_chunk=0 softcap=0.0 rotary_interleaved=True "
+        "cache_seqlens=None cache_batch_idx=None cache_leftpad=None page_table=None "
+        "cu_seqlens_q=None cu_seqlens_k_new=None max_seqlen_q=None rotary_seqlens=None "
+        "q_descale=None k_descale=None v_descale=None softmax_scale=None causal=False "
+        "window_size=(-1,-1) attention_chunk=0 softcap=0.0 rotary_interleaved=True "
         "scheduler_metadata=None num_splits=0 pack_gqa=None sm_margin=0 return_softmax_lse=False"
     ),
     "flash_attn_varlen_func": (
         "q k v cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k seqused_q=None seqused_k=None "
-        "softmax_scale=None "
-        "causal=False qv=None q_descale=None k_descale=None v_descale=None window_size=(-1,-1) "
-        "attention_chunk=0 "
-        "softcap=0.0 num_splits=1 pack_gqa=None deterministic=False sm_margin=0 "
-        "return_attn_probs=False"
+        "softmax_scale=None causal=False qv=None q_descale=None k_descale=None v_descale=None "
+        "window_size=(-1,-1) attention_chunk=0 softcap=0.0 num_splits=1 pack_gqa=None "
+        "deterministic=False sm_margin=0 return_attn_probs=False"
     ),
     "get_scheduler_metadata": METADATA,
 }

@@ -18,7 +18,7 @@ from sglang_musa_ext import envs
 from sglang_musa_ext.engines.changes import PLANS
 from sglang_musa_ext.validation import command, model
 from sglang_musa_ext.validation.engine import build_model
-from sglang_musa_ext.validation.modes import PEERS, Way
+from sglang_musa_ext.validation.modes import PEERS, BackendChoice
 from sglang_musa_ext.validation.report import FAIL, PASS, SKIP
 
 
@@ -110,9 +110,9 @@ def test_an_own_model_is_served_on_a_cpu(tmp_path: Path) -> None:
     assert report["outcomes"][1]["numbers"]["reuses"] > 0
 
 
-@pytest.mark.parametrize("ways", PEERS.values(), ids=PEERS)
-def test_modes_compare_the_same_calls(ways: tuple[Way, Way]) -> None:
+@pytest.mark.parametrize("choices", PEERS.values(), ids=PEERS)
+def test_modes_compare_the_same_calls(choices: tuple[BackendChoice, BackendChoice]) -> None:
     """Prefill from the cache and a plan for every call are upstream's, so ours has both too."""
-    theirs, ours = (way.environ for way in ways)
+    theirs, ours = (way.environ for way in choices)
     assert theirs[PLANS] == "1"
     assert (ours[envs.RAW_PREFILL], ours[envs.PLANS]) == ("off", "always")

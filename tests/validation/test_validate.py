@@ -473,7 +473,7 @@ def mode_outcomes(
     emitted: list[Any] = []
     fleet = validate_modes.Fleet(options, ["0", "1"], 2, emitted.append)  # type: ignore[arg-type]
     try:
-        outcomes = [case() for _, case in validate_modes.Session(fleet).cases([mode], ())]
+        outcomes = [case() for _, case in validate_modes.ModeCases(fleet).cases([mode], ())]
     finally:
         fleet.close()
     assert all("engines done" in message["progress"] for message in emitted)

@@ -220,8 +220,7 @@ def require_composed(report: dict[str, Any], counts: dict[str, int], answer: Ans
     if counts["reuses"] + counts["plans"] != counts["calls"]:
         raise DemoError(
             f"{counts['calls']} attention calls, of which {counts['plans']} computed a plan and "
-            f"{counts['reuses']} "
-            "reused one; expected every call to do either"
+            f"{counts['reuses']} reused one; expected every call to do either"
         )
 
 

@@ -17,8 +17,7 @@ ROWS = (
         used_by=_USER,
         why=(
             "VisionFlash3Attention calls it on MUSA too, where it is a NameError; it is defined "
-            "for "
-            "MUSA instead."
+            "for MUSA instead."
         ),
         remove_when=(
             "Upstream defines it on MUSA: this row is violated then, and the repair is not applied."
