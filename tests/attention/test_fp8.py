@@ -37,7 +37,7 @@ LARGEST = 4.0
 
 
 class Fp8Pool(KVPool):
-    """A pool as upstream's: bytes, which are given and read as fp8, after division by the scales."""
+    """A pool as upstream's: bytes, given and read as fp8 after division by the scales."""
 
     def set_kv_buffer(
         self, layer: Any, loc: Any, k: Any, v: Any, k_scale: Any = None, v_scale: Any = None,
@@ -49,7 +49,7 @@ class Fp8Pool(KVPool):
 
 @dataclass
 class Fp8Model(Model):
-    """A bfloat16 model over a cache in fp8; ``scales`` are those of each layer's keys and values."""
+    """A bfloat16 model over a cache in fp8; ``scales`` are each layer's for keys and values."""
 
     dtype: torch.dtype = torch.bfloat16
     cache_dtype: torch.dtype = E4M3
