@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import email
 import re
+import tarfile
 import venv
 import zipfile
 from email.message import Message
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.wheels import pip, run
+from tests.support.wheels import SOURCES, build_source_distribution, pip, run
 
 FORBIDDEN = {
     "torch": "the vendor's build would be replaced",
@@ -115,16 +116,32 @@ def test_supported_pythons_are_named(metadata: Message, version: str) -> None:
 
 
 def test_the_wheel_holds_the_package_alone(contents: list[str], wheel: Path) -> None:
-    """The wheel has every module, the typing marker and the licence, and no tests or scripts."""
-    modules = {f"sglang_musa_ext/{path.name}" for path in _package().glob("*.py")}
-    assert modules | {"sglang_musa_ext/py.typed"} <= set(contents)
+    """The wheel has every file of the package and the licence, and no tests or scripts."""
+    assert package_files() == {name for name in contents if ".dist-info/" not in name}
     assert {name.partition("/")[0].partition("-")[0] for name in contents} == {"sglang_musa_ext"}
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in contents)
     assert wheel.name.endswith("-py3-none-any.whl")
 
 
-def _package() -> Path:
-    return Path(__file__).resolve().parent.parent / "sglang_musa_ext"
+def package_files() -> set[str]:
+    """Return the paths of the package's files, relative to the repository."""
+    root = Path(__file__).resolve().parent.parent
+    files = (path for path in (root / "sglang_musa_ext").rglob("*") if path.is_file())
+    return {str(path.relative_to(root)) for path in files if path.suffix != ".pyc"}
+
+
+def test_the_source_distribution_holds_what_the_wheel_does(
+    repository: Path, tmp_path: Path
+) -> None:
+    """It has the package, what builds it, and no part of the tests, which need the repository."""
+    archive, output = build_source_distribution(repository, tmp_path)
+    with tarfile.open(archive) as opened:
+        files = {item.name.partition("/")[2] for item in opened if item.isfile()}
+    generated = {name for name in files if ".egg-info/" in name} | {"PKG-INFO"}
+    assert files - generated == package_files() | {name for name in SOURCES if "." in name} | {
+        "LICENSE"
+    }
+    assert "absent from the `packages` configuration" not in output
 
 
 def test_the_licence_is_whole(repository: Path) -> None:

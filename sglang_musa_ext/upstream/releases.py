@@ -51,32 +51,28 @@ def version_key(version: str) -> _VersionKey:
 
 @dataclass(frozen=True)
 class Release:
-    """A SGLang release that this package is tested with."""
+    """A SGLang release that this package is tested with, by its own metadata."""
 
     version: str
     requires_python: str
     torch: str
     """The PyTorch that the release pins; the vendor's build of it may carry a local suffix."""
-    levels: tuple[str, ...]
-    """The levels of the release matrix that pass with it: ``contract``, ``backend``, ``engine``."""
 
-
-_ALL_LEVELS = ("contract", "backend", "engine")
 
 SUPPORTED_RELEASES = (
-    Release("0.5.11", ">=3.10", "2.11.0", _ALL_LEVELS),
-    Release("0.5.12.post1", ">=3.10", "2.11.0", _ALL_LEVELS),
-    Release("0.5.13.post1", ">=3.10", "2.11.0", _ALL_LEVELS),
-    Release("0.5.14", ">=3.10", "2.11.0", _ALL_LEVELS),
-    Release("0.5.15.post1", ">=3.10", "2.11.0", _ALL_LEVELS),
-    Release("0.5.16", ">=3.10", "2.11.0", _ALL_LEVELS),
-    Release("0.5.17", ">=3.10", "2.11.0", _ALL_LEVELS),
-    Release("0.5.18", ">=3.10", "2.13.0", _ALL_LEVELS),
-    Release("0.5.19", ">=3.10", "2.13.0", _ALL_LEVELS),
-    Release("0.5.20", ">=3.10", "2.13.0", _ALL_LEVELS),
-    Release("0.5.21", ">=3.10", "2.13.0", _ALL_LEVELS),
-    Release("0.5.22", ">=3.11", "2.14.1", _ALL_LEVELS),
-    Release("0.5.23", ">=3.11", "2.14.1", _ALL_LEVELS),
+    Release("0.5.11", ">=3.10", "2.11.0"),
+    Release("0.5.12.post1", ">=3.10", "2.11.0"),
+    Release("0.5.13.post1", ">=3.10", "2.11.0"),
+    Release("0.5.14", ">=3.10", "2.11.0"),
+    Release("0.5.15.post1", ">=3.10", "2.11.0"),
+    Release("0.5.16", ">=3.10", "2.11.0"),
+    Release("0.5.17", ">=3.10", "2.11.0"),
+    Release("0.5.18", ">=3.10", "2.13.0"),
+    Release("0.5.19", ">=3.10", "2.13.0"),
+    Release("0.5.20", ">=3.10", "2.13.0"),
+    Release("0.5.21", ">=3.10", "2.13.0"),
+    Release("0.5.22", ">=3.11", "2.14.1"),
+    Release("0.5.23", ">=3.11", "2.14.1"),
 )
 """One row for each minor release, oldest first."""
 

@@ -26,7 +26,13 @@ from scripts.lib.matrix.data import (
     select_rows,
     split_by_python,
 )
-from scripts.lib.matrix.report import Cell, closing_line, details, markdown, terminal_table
+from scripts.lib.matrix.report import (
+    Cell,
+    closing_line,
+    details,
+    markdown,
+    terminal_table,
+)
 from sglang_musa_ext.upstream.releases import SUPPORTED_RELEASES
 
 ALL_PASS = {"contract": "pass", "backend": "pass", "engine": "pass", "musa": "pass"}
@@ -36,8 +42,6 @@ GOOD = LevelResult(["test_new"])
 ROW = """
 [[release]]
 version = "{version}"
-requires-python = ">=3.10"
-torch = "2.13.0"
 contract = "pass"
 backend = "{backend}"
 engine = "pass"
@@ -193,6 +197,14 @@ def test_bad_rows_are_refused(tmp_path: Path, backend: str, exceptions: str, mes
     path = tmp_path / "releases.toml"
     path.write_text(ROW.format(version="0.5.21", backend=backend, exceptions=exceptions))
     with pytest.raises(MatrixError, match=message):
+        read_rows(path)
+
+
+def test_a_release_that_the_package_does_not_name_is_refused(tmp_path: Path) -> None:
+    """Version, Python and PyTorch of a release stand in the package, and nowhere else."""
+    path = tmp_path / "releases.toml"
+    path.write_text(ROW.format(version="0.5.99", backend="pass", exceptions=""))
+    with pytest.raises(MatrixError, match=r"0\.5\.99 is no release of sglang_musa_ext"):
         read_rows(path)
 
 
@@ -462,26 +474,16 @@ def test_exceptions_are_shown_with_their_reasons() -> None:
 
 
 def test_the_docs_state_the_releases_of_this_package(repository: Path) -> None:
-    """docs/releases.md has a row for each supported release, and says pass where the package says
-    so.
-    """
-    rows = [
-        line
-        for line in (repository / "docs" / "releases.md").read_text().splitlines()
-        if line.startswith("| 0.")
-    ]
-    seen = [
-        [cell.strip().partition(" (")[0] for cell in line.strip("|").split("|")] for line in rows
-    ]
-    levels = ("contract", "backend", "engine")
-    assert seen == [
-        [
-            row.version,
-            row.requires_python,
-            row.torch,
-            *("pass" if level in row.levels else "pending" for level in levels),
-        ]
-        for row in SUPPORTED_RELEASES
+    """docs/releases.md has a row for each supported release, with what is expected of it."""
+    lines = (repository / "docs" / "releases.md").read_text().splitlines()
+    cells = [[x.strip().partition(" (")[0] for x in line.strip("|").split("|")] for line in lines]
+    (levels,) = [row[3:] for row in cells if row[0] == "SGLang"]
+    expected = {row.version: row.expected for row in read_rows(matrix.RELEASES)}
+    assert {"contract", "backend", "engine"} <= set(levels)
+    assert [row for row in cells if row[0].startswith("0.")] == [
+        [release.version, release.requires_python, release.torch]
+        + [expected[release.version][level] for level in levels]
+        for release in SUPPORTED_RELEASES
     ]
 
 

@@ -7,18 +7,35 @@ import subprocess
 import sys
 from pathlib import Path
 
-SOURCES = ("setup.cfg", "pyproject.toml", "README.md", "LICENSE", "sglang_musa_ext")
+SOURCES = (
+    "setup.cfg",
+    "pyproject.toml",
+    "MANIFEST.in",
+    "README.md",
+    "LICENSE",
+    "sglang_musa_ext",
+)
 
 
 def build_wheel(repository: Path, source: Path, target: Path) -> Path:
-    """Build the wheel from a copy of the sources, so that no left-over of an earlier build slips
-    in.
-    """
+    """Build the wheel from a copy of the sources, without left-overs of earlier builds."""
     for name in SOURCES:
         copy(repository / name, source / name)
     pip("wheel", "--no-deps", "--no-index", "--no-build-isolation", "--wheel-dir", target, source)
     (built,) = target.glob("*.whl")
     return built
+
+
+def build_source_distribution(repository: Path, source: Path) -> tuple[Path, str]:
+    """Return the archive, built from a copy that has tests too, and what the build printed."""
+    for name in (*SOURCES, "tests"):
+        copy(repository / name, source / name)
+    code = "import setuptools.build_meta as b; b.build_sdist('dist')"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=source, capture_output=True, text=True, check=True
+    )
+    (built,) = (source / "dist").glob("*.tar.gz")
+    return built, done.stdout + done.stderr
 
 
 def copy(source: Path, target: Path) -> None:

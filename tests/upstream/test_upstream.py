@@ -577,30 +577,16 @@ def test_every_platform_hook_has_a_row_and_every_row_a_hook() -> None:
     assert overridden == rows
 
 
-def test_shipped_releases_are_those_of_the_matrix() -> None:
-    """The package's table and the test data name the same releases, and the levels that are
-    expected to pass.
-    """
-    levels = ("contract", "backend", "engine")
-    expected = [
-        (
-            row["version"],
-            row["requires-python"],
-            row["torch"],
-            tuple(x for x in levels if row[x] == "pass"),
-        )
-        for row in RELEASES
-    ]
-    assert [
-        (r.version, r.requires_python, r.torch, r.levels) for r in SUPPORTED_RELEASES
-    ] == expected
+def test_every_release_has_expectations() -> None:
+    """The matrix expects something of each release that the package names, in the same order."""
+    assert [row.version for row in SUPPORTED_RELEASES] == VERSIONS
 
 
 def test_every_exception_has_a_reason() -> None:
     """An exception in the matrix names its level and case, and says why."""
     for row in RELEASES:
-        for exception in row["exceptions"]:
-            assert exception["level"] in ("contract", "backend", "engine")
+        for exception in row.get("exceptions", ()):
+            assert exception["level"] in ("contract", "backend", "engine", "musa")
             assert exception["case"]
             assert exception["reason"].endswith(".")
 

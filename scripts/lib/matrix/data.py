@@ -10,6 +10,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from sglang_musa_ext.upstream.releases import SUPPORTED_RELEASES
+
 LEVELS = ("contract", "backend", "engine", "musa")
 
 
@@ -106,14 +108,20 @@ def _parse_row(entry: Mapping[str, Any], path: Path) -> MatrixRow:
             raise MatrixError(
                 f"{path.name}: {level} of {version} is {value!r}; expected 'pass' or 'pending'."
             )
-    exceptions = tuple(ExpectedFailure(**fields) for fields in entry["exceptions"])
+    exceptions = tuple(ExpectedFailure(**fields) for fields in entry.get("exceptions", ()))
     for exception in exceptions:
         if exception.level not in LEVELS:
             raise MatrixError(
                 f"{path.name}: {version} excepts level {exception.level!r}; there are "
                 f"{list(LEVELS)}."
             )
-    return MatrixRow(version, entry["requires-python"], entry["torch"], expected, exceptions)
+    release = {row.version: row for row in SUPPORTED_RELEASES}.get(version)
+    if release is None:
+        raise MatrixError(
+            f"{path.name}: {version} is no release of sglang_musa_ext/upstream/releases.py; "
+            f"expected one of {', '.join(row.version for row in SUPPORTED_RELEASES)}."
+        )
+    return MatrixRow(version, release.requires_python, release.torch, expected, exceptions)
 
 
 def select_rows(rows: Sequence[MatrixRow], wanted: str) -> list[MatrixRow]:
