@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from sglang_musa_ext.upstream.limits import UPSTREAM_LIMITS
 from tests.support.commands import load_command
 
+OPTION = re.compile(r"--[a-z][a-z-]+\w")
 limits_table = load_command("limits-table")
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "limits.md"
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 
 def test_the_page_is_up_to_date() -> None:
     """scripts/limits-table --docs would change nothing."""
-    assert PAGE.read_text(encoding="utf-8") == limits_table.page()
+    assert (DOCS / "limits.md").read_text(encoding="utf-8") == limits_table.page()
+    assert (DOCS / "limits.zh-CN.md").read_text(encoding="utf-8") == limits_table.chinese_page()
+
+
+def test_every_limit_is_said_in_chinese() -> None:
+    """No entry is missing or left over, and options and numbers are those of the English words."""
+    assert set(limits_table.CHINESE) == {limit.condition for limit in UPSTREAM_LIMITS}
+    for limit in UPSTREAM_LIMITS:
+        english = f"{limit.condition} {limit.happens} {limit.instead}"
+        chinese = " ".join(limits_table.CHINESE[limit.condition])
+        assert set(OPTION.findall(chinese)) == set(OPTION.findall(english))
 
 
 def test_every_limit_has_a_row() -> None:
