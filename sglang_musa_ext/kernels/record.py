@@ -126,6 +126,7 @@ class FA3Kernels:
         page_size: int,
         kv_cache_dtype: torch.dtype,
         use_mla: bool,
+        dtype: torch.dtype | None = None,
         head_dims: Iterable[tuple[int, int]] = (),
         largest_batch: int | None = None,
     ) -> None:

@@ -37,7 +37,7 @@ LARGEST = 4.0
 
 
 class Fp8Pool(KVPool):
-    """A pool as upstream's: bytes, given and read as fp8 after division by the scales."""
+    """A pool as upstream's: it divides by the scales, and holds fp8."""
 
     def set_kv_buffer(
         self, layer: Any, loc: Any, k: Any, v: Any, k_scale: Any = None, v_scale: Any = None,
@@ -49,11 +49,12 @@ class Fp8Pool(KVPool):
 
 @dataclass
 class Fp8Model(Model):
-    """A bfloat16 model over a cache in fp8; ``scales`` are each layer's for keys and values."""
+    """A bfloat16 model over a cache in fp8."""
 
     dtype: torch.dtype = torch.bfloat16
     cache_dtype: torch.dtype = E4M3
     scales: tuple[float, float] | None = None
+    """Of each layer's keys and values."""
     of_sums: float = OF_SUMS
     """What outputs may be off by, absolutely."""
 
@@ -155,7 +156,7 @@ def test_sinks_beside_an_fp8_cache() -> None:
 def test_chunked_local_layers_have_scales_of_their_own_batch() -> None:
     """Attention in chunks cuts requests into several, and upstream expands scales to requests."""
     layers = [attention_layer(0, use_irope=True), attention_layer(1)]
-    model = Fp8Model(layers, context_len=1024, chunk=128, scales=(0.5, 2.0))
+    model = Fp8Model(layers, page_size=1, chunk=128, scales=(0.5, 2.0))
     backend, requests = model.backend(), model.requests(300, 20)
     model.run_pass(backend, model.extend(requests, [150, 60]))
 
