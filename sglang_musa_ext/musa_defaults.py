@@ -84,10 +84,10 @@ def _configuration(server_args: Any, use_mla_backend: bool, model_config: Any) -
 
 
 @functools.cache
-def _mate_release() -> tuple[int, ...]:
+def _mate_release() -> tuple[int, ...] | None:
     from sglang_musa_ext.kernels.mate_identity import identify_mate
 
-    return identify_mate().release
+    return identify_mate().known_release
 
 
 def _settle(named: str, asked: Configuration, reasons: Sequence[str]) -> str:
@@ -208,6 +208,12 @@ def _marking(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def settle(self: Any, *args: Any, **kwargs: Any) -> Any:
         was_settled = getattr(self, "_resolution_finished", False)
+        if self.attention_backend == "fa3" and self.kv_cache_dtype == "fp8_e5m2":
+            _say_once(
+                "sglang_musa_ext will not serve: SGLang itself takes triton in place of "
+                "--attention-backend fa3 with --kv-cache-dtype fp8_e5m2. MATE 0.2.3 and newer "
+                "serve fp8_e4m3."
+            )
         result = original(self, *args, **kwargs)
         if not was_settled:
             setattr(self, _SETTLED_WITH_US, True)

@@ -25,6 +25,8 @@ HALF_DTYPES = ("bfloat16", "float16")
 """The names of the types that MATE's kernels read and compute in, as PyTorch spells them."""
 HALF_OPTIONS = ("auto", "bf16", "bfloat16", "fp16", "float16", "half")
 """The spellings of these types in SGLang's options; ``auto`` is the model's own type."""
+FP8_OPTIONS = ("fp8_e4m3", "fp8_e5m2")
+"""The spellings of fp8 in ``--kv-cache-dtype``."""
 REFERENCE_PLATFORM = "musa_reference"
 """The name of this package's CPU platform, as ``SGLANG_PLATFORM`` gives it."""
 
@@ -120,8 +122,8 @@ DEFAULT_RULES = (
         "with attention sinks MATE does not split a long context among multiprocessors",
     ),
     DefaultRule(
-        lambda asked: asked.kv_cache_dtype not in HALF_OPTIONS,
-        "MATE cannot read --kv-cache-dtype {0.kv_cache_dtype} in every release",
+        lambda asked: asked.kv_cache_dtype == "fp8_e5m2",
+        "SGLang serves --kv-cache-dtype fp8_e5m2 with triton in place of fa3",
     ),
     DefaultRule(
         lambda asked: asked.dtype not in HALF_OPTIONS, "MATE cannot read --dtype {0.dtype}"
@@ -157,6 +159,7 @@ def reasons_against_fa3(asked: Configuration, version: str | None = None) -> tup
     from sglang_musa_ext.upstream.limits import limits_of
 
     reasons = [rule.reason.format(asked) for rule in DEFAULT_RULES if rule.applies(asked)]
+    reasons += reasons_against_cache(asked)
     if asked.capability is not None and (old := reason_against_capability(asked.capability)):
         reasons.append(old)
     for headdim, headdim_v in sorted(asked.head_dims):
@@ -165,6 +168,28 @@ def reasons_against_fa3(asked: Configuration, version: str | None = None) -> tup
     paged = replace(asked, page_size=asked.page_size or PAGE_SIZE)
     reasons += [f"fa3 does not serve {limit.condition}" for limit in limits_of(paged, version)]
     return tuple(reasons)
+
+
+def reasons_against_cache(asked: Configuration) -> list[str]:
+    """Return why MATE cannot serve the KV cache of ``asked``; empty: it can.
+
+    Where MATE's release is not known, a limit of any release counts.
+    """
+    release = asked.mate
+    found = []
+    for limit in KERNEL_LIMITS:
+        if limit.stops is None or not limit.stops(asked):
+            continue
+        if release is None or limit.holds(release):
+            seen = "its release is not known" if release is None else f"this is {dotted(release)}"
+            before = "" if limit.until is None else f" before {dotted(limit.until)}, and {seen}"
+            found.append(f"--kv-cache-dtype {asked.kv_cache_dtype}: MATE {limit.why}{before}")
+    return found
+
+
+def dotted(release: MateRelease) -> str:
+    """Write a release as people do: ``0.2.7``."""
+    return ".".join(map(str, release))
 
 
 def reasons_against_fa3_in_place_of(
@@ -222,10 +247,22 @@ class KernelLimit:
     """Arguments of the kernels that no call may use where it holds."""
     function: str | None = None
     """The function that ``arguments`` are of; ``None``: of both."""
+    stops: Callable[[Configuration], bool] | None = None
+    """For limits of KV caches: whether a configuration meets it, as far as that is known before a
+    server starts.
+    """
 
     def holds(self, release: MateRelease) -> bool:
         """Return whether this is a limit of ``release``."""
         return self.since <= release and (self.until is None or release < self.until)
+
+
+def _has_fp8_cache(asked: Configuration) -> bool:
+    return asked.kv_cache_dtype in FP8_OPTIONS
+
+
+def _has_wide_heads(asked: Configuration) -> bool:
+    return any(headdim > LARGEST_FP8_HEAD_DIM for headdim, _ in asked.head_dims)
 
 
 EFFECTS = {
@@ -292,20 +329,32 @@ KERNEL_LIMITS = (
     KernelLimit(
         "fp8_e4m3", "`--kv-cache-dtype fp8_e4m3`", "refused at start",
         "has no kernel that reads fp8",
-        until=(0, 2, 3),
+        until=(0, 2, 3), stops=lambda asked: asked.kv_cache_dtype == "fp8_e4m3",
     ),
     KernelLimit(
         "fp8_e5m2", "`--kv-cache-dtype fp8_e5m2`", "refused at start",
-        "has no kernel that reads it, and SGLang itself serves it with `triton` in place of `fa3`",
-        until=(0, 2, 5),
+        "has no kernel that reads it",
+        until=(0, 2, 5), stops=lambda asked: asked.kv_cache_dtype == "fp8_e5m2",
     ),
     KernelLimit(
         "fp8_head_dims", "fp8 KV cache with head dimensions above 256", "refused at start",
-        "needs queries in fp8 too, which SGLang casts up to head dimension 256",
+        "needs queries in fp8 too, and SGLang casts none of head dimensions above 256",
+        stops=lambda asked: _has_fp8_cache(asked) and _has_wide_heads(asked),
+    ),
+    KernelLimit(
+        "fp8_dtype", "fp8 KV cache of a model in float16", "refused at start",
+        "gives the output in bfloat16, which the next layer of a float16 model does not take",
+        stops=lambda asked: _has_fp8_cache(asked) and asked.dtype in ("float16", "fp16", "half"),
     ),
     KernelLimit(
         "fp8_mla", "fp8 KV cache in MLA", "refused at start",
-        "no source of MATE that could be read has an MLA kernel that reads fp8",
+        "has no MLA kernel that reads fp8 in any source that could be read",
+        stops=lambda asked: _has_fp8_cache(asked) and asked.use_mla,
+    ),
+    KernelLimit(
+        "cache_dtype", "`--kv-cache-dtype` beside `auto`, `bf16`, `fp8_e4m3`, `fp8_e5m2`",
+        "refused at start", "has no kernel that reads it",
+        stops=lambda asked: asked.kv_cache_dtype not in (*HALF_OPTIONS, *FP8_OPTIONS),
     ),
     KernelLimit(
         "mla_page_size", "MLA with pages other than 64", "refused at start",
@@ -350,7 +399,7 @@ def kernel_limits(release: MateRelease) -> dict[str, KernelLimit]:
 def mate_dtypes(release: MateRelease) -> tuple[str, ...]:
     """Return the names of the types that a release of MATE reads a KV cache in."""
     limits = kernel_limits(release)
-    fp8 = {"fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}
+    fp8 = dict(zip(FP8_OPTIONS, ("float8_e4m3fn", "float8_e5m2"), strict=True))
     return (*HALF_DTYPES, *(dtype for name, dtype in fp8.items() if name not in limits))
 
 

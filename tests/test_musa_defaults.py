@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from sglang_musa_ext import musa_defaults
+from sglang_musa_ext.kernels.mate_identity import MateIdentity
 from sglang_musa_ext.musa_defaults import install_defaults
 from sglang_musa_ext.upstream.check import find_package, read_version
 from sglang_musa_ext.upstream.releases import SUPPORTED_RELEASES
@@ -162,6 +163,7 @@ def musa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     yield Musa(type(request.param.__name__, (request.param,), methods), monkeypatch)
     musa_defaults._warn_of_lateness.cache_clear()
     musa_defaults._say_once.cache_clear()
+    musa_defaults._mate_release.cache_clear()
 
 
 # The attention backend ---------------------------------------------------------------------------
@@ -217,13 +219,14 @@ def test_fa3_is_chosen_for_what_it_serves(
 @pytest.mark.parametrize(
     ("given", "use_mla_backend", "reason"),
     [
-        ({"kv_cache_dtype": "fp8_e4m3"}, False, "--kv-cache-dtype fp8_e4m3"),
+        ({"kv_cache_dtype": "fp8_e4m3"}, False, "before 0.2.3, and its release is not known"),
+        ({"kv_cache_dtype": "fp8_e5m2"}, False, "with triton in place of fa3"),
         ({"dtype": "float32"}, False, "--dtype float32"),
         ({"page_size": 1}, True, "--page-size 1"),
         ({"model_config": WHISPER}, False, "Whisper"),
         ({"speculative_eagle_topk": 4}, True, "--speculative-eagle-topk"),
     ],
-    ids=["fp8", "float32", "page", "whisper", "tree"],
+    ids=["fp8", "e5m2", "float32", "page", "whisper", "tree"],
 )
 def test_what_fa3_cannot_serve_is_left_to_sglang(
     musa: Musa,
@@ -238,6 +241,40 @@ def test_what_fa3_cannot_serve_is_left_to_sglang(
     install_defaults()
     assert musa.choice(use_mla_backend=use_mla_backend, **given) == before
     assert reason in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("release", "chosen"), [("0.2.2", False), ("0.2.3", True), ("0.2.7+musa", True)]
+)
+def test_an_fp8_cache_is_served_by_releases_that_read_it(
+    musa: Musa, monkeypatch: pytest.MonkeyPatch, release: str, chosen: bool
+) -> None:
+    """The MATE that is installed decides."""
+    monkeypatch.setattr(
+        "sglang_musa_ext.kernels.mate_identity.identify_mate", lambda: MateIdentity(version=release)
+    )
+    install_defaults()
+    assert (musa.choice(kv_cache_dtype="fp8_e4m3") == "fa3") == chosen
+
+
+@pytest.mark.parametrize(
+    ("given", "lines"),
+    [
+        ({"attention_backend": "fa3", "kv_cache_dtype": "fp8_e5m2"}, 1),
+        ({"attention_backend": "fa3", "kv_cache_dtype": "fp8_e4m3"}, 0),
+        ({"attention_backend": "triton", "kv_cache_dtype": "fp8_e5m2"}, 0),
+    ],
+)
+def test_fa3_that_sglang_itself_replaces_is_one_line(
+    musa: Musa, caplog: pytest.LogCaptureFixture, given: dict[str, str], lines: int
+) -> None:
+    """SGLang takes triton in place of fa3 for fp8_e5m2, and says nothing of who serves no more."""
+    caplog.set_level(logging.INFO)
+    install_defaults()
+    for _ in range(2):
+        musa.settled(**given)
+    said = [text for text in caplog.messages if "takes triton in place of" in text]
+    assert len(said) == lines
 
 
 @pytest.mark.parametrize("capability", [(2, 1), (2, 2), (3, 0)])
@@ -434,6 +471,12 @@ KINDS = {
     "MLA": Kind(MLA_FILE, "fa3", CHOSEN),
     "MLA, a tree": Kind(MLA_FILE, "", "of an MLA model", _TREE),
     "Gemma-3 with images": Kind(GEMMA_3_IMAGES, "", "both ways"),
+    "Llama, fp8, named": Kind(
+        LLAMA_FILE,
+        "triton",
+        "takes triton in place of",
+        {"attention_backend": "fa3", "kv_cache_dtype": "fp8_e5m2"},
+    ),
     "float16 beside bfloat16": Kind(
         LLAMA_FILE | {"torch_dtype": "float16"},
         "",

@@ -104,6 +104,7 @@ class MusaFA3Mixin:
             page_size=self.page_size,
             kv_cache_dtype=self.kv_cache_dtype,
             use_mla=self.use_mla,
+            dtype=model_runner.model_config.dtype,
             head_dims=head_dims_of(model_runner.model_config, self.use_mla),
             largest_batch=model_runner.req_to_token_pool.size,
         )

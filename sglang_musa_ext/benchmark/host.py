@@ -181,6 +181,7 @@ def _runner() -> Any:
     set_global_server_args_for_scheduler(arguments)
     config = SimpleNamespace(
         attention_arch=AttentionArch.MHA,
+        dtype=torch.bfloat16,
         context_len=8192,
         head_dim=HEAD_DIM,
         hf_text_config=SimpleNamespace(num_attention_heads=HEADS),

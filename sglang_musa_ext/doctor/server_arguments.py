@@ -84,17 +84,24 @@ def _attention(options: argparse.Namespace, s: Surroundings) -> tuple[str, str]:
         return SGLANGS_CHOICE, "this package would stay idle"
     if not s.has_our_defaults:
         return SGLANGS_CHOICE, "this package has defaults on MUSA and on its CPU platform alone"
-    if s.kernels == "mate":
-        asked = Configuration(
-            dtype=options.dtype,
-            kv_cache_dtype=options.kv_cache_dtype,
-            page_size=options.page_size,
-            use_mla=_is_mla(options.model_path),
-            topk=options.speculative_eagle_topk,
-        )
-        if reasons := policy.reasons_against_fa3(asked):
-            return SGLANGS_CHOICE, "; ".join(reasons)
+    reasons = policy.reasons_against_fa3(_configuration(options)) if s.kernels == "mate" else ()
+    if reasons:
+        return SGLANGS_CHOICE, "; ".join(reasons)
     return "fa3", "the default while this package serves"
+
+
+def _configuration(options: argparse.Namespace) -> Configuration:
+    """Return what a command line asks for, beside the MATE that is installed here."""
+    from sglang_musa_ext.kernels.mate_identity import identify_mate
+
+    return Configuration(
+        dtype=options.dtype,
+        kv_cache_dtype=options.kv_cache_dtype,
+        page_size=options.page_size,
+        use_mla=_is_mla(options.model_path),
+        topk=options.speculative_eagle_topk,
+        mate=identify_mate().known_release,
+    )
 
 
 def _problems_of_command(
@@ -114,11 +121,7 @@ def _problems_of_command(
             else "See the check 'device'."
         )
         return [*problems, warned("This package would not be used.", step)]
-    if kernels != "reference" and "fp8" in options.kv_cache_dtype:
-        step = "Leave --kv-cache-dtype at auto, or take another --attention-backend."
-        problems.append(
-            failed(f"--kv-cache-dtype {options.kv_cache_dtype}: these kernels take no fp8.", step)
-        )
+    problems += _problems_of_cache(options, kernels)
     if (
         _is_mla(options.model_path)
         and kernels != "hopper"
@@ -129,6 +132,18 @@ def _problems_of_command(
             failed(f"--page-size {options.page_size}: MLA's kernels take 64 alone.", step)
         )
     return problems
+
+
+def _problems_of_cache(options: argparse.Namespace, kernels: str) -> list[CheckResult]:
+    """Return what is wrong with a KV cache's type where ``fa3`` is named."""
+    if options.attention_backend == "fa3" and options.kv_cache_dtype == "fp8_e5m2":
+        seen = "SGLang takes triton in place of fa3 with --kv-cache-dtype fp8_e5m2."
+        return [warned(seen, "Use --kv-cache-dtype fp8_e4m3 where MATE serves it, or auto.")]
+    if kernels != "mate":
+        return []
+    reasons = policy.reasons_against_cache(_configuration(options))
+    step = "Leave --kv-cache-dtype at auto, or take another --attention-backend."
+    return [failed(f"It is refused: {'; '.join(reasons)}.", step)] if reasons else []
 
 
 def _is_mla(model_path: str | None) -> bool:

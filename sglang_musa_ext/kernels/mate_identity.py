@@ -88,8 +88,15 @@ class MateIdentity:
     @property
     def release(self) -> tuple[int, ...]:
         """Return MATE's release, or if unknown the first or newest with this wrapper."""
+        return self.known_release or NEWEST_MATE
+
+    @property
+    def known_release(self) -> tuple[int, ...] | None:
+        """Return MATE's release, the first one for its old wrapper, or ``None`` if unknown."""
         known = _release(self.version)
-        return known or (OLDEST_MATE if self.wrapper == LEGACY.distribution else NEWEST_MATE)
+        if known is None and self.wrapper == LEGACY.distribution:
+            return OLDEST_MATE
+        return known
 
 
 def identify_mate() -> MateIdentity:

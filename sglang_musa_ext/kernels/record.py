@@ -138,6 +138,7 @@ class FA3Kernels:
             page_size: tokens in a page of the KV cache.
             kv_cache_dtype: of the KV cache.
             use_mla: whether the model has multi-head latent attention.
+            dtype: the model's; ``None``: unknown.
             head_dims: of keys and of values, for each kind of layer whose attention goes over raw
                 keys or an ordinary KV cache: not those of MLA's latent cache.
             largest_batch: the most requests that a batch can have; ``None``: unknown.
@@ -146,6 +147,13 @@ class FA3Kernels:
             UnsupportedByKernels: naming the option, its value and the choices.
         """
         self._require_dtype(kv_cache_dtype, use_mla)
+        if kv_cache_dtype in FP8 and dtype not in (None, torch.bfloat16):
+            raise UnsupportedByKernels(
+                f"--kv-cache-dtype {short_name(kv_cache_dtype)} does not work with a model in "
+                f"{short_name(dtype)}: the output of attention is bfloat16 then, which the model's "
+                "next layer does not take. Start the server with --dtype bfloat16, or with "
+                "--kv-cache-dtype auto."
+            )
         self._require_page_size(page_size, use_mla)
         for headdim, headdim_v in head_dims:
             self._require_head_dims(headdim, headdim_v, kv_cache_dtype)

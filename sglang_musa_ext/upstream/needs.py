@@ -58,6 +58,16 @@ def _check_attribute(tree: SourceTree, row: Requirement) -> str | None:
     return None if attribute in names else f"no {attribute} set by {owner} or its constructor"
 
 
+def _check_assigned(tree: SourceTree, row: Requirement) -> str | None:
+    """``name`` is a class whose methods set each attribute of ``parameters``."""
+    node = tree.definition(row.module, row.name)
+    names: set[str] = set()
+    for method in methods(node):
+        names |= self_attributes(method, ast.Store)
+    missing = set(row.parameters) - names
+    return f"no {listed(missing)} set by its methods" if missing else None
+
+
 def _check_strings(tree: SourceTree, row: Requirement) -> str | None:
     """The value of ``name`` contains the strings ``parameters``."""
     values = strings(tree.definition(row.module, row.name))
@@ -116,6 +126,7 @@ NEEDS: dict[str, Callable[[SourceTree, Requirement], str | None]] = {
     "method": _check_callable,
     "class": _check_class,
     "attribute": _check_attribute,
+    "assigned": _check_assigned,
     "strings": _check_strings,
     "registered": _check_registered,
     "imports": _check_imports,

@@ -102,7 +102,7 @@ def test_every_call_reads_the_cache_by_a_plan(ours: EngineRun) -> None:
 
 
 def test_a_model_in_another_type_is_refused(engines: EngineServer) -> None:
-    """Attention of fp8 is bfloat16, which layers of float32 do not take: option and choice named."""
+    """Attention of fp8 is bfloat16, which layers of float32 do not take."""
     case = EngineCase(engines.model(llama()), (), {**FP8, "dtype": "float32"})
     with pytest.raises(EngineFailed) as failure:
         engines.run(case)

@@ -345,6 +345,7 @@ class Model:
         config = SimpleNamespace(
             attention_arch=AttentionArch.MLA if self.mla else AttentionArch.MHA,
             context_len=self.context_len,
+            dtype=self.dtype,
             head_dim=first.head_dim,
             hf_text_config=SimpleNamespace(num_attention_heads=first.tp_q_head_num),
             hf_config=SimpleNamespace(),

@@ -142,7 +142,8 @@ def runner(torch: Any) -> Any:
     )  # fmt: skip
     set_global_server_args_for_scheduler(arguments)
     config = SimpleNamespace(
-        attention_arch=AttentionArch.MHA, context_len=512, head_dim=128, is_encoder_decoder=False,
+        attention_arch=AttentionArch.MHA, dtype=torch.bfloat16, context_len=512, head_dim=128,
+        is_encoder_decoder=False,
         is_local_attention_model=False, hf_config=SimpleNamespace(), get_num_kv_heads=lambda _: 2,
         hf_text_config=SimpleNamespace(num_attention_heads=8),
     )  # fmt: skip

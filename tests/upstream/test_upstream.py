@@ -218,6 +218,11 @@ EDITS = {
         (BACKEND, "class"),
         "the bases NewBase",
     ),
+    "model without head dimensions": (
+        ("sglang.srt.configs.model_config", r"self\.swa_v_head_dim", "self.window_v_head_dim", 0),
+        ("sglang.srt.configs.model_config.ModelConfig", "assigned"),
+        "no swa_v_head_dim set by",
+    ),
     "instance attribute gone": (
         (FA, r"self\.page_size = model_runner", "self.page_length = model_runner"),
         (f"{BACKEND}.page_size", "attribute"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from sglang_musa_ext.upstream.rows import (
     backend,
     benchmark,
+    configuration,
     cpu,
     defaults,
     kernels,
@@ -21,6 +22,7 @@ REQUIREMENTS = (
     *kernels.ROWS,
     *backend.ROWS,
     *passes.ROWS,
+    *configuration.ROWS,
     *speculation.ROWS,
     *defaults.ROWS,
     *vision.ROWS,

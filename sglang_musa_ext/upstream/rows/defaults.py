@@ -16,6 +16,8 @@ _UNTIL_PLUGINS_COME_FIRST = (
     "Upstream loads plugins before it settles arguments, in every way of starting a server."
 )
 _PLUGINS_TOO_LATE = "sgl-project/sglang#38464"
+_TRITON_FOR_E5M2 = "It takes triton in place of a named fa3, and one line of the log says so."
+_UNTIL_E5M2 = "Upstream serves fp8_e5m2 with fa3."
 _PAGE_SIZE = "It gives an unset page size its default, 64 on MUSA."
 
 ROWS = (
@@ -170,6 +172,27 @@ ROWS = (
         used_by=_USER,
         why="A platform plugin names its own default attention backend, which is left to it.",
         remove_when=_UNTIL_UPSTREAM_CHOOSES_IT,
+    ),
+    Requirement(
+        "strings",
+        _SERVER_ARGS,
+        "ServerArgs._handle_attention_backend_compatibility",
+        ("fa3", "fp8_e5m2", "triton"),
+        None,
+        "0.5.14",
+        used_by=_USER,
+        why=_TRITON_FOR_E5M2,
+        remove_when=_UNTIL_E5M2,
+    ),
+    Requirement(
+        "strings",
+        "sglang.srt.arg_groups.overrides",
+        "_attention_backend_fa3_fp8_fallback",
+        ("fa3", "fp8_e5m2", "triton"),
+        "0.5.15",
+        used_by=_USER,
+        why=_TRITON_FOR_E5M2,
+        remove_when=_UNTIL_E5M2,
     ),
     Requirement(
         "method",
