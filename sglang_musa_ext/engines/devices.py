@@ -8,7 +8,12 @@ from typing import Any
 
 
 def import_vendor_modules() -> None:
-    """Import what gives PyTorch its ``musa`` device, where it is installed."""
+    """Import what gives PyTorch its ``musa`` device, where it is installed.
+
+    PyTorch comes first: it loads ``torch_musa`` by an entry point, which it would not find in a
+    module that is still being imported, and end there.
+    """
+    importlib.import_module("torch")
     for name in ("torch_musa", "torchada"):
         if importlib.util.find_spec(name) is not None:
             importlib.import_module(name)
