@@ -94,11 +94,11 @@ def _configuration(options: argparse.Namespace) -> Configuration:
     """Return what a command line asks for, beside the MATE that is installed here."""
     from sglang_musa_ext.kernels.mate_identity import identify_mate
 
-    return Configuration(
+    return Configuration.of_config(
+        _config(options.model_path),
         dtype=options.dtype,
         kv_cache_dtype=options.kv_cache_dtype,
         page_size=options.page_size,
-        use_mla=_is_mla(options.model_path),
         topk=options.speculative_eagle_topk,
         mate=identify_mate().known_release,
     )
@@ -148,7 +148,13 @@ def _problems_of_cache(options: argparse.Namespace, kernels: str) -> list[CheckR
 
 def _is_mla(model_path: str | None) -> bool:
     """Return whether a model's configuration on this machine names MLA's latent rank."""
+    return Configuration.of_config(_config(model_path)).use_mla
+
+
+def _config(model_path: str | None) -> dict[str, Any]:
+    """Return a model's ``config.json``; empty: it is not on this machine."""
     path = Path(model_path or "", "config.json")
     if not model_path or not path.is_file():
-        return False
-    return bool(json.loads(path.read_text(encoding="utf-8")).get("kv_lora_rank"))
+        return {}
+    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return config

@@ -7,12 +7,31 @@ class as with ours. The defaults on MUSA do not choose ``fa3`` for it, and a ser
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from sglang_musa_ext.upstream.releases import version_key
 from sglang_musa_ext.upstream.requirement import NONE_KNOWN
+
+_ENCODER_DECODERS = frozenset(
+    {
+        "WhisperForConditionalGeneration",
+        "MllamaForConditionalGeneration",
+        "MossVLForConditionalGeneration",
+    }
+)
+_WITH_SINKS = frozenset(
+    {
+        "GptOssForCausalLM",
+        "GraniteSWAForCausalLM",
+        "GraniteMoeSWAForCausalLM",
+        "IQuestQ1ForCausalLM",
+        "IQuestQ1MTP",
+    }
+)
+_SINK_FLAGS = ("learnable_sink", "add_swa_attention_sink_bias", "add_full_attention_sink_bias")
+"""What SGLang tells by a model's class, where only its ``config.json`` is at hand."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +90,27 @@ class Configuration:
             "has_sinks": getattr(model_config, "has_attention_sinks", False),
             "head_dims": frozenset(head_dims_of(model_config, known.get("use_mla", False))),
             "mixed_chunk": server_args.enable_mixed_chunk,
+        }
+        return cls(**(fields | known))
+
+    @classmethod
+    def of_config(cls, config: Mapping[str, Any], **known: Any) -> Configuration:
+        """Return the configuration of a model, as far as its ``config.json`` alone says it.
+
+        Args:
+            config: its contents; a model of several modalities has its text part in
+                ``text_config``.
+            known: fields from who knows them better.
+        """
+        text = config.get("text_config") or config
+        names = tuple(config.get("architectures") or ())
+        windows = text.get("use_sliding_window") is not False and text.get("sliding_window")
+        fields: dict[str, Any] = {
+            "architectures": names,
+            "use_mla": bool(text.get("kv_lora_rank")),
+            "is_encoder_decoder": bool(_ENCODER_DECODERS.intersection(names)),
+            "has_sliding_windows": bool(windows),
+            "has_sinks": bool(_WITH_SINKS.intersection(names)) or any(map(text.get, _SINK_FLAGS)),
         }
         return cls(**(fields | known))
 

@@ -564,6 +564,32 @@ def test_mla_models_take_one_page_size(
     assert musa.ask("command", "--model", model, "--page-size", "32", *options).status is status
 
 
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({"architectures": ["LlamaForCausalLM"]}, None),
+        ({"architectures": ["GptOssForCausalLM"]}, "attention sinks"),
+        ({"architectures": ["WhisperForConditionalGeneration"]}, "Whisper"),
+        ({"architectures": ["MllamaForConditionalGeneration"]}, "encoder-decoder"),
+        ({"architectures": ["Gemma3ForConditionalGeneration"]}, "both ways"),
+        ({"architectures": ["X"], "text_config": {"learnable_sink": True}}, "attention sinks"),
+    ],
+    ids=["dense", "sinks", "Whisper", "encoder-decoder", "images", "sinks of a text part"],
+)
+def test_a_model_that_keeps_sglangs_choice_is_known(
+    musa: Machine, config: dict[str, object], reason: str | None
+) -> None:
+    """A model on this machine is resolved as its server would be, by the same rules."""
+    musa.write("model/config.json", json.dumps(config))
+    result = musa.ask("command", "--model-path", str(musa.folder / "model"))
+    chosen = result.details["decode attention"]
+    if reason is None:
+        assert chosen["value"] == "fa3"
+    else:
+        assert chosen["value"] == "SGLang's choice"
+        assert reason in chosen["because"]
+
+
 def test_kernels_on_a_foreign_device_bring_no_defaults(machine: Machine) -> None:
     """For validation on another device SGLang chooses as ever, and fa3 has to be named."""
     machine.environ |= {"SGLANG_MUSA_EXT": "on", "SGLANG_MUSA_EXT_KERNELS": "reference"}
