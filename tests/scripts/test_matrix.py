@@ -15,6 +15,7 @@ import pytest
 from scripts.lib.matrix import __main__ as matrix
 from scripts.lib.matrix import levels as matrix_levels
 from scripts.lib.matrix.data import (
+    LEVELS,
     CellStatus,
     ExpectedFailure,
     LevelResult,
@@ -28,6 +29,7 @@ from scripts.lib.matrix.data import (
 )
 from scripts.lib.matrix.report import (
     Cell,
+    Page,
     closing_line,
     details,
     markdown,
@@ -390,7 +392,7 @@ def test_a_selection_runs_alone(fake: FakeMatrix) -> None:
     [
         (["--releases", "0.4.0"], "No such release: 0.4.0"),
         (["--level", "kernels"], "No such level: kernels"),
-        (["--write-docs", "--level", "contract"], "--write-docs needs all releases and levels"),
+        (["--write-docs", "--releases", "newest"], "--write-docs needs all releases"),
     ],
 )
 def test_what_cannot_be_run_has_a_status_of_its_own(
@@ -466,11 +468,36 @@ def test_exceptions_are_shown_with_their_reasons() -> None:
     table = table_with_an_exception()
     assert terminal_table(table, ["backend"])[-1] == "0.5.21 | pass (2 passed, 1 excepted)"
     assert details(table) == ["excepted 0.5.21 backend: test_old: It cannot."]
-    assert (
-        "* backend, 0.5.21: `test_old`. It cannot."
-        in markdown(table, {"Python": "3.11"}).splitlines()
-    )
+    others = Page("Python 3.11", {("0.5.21", level): "pass" for level in LEVELS})
+    page = markdown(table, {"Python": "3.11"}, others)
+    assert "* backend, 0.5.21: `test_old`. It cannot." in page.splitlines()
     assert closing_line(table, 61.2) == "matrix: 1 passed in 61s"
+
+
+def test_some_levels_leave_the_others_of_the_page(fake: FakeMatrix) -> None:
+    """--write-docs with --level replaces those columns and their exceptions, and keeps the rest."""
+    page = fake.directory / "releases.md"
+    fake.runs["0.5.20", "engine"] = LevelResult(["a", "b"])
+    assert fake("--write-docs") == 0
+    before = page.read_text()
+    kept = before + "\n* engine, 0.5.20: `test_old`. Kept.\n* musa, 0.5.20: `test_old`. Gone.\n"
+    page.write_text(kept)
+    fake.runs["0.5.20", "musa"] = LevelResult(["a", "b", "c"])
+    assert fake("--write-docs", "--fresh", "--level", "musa") == 0
+    passed = "pass (1 passed)"
+    cells = [passed, passed, "pass (2 passed)", "pass (3 passed)"]
+    assert f"| 0.5.20 | >=3.10 | 2.13.0 | {' | '.join(cells)} |" in page.read_text().splitlines()
+    exceptions = [line for line in page.read_text().splitlines() if "test_old" in line]
+    assert exceptions == ["* engine, 0.5.20: `test_old`. Kept."]
+
+
+def test_levels_that_are_nowhere_are_asked_for(
+    fake: FakeMatrix, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A page without the other levels, or with those of another environment, is not written."""
+    assert fake("--write-docs", "--level", "contract") == 2
+    assert "leave --level out" in capsys.readouterr().err.lower()
+    assert not (fake.directory / "releases.md").exists()
 
 
 def test_the_docs_state_the_releases_of_this_package(repository: Path) -> None:

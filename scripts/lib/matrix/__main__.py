@@ -37,6 +37,7 @@ from .data import (
 from .levels import ROOT, fetch, fingerprint, run_level
 from .report import (
     Cell,
+    Page,
     all_cells,
     as_json,
     closing_line,
@@ -175,7 +176,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--write-docs",
         action="store_true",
-        help="write docs/releases.md; needs all releases and levels",
+        help="write docs/releases.md; needs all releases, and keeps its levels that did not run",
     )
     return parser.parse_args(arguments)
 
@@ -197,10 +198,9 @@ def check(options: argparse.Namespace) -> int:
     for row in left_out:
         print(f"left out: SGLang {row.version}, which needs Python {row.requires_python}")
     rows, levels = select_rows(every, options.releases), select_levels(options.level)
-    if options.write_docs and (left_out or [len(rows), len(levels)] != [len(every), len(LEVELS)]):
+    if options.write_docs and (left_out or len(rows) != len(every)):
         raise MatrixError(
-            "--write-docs needs all releases and levels: leave --releases and --level out, and "
-            "take Python 3.11 or newer."
+            "--write-docs needs all releases: leave --releases out, and take Python 3.11 or newer."
         )
     sources = {row.version: sources_of(row.version) for row in rows}
 
@@ -213,7 +213,8 @@ def check(options: argparse.Namespace) -> int:
     table = in_order(collect(cells, len(rows) * len(levels)), rows, levels)
     write(CACHE / "matrix.json", as_json(table, environment()))
     if options.write_docs:
-        write(DOCS, markdown(table, environment()))
+        former = Page.parse(DOCS.read_text()) if DOCS.is_file() else Page()
+        write(DOCS, markdown(table, environment(), former))
     last = closing_line(table, time.monotonic() - start)
     print("", *terminal_table(table, levels), *details(table), last, sep="\n")
     return 0 if all(cell.verdict.as_expected for cell in all_cells(table)) else 1

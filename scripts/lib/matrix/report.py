@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .data import LEVELS, CellStatus, ExpectedFailure, LevelResult, MatrixRow, Verdict
+from .data import (
+    LEVELS,
+    CellStatus,
+    ExpectedFailure,
+    LevelResult,
+    MatrixError,
+    MatrixRow,
+    Verdict,
+)
 
 
 @dataclass(frozen=True)
@@ -135,20 +143,82 @@ A test is not applicable where the release lacks the feature that it tests.
 """
 
 
-def markdown(table: Table, environment: Mapping[str, str]) -> str:
+@dataclass
+class Page:
+    """What docs/releases.md said before: levels that were not run now keep it."""
+
+    environment: str = ""
+    cells: dict[tuple[str, str], str] = field(default_factory=dict)
+    """By version and level."""
+    exceptions: list[str] = field(default_factory=list)
+
+    @classmethod
+    def parse(cls, text: str) -> Page:
+        """Read a page that :func:`markdown` wrote."""
+        page = cls()
+        levels: list[str] = []
+        for line in text.splitlines():
+            if line.startswith("Python "):
+                page.environment = line.rstrip(".")
+            elif line.startswith("| "):
+                version, _, _, *texts = [cell.strip() for cell in line.strip("|").split("|")]
+                levels = levels or texts
+                for level, cell in zip(levels, texts, strict=False):
+                    page.cells[version, level] = cell
+            elif _level_of_exception(line) in LEVELS:
+                page.exceptions.append(line)
+        return page
+
+    def texts(self, version: str, cells: Mapping[str, Cell]) -> list[str]:
+        """Return the text of each level: of ``cells``, or what this page says.
+
+        Raises:
+            MatrixError: neither has one of the levels.
+        """
+        known = {level: cell for (of, level), cell in self.cells.items() if of == version}
+        known |= {level: cell.text for level, cell in cells.items()}
+        if missing := [level for level in LEVELS if level not in known]:
+            raise MatrixError(
+                f"--write-docs needs {', '.join(missing)} of {version}, which neither ran now nor "
+                "is in docs/releases.md: leave --level out."
+            )
+        return [known[level] for level in LEVELS]
+
+
+def _level_of_exception(line: str) -> str:
+    return line.removeprefix("* ").partition(", ")[0]
+
+
+def markdown(table: Table, environment: Mapping[str, str], former: Page | None = None) -> str:
     """Return the page of the docs.
 
     It holds no seconds and no date, so that it changes with its facts alone.
+
+    Args:
+        table: of this run.
+        environment: versions of what all releases run with.
+        former: has the levels that were not run now.
+
+    Raises:
+        MatrixError: a level is in neither, or the other levels ran in another environment.
     """
+    former = former or Page()
     versions = ", ".join(f"{name} {version}" for name, version in environment.items())
+    ran = {cell.level for cell in all_cells(table)}
+    if len(ran) < len(LEVELS) and former.environment != versions:
+        raise MatrixError(
+            f"--write-docs with some levels keeps the others, which ran with {former.environment}; "
+            f"here is {versions}. Leave --level out."
+        )
     lines = [INTRODUCTION.format(environment=versions)]
-    lines.append("| SGLang | Python | its PyTorch | contract | backend | engine | musa |")
-    lines.append("|---|---|---|---|---|---|---|")
+    lines.append(f"| SGLang | Python | its PyTorch | {' | '.join(LEVELS)} |")
+    lines.append("|---" * (3 + len(LEVELS)) + "|")
     for version, cells in table.items():
         row = next(iter(cells.values())).row
-        texts = [version, row.requires_python, row.torch, *_texts(cells, LEVELS)]
+        texts = [version, row.requires_python, row.torch, *former.texts(version, cells)]
         lines.append(f"| {' | '.join(texts)} |")
-    exceptions = _exceptions(table)
+    exceptions = [line for line in former.exceptions if _level_of_exception(line) not in ran]
+    exceptions += _exceptions(table)
     if exceptions:
         lines += ["", "Excepted, each because of the release itself:", "", *exceptions]
     return "\n".join(lines) + "\n"
