@@ -5,14 +5,15 @@ named.
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from sglang_musa_ext import envs
 from tests.engine import test_engine_modes as modes
-from tests.simulated_musa import mccl
+from tests.simulated_musa import stand_ins
 from tests.support import tiny_models
 from tests.support.engine import EngineCase, EngineRun, EngineServer, Output, Request
 from tests.support.tiny_models import EagleDraft, TinyModel, llama, tokens
@@ -41,6 +42,22 @@ def usual(release: tuple[int, ...]) -> dict[str, Any]:
     if release >= (0, 5, 14):
         return arguments | {"cuda_graph_bs_decode": [1, 2, 4], "disable_prefill_cuda_graph": True}
     return arguments | {"cuda_graph_bs": [1, 2, 4], "disable_piecewise_cuda_graph": True}
+
+
+_OLD_NAMES = {
+    "disable_prefill_cuda_graph": "disable_piecewise_cuda_graph",
+    "cuda_graph_bs_prefill": "piecewise_cuda_graph_tokens",
+    "cuda_graph_backend_prefill": None,
+}
+"""What arguments were called before 0.5.14; None: there was no choice."""
+
+
+def named_as_in(release: tuple[int, ...], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``arguments`` under the names that a release has for them."""
+    if release >= (0, 5, 14):
+        return dict(arguments)
+    named = {_OLD_NAMES.get(name, name): value for name, value in arguments.items()}
+    return {name: value for name, value in named.items() if name is not None}
 
 
 def prompts(*lengths: int, new_tokens: int = 8) -> tuple[Request, ...]:
@@ -79,6 +96,10 @@ class MusaCase:
     environ: Mapping[str, str] = field(default_factory=dict)
     draft: TinyModel | None = None
     limit: float = LIMIT
+    captures_prefill: bool = False
+    """Whether prefill runs in graphs. With log-probabilities SGLang runs some kinds without."""
+    shortfalls: Callable[..., list[float]] = tiny_models.shortfalls
+    """Gives the truth about tokens, called in a process without a simulated GPU's engine."""
 
     @property
     def requests(self) -> list[Request]:
@@ -114,7 +135,8 @@ class HalfModel(TinyModel):
 LLAMA = wide(llama())
 GEMMA_2, GEMMA_3 = wide(modes.GEMMA_2), wide(modes.GEMMA_3)
 GPT_OSS = HalfModel("GptOssConfig", wide(modes.GPT_OSS).fields)
-OLMO_3, MLA_DENSE = wide(modes.OLMO_3), wide(modes.MLA_DENSE)
+OLMO_3 = wide(modes.OLMO_3)
+MLA_DENSE, MLA_EXPERTS = wide(modes.MLA_DENSE), wide(modes.MLA)
 QWEN_3_MOE = wide(TinyModel("Qwen3MoeConfig", tiny_models.SMALL | modes.EXPERTS))
 EAGLE = EagleDraft("LlamaConfig", {**LLAMA.fields}, "LlamaForCausalLMEagle")
 
@@ -136,7 +158,47 @@ THOUSANDS = (prompts(4200, 60), prompts(40, 4100))
 # Experts run in Triton's interpreter, which takes a minute for a thousand tokens.
 EXPERTS = (prompts(330, 40), prompts(40))
 TWICE = (prompts(700), prompts(700))
+DRAFTS_BEHIND_A_PREFIX = (
+    (Request(PREFIX, 16),),
+    (Request(PREFIX + tokens(400, 9), 16), Request(PREFIX + tokens(60, 8), 16)),
+)
 
+
+def prefill_graphs(name: str, model: TinyModel, kind: str = "tc_piecewise") -> MusaCase:
+    """Return a case whose prefill is captured, as SGLang does on MUSA by default up to 0.5.21."""
+    arguments = {
+        "disable_prefill_cuda_graph": False,
+        "cuda_graph_backend_prefill": kind,
+        "cuda_graph_bs_prefill": [64, 256, 512],
+    }
+    return MusaCase(
+        name,
+        model,
+        arguments=CHUNKS | arguments,
+        captures_prefill=True,
+    )
+
+
+def shortfalls_over_fp8(model: Path, prompt: Sequence[int], answer: Sequence[int]) -> list[float]:
+    """Return ``tiny_models.shortfalls`` of a Llama whose queries, keys and values are rounded to
+    float8_e4m3fn before they attend.
+    """
+    import torch
+    import transformers
+    from transformers.masking_utils import eager_mask
+    from transformers.models.llama.modeling_llama import eager_attention_forward
+
+    def attend(module: Any, *rows: Any, **options: Any) -> Any:
+        """Attend with the first three of ``rows`` rounded; the fourth is a mask."""
+        rounded = [row.bfloat16().to(torch.float8_e4m3fn).float() for row in rows[:3]]
+        return eager_attention_forward(module, *rounded, *rows[3:], **options)
+
+    transformers.AttentionInterface.register("fp8", attend)
+    transformers.AttentionMaskInterface.register("fp8", eager_mask)
+    return tiny_models.shortfalls(model, prompt, answer, "fp8")
+
+
+FP8 = BF16 | FA3 | {"kv_cache_dtype": "fp8_e4m3"}
 NO_OVERLAP = {"disable_overlap_schedule": True}
 
 CASES = [
@@ -145,13 +207,25 @@ CASES = [
     MusaCase("Llama, batch reversed", LLAMA, REVERSED, {}),
     MusaCase("Llama, no graphs", LLAMA, arguments=CHUNKS | {"disable_cuda_graph": True}),
     MusaCase("Llama, without overlap", LLAMA, arguments=CHUNKS | NO_OVERLAP),
+    MusaCase(
+        "Llama, keys in fp8", LLAMA, arguments=CHUNKS | FP8, limit=3 * LIMIT,
+        shortfalls=shortfalls_over_fp8,
+    ),
+    prefill_graphs("Llama, prefill graphs", LLAMA),
+    prefill_graphs("Gemma-3, prefill graphs", GEMMA_3),
+    prefill_graphs("Llama, breakable prefill graphs", LLAMA, "breakable"),
     MusaCase("Qwen3-MoE", QWEN_3_MOE, EXPERTS),
     MusaCase("Gemma-2", GEMMA_2),
+    MusaCase(
+        "Gemma-2, outputs compared", GEMMA_2, arguments=CHUNKS | {"disable_cuda_graph": True},
+        environ={envs.CHECK: "output"},
+    ),
     MusaCase("Gemma-3", GEMMA_3),
     MusaCase("OLMo-3", OLMO_3),
     # A near tie between experts changes log-probabilities by 0.2.
     MusaCase("GPT-OSS", GPT_OSS, EXPERTS, arguments=CHUNKS | FA3, limit=8 * LIMIT),
     MusaCase("MLA", MLA_DENSE, arguments=CHUNKS | BF16, limit=8 * LIMIT),
+    MusaCase("MLA with experts", MLA_EXPERTS, EXPERTS, CHUNKS | BF16, limit=8 * LIMIT),
     MusaCase(
         "MLA, one-shot prefix", MLA_DENSE, TWICE, CHUNKS | BF16,
         {"SGLANG_CHUNKED_PREFIX_CACHE_THRESHOLD": "1"}, limit=8 * LIMIT,
@@ -163,6 +237,7 @@ CASES = [
     ),
     MusaCase("EAGLE, a chain", LLAMA, SPECULATIVE, CHAIN, draft=EAGLE),
     MusaCase("EAGLE, a tree", LLAMA, SPECULATIVE, TREE, draft=EAGLE),
+    MusaCase("EAGLE, a cached prefix", LLAMA, DRAFTS_BEHIND_A_PREFIX, CHAIN, draft=EAGLE),
     MusaCase("STANDALONE", LLAMA, SPECULATIVE, ALONE, draft=LLAMA),
     MusaCase("tensor parallel 2", LLAMA, arguments=CHUNKS | {"tp_size": 2}),
     MusaCase("pipeline parallel 2", LLAMA, arguments=CHUNKS | {"pp_size": 2}),
@@ -175,23 +250,31 @@ def run_case(
     case: MusaCase,
     *,
     environ: Mapping[str, str] | None = None,
-    before_boot: Callable[[], None] = mccl.stand_in,
+    before_boot: Callable[[], None] | None = None,
 ) -> EngineRun:
     """Boot the engine of ``case`` and ask it."""
     draft = (
         {} if case.draft is None else {"speculative_draft_model_path": str(musa.model(case.draft))}
     )
-    return musa.run(
+    usually = stand_ins.collectives
+    if case.captures_prefill:
+        usually = stand_ins.collectives_and_compiled_prefill
+    run = musa.run(
         EngineCase(
             musa.model(case.model),
             case.phases,
-            {**case.arguments, **draft},
+            named_as_in(installed_release(), {**case.arguments, **draft}),
             {envs.RAW_PREFILL: "on", **case.environ, **(environ or {})},
-            before_boot=before_boot,
+            before_boot=before_boot or usually,
             usual=usual(installed_release()),
+            logprobs=not case.captures_prefill,
         ),
         timeout=300.0,
     )
+    if case.captures_prefill:
+        in_graphs = re.findall(r"Prefill batch.* graph: (\w+)", musa.last_log.read_text())
+        assert set(in_graphs) == {"True"}, "SGLang ran prefill outside of its graphs"
+    return run
 
 
 def require_right_tokens(musa: EngineServer, case: MusaCase, run: EngineRun) -> None:
@@ -226,5 +309,5 @@ def worst(musa: EngineServer, case: MusaCase, outputs: list[Output]) -> float:
     model = musa.model(case.model)
     gaps: list[float] = []
     for output, request in zip(outputs, case.requests, strict=True):
-        gaps += musa.call(tiny_models.shortfalls, model, request.prompt, output.tokens)
+        gaps += musa.call(case.shortfalls, model, request.prompt, output.tokens)
     return max(gaps, default=0.0)

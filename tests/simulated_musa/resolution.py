@@ -92,6 +92,7 @@ KINDS = [
     _text("Llama, `--kv-cache-dtype fp8_e4m3`", _LLAMA, _NAME, kv_cache_dtype="fp8_e4m3"),
     _text("Llama, `--dtype float32`", _LLAMA, _NAME, dtype="float32"),
     _text("Llama, NGRAM", _LLAMA, _NAME, **_NGRAM),
+    _text("Llama, hierarchical cache", _LLAMA, _NAME, enable_hierarchical_cache=True),
     _text("Llama, deterministic inference", _LLAMA, _NAME, enable_deterministic_inference=True),
 ]
 
@@ -104,16 +105,17 @@ class Resolution:
     """Attention backend, of decoding behind the one of prefill where they differ."""
     page_size: int = 0
     draft_backend: str = ""
-    """Of draft models, where one is named."""
+    """Of draft models, where there is one."""
     graphs: str = ""
-    """Graphs of decoding and of prefill."""
+    """What captures decoding, and what prefill; ``off``: nothing."""
     refusal: str = ""
     """The last line of what it raised."""
 
     def __str__(self) -> str:
         if self.refusal:
             return f"refused: {self.refusal}"
-        return f"{self.backend}, {self.page_size}"
+        drafts = f", drafts {self.draft_backend}" if self.draft_backend else ""
+        return f"{self.backend}, {self.page_size}{drafts}"
 
 
 def write_config(kind: Kind, directory: Path) -> None:
@@ -169,31 +171,40 @@ def _read(settled: Any) -> Resolution:
     return Resolution(
         backend=prefill if decode == prefill else f"{prefill} / {decode}",
         page_size=settled.page_size,
-        draft_backend=str(getattr(settled, "speculative_draft_attention_backend", None) or ""),
+        draft_backend=_drafts(settled, decode),
         graphs=_graphs(settled),
     )
 
 
+def _drafts(settled: Any, backend: str) -> str:
+    """Return the backend of the draft model, which is the model's where none is named."""
+    if settled.speculative_draft_model_path is None:
+        return ""
+    return getattr(settled, "speculative_draft_attention_backend", None) or backend
+
+
 def _graphs(settled: Any) -> str:
     config = getattr(settled, "cuda_graph_config", None)
-    if config is None:
-        prefill = "" if getattr(settled, "disable_piecewise_cuda_graph", True) else " and prefill"
-        return "none" if settled.disable_cuda_graph else f"decode{prefill}"
-    return ", ".join(f"{name} {getattr(config, name).backend}" for name in ("decode", "prefill"))
+    if config is None:  # up to 0.5.13
+        decode = "off" if settled.disable_cuda_graph else "full"
+        prefill = "off" if settled.disable_piecewise_cuda_graph else "tc_piecewise"
+    else:
+        decode, prefill = config.decode.backend, config.prefill.backend
+    return f"decode {decode}, prefill {prefill}".replace("disabled", "off")
 
 
 # --- all of them ----------------------------------------------------------------------------------
 
 
-def resolve_all(directory: Path) -> dict[str, dict[str, dict[str, Any]]]:
-    """Return the resolution of every kind by this process's release, each in a forked process: by
+def resolve_all(directory: Path, names: Sequence[str]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Return the resolution of these kinds by this process's release, each in a forked process: by
     this package's mode (``off``, ``auto``) and kind.
     """
     import_engine()
+    chosen = [kind for kind in KINDS if kind.name in names]
     return {
         mode: {
-            kind.name: _in_a_fork(kind, directory / str(number), mode)
-            for number, kind in enumerate(KINDS)
+            kind.name: _in_a_fork(kind, directory / str(KINDS.index(kind)), mode) for kind in chosen
         }
         for mode in MODES
     }
@@ -215,11 +226,17 @@ def _in_a_fork(kind: Kind, directory: Path, mode: str) -> dict[str, Any]:
     return resolution
 
 
-def of_release(sources: Path, directory: Path) -> dict[str, dict[str, Resolution]]:
-    """Return what the release in ``sources`` resolves to, by mode and kind."""
+def of_release(
+    sources: Path, directory: Path, names: Sequence[str]
+) -> dict[str, dict[str, Resolution]]:
+    """Return what the release in ``sources`` resolves to, by mode and kind.
+
+    Kinds that ``names`` leaves out are those of a former call.
+    """
     environment = build.environment(first=[sources])
     directory.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "tests.simulated_musa.resolution", "--one", str(directory)]
+    command += ["--kinds", *names]
     log = directory / "log"
     with log.open("w") as stream:
         done = subprocess.run(
@@ -233,7 +250,11 @@ def of_release(sources: Path, directory: Path) -> dict[str, dict[str, Resolution
         )
     if done.returncode:
         raise RuntimeError(f"{sources} failed; see {log}")
-    (directory / "resolution.json").write_text(done.stdout.splitlines()[-1])
+    kept = directory / "resolution.json"
+    former = json.loads(kept.read_text()) if kept.is_file() else {}
+    new = json.loads(done.stdout.splitlines()[-1])
+    merged = {mode: {**former.get(mode, {}), **new[mode]} for mode in MODES}
+    kept.write_text(json.dumps(merged))
     return read_kept(directory)
 
 
@@ -253,20 +274,24 @@ def table(found: Mapping[str, Mapping[str, Mapping[str, Resolution]]]) -> list[s
     Args:
         found: by mode (``off``, ``auto``), release and kind.
     """
-    lines = ["| Kind | SGLang alone | with this package |", "|---|---|---|"]
+    head = ["Kind", "SGLang alone", "with this package", "Graphs, with this package"]
+    lines = [f"| {' | '.join(head)} |", "|---|---|---|---|"]
     for kind in KINDS:
-        cells = [
-            _cell({release: of[kind.name] for release, of in found[mode].items()}) for mode in MODES
-        ]
-        lines.append(f"| {kind.name} | {cells[0]} | {cells[1]} |")
+        cells = []
+        for mode in MODES:
+            settled = {release: of[kind.name] for release, of in found[mode].items()}
+            cells.append(_cell({release: str(one) for release, one in settled.items()}))
+        # Where the last mode refuses there is nothing to capture.
+        graphs = {release: one.graphs or "–" for release, one in settled.items()}
+        lines.append(f"| {' | '.join([kind.name, *cells, _cell(graphs)])} |")
     return lines
 
 
-def _cell(by_release: Mapping[str, Resolution]) -> str:
-    """Return the resolutions of all releases, those in a row that agree as one."""
+def _cell(by_release: Mapping[str, str]) -> str:
+    """Return the texts of all releases, those in a row that agree as one."""
     runs: list[tuple[str, list[str]]] = []
-    for release, resolution in by_release.items():
-        text = str(resolution).replace("|", "\\|")
+    for release, said in by_release.items():
+        text = said.replace("|", "\\|")
         if runs and runs[-1][0] == text:
             runs[-1][1].append(release)
         else:
@@ -288,11 +313,15 @@ def main() -> None:
     parser.add_argument("--one", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--releases", type=Path, default=ROOT / ".cache" / "releases")
     parser.add_argument("--only", nargs="*", help="versions; all in the folder where none is named")
+    names = [kind.name for kind in KINDS]
+    parser.add_argument(
+        "--kinds", nargs="*", choices=names, default=names, help="the others as in former runs"
+    )
     parser.add_argument("--reuse", action="store_true", help="take results of former runs")
     parser.add_argument("--work", type=Path, default=build.CACHE / "resolution")
     options = parser.parse_args()
     if options.one:
-        print(json.dumps(resolve_all(options.one)))
+        print(json.dumps(resolve_all(options.one, options.kinds)))
         return
     options.work.mkdir(parents=True, exist_ok=True)
     versions = sorted((path.name for path in options.releases.iterdir()), key=_numbers)
@@ -300,7 +329,8 @@ def main() -> None:
     for version in options.only or versions:
         kept = options.work / version
         reused = options.reuse and (kept / "resolution.json").is_file()
-        answer = read_kept(kept) if reused else of_release(options.releases / version, kept)
+        sources = options.releases / version
+        answer = read_kept(kept) if reused else of_release(sources, kept, options.kinds)
         for mode in MODES:
             found[mode][version] = answer[mode]
         print(f"{version}: done", file=sys.stderr, flush=True)

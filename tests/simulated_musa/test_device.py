@@ -93,6 +93,20 @@ def kernels_in_python_are_captured() -> None:
     assert total.tolist() == [3.0] * 4
 
 
+def triton_multiplies_in_every_type() -> None:
+    """Triton's interpreter takes the bits of bfloat16 for integers where nothing helps it."""
+    import torch
+
+    from tests.simulated_musa.triton_kernels import multiply
+
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        left, right = (torch.randn(16, 16).to(dtype) for _ in range(2))
+        product = torch.zeros(16, 16, device="musa")
+        multiply[(1,)](left.to("musa"), right.to("musa"), product, 16)
+        exact = left.double() @ right.double()
+        assert torch.allclose(product.cpu().double(), exact, atol=2e-2), dtype
+
+
 def streams_are_told_apart() -> None:
     """Work can be issued on another stream for a while."""
     other = torch_musa().Stream()
@@ -121,6 +135,7 @@ CHECKS = [
     graphs_do_their_work_again,
     a_capture_waits_for_nothing,
     kernels_in_python_are_captured,
+    triton_multiplies_in_every_type,
     streams_are_told_apart,
     the_identity_check_is_passed_honestly,
 ]

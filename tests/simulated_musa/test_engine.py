@@ -10,7 +10,7 @@ from __future__ import annotations
 import pytest
 
 from tests.engine.test_engine import keep_plans_for_ever
-from tests.simulated_musa import cases, mccl
+from tests.simulated_musa import cases, stand_ins
 from tests.simulated_musa.cases import CASES, MusaCase, run_case, worst
 from tests.support.engine import EngineFailed, EngineRun, EngineServer
 
@@ -51,7 +51,7 @@ def test_raw_keys_serve_prefill(case: MusaCase, run: EngineRun) -> None:
 
 def keep_plans_too_long() -> None:
     """Make the mistake that this package prevents: a plan serves every pass of its geometry."""
-    mccl.stand_in()
+    stand_ins.collectives()
     keep_plans_for_ever()
 
 

@@ -91,6 +91,8 @@ class EngineCase:
     """
     usual: Mapping[str, Any] = field(default_factory=lambda: {**ENGINE_ARGUMENTS, **OURS})
     """Arguments of every engine on this kind of device; ``arguments`` go over them."""
+    logprobs: bool = True
+    """Whether requests ask for log-probabilities, which keep SGLang from graphs of some kinds."""
 
 
 @dataclass(frozen=True)
@@ -157,6 +159,8 @@ class EngineServer:
         # directory.
         self._address = str(Path(tempfile.mkdtemp(prefix="engine-")) / "socket")
         self._log = self._directory / "server.log"
+        self.last_log = self._log
+        """Of the task that was sent last."""
         self._tasks = 0
         self._models: dict[str, Path] = {}
         self._known: dict[str, Any] = {}
@@ -174,7 +178,7 @@ class EngineServer:
     def call(self, function: Callable[..., Any], *arguments: Any, timeout: float = 120.0) -> Any:
         """The result of ``function(*arguments)`` in a forked process; both must pickle."""
         self._tasks += 1
-        log = self._directory / f"{self._tasks}-{function.__name__}.log"
+        log = self.last_log = self._directory / f"{self._tasks}-{function.__name__}.log"
         with self._connect() as connection:
             connection.send((log, function, arguments))
             task: int = connection.recv()
@@ -367,7 +371,8 @@ def ask_engine(case: EngineCase) -> EngineRun:
         reports = [reports_of(engine)]
         phases = []
         for requests in case.phases:
-            phases.append(engine.loop.run_until_complete(_phase(engine, requests)))
+            outputs = engine.loop.run_until_complete(_phase(engine, requests, case.logprobs))
+            phases.append(outputs)
             reports.append(reports_of(engine))
         return EngineRun(phases, reports)
 
@@ -423,14 +428,14 @@ def reports_of(engine: Any) -> list[dict[str, Any]]:
     return [report for state in states for report in state.get("sglang_musa_ext", [])]
 
 
-async def _phase(engine: Any, requests: Sequence[Request]) -> list[Output]:
+async def _phase(engine: Any, requests: Sequence[Request], logprobs: bool) -> list[Output]:
     """The outputs of ``requests``; those with ``after`` wait for the first one."""
     progress = asyncio.Condition()
     produced = 0
 
     async def first(request: Request) -> Output:
         nonlocal produced
-        stream = await engine.async_generate(**_arguments_of(request), stream=True)
+        stream = await engine.async_generate(**_arguments_of(request, logprobs), stream=True)
         async for answer in stream:
             async with progress:
                 produced = answer["meta_info"]["completion_tokens"]
@@ -440,30 +445,30 @@ async def _phase(engine: Any, requests: Sequence[Request]) -> list[Output]:
     async def later(request: Request) -> Output:
         async with progress:
             await progress.wait_for(lambda: produced >= request.after)
-        return _output(await engine.async_generate(**_arguments_of(request)))
+        return _output(await engine.async_generate(**_arguments_of(request, logprobs)))
 
     if any(request.after for request in requests):
         return list(await asyncio.gather(first(requests[0]), *map(later, requests[1:])))
-    arguments = [_arguments_of(request) for request in requests]
+    arguments = [_arguments_of(request, logprobs) for request in requests]
     batch = {name: [each[name] for each in arguments] for name in ("input_ids", "sampling_params")}
     if any(request.adapter for request in requests):
         batch["lora_path"] = [request.adapter for request in requests]
-    answers = await engine.async_generate(**batch, return_logprob=True)
+    answers = await engine.async_generate(**batch, return_logprob=logprobs)
     return [_output(answer) for answer in answers]
 
 
-def _arguments_of(request: Request) -> dict[str, Any]:
+def _arguments_of(request: Request, logprobs: bool) -> dict[str, Any]:
     sampling = {"temperature": 0, "max_new_tokens": request.new_tokens, "ignore_eos": True}
     arguments = {"input_ids": list(request.prompt), "sampling_params": sampling}
     adapter = {} if request.adapter is None else {"lora_path": request.adapter}
-    return arguments | adapter | {"return_logprob": True}
+    return arguments | adapter | {"return_logprob": logprobs}
 
 
 def _output(answer: dict[str, Any]) -> Output:
     about = answer["meta_info"]
-    chosen = about["output_token_logprobs"]
+    chosen = about.get("output_token_logprobs", ())
     return Output(
-        tokens=[token for _, token, *_ in chosen],
+        tokens=list(answer["output_ids"]),
         logprobs=[logprob for logprob, *_ in chosen],
         prompt_tokens=about["prompt_tokens"],
         cached_tokens=about["cached_tokens"],

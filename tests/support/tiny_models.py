@@ -228,14 +228,15 @@ def greedy(
     return [_greedy(network, list(prompt), new_tokens) for prompt in prompts]
 
 
-def _network(model: Path) -> Any:
+def _network(model: Path, attention: str = "eager") -> Any:
     """The model in transformers, of the very class that wrote the checkpoint."""
     import torch
     import transformers
 
     (architecture,) = json.loads((model / "config.json").read_text())["architectures"]
     network = getattr(transformers, architecture)
-    return network.from_pretrained(model, dtype=torch.float32, attn_implementation="eager").eval()
+    loaded = network.from_pretrained(model, dtype=torch.float32, attn_implementation=attention)
+    return loaded.eval()
 
 
 def embeddings(model: Path, prompts: Sequence[Sequence[int]], position: int) -> list[list[float]]:
@@ -269,14 +270,16 @@ def _greedy(network: Any, prompt: list[int], new_tokens: int) -> tuple[list[int]
     return tokens, logprobs
 
 
-def shortfalls(model: Path, prompt: Sequence[int], answer: Sequence[int]) -> list[float]:
-    """How much less probable than the best one each token of ``answer`` is according to
+def shortfalls(
+    model: Path, prompt: Sequence[int], answer: Sequence[int], attention: str = "eager"
+) -> list[float]:
+    """Return by how much less probable than the best one each token of ``answer`` is according to
     transformers, in float32, after the same text: differences of log-probabilities, 0 for the best.
     """
     import torch
 
     torch.set_num_threads(1)
-    network = _network(model)
+    network = _network(model, attention)
     with torch.inference_mode():
         logits = network(torch.tensor([[*prompt, *answer]]), use_cache=False).logits[0]
     scores = logits[len(prompt) - 1 : -1].log_softmax(-1)

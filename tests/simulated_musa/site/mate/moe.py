@@ -13,6 +13,7 @@ def moe_fused_gate(
     topk: int,
     num_fused_shared_experts: int = 0,
     routed_scaling_factor: float = 1.0,
+    renormalize: bool = True,
     apply_routed_scaling_factor_on_output: bool = False,
     **_: object,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -26,6 +27,7 @@ def moe_fused_gate(
         topk: experts a token gets, fused shared ones included.
         num_fused_shared_experts: experts behind the routed ones that every token gets.
         routed_scaling_factor: the share of a shared expert is the routed ones' sum over it.
+        renormalize: whether the routed weights add up to 1.
         apply_routed_scaling_factor_on_output: whether weights are multiplied by it.
 
     Returns:
@@ -48,7 +50,8 @@ def moe_fused_gate(
         weights = torch.cat(
             [weights, (total / routed_scaling_factor).expand(tokens, len(shared))], dim=1
         )
-    weights = weights / total
+    if renormalize:
+        weights = weights / total
     if apply_routed_scaling_factor_on_output:
         weights = weights * routed_scaling_factor
     return weights, chosen.int()

@@ -38,6 +38,11 @@ def install() -> None:
             _MUSAC.record(step)
 
     executor.__call__ = call
+    builder: Any = interpreter.InterpreterBuilder
+    multiply = builder.create_dot
+    builder.create_dot = lambda self, a, b, *rest: multiply(
+        self, _without_bfloat16(a), _without_bfloat16(b), *rest
+    )
     # The arguments are in host memory already, and are written in place.
     executor._init_args_hst = lambda self, args, kwargs: (list(args), kwargs)
     executor._restore_args_dev = lambda self, *_: None
@@ -50,3 +55,16 @@ def _argument(value: Any, computed_with: bool) -> Any:
     if isinstance(value, bool) and computed_with:
         return int(value)
     return on_host(value)
+
+
+def _without_bfloat16(value: Any) -> Any:
+    """Return ``value`` in float32 if it is bfloat16, whose bits the interpreter multiplies as
+    integers.
+    """
+    import numpy
+    import triton.language as tl
+
+    if value.dtype.scalar != tl.bfloat16:
+        return value
+    bits = value.data.astype(numpy.uint32) << 16
+    return type(value)(bits.view(numpy.float32), tl.float32)

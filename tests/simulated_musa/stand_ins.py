@@ -1,15 +1,16 @@
-"""A stand-in of the collectives that SGLang calls in the vendor's ``libmccl`` directly, by raw
-addresses.
+"""What engines on the simulated GPU have different from SGLang's own: collectives, for which SGLang
+calls the vendor's ``libmccl`` by raw addresses, and what is compiled.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 from collections.abc import Iterator
 from typing import Any
 
 
-def stand_in() -> None:
+def collectives() -> None:
     """Let SGLang's tensor-parallel groups reduce through the process group that they are attached
     to.
 
@@ -52,3 +53,23 @@ def stand_in() -> None:
             dist.all_gather_into_tensor(output, tensor, group=self.group)
 
     pynccl.PyNcclCommunicator = Communicator
+
+
+def collectives_and_compiled_prefill() -> None:
+    """Let SGLang compile prefill into pieces, which it captures; what Inductor would compile, which
+    has no code for this device, runs as it is.
+    """
+    import torch
+
+    collectives()
+    dynamo: Any = importlib.import_module("torch._dynamo.config")
+    dynamo.disable = False
+    original: Any = torch.compile
+
+    def compile_pieces(model: Any = None, *, backend: Any = "inductor", **options: Any) -> Any:
+        """Return ``model`` compiled for SGLang's own backend alone."""
+        if backend == "inductor":
+            return model if model is not None else lambda function: function
+        return original(model, backend=backend, **options)
+
+    vars(torch)["compile"] = compile_pieces
