@@ -90,6 +90,18 @@ def choose_kernels(settings: Settings, device: str) -> KernelChoice:
     return KernelChoice(None, (reason,))
 
 
+def device_for(kernels: str, is_available: Callable[[str], bool]) -> str:
+    """Return the kind of device to run ``kernels`` on; with ``auto`` the first that has some.
+
+    Args:
+        kernels: ``auto``, ``mate``, ``hopper`` or ``reference``.
+        is_available: whether PyTorch sees a kind of device; a CPU is always there.
+    """
+    if kernels != "auto":
+        return DEVICE_OF_KERNELS[kernels]
+    return next(kind for kind in KERNELS_OF_DEVICE if kind == "cpu" or is_available(kind))
+
+
 def reason_against_capability(capability: tuple[int, int]) -> str | None:
     """Return why MATE cannot serve a device of this MP version; ``None``: it can."""
     if capability >= MINIMUM_CAPABILITY:

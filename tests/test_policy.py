@@ -143,3 +143,18 @@ def test_what_upstream_names_for_a_model_stays_but_where_it_means_no_device_of_o
     reasons = policy.reasons_against_fa3_in_place_of(named, asked)
     assert (reasons == ()) == taken
     assert taken or named in reasons[0]
+
+
+@pytest.mark.parametrize(
+    ("kernels", "visible", "device"),
+    [
+        ("auto", "musa", "musa"),
+        ("auto", "cuda", "cpu"),
+        ("mate", "cuda", "musa"),
+        ("hopper", "musa", "cuda"),
+        ("reference", "musa", "cpu"),
+    ],
+)
+def test_device_of_kernels(kernels: str, visible: str, device: str) -> None:
+    """Named kernels say their device; others run where some serve unasked, a CPU at the last."""
+    assert policy.device_for(kernels, lambda kind: kind == visible) == device

@@ -126,9 +126,9 @@ class PlanStatistics:
             "reuses",
         )
         by_plans = sorted((+self.passes_by_plans).items())
-        return {name: getattr(self, name) for name in names} | {
-            "passes_by_plans": {str(plans): passes for plans, passes in by_plans}
-        }
+        counts: dict[str, Any] = {name: getattr(self, name) for name in names}
+        counts["passes_by_plans"] = {str(plans): passes for plans, passes in by_plans}
+        return counts
 
 
 @dataclass(frozen=True)

@@ -210,10 +210,10 @@ def _measured_again(earlier: Mapping[str, Any], later: Mapping[str, Any]) -> dic
 
 def of_kinds(result: Mapping[str, Any], kinds: Sequence[str]) -> dict[str, Any]:
     """Return ``result`` with the places of these kinds alone."""
-    models = {
-        name: model | {"points": [point for point in model["points"] if point["kind"] in kinds]}
-        for name, model in result["models"].items()
-    }
+    models = {}
+    for name, model in result["models"].items():
+        points = [point for point in model["points"] if point["kind"] in kinds]
+        models[name] = {**model, "points": points}
     return {**result, "models": models}
 
 

@@ -294,10 +294,10 @@ def judge(point: Point, off: float) -> None:
 
 def passes(rows: Rows, mode: str, batch: int, peer: str) -> Rows:
     """Return the passes of this mode, batch and peer that follow one of this mode and batch."""
-    chosen = [
-        row for before, row in itertools.pairwise(rows)
-        if all(each["mode"] == mode and each["batch"] == batch for each in (before, row))
-    ]  # fmt: skip
+    wanted = (mode, batch)
+    kinds = [(row["mode"], row["batch"]) for row in rows]
+    pairs = zip(rows[1:], itertools.pairwise(kinds), strict=False)
+    chosen = [row for row, (before, own) in pairs if before == own == wanted]
     # The first ones still fill the pipeline of the scheduler.
     return [row for row in chosen[3:] if row["peer"] == peer]
 

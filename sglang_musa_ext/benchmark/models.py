@@ -121,11 +121,9 @@ def context_limit(folder: Path) -> int | None:
 
 def within(model: Model, longest: int) -> Model:
     """Return ``model`` without the places of longer prompts than ``longest`` tokens."""
-    return replace(
-        model,
-        contexts=tuple(length for length in model.contexts if length <= longest),
-        prefills=tuple(length for length in model.prefills if length <= longest),
-    )
+    contexts = tuple(length for length in model.contexts if length <= longest)
+    prefills = tuple(length for length in model.prefills if length <= longest)
+    return replace(model, contexts=contexts, prefills=prefills)
 
 
 def quick(model: Model) -> Model:

@@ -7,7 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from sglang_musa_ext.benchmark.probe import OURS
-from sglang_musa_ext.benchmark.report import TITLES, Place, Saving, fit, places, planned, savings
+from sglang_musa_ext.benchmark.report import (
+    TITLES,
+    Place,
+    Saving,
+    fit,
+    places,
+    planned_by,
+    savings,
+    traced,
+)
 
 
 def draw(result: Mapping[str, Any], out: Path) -> list[Path]:
@@ -39,14 +48,12 @@ def _draw_ratios(every: Sequence[Place], result: Mapping[str, Any], page: Path) 
     """Ours over upstream at every place, with the spread; a row of axes for each kind of pass."""
     from matplotlib import pyplot
 
-    kinds = [
-        kind for kind in TITLES if any(place.kind == kind and place.ratio(OURS) for place in every)
-    ]
-    height = 1.2 + 0.22 * sum(place.ratio(OURS) is not None for place in every) + 0.9 * len(kinds)
-    chosen = {
-        kind: [place for place in every if place.kind == kind and place.ratio(OURS)]
-        for kind in kinds
-    }
+    chosen: dict[str, list[Place]] = {}
+    for place in every:
+        if place.ratio(OURS) is not None:
+            chosen.setdefault(place.kind, []).append(place)
+    kinds = [kind for kind in TITLES if kind in chosen]
+    height = 1.2 + 0.22 * sum(map(len, chosen.values())) + 0.9 * len(kinds)
     figure, axes = pyplot.subplots(
         len(kinds), 1, figsize=(9, height), sharex=True, squeeze=False,
         gridspec_kw={"height_ratios": [len(rows) + 1 for rows in chosen.values()]},
@@ -80,11 +87,7 @@ def _draw_plans(result: Mapping[str, Any], page: Path) -> Path:
     """Kernels in a pass that compute plans, by model and peer."""
     from matplotlib import pyplot
 
-    rows = [
-        (model, mode, {peer: planned(result, model, mode, peer) for peer in result["peers"]})
-        for model, contest in result["models"].items()
-        for mode in dict.fromkeys(trace["mode"] for trace in contest["traces"])
-    ]
+    rows = [(model, mode, planned_by(result, model, mode)) for model, mode in traced(result)]
     figure, axis = pyplot.subplots(figsize=(9, 1.5 + 0.45 * len(rows)))
     width = 0.8 / max(len(result["peers"]), 1)
     for index, (peer, colour) in enumerate(
@@ -102,10 +105,8 @@ def _draw_plans(result: Mapping[str, Any], page: Path) -> Path:
         axis.bar_label(
             drawn, [f"{each['plans']:g}" if each else "not traced" for each in counts], fontsize=8
         )
-    axis.set_yticks(
-        [position + 0.4 - width / 2 for position in range(len(rows))],
-        [f"{m}, {k}" for m, k, _ in rows],
-    )
+    middles = [position + 0.4 - width / 2 for position in range(len(rows))]
+    axis.set_yticks(middles, [f"{model}, {mode}" for model, mode, _ in rows])
     axis.invert_yaxis()
     axis.set_xlabel("kernels in a pass that compute scheduler metadata")
     axis.legend(fontsize=8)
@@ -120,9 +121,9 @@ def _draw_savings(results: Sequence[Saving], page: Path) -> Path:
     figure, axis = pyplot.subplots(figsize=(6.5, 5))
     for model in dict.fromkeys(saving.place.model for saving in results):
         points = [saving for saving in results if saving.place.model == model]
-        axis.plot(
-            [s.plans for s in points], [s.microseconds for s in points], "o", label=model, alpha=0.7
-        )
+        fewer = [saving.plans for saving in points]
+        saved = [saving.microseconds for saving in points]
+        axis.plot(fewer, saved, "o", label=model, alpha=0.7)
     ends = [0.0, max(saving.plans for saving in results) + 1]
     line = [besides + each * end for end in ends]
     axis.plot(

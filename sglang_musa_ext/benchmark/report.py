@@ -6,7 +6,7 @@ Everything here is worked out from ``bench.json`` alone, so a report can be draw
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -327,21 +327,44 @@ def planned(result: Mapping[str, Any], model: str, mode: str, peer: str) -> dict
     ]
     if not traces:
         return None
-    plans = [
-        sum(count for name, (count, _) in trace.items() if PLANNER in name) for trace in traces
-    ]
-    micros = [
-        sum(total for name, (_, total) in trace.items() if PLANNER in name) for trace in traces
-    ]
-    calls = [sum(count for name, (count, _) in trace.items() if _attends(name)) for trace in traces]
-    each = sum(micros) / sum(plans) if sum(plans) else 0.0
-    device = statistics.median(sum(total for _, total in trace.values()) for trace in traces)
+    plans, micros = zip(*(_sums(trace, _plans) for trace in traces), strict=True)
+    calls = [_sums(trace, _attends)[0] for trace in traces]
+    device = [_sums(trace, bool)[1] for trace in traces]
     return {
         "plans": statistics.median(plans),
-        "each": each,
+        "each": sum(micros) / sum(plans) if sum(plans) else 0.0,
         "calls": statistics.median(calls),
-        "device": device,
+        "device": statistics.median(device),
     }
+
+
+def planned_by(
+    result: Mapping[str, Any], model: str, mode: str
+) -> dict[str, dict[str, float] | None]:
+    """Return :func:`planned` of each peer."""
+    return {peer: planned(result, model, mode, peer) for peer in result["peers"]}
+
+
+def traced(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the models and modes whose kernels were traced."""
+    return [
+        (model, mode)
+        for model, contest in result["models"].items()
+        for mode in dict.fromkeys(trace["mode"] for trace in contest["traces"])
+    ]
+
+
+def _sums(
+    trace: Mapping[str, Sequence[float]], chosen: Callable[[str], bool]
+) -> tuple[float, float]:
+    """Return how many kernels of chosen names a trace has, and their microseconds."""
+    kernels = [kernel for name, kernel in trace.items() if chosen(name)]
+    counts, micros = zip(*kernels, strict=True) if kernels else ((), ())
+    return sum(counts), sum(micros)
+
+
+def _plans(name: str) -> bool:
+    return PLANNER in name
 
 
 def _attends(name: str) -> bool:
@@ -351,26 +374,17 @@ def _attends(name: str) -> bool:
 def planners(result: Mapping[str, Any]) -> list[list[str]]:
     """The table of plans in a pass."""
     rows = []
-    for model, contest in result["models"].items():
-        for mode in dict.fromkeys(trace["mode"] for trace in contest["traces"]):
-            sides = {peer: planned(result, model, mode, peer) for peer in result["peers"]}
-            right = sides.get(baseline_of(result))
-            for peer, kernels in sides.items():
-                if kernels:
-                    row = [
-                        model,
-                        mode,
-                        peer,
-                        f"{kernels['plans']:g}",
-                        f"{kernels['each']:.2f}",
-                        f"{kernels['calls']:g}",
-                    ]
-                    over = (
-                        f"{kernels['device'] / right['device']:.3f}"
-                        if right and right["device"]
-                        else "–"
-                    )
-                    rows.append([*row, f"{kernels['device']:.0f}", over])
+    for model, mode in traced(result):
+        sides = planned_by(result, model, mode)
+        right = sides.get(baseline_of(result))
+        for peer, kernels in sides.items():
+            if kernels is None:
+                continue
+            counts = [f"{kernels['plans']:g}", f"{kernels['each']:.2f}", f"{kernels['calls']:g}"]
+            device, over = kernels["device"], "–"
+            if right and right["device"]:
+                over = f"{device / right['device']:.3f}"
+            rows.append([model, mode, peer, *counts, f"{device:.0f}", over])
     return rows
 
 

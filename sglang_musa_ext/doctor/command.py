@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 import textwrap
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -87,11 +88,11 @@ def as_json(results: Sequence[CheckResult]) -> str:
 
 def as_text(results: Sequence[CheckResult], width: int = 110) -> str:
     """The report for people: a row for each check, with the next step below what needs one."""
-    counts = {status: sum(result.status is status for result in results) for status in CheckStatus}
+    counts = Counter(result.status for result in results)
     supported = ", ".join(release.version for release in releases.SUPPORTED_RELEASES)
     lines = [
         f"sglang-musa-ext {__version__}: "
-        + ", ".join(f"{count} {status.value}" for status, count in counts.items()),
+        + ", ".join(f"{counts[status]} {status.value}" for status in CheckStatus),
         *textwrap.wrap(
             f"SGLang releases it is tested with: {supported}", width, break_on_hyphens=False
         ),

@@ -282,8 +282,11 @@ def _answer(engine: Any, question: SimpleNamespace) -> dict[str, Any]:
         input_ids=question.prompts, sampling_params=sampling, return_logprob=True,
         **_options(engine, question.options),
     )  # fmt: skip
-    chosen = [answer["meta_info"]["output_token_logprobs"] for answer in answers]
-    tokens, logprobs = ([[entry[index] for entry in row] for row in chosen] for index in (1, 0))
+    tokens, logprobs = [], []
+    for answer in answers:
+        chosen = answer["meta_info"]["output_token_logprobs"]
+        tokens.append([entry[1] for entry in chosen])
+        logprobs.append([entry[0] for entry in chosen])
     return {"tokens": tokens, "logprobs": logprobs}
 
 

@@ -25,7 +25,7 @@ from sglang_musa_ext.validation.engine import (
     build_model,
     guarded,
 )
-from sglang_musa_ext.validation.report import FAIL, PASS, Outcome
+from sglang_musa_ext.validation.report import FAIL, PASS, Outcome, total
 
 PART = "bench"
 PROMPT = 200
@@ -66,9 +66,7 @@ class Bench:
             for variant in (reuse, each)
         ]
         answers = [engine.ask(_prompts(4), self.steps) for engine in engines]
-        reused = [
-            sum(report["statistics"]["reuses"] for report in engine.reports()) for engine in engines
-        ]
+        reused = [total(engine.reports(), "reuses") for engine in engines]
         values = {"layers": sizes["layers"], "reuses": reused[0], "reuses without": reused[1]}
         if answers[0]["tokens"] != answers[1]["tokens"]:
             return Outcome(
@@ -107,10 +105,11 @@ class Bench:
 
 
 def _prompts(batch: int) -> list[list[int]]:
-    return [
-        [(5 * position + 17 * row) % (VOCABULARY - 8) + 4 for position in range(PROMPT)]
-        for row in range(batch)
-    ]
+    return [_prompt(row) for row in range(batch)]
+
+
+def _prompt(row: int) -> list[int]:
+    return [(5 * position + 17 * row) % (VOCABULARY - 8) + 4 for position in range(PROMPT)]
 
 
 def run(

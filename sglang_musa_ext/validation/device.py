@@ -21,7 +21,7 @@ Emit = Callable[[Mapping[str, Any]], None]
 
 
 def find_device(options: argparse.Namespace) -> torch.device:
-    """The device that was asked for, or with ``auto`` the one that the kernels are for.
+    """Return the device that was asked for, or with ``auto`` the one that the kernels are for.
 
     Raises:
         KernelsUnavailable: it is not there.
@@ -29,11 +29,7 @@ def find_device(options: argparse.Namespace) -> torch.device:
     import_vendor_modules()
     if options.device != "auto":
         return torch.device(options.device)
-    # With the kernels left open they are those of the device that is there; an NVIDIA GPU has none
-    # unasked.
-    kind = policy.DEVICE_OF_KERNELS.get(options.kernels) or (
-        "musa" if is_available("musa") else "cpu"
-    )
+    kind = policy.device_for(options.kernels, is_available)
     if kind != "cpu" and not is_available(kind):
         raise KernelsUnavailable(
             f"PyTorch {torch.__version__} sees no {kind} device, which --kernels {options.kernels} "
@@ -43,7 +39,7 @@ def find_device(options: argparse.Namespace) -> torch.device:
 
 
 def kernels_for(options: argparse.Namespace) -> tuple[FA3Kernels, torch.device]:
-    """The provider that was asked for, and its device."""
+    """Return the provider that was asked for, and its device."""
     device = find_device(options)
     if device.type == "cpu":
         # The tensors are small, and threads that wait for one another take longer than the work.

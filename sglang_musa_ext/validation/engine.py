@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_musa_ext.engines.process import Engine, EngineDied, engine
-from sglang_musa_ext.validation.report import FAIL, PASS, SKIP, Outcome
+from sglang_musa_ext.validation.report import FAIL, PASS, SKIP, Outcome, total
 
 PART = "engine"
 VOCABULARY = 512
@@ -82,11 +82,12 @@ def prompts(quick: bool) -> list[list[list[int]]]:
     One is longer than 256 tokens: up to that MATE splits nothing, so that no call has a plan.
     """
     lengths = (5, 70, 300) if quick else (5, 63, 64, 70, 200, 400)
-    first = [
-        [(7 * position + 31 * length) % (VOCABULARY - 8) + 4 for position in range(length)]
-        for length in lengths
-    ]
+    first = [_prompt(length) for length in lengths]
     return [first, [[*prompt, 9, 8, 7] for prompt in first]]
+
+
+def _prompt(length: int) -> list[int]:
+    return [(7 * position + 31 * length) % (VOCABULARY - 8) + 4 for position in range(length)]
 
 
 @contextmanager
@@ -150,13 +151,10 @@ class EngineCases:
         with booted(variant, self.model, self.options.device) as served:
             answers = [served.ask(phase, count) for phase in prompts(self.options.quick)]
             reports = served.reports()
-        tokens, logprobs = (
-            [row for answer in answers for row in answer[what]] for what in ("tokens", "logprobs")
-        )
-        self.answers[variant.name] = Answer(tokens, logprobs, reports)
-        return Outcome(
-            PART, "", PASS, "", {"requests": len(tokens), "tokens": sum(map(len, tokens))}
-        )
+        tokens = joined(answers, "tokens")
+        self.answers[variant.name] = Answer(tokens, joined(answers, "logprobs"), reports)
+        counts = {"requests": len(tokens), "tokens": sum(map(len, tokens))}
+        return Outcome(PART, "", PASS, "", counts)
 
     def _served(self, variant: Variant) -> Outcome:
         reports = self._answer(variant).reports
@@ -204,9 +202,9 @@ class EngineCases:
         )
 
     def _plans(self, variant: Variant) -> Outcome:
-        counts = [report["statistics"] for report in self._answer(variant).reports]
+        reports = self._answer(variant).reports
         names = ("passes", "planned_calls", "plans", "reuses")
-        sums = {name: sum(count[name] for count in counts) for name in names}
+        sums = {name: total(reports, name) for name in names}
         good = sums["plans"] == sums["passes"] > 0
         reason = "" if good else "layers of one geometry need one plan a pass"
         return Outcome(PART, "", PASS if good else FAIL, reason, sums)
@@ -215,6 +213,11 @@ class EngineCases:
         if variant.name not in self.answers:
             raise Missing(f"{variant.name} gave no answer")
         return self.answers[variant.name]
+
+
+def joined(replies: Sequence[Mapping[str, Any]], name: str) -> list[Any]:
+    """Return what an engine's replies hold under ``name``, request after request."""
+    return [row for reply in replies for row in reply[name]]
 
 
 class Missing(LookupError):

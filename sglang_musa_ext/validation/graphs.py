@@ -133,13 +133,6 @@ class Layer:
                 self.arguments[name].copy_(value)
         self.batch = batch
 
-    @property
-    def sequences(self) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """q, k and v of each request."""
-        if isinstance(self.batch, Latent):
-            return self.batch.sequences
-        return list(zip(self.batch.q, self.batch.k, self.batch.v, strict=True))
-
 
 Lengths = tuple[tuple[int, ...], ...]
 LENGTHS: Lengths = ((1, 1, 1, 1), (5000, 3, 64, 700), (10, 8000, 65, 1), (8192, 1, 1, 8192))
@@ -242,7 +235,9 @@ class _Captured:
         for layer, output in zip(self.layers, self.outputs, strict=True):
             options = float64_options(layer.batch, layer.options)
             # The next replay writes there again.
-            comparisons += compare(output.clone(), layer.sequences, self.setting.dtype, **options)
+            comparisons += compare(
+                output.clone(), layer.batch.sequences, self.setting.dtype, **options
+            )
         return comparisons
 
 

@@ -57,11 +57,9 @@ PLACES = ("/usr/local/cuda/bin", "/opt/cuda/bin")
 
 def names() -> list[str]:
     """Every case."""
-    return [
-        CONTROL,
-        *(f"numerics: {name}" for name in NUMERICS),
-        *(f"graphs: {name}" for name in GRAPHS),
-    ]
+    numerics = [f"numerics: {name}" for name in NUMERICS]
+    graphs = [f"graphs: {name}" for name in GRAPHS]
+    return [CONTROL, *numerics, *graphs]
 
 
 def find_sanitizer() -> str | None:

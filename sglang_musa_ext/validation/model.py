@@ -24,7 +24,7 @@ from sglang_musa_ext.validation.engine import (
     guarded,
     prompts,
 )
-from sglang_musa_ext.validation.report import FAIL, PASS, SKIP, Outcome
+from sglang_musa_ext.validation.report import FAIL, PASS, SKIP, Outcome, total
 
 PART = "model"
 TOKENS = 16
@@ -146,13 +146,13 @@ def judged(ours: Answer, right: Answer, allowed: float, reports: list[dict[str, 
     """Return the outcome for our answers: who served, and how far they are from the right ones."""
     error, same = deviation(ours, right)
     seen = sorted({f"{report['backend']} on {report['kernels']}" for report in reports})
-    counts = [report["statistics"] for report in reports]
+
     values = {
         "log-probability error": error,
         "allowed": allowed,
         "equal tokens": f"{same} of {sum(map(len, right.tokens))}",
-        "plans": sum(count["plans"] for count in counts),
-        "reuses": sum(count["reuses"] for count in counts),
+        "plans": total(reports, "plans"),
+        "reuses": total(reports, "reuses"),
     }
     if not reports or any(report["backend"] != "MusaFA3Backend" for report in reports):
         served_by = "; ".join(seen) or "no backend of this package"

@@ -42,8 +42,9 @@ from sglang_musa_ext.validation.engine import (
     first_difference,
     first_divergence,
     guarded,
+    joined,
 )
-from sglang_musa_ext.validation.report import FAIL, PASS, SKIP, Outcome
+from sglang_musa_ext.validation.report import FAIL, PASS, SKIP, Outcome, total
 
 Emit = Callable[[Mapping[str, Any]], None]
 PART = "modes"
@@ -248,17 +249,18 @@ RAW_PREFILL = BackendChoice(True, True, raw_prefill="on")
 def phases(quick: bool) -> list[list[list[int]]]:
     """Return batches of requests; the last tells whether answers depend on attention."""
     lengths = (5, 70, 700) if quick else (5, 70, 700, 3000)
-    batch = [
-        [(7 * at + 13 * row) % 4000 + 3 for at in range(length)]
-        for row, length in enumerate(lengths)
-    ]
+    batch = [_prompt(length, 7, 13 * row) for row, length in enumerate(lengths)]
     # What comes later finds what came first in the prefix cache: all of it, and all but a suffix.
     return [batch, [batch[0]], [batch[-1]], [[*prompt, 9, 8, 7] for prompt in batch], twins()]
 
 
 def twins() -> list[list[int]]:
     """Return two prompts of one length and last token, which attention alone tells apart."""
-    return [[(step * at + 29) % 4000 + 3 for at in range(99)] + [17] for step in (11, 23)]
+    return [[*_prompt(99, step, 29), 17] for step in (11, 23)]
+
+
+def _prompt(length: int, step: int, first: int) -> list[int]:
+    return [(step * at + first) % 4000 + 3 for at in range(length)]
 
 
 # --- the engines ----------------------------------------------------------------------------------
@@ -384,10 +386,7 @@ class Fleet:
         count, answers = 8 if self.options.quick else 24, []
         for _ in range(2):
             replies = list(self._answers(MODES[name], served, count))
-            tokens, logprobs = (
-                [row for reply in replies for row in reply[what]] for what in ("tokens", "logprobs")
-            )
-            answers.append(Answer(tokens, logprobs, []))
+            answers.append(Answer(joined(replies, "tokens"), joined(replies, "logprobs"), []))
             served.flush()
         return Asked(answers, served.reports())
 
@@ -546,9 +545,11 @@ def judged_equal(ours: Asked, right: Asked, other: Asked | None = None) -> Outco
     first, second = right.both
     own = [deviation(second, first)]
     own += [] if other is None else map(deviation, other.both, right.both)
-    allowed, repeated = 2 * max(error for error, _ in own), min(same for _, same in own)
+    errors, equal = zip(*own, strict=True)
+    allowed, repeated = 2 * max(errors), min(equal)
     compared = [deviation(mine, theirs) for mine, theirs in zip(ours.both, right.both, strict=True)]
-    error, same = max(error for error, _ in compared), min(same for _, same in compared)
+    errors, equal = zip(*compared, strict=True)
+    error, same = max(errors), min(equal)
     total = sum(map(len, first.tokens))
     values = {
         "equal tokens": f"{same} of {total}",
@@ -584,10 +585,7 @@ def judged_plans(
                 for plans, passes in report["statistics"]["passes_by_plans"].items()
             }
         )
-    sums = {
-        name: sum(report["statistics"][name] for report in reports)
-        for name in ("planned_calls", "plans", "reuses")
-    }
+    sums = {name: total(reports, name) for name in ("planned_calls", "plans", "reuses")}
     seen = sorted({f"{report['backend']} on {report['kernels']}" for report in reports})
     values = {"passes by plans": dict(sorted(counts.items())), **sums}
     wrong = []

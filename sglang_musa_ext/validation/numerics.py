@@ -113,6 +113,11 @@ class Batch:
         self.page_table = order.view(-1, width).to(torch.int32).to(device)
         self.capacity = width * shape.page
 
+    @property
+    def sequences(self) -> Sequences:
+        """q, k and v of each request."""
+        return list(zip(self.q, self.k, self.v, strict=True))
+
     def normal(self, *size: int) -> Tensor:
         """Random values of the dtype, on the CPU."""
         return torch.randn(size, generator=self.random).to(self.dtype)
@@ -181,10 +186,8 @@ def compare(
 
     ``sequences`` are q, k, v of each request; ``options`` are those of float64 attention.
     """
-    exact, plain = (
-        [attention(q, k, v, dtype=wanted, **options) for q, k, v in sequences]
-        for wanted in (torch.float64, dtype)
-    )
+    exact = [attention(*tensors, dtype=torch.float64, **options) for tensors in sequences]
+    plain = [attention(*tensors, dtype=dtype, **options) for tensors in sequences]
     seen = (result[0], result[1]) if isinstance(result, tuple) else (result,)
     return [
         Comparison(what, value.detach().cpu(), _joined(exact, index), _joined(plain, index), dtype)
@@ -245,7 +248,7 @@ def paged(setting: Setting, shape: Shape, options: dict[str, Any]) -> list[Compa
     )
     return compare(
         result,
-        list(zip(batch.q, batch.k, batch.v, strict=True)),
+        batch.sequences,
         setting.dtype,
         **float64_options(batch, options),
     )
@@ -259,7 +262,7 @@ def into_given_output(setting: Setting, shape: Shape, options: dict[str, Any]) -
     setting.kernels.flash_attn_with_kvcache(**arguments, scheduler_metadata=plan, out=out)
     return compare(
         out,
-        list(zip(batch.q, batch.k, batch.v, strict=True)),
+        batch.sequences,
         setting.dtype,
         **float64_options(batch, options),
     )
@@ -273,8 +276,9 @@ def second_layer(setting: Setting, shape: Shape, options: dict[str, Any]) -> lis
         result = setting.kernels.flash_attn_with_kvcache(
             **batch.arguments(**options), scheduler_metadata=plan
         )
-        sequences = list(zip(batch.q, batch.k, batch.v, strict=True))
-        comparisons += compare(result, sequences, setting.dtype, **float64_options(batch, options))
+        comparisons += compare(
+            result, batch.sequences, setting.dtype, **float64_options(batch, options)
+        )
     return comparisons
 
 
@@ -289,7 +293,7 @@ def strided_table(setting: Setting, shape: Shape, options: dict[str, Any]) -> li
     )
     return compare(
         result,
-        list(zip(batch.q, batch.k, batch.v, strict=True)),
+        batch.sequences,
         setting.dtype,
         **float64_options(batch, options),
     )
@@ -308,7 +312,7 @@ def varlen(setting: Setting, shape: Shape, options: dict[str, Any]) -> list[Comp
     )  # fmt: skip
     return compare(
         result,
-        list(zip(batch.q, batch.k, batch.v, strict=True)),
+        batch.sequences,
         setting.dtype,
         **float64_options(batch, options),
     )
@@ -379,7 +383,7 @@ class Latent(Batch):
         return own | caches | lengths | fixed | {"page_table": self.page_table} | options
 
     @property
-    def sequences(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+    def sequences(self) -> Sequences:
         """q, k and v of each request: the values are the latent part of the keys."""
         return [(q, k, k[..., :LATENT]) for q, k in zip(self.q, self.k, strict=True)]
 

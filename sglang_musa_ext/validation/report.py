@@ -228,6 +228,11 @@ def _require_the_same(first: str, report: Report, name: str, other: Report) -> N
         )
 
 
+def total(reports: Iterable[Mapping[str, Any]], name: str) -> int:
+    """Return the sum of a statistic over backends' reports."""
+    return sum(report["statistics"][name] for report in reports)
+
+
 def versions() -> dict[str, str]:
     """The distributions that matter here, with the version of each or that it is absent."""
     installed = {}

@@ -295,7 +295,8 @@ def attend(
     ]
     if len(parts) == 1:
         return parts[0]
-    return torch.cat([out for out, _ in parts], dim=1), torch.cat([lse for _, lse in parts], dim=1)
+    outs, lses = zip(*parts, strict=True)
+    return torch.cat(outs, dim=1), torch.cat(lses, dim=1)
 
 
 def _softmax_rows(

@@ -199,7 +199,8 @@ def _mla_run(
         if not q.shape[1] or not _mla_pieces_fit(pieces, counts[batch + 1] - counts[batch], keys):
             continue
         results = [attend(problem, batch, q, tile_keys(piece, keys)) for piece in pieces]
-        merged = combine(torch.stack([r[0] for r in results]), torch.stack([r[1] for r in results]))
+        outs, lses = zip(*results, strict=True)
+        merged = combine(torch.stack(outs), torch.stack(lses))
         write_rows(problem, batch, *(results[0] if len(results) == 1 else merged), out, lse)
 
 

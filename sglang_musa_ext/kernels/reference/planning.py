@@ -126,10 +126,8 @@ def static_num_splits(
     if key_tiles <= 4:
         return 1
     counts = range(1, min(MAX_SPLITS, multiprocessors, key_tiles) + 1)
-    efficiency = [
-        waves / math.ceil(waves) if waves else 0.0
-        for waves in (total * n / multiprocessors for n in counts)
-    ]
+    waves = [total * count / multiprocessors for count in counts]
+    efficiency = [wave / math.ceil(wave) if wave else 0.0 for wave in waves]
     return next(
         n for n, value in zip(counts, efficiency, strict=True) if value >= 0.85 * max(efficiency)
     )
@@ -212,7 +210,7 @@ def get_scheduler_metadata(
     nheads = [
         _heads_in_l2(n, headdim + headdim_v, heads, 1 if tile.packed else ratio) for *_, n in plan
     ]
-    columns = [[p[0] for p in plan], [p[1] for p in plan], [p[2] for p in plan], nheads]
+    columns = [[entry[index] for entry in plan] for index in range(3)] + [nheads]
     device = next(
         (t.device for t in (cache_seqlens, cu_seqlens_q) if t is not None), torch.device("cpu")
     )
