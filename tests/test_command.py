@@ -84,7 +84,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_each_command_has_help_without_torch(name: str, installed: Path, tmp_path: Path) -> None:
-    """What a command is for can be read before anything is installed that it needs."""
+    """A command's purpose can be read before anything is installed that it needs."""
     done = command(installed, tmp_path, name, "--help")
     assert done.returncode == 0, done.stderr
     assert f"usage: sglang-musa-ext {name}" in done.stdout

@@ -63,7 +63,7 @@ def anchors(text: str) -> set[str]:
 
 
 def table_rows(text: str) -> list[list[str]]:
-    """What of each row of a page's tables is the same in every language: code and marks."""
+    """Return what each row of a page's tables has in every language: code and marks."""
     rows = [line for line in text.splitlines() if line.startswith("|")]
     return [sorted(re.findall(r"`[^`]+`|✓|–", row)) for row in rows]
 
@@ -107,7 +107,7 @@ def test_a_page_speaks_of_nothing_private(name: str) -> None:
 
 @pytest.mark.parametrize("name", USERS_PAGES)
 def test_users_pages_have_a_translation(name: str) -> None:
-    """Who uses the package can read about it in Chinese."""
+    """Users can read in Chinese about the package."""
     assert name in TRANSLATED
 
 
@@ -159,7 +159,7 @@ def test_every_variable_is_documented(name: str) -> None:
 
 
 def test_the_status_says_what_no_engine_runs_on_a_cpu() -> None:
-    """What the engine's tests leave out stands there, with what covers it instead."""
+    """Cases that the engine's tests leave out stand there, with what covers them instead."""
     assert [what for what in NOT_ON_A_CPU if f"| {what} |" not in read("docs/status.md")] == []
 
 
@@ -174,7 +174,7 @@ def test_installing_names_the_pinned_versions() -> None:
 
 
 def test_the_changelog_has_an_entry_for_this_version() -> None:
-    """What is released says what it changes for users."""
+    """A released version says what it changes for users."""
     version = re.search(
         r'^__version__ = "(.+)"$', read("sglang_musa_ext/__init__.py"), re.MULTILINE
     )

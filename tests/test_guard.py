@@ -110,9 +110,7 @@ CONFIG = {
 
 @pytest.fixture(scope="module")
 def schedulers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
-    """What each case's process answers under ``SGLANG_MUSA_EXT=on``, which is read when torch is
-    imported.
-    """
+    """Return the answer of each case's process under ``SGLANG_MUSA_EXT=on``."""
     folder = tmp_path_factory.mktemp("model")
     (folder / "config.json").write_text(json.dumps(CONFIG))
     environment = {
@@ -163,9 +161,7 @@ def test_the_refusal_says_why_and_what_to_do(
 def test_without_the_guard_upstreams_backend_would_be_built(
     schedulers: dict[str, dict[str, str]],
 ) -> None:
-    """What stops the cases above is the guard: without it, upstream's constructor runs, on the
-    stand-in runner.
-    """
+    """The guard stops the cases above: without it, upstream's constructor runs."""
     assert schedulers["without the guard"]["registry"].startswith("AttributeError: ")
 
 

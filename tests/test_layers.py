@@ -23,9 +23,7 @@ ENTRANCES = frozenset({"plugin", "doctor", "__main__"})
 
 @dataclass(frozen=True)
 class Layer:
-    """What a module may import beside the standard library: modules of ours by their own name,
-    others by their root.
-    """
+    """Imports that a module may have beside the standard library; other packages by their root."""
 
     eager: frozenset[str] = frozenset()
     """While it is imported itself."""
@@ -185,7 +183,7 @@ def test_every_module_has_its_layer() -> None:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_a_module_imports_only_its_layer(module: str) -> None:
-    """What a module imports while it is imported, and later, is in its row of the table."""
+    """A module's imports, while it is imported and later, are in its row of the table."""
     wrong = [x for x in imports_of(TREES[module]) if not is_allowed(x, layer_of(module))]
     assert [f"{where(module, x)} imports {x.target}" for x in wrong] == []
 
@@ -204,7 +202,7 @@ def test_imports_are_acyclic() -> None:
 
 @pytest.mark.parametrize("module", LIGHT)
 def test_light_modules_load_neither_torch_nor_sglang(module: str) -> None:
-    """What SGLang imports to find the plugin costs a process nothing that it might not want."""
+    """The imports by which SGLang finds the plugin cost a process nothing that it may not want."""
     name = f"{PACKAGE}.{module}".rstrip(".")
     code = f"import sys, {name}; print(*sorted({{'torch', 'sglang'}} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

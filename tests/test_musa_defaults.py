@@ -139,7 +139,7 @@ class Musa:
     def choice(
         self, *, use_mla_backend: bool = False, model_config: Any = LLAMA, **given: Any
     ) -> Any:
-        """What is chosen for these arguments where nothing was."""
+        """Return what is chosen for these arguments where nothing was."""
         arguments = self.kind(attention_backend="other", **given)
         return arguments.default(
             arguments, use_mla_backend=use_mla_backend, model_config=model_config
@@ -184,7 +184,7 @@ def test_the_users_choice_wins(musa: Musa, chosen: str) -> None:
 
 
 def test_a_default_can_be_taken_out_again(musa: Musa) -> None:
-    """What installing returns undoes it."""
+    """Calling what installing returns undoes it."""
     before = musa.settled().attention_backend, dict(musa.backends)
     install_defaults()()
     assert (musa.settled().attention_backend, dict(musa.backends)) == before
@@ -493,7 +493,7 @@ def python_path(version: str) -> str | None:
 
 
 def settled_kinds(version: str, folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """What a release settles each kind on, and what it logs meanwhile."""
+    """The choices of a release for each kind, and what it logs meanwhile."""
     path = python_path(version)
     package = find_package()
     if path is None and (package is None or read_version(package) != version):

@@ -55,7 +55,7 @@ def import_vision(tmp_path: Path, source: str) -> ModuleType:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """What reaches the provider's function for raw keys and values."""
+    """The calls that reach the provider's function for raw keys and values."""
     recorded: list[dict[str, Any]] = []
 
     def attention(**given: Any) -> str:

@@ -51,7 +51,7 @@ UNLOADED = (
 
 @dataclass(frozen=True)
 class State:
-    """What a process said of itself, and what it printed."""
+    """The state that a process reports, and what it printed."""
 
     answer: dict[str, Any]
     printed: str
@@ -65,7 +65,7 @@ class State:
 
 
 def has_hopper() -> bool:
-    """Whether this machine has the GPU that is stood in for elsewhere."""
+    """Return whether this machine has the GPU that is stood in for elsewhere."""
     return torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 
 
@@ -188,7 +188,7 @@ def test_nvidia_users_get_upstream(states: dict[str, State], settings: str) -> N
 
 @pytest.mark.parametrize("settings", ["unset", "off"])
 def test_nvidia_users_read_what_upstream_says(states: dict[str, State], settings: str) -> None:
-    """Who asked for nothing, or for ``off``, reads the same lines as without the package."""
+    """Users who asked for nothing, or for ``off``, read the same lines as without the package."""
     assert states[settings].printed == states[WITHOUT].printed
 
 

@@ -56,7 +56,7 @@ RUNNER: Any = SimpleNamespace(
     model_config=SimpleNamespace(hf_config=SimpleNamespace(architectures=["LlamaForCausalLM"])),
 )
 BACKEND = {"page_size": 64, "topk": 0, "kv_cache_dtype": "torch.bfloat16", "use_mla": False}
-"""What a backend of upstream's says of itself."""
+"""The report of a backend of upstream's."""
 
 
 class Upstream:
@@ -83,7 +83,7 @@ class Upstream:
         return [*values, *self.backends.values(), *vars(self.factory).values()]
 
     def draft(self, method: str, ver: int = 3) -> Any:
-        """What the draft factory's ``method`` builds for a runner."""
+        """Return what the draft factory's ``method`` builds for a runner."""
         factory = self.factory.__new__(self.factory)
         vars(factory).update(draft_model_runner=RUNNER, topk=1, speculative_num_steps=3)
         return getattr(factory, method)(ver)
@@ -787,9 +787,7 @@ LOADED: dict[str, dict[str, str]] = {
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What SGLang's ``load_plugins`` did through the installed entry point, for each environment of
-    ``LOADED``.
-    """
+    """Return what the installed entry point did in ``load_plugins``, by case of ``LOADED``."""
     command = [sys.executable, "-c", LOADER, json.dumps(list(LOADED.values()))]
     folder = tmp_path_factory.mktemp("loader")  # so that the checkout is not importable by chance
     done = subprocess.run(

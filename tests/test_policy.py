@@ -119,7 +119,7 @@ def test_fa3_is_the_default_where_no_rule_is_against_it(asked: dict[str, Any]) -
 
 
 def test_every_reason_is_given() -> None:
-    """Who changes one option learns of the next before the next start."""
+    """A user who changes one option learns of the next before the next start."""
     asked = Configuration(dtype="float32", kv_cache_dtype="fp8_e5m2", capability=(2, 1))
     reasons = "; ".join(policy.reasons_against_fa3(asked))
     assert all(word in reasons for word in ("triton", "--dtype float32", "before 0.2.5", "2.1"))

@@ -35,7 +35,7 @@ def steps_of_the_test_command() -> dict[str, list[str]]:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_command_is_an_executable_file(name: str) -> None:
-    """What one types is a program with a shebang and no ending."""
+    """A command to type is a program with a shebang and no ending."""
     path = ROOT / "scripts" / name
     assert "." not in name
     assert os.access(path, os.X_OK)

@@ -120,14 +120,14 @@ def test_the_messages_are_found() -> None:
     ("module", "message"), MESSAGES, ids=[f"{name}: {text[:40]}" for name, text in MESSAGES]
 )
 def test_a_message_has_an_entry(page: str, module: str, message: str) -> None:
-    """What the package can print is in one line of the page, as far as it is always the same."""
+    """Each message of the package is in one line of the page, as far as it is always the same."""
     assert any(all(piece in line for piece in pieces(message)) for line in page.splitlines()), (
         pieces(message)
     )
 
 
 def test_no_entry_is_stale(page: str) -> None:
-    """What the page quotes is printed by something in the sources."""
+    """Each message that the page quotes is printed by something in the sources."""
     texts = [text.replace("\n", " ") for _, text in TEXTS]
     stale = [entry for entry in quoted(page) if not any(is_quote_of(entry, text) for text in texts)]
     assert stale == []

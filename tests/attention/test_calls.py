@@ -1,4 +1,4 @@
-"""What reaches the kernels, and what tells two calls of a pass apart."""
+"""The arguments that reach the kernels, and what tells two calls of a pass apart."""
 
 from __future__ import annotations
 
@@ -233,9 +233,7 @@ NEUTRAL: dict[str, Any] = {
     "k": torch.zeros(1),
     "cu_seqlens_k_new": torch.ones(4),
 }
-"""What a call without these changes has under their names, where that is not ``None``; names tell
-calls apart, too.
-"""
+"""Values of a call without these changes, where that is not ``None``; names count, too."""
 
 
 def in_layer(backend: Any, batch: Any, calls: Callable[[], None]) -> None:
@@ -330,9 +328,7 @@ def test_equal_lengths_in_other_tensors_have_nothing_remembered_and_share_a_plan
 
 
 def test_a_plan_is_recalled_without_its_geometry(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a call looks like is enough to find the plan of one before it; its geometry is worked
-    out once.
-    """
+    """A call's looks are enough to find an earlier plan; its geometry is worked out once."""
     backend = Model(uniform_layers(1)).backend()
     replace_kernels(backend, lambda *_: lambda **arguments: torch.zeros(1))
     geometry = Mock(side_effect=CallSite.geometry_of)

@@ -89,7 +89,7 @@ def test_a_corrupted_plan_is_caught_before_it_is_reused(
 
 @pytest.mark.parametrize("mla", [False, True], ids=["mha", "mla"])
 def test_a_stale_plan_is_not_caught_without_the_check(mla: bool) -> None:
-    """What the check costs is paid only under it: without, the plan is used as it is."""
+    """The check's cost is paid under it alone: without, the plan is used as it is."""
     model = mla_model() if mla else Model(uniform_layers(2))
     backend, requests = model.backend(), model.requests(300, 5)
     calls = recorded(backend)

@@ -59,7 +59,7 @@ def test_installing_twice_is_installing_once(originals: dict[str, list[Any]]) ->
 def test_another_thread_reaches_upstream_while_a_layer_runs(
     originals: dict[str, list[Any]],
 ) -> None:
-    """Which backend runs is known per thread."""
+    """The running backend is known per thread."""
     undo = attention.install_kernel_dispatch()
     dispatch.RUNNING.stack.append(Model(uniform_layers(1)).backend())
     try:

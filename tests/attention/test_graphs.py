@@ -322,7 +322,7 @@ def test_graphs_of_an_mla_model_share_one_slot(graphs: CpuGraphs) -> None:
 
 
 def test_the_stand_in_replays_on_changed_buffers() -> None:
-    """What was captured runs again on what its tensors hold now, and writes where it wrote."""
+    """A captured operation runs again on what its tensors hold now, and writes where it wrote."""
     graphs, static = CpuGraphs(), torch.ones(3)
     graph, (double, view) = graphs.capture(lambda: (static.clone().mul_(2), static.view(3, 1) + 1))
     static.fill_(10)

@@ -1,4 +1,4 @@
-"""What a backend holds, and when it goes."""
+"""The memory that a backend holds, and when it goes."""
 
 from __future__ import annotations
 

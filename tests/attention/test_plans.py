@@ -107,7 +107,7 @@ class Server:
         return self.cache.plan(geometry, {"cache_seqlens": self.lengths}, lambda: torch.zeros(1))
 
     def begin(self, layer: object, role: int = 0, arguments: Any = None) -> Any:
-        """What is before a plan: a call of ``layer`` as its ``role``-th begins."""
+        """Begin a call of ``layer`` as its ``role``-th: all that comes before a plan."""
         self.cache.begin_layer(layer, self.batch, self.metadata)
         self.cache.role += role
         return self.cache.begin_call(arguments)
@@ -400,9 +400,7 @@ def test_lengths_are_known_by_their_place_among_the_tensors() -> None:
 
 
 def test_the_tensors_of_a_plan_outlive_their_owner() -> None:
-    """What a key names by address stays alive with the plan, so the address cannot be given away in
-    the pass.
-    """
+    """A plan keeps alive what its key names by address, so no other tensor gets the address."""
     server = Server()
     server.call(Thing())
     lengths = weakref.ref(server.lengths)
@@ -597,7 +595,7 @@ def test_a_remembered_plan_is_recalled_and_counted() -> None:
 
 
 def test_the_next_pass_forgets_what_was_remembered() -> None:
-    """What looks like a call of the pass before is a call of this pass."""
+    """A call that looks like one of the pass before is a call of this pass."""
     server = Server()
     layer, known = Thing(), Alike("like this")
     server.call(layer)
@@ -607,7 +605,7 @@ def test_the_next_pass_forgets_what_was_remembered() -> None:
 
 
 def test_a_remembered_call_is_kept_until_plans_are_forgotten() -> None:
-    """What a call is known by stays alive as long as it is known."""
+    """Objects by which a call is known stay alive as long as it is known."""
     cache, tensor = Server().cache, torch.zeros(3)
     alive = weakref.ref(tensor)
     cache.remember(Alike("like this", tensor), "the plan")  # type: ignore[arg-type]

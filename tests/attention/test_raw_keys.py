@@ -253,7 +253,7 @@ def test_a_capture_reads_the_cache() -> None:
 
 
 def test_keys_of_another_dtype_than_the_cache_read_the_cache() -> None:
-    """What the cache rounds, attention must not see in full."""
+    """Attention must not see in full what the cache rounds."""
     model = Model(uniform_layers(1))
     backend, step = model.backend(), model.extend(model.requests(0), [40])
     backend.init_forward_metadata(step.batch)
@@ -304,7 +304,7 @@ def serve(backend: Any, serves: Callable[..., bool]) -> None:
 
 @pytest.mark.parametrize("name", ["k_descale", "score_mod", "attention_chunk"])
 def test_an_argument_that_only_paged_calls_have_reads_the_cache(name: str) -> None:
-    """What the other function would not be told must not be asked for."""
+    """No argument must be asked for that the other function would not be told."""
     model = Model(uniform_layers(1))
     backend, step = model.backend(), model.extend(model.requests(0), [40])
     backend.init_forward_metadata(step.batch)

@@ -192,7 +192,7 @@ def upstream_runner(
 
 
 def backends_of(runner: Any) -> tuple[Any, list[Any]]:
-    """What upstream builds for ``runner``: its backend, and those of PD-multiplexing's groups."""
+    """Return upstream's backend for ``runner``, and those of PD-multiplexing's groups."""
     try:
         from sglang.srt.model_executor.model_runner_components import attention_backend_setup
     except ImportError:  # Up to 0.5.15.

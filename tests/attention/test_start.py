@@ -1,4 +1,4 @@
-"""What a backend refuses at start, by the model's configuration."""
+"""The refusals of a backend at start, by the model's configuration."""
 
 from __future__ import annotations
 

@@ -90,9 +90,7 @@ def test_who_takes_turns_beside_the_peers_is_judged_and_timed() -> None:
 
 
 def test_a_pass_is_compared_with_that_of_its_turn() -> None:
-    """What the machine does to all passes of a turn is in no ratio: here each turn takes twice as
-    long as the last.
-    """
+    """A change of the machine's speed is in no ratio: here each turn takes twice the last one."""
     rows = [
         {"peer": peer, "turn": turn, "forward": factor * 2.0**turn}
         for turn in range(4) for peer, factor in (("ours", 1.5), ("upstream", 1.0))
@@ -118,9 +116,7 @@ def test_answers_are_compared_in_that_engine_too() -> None:
 
 
 def test_nobody_keeps_times_of_an_engine_that_died() -> None:
-    """What upstream's engine had measured before it ended is of no use, and every peer in it says
-    why.
-    """
+    """Measurements of an upstream's engine that ended are of no use, and every peer says why."""
     found = entered({"upstream": FakeEngine(RIGHT, 4.0, 8), "ours": FakeEngine(RIGHT)})
     found._prefill(64)
     failed = "failed: CUDA error: an illegal memory access was encountered"
@@ -207,7 +203,7 @@ def test_only_what_was_asked_for_is_measured_and_reported() -> None:
 
 
 def numbers(rows: bench.Rows) -> tuple[list[float], list[float], list[float]]:
-    """What a round of these passes adds to a point: of a step, a pass and a call."""
+    """A round of these passes adds the times of a step, a pass and a call to a point."""
     point = bench.Point("eager", 2, 64, "ours", "equal")
     bench.record(point, rows)
     return point.step_ms, point.forward_ms, point.call_us

@@ -48,9 +48,7 @@ def test_a_call_is_timed_with_its_plan_and_without() -> None:
 
 
 def test_the_host_is_timed_for_a_call() -> None:
-    """What keeps the host for half a millisecond takes that long a call at least, and nothing takes
-    less.
-    """
+    """A function that keeps the host for half a millisecond takes that long; another, less."""
     timer = bench_kernels.host_timer(torch.device("cpu"))
     assert timer(lambda: time.sleep(5e-4)) >= 500.0 > timer(lambda: None) > 0.0
 

@@ -17,7 +17,7 @@ from sglang_musa_ext.benchmark.probe import measurements
 
 
 class Runner:
-    """What the probe sees of a ``ModelRunner``."""
+    """A ``ModelRunner`` as far as the probe sees it."""
 
     is_draft_worker = False
 
@@ -32,7 +32,7 @@ def forward(runner: Runner, batch: Any) -> Any:
 
 
 def served(probe: bench_probe.Probe, runner: Runner, by: Any = None, mode: str = "EXTEND") -> Any:
-    """Which backend a pass got."""
+    """The backend that a pass got."""
     named = SimpleNamespace(name=mode)
     return probe.forward(
         forward,

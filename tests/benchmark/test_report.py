@@ -82,9 +82,7 @@ def test_what_is_slower_in_every_round_is_listed() -> None:
 
 
 def test_calls_are_told_with_what_a_plan_spares() -> None:
-    """What a call takes with its plan is subtracted from what it takes without, in a graph and of
-    the host.
-    """
+    """A call's time with its plan is subtracted from its time without, on device and host."""
     graph, host = (
         {"without": 10.0, "with": 8.5, "plan": 2.5},
         {"without": 20.0, "with": 24.0, "plan": 9.0},

@@ -329,7 +329,7 @@ from sglang.srt.platforms import current_platform as platform
 
 @pytest.fixture(scope="module")
 def platform_facts() -> dict[str, Any]:
-    """What SGLang finds under ``SGLANG_PLATFORM=musa_reference``."""
+    """The platform that SGLang finds under ``SGLANG_PLATFORM=musa_reference``."""
     code = """
     open_ = dict(attention_backend="intel_amx", page_size=None, disable_cuda_graph=False,
                  mem_fraction_static=None, max_total_tokens=None, disable_hybrid_swa_memory=False,
@@ -408,12 +408,12 @@ def test_sglang_finds_a_cpu_outside_its_tree(
 def test_open_arguments_get_the_platforms_defaults(
     platform_facts: dict[str, Any], name: str, expected: Any
 ) -> None:
-    """What the user left to SGLang is chosen for FA3 on a CPU."""
+    """Options left to SGLang are chosen for FA3 on a CPU."""
     assert platform_facts["defaults"]["open"][name] == expected
 
 
 def test_the_users_arguments_win(platform_facts: dict[str, Any]) -> None:
-    """What the user chose stays, the oracle ``torch_native`` among it."""
+    """The user's choices stay, ``torch_native`` among them."""
     assert platform_facts["unchanged"]
 
 

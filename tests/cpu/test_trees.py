@@ -29,16 +29,14 @@ class Tree:
         ]
 
     def sees(self, node: int, other: int) -> bool:
-        """Whether ``other`` is on the way from the root to ``node``."""
+        """Return whether ``other`` is on the way from the root to ``node``."""
         path = self.paths[other]
         return self.paths[node][: len(path)] == path
 
 
 @dataclass(frozen=True)
 class Beam:
-    """What a beam search gives: the trees of its requests, and the numbers by which it speaks of
-    them.
-    """
+    """The result of a beam search: the requests' trees, and the numbers by which it names them."""
 
     trees: list[Tree]
     parent_list: torch.Tensor
@@ -177,7 +175,7 @@ def test_the_mask_holds_the_way_to_each_node(topk: int, depth: int, n: int, mode
 
 
 def test_verified_tokens_are_left_in_the_mask() -> None:
-    """What SGLang wrote about verified tokens stays as it is."""
+    """Values that SGLang wrote about verified tokens stay as they are."""
     search = beam(2, 2, 4, requests=1, seed=0)
     mask = torch.zeros(4 * (3 + 4), dtype=torch.bool)
     built(search, torch.tensor([3]), 2, 2, mask, cpu_trees.FULL_MASK)
@@ -224,7 +222,7 @@ def test_links_follow_from_a_mask(topk: int, depth: int, n: int) -> None:
 
 
 Choice = Callable[[tuple[int, ...]], int]
-"""What a target model generates after a path of choices."""
+"""Return what a target model generates after a path of choices."""
 
 
 def arbitrary_choice(topk: int, seed: str, path: tuple[int, ...]) -> int:
@@ -234,7 +232,7 @@ def arbitrary_choice(topk: int, seed: str, path: tuple[int, ...]) -> int:
 
 @dataclass(frozen=True)
 class Verified:
-    """What ``verify_tree_greedy`` wrote for one batch."""
+    """The outputs of ``verify_tree_greedy`` for one batch."""
 
     predicts: torch.Tensor
     accepted: torch.Tensor

@@ -503,7 +503,7 @@ def test_a_command_line_is_resolved(
     expected: dict[str, object],
     machine_name: str,
 ) -> None:
-    """What is named wins; the rest are the defaults of MUSA and of the CPU platform."""
+    """A named option wins; the others are the defaults of MUSA and of the CPU platform."""
     machine: Machine = request.getfixturevalue("musa" if machine_name == "musa" else "machine")
     if machine_name == "reference":
         machine.environ |= REFERENCE
@@ -538,7 +538,7 @@ def test_a_command_line_is_resolved(
 def test_a_command_line_that_cannot_serve(
     musa: Machine, options: list[str], status: CheckStatus, part: str
 ) -> None:
-    """What the kernels or the plugin would refuse is refused here."""
+    """The doctor refuses what the kernels or the plugin would refuse."""
     result = musa.ask("command", *options)
     assert result.status is status
     assert part in result.finding

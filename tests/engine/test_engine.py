@@ -155,7 +155,7 @@ def case(request: pytest.FixtureRequest) -> DenseCase:
 
 @pytest.fixture(scope="module")
 def ours(engines: EngineServer, case: DenseCase) -> EngineRun:
-    """What the composed backend answers."""
+    """Return the composed backend's answers."""
     run = engines.run(
         EngineCase(engines.model(case.model), case.phases, {**OURS, **case.arguments})
     )
@@ -165,7 +165,7 @@ def ours(engines: EngineServer, case: DenseCase) -> EngineRun:
 
 @pytest.fixture(scope="module")
 def torch_native(engines: EngineServer, case: DenseCase) -> EngineRun:
-    """What SGLang's own ``torch_native`` backend answers."""
+    """Return the answers of SGLang's own ``torch_native`` backend."""
     return engines.run(
         EngineCase(engines.model(case.model), case.phases, {**case.arguments, **TORCH_NATIVE})
     )
@@ -300,9 +300,7 @@ def test_stale_plans_are_refused_under_check(engines: EngineServer) -> None:
 def test_engine_refuses_to_start(
     engines: EngineServer, arguments: dict[str, Any], environ: dict[str, str], words: list[str]
 ) -> None:
-    """What cannot be served stops the engine before a request, and the message names option, value
-    and choices.
-    """
+    """An option that cannot be served stops the engine early; the message names the choices."""
     with pytest.raises(EngineFailed) as failure:
         engines.run(EngineCase(engines.model(llama()), (), arguments, environ))
     assert [word for word in words if word not in failure.value.log] == []

@@ -64,7 +64,7 @@ class Mode:
         return [request for phase in self.phases for request in phase]
 
     def statistics(self) -> dict[str, Any]:
-        """What each backend must have counted."""
+        """Counts that each backend must have."""
         planned = self.passes * self.layers
         plans = self.passes * self.geometries
         return {
@@ -317,7 +317,7 @@ class Speculation:
     draft_backends: int = 2
     """Backends that decode drafts: one for each step but the last."""
     planned_prefill: bool = True
-    """Whether a prefill of the target takes a plan; MLA's without prefix does not."""
+    """Return whether a prefill of the target takes a plan; MLA's without prefix does not."""
     arguments: Mapping[str, Any] = field(default_factory=lambda: STEPWISE)
 
     def engine_arguments(self, draft: str | None) -> dict[str, Any]:
@@ -334,7 +334,7 @@ class Speculation:
         )
 
     def statistics(self, prefills: int, rounds: int) -> list[dict[str, Any]]:
-        """What the backends must have counted, in any order.
+        """Return the counts that the backends must have, in any order.
 
         A tree of drafts (topk > 1) is attended to in two calls with a plan each: what all branches
         share, and the branch. A chain is one call.
@@ -404,7 +404,7 @@ def speculation(request: pytest.FixtureRequest) -> Speculation:
 
 @pytest.fixture(scope="module")
 def speculative(engines: EngineServer, speculation: Speculation) -> EngineRun:
-    """What the engine answers with drafts."""
+    """Return the engine's answers with drafts."""
     return run_speculation(engines, speculation)
 
 
@@ -417,7 +417,7 @@ def run_speculation(
 
 
 def undrafted(engines: EngineServer, speculation: Speculation) -> list[list[int]]:
-    """What the target model says without drafts, according to transformers."""
+    """Return the target model's answers without drafts, according to transformers."""
     model = engines.model(speculation.target)
     return [engines.greedy(model, request)[0] for (request,) in SPECULATIVE_PHASES]
 
@@ -538,7 +538,7 @@ NOT_ON_A_CPU = {
     "NGRAM with pages of 64": "SGLang refuses it with every backend but flashinfer",
     "cross attention": "its models take images or sound, whose processors are not set up here",
 }
-"""What cannot run here for reasons outside of attention; docs/status.md says what covers it."""
+"""Modes that cannot run here for reasons outside of attention; docs/status.md has their cover."""
 
 
 @pytest.fixture(params=MODES, ids=lambda each: each.name, scope="module")
@@ -550,7 +550,7 @@ def each(request: pytest.FixtureRequest) -> Mode:
 
 @pytest.fixture(scope="module")
 def run(engines: EngineServer, each: Mode) -> EngineRun:
-    """What the engine answers in this mode."""
+    """Return the engine's answers in this mode."""
     run = run_mode(engines, each)
     for report in run.reports[-1]:
         note_plans(each.name, each.geometries, report["statistics"])

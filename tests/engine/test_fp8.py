@@ -71,7 +71,7 @@ def model(request: pytest.FixtureRequest, engines: EngineServer) -> Path:
 
 @pytest.fixture(scope="module")
 def ours(engines: EngineServer, model: Path) -> EngineRun:
-    """What the composed backend answers, with prefill over raw keys allowed."""
+    """Return the composed backend's answers, with prefill over raw keys allowed."""
     return engines.run(EngineCase(model, PHASES, FP8, {envs.RAW_PREFILL: "on"}))
 
 

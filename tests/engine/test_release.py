@@ -76,7 +76,7 @@ def each(request: pytest.FixtureRequest) -> Mode:
 
 @pytest.fixture(scope="module")
 def ours(engines: EngineServer, each: Mode) -> EngineRun:
-    """What the composed backend answers."""
+    """Return the composed backend's answers."""
     run = ask(engines, each)
     note_plans(each.name, each.geometries, run.statistics())
     return run

@@ -116,7 +116,7 @@ def run_script(
 
 @pytest.fixture(scope="module")
 def processes() -> dict[str, dict[str, Any]]:
-    """What the process of each case answers."""
+    """Return the answer of each case's process."""
     done = run_script(PROCESSES, json.dumps(CASES), **ON)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
     assert len(lines) == len(CASES), done.stdout + done.stderr

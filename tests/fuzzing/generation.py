@@ -20,7 +20,7 @@ KINDS = {
     "replay": 4, "interleaved": 3, "threads": 3, "again": 1, "fault": 1, "finish": 2, "idle": 1,
     "reload": 1,
 }  # fmt: skip
-"""What a server does, and how often."""
+"""The actions of a server, and their shares."""
 CHECKS = ("off", "off", "off", "off", "metadata", "output")
 
 

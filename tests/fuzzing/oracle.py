@@ -34,7 +34,7 @@ class Mismatch(AssertionError):
 
 @dataclass
 class Totals:
-    """What was run; adds up over processes and runs."""
+    """Counts of what was run, which add up over processes and runs."""
 
     cases: int = 0
     passes: int = 0
@@ -109,13 +109,13 @@ class _Padded:
     slots: Tensor
     """KV slots, ``(requests, most keys)``; padding repeats the request's first slot."""
     there: Tensor
-    """Which of ``slots`` are no padding."""
+    """The ``slots`` that are no padding."""
     positions: Tensor
     """Of each row, ``(requests, longest)``."""
     kept: Tensor
-    """Which of ``rows`` are no padding."""
+    """The ``rows`` that are no padding."""
     masks: Tensor | None
-    """What draft trees allow, ``(requests, longest, most keys)``."""
+    """The mask of draft trees, ``(requests, longest, most keys)``."""
 
 
 def _padded(step: Step) -> _Padded:
@@ -185,7 +185,7 @@ def padded_attention(
 
 
 def _visible(model: Model, layer: Any, padded: _Padded) -> Tensor:
-    """Which keys each row sees, ``(requests, longest, most keys)``."""
+    """Return the keys that each row sees, ``(requests, longest, most keys)``."""
     key = torch.arange(padded.slots.shape[1])
     row = padded.positions[..., None]
     both_ways = layer.attn_type.name in ("ENCODER_ONLY", "DECODER_BIDIRECTIONAL")
@@ -205,7 +205,7 @@ def _visible(model: Model, layer: Any, padded: _Padded) -> Tensor:
 
 
 class InjectedFault(RuntimeError):
-    """What a kernel raises where the fuzzing makes it fail."""
+    """Raised by a kernel where the fuzzing makes it fail."""
 
 
 @dataclass

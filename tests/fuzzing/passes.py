@@ -46,11 +46,11 @@ TREES = tuple(
         [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]],
     )
 )
-"""Which of four draft tokens sees which."""
+"""The mask of four draft tokens among themselves."""
 HOST_FREE_DRAFT_EXTEND = "GPU-only" in inspect.getsource(
     upstream.FlashAttentionBackend.init_forward_metadata
 )
-"""Whether this SGLang reads draft-extend v2 without lengths on the host."""
+"""True if this SGLang reads draft-extend v2 without lengths on the host."""
 
 
 ON_GPU = DEVICE != "cpu"
@@ -88,7 +88,7 @@ class Lane:
     seed: int = 0
 
     def arguments(self) -> dict[str, Any]:
-        """What upstream's backend reads of ``ServerArgs``."""
+        """The fields of ``ServerArgs`` that upstream's backend reads."""
         if self.embedding:
             return {"is_embedding": True, "chunked_prefill_size": -1, "disable_radix_cache": True}
         if self.deterministic:
@@ -109,7 +109,7 @@ class Operation:
     kind: str
     lane: int = 0
     picks: tuple[int, ...] = ()
-    """Which of the live requests take part."""
+    """The live requests that take part."""
     counts: tuple[int, ...] = ()
     """Tokens: of prompts, of prefixes, or accepted."""
     layers: int = 0
@@ -118,7 +118,7 @@ class Operation:
 
 @dataclass(frozen=True)
 class Case:
-    """What :func:`run_case` carries out."""
+    """A case for :func:`run_case` to carry out."""
 
     lanes: tuple[Lane, ...]
     operations: tuple[Operation, ...]
@@ -582,7 +582,7 @@ class Served:
         self.totals.replays += not eagerly
 
     def _can_capture(self) -> bool:
-        """Whether the stand-in for upstream's graph runner serves this model."""
+        """Return whether the stand-in for upstream's graph runner serves this model."""
         special = any("sinks" in options or "shares" in options for options in self.lane.layers)
         return not (special or self.lane.embedding or self.lane.topk > 1)
 

@@ -100,7 +100,7 @@ def test_any_sequence_of_passes_is_right(lanes: str) -> None:
 
 @pytest.mark.parametrize("seed", range(8))
 def test_random_cases_are_right(seed: int) -> None:
-    """What ``scripts/soak`` generates, over models of every kind."""
+    """Cases as ``scripts/soak`` generates them, over models of every kind."""
     totals = run_case(random_case(seed, operations=25))
     assert totals.outputs > 0
 

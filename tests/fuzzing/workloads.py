@@ -66,7 +66,7 @@ class Workload:
 
 @dataclass
 class Answer:
-    """What the turns of a talk got."""
+    """The answers to the turns of a talk."""
 
     tokens: list[list[int]] = field(default_factory=list)
     logprobs: list[list[float]] = field(default_factory=list)
@@ -122,7 +122,7 @@ def _drafting(chance: random.Random, talks: Sequence[Talk], arguments: dict[str,
 
 
 SHARED = tuple(random.Random(0).choices(range(3, VOCABULARY), k=200))
-"""What many talks begin with, so that they share pages."""
+"""The beginning of many talks, so that they share pages."""
 
 
 def _talk(chance: random.Random) -> Talk:
@@ -288,7 +288,7 @@ def _compared(
 
 
 def _same_tokens(ours: Answer, native: Answer, number: int) -> int:
-    """How many tokens of a turn are the same; all, or those before a near tie."""
+    """Return how many tokens of a turn are the same: all, or those before a near tie."""
     pairs = zip(
         ours.tokens[number], native.tokens[number], ours.logprobs[number], native.logprobs[number],
         strict=False,

@@ -25,7 +25,7 @@ TORCHADA = read_pins(CONSTRAINTS / "public.txt")["torchada"]
 MATE = {"mate/__init__.py": "", "mate/mha_interface.py": "", "mate/jit/__init__.py": ""}
 CONTENTS = {"mate": MATE, "flash-attn-3": {"flash_attn_interface.py": "import mate\n"}}
 UNRELATED = {"mate/__init__.py": "", "mate/matchers.py": ""}
-"""What the public index's ``mate`` looks like: matchers for unittest."""
+"""The contents of the public index's ``mate``: matchers for unittest."""
 
 
 def make_wheel(folder: Path, name: str, version: str, files: dict[str, str] | None = None) -> Path:
@@ -163,7 +163,7 @@ def test_an_index_that_only_has_the_unrelated_mate(vendor: Index, environment: E
 def test_a_wheel_of_the_right_version_that_is_another_project(
     vendor: Index, environment: Environment, name: str, files: dict[str, str], part: str
 ) -> None:
-    """What a wheel contains counts, and one that is not Moore Threads' keeps all others out too."""
+    """A wheel's contents count: one that is not Moore Threads' keeps all others out too."""
     vendor.add(name, PINS[name], dict(files))
     done = install(environment, "--index", vendor.url)
     assert done.returncode == 1

@@ -30,7 +30,7 @@ def echo(
 
 
 def test_the_adapter_passes_known_arguments_unchanged() -> None:
-    """What the kernels know is handed on as it is."""
+    """Arguments that the kernels know are handed on as they are."""
     q, window = object(), (7, 0)
     given = adapted(echo)(q=q, window_size=window)
     assert given["q"] is q
@@ -170,7 +170,7 @@ def test_a_strided_page_table_is_made_contiguous() -> None:
 
 
 def test_a_dense_page_table_is_not_copied() -> None:
-    """What is dense already is handed on as the object it is."""
+    """A dense tensor is handed on as the object it is."""
     table = torch.zeros(4, 8, dtype=torch.int32)
     assert adapted(echo, steps=[DENSE_PAGE_TABLE])(q=1, page_table=table)["page_table"] is table
 

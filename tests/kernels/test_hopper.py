@@ -38,7 +38,7 @@ from tests.support.kernel_libraries import (
 )
 
 NO_FA3 = "raise ImportError('built without FA3')"
-"""What SGLang's kernel package does where it was built without FA3."""
+"""Behave as SGLang's kernel package where it was built without FA3."""
 
 
 def test_hopper_with_its_library_is_selected(packages: Path) -> None:
@@ -200,7 +200,7 @@ def flash_attention(packages: Path) -> FA3Kernels:
 
 
 LENGTHS = {"cu_seqlens_q": 1, "cu_seqlens_k": 2, "max_seqlen_q": 3, "max_seqlen_k": 4}
-"""What FlashAttention's varlen function has no defaults for."""
+"""Arguments of FlashAttention's varlen function that have no defaults."""
 
 
 def test_flash_attention_is_asked_for_lse_by_its_name(flash_attention: FA3Kernels) -> None:
@@ -279,9 +279,7 @@ def test_each_value_of_a_hopper_plan_that_counts_is_compared(
 
 @pytest.mark.parametrize(("size", "batch"), [(11, 1), (17 + 1, 1), (8, 4), (24, 4), (30, 5)])
 def test_a_hopper_plan_of_an_unknown_layout_is_not_compared(size: int, batch: int) -> None:
-    """What cannot be told apart is an error of the check, and neither a difference nor the lack of
-    one.
-    """
+    """Plans that cannot be told apart are an error of the check, not a verdict about them."""
     with pytest.raises(
         UnsupportedByKernels,
         match=rf"{size} values for a batch of {batch}, .*SGLANG_MUSA_EXT_CHECK",

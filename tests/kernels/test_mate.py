@@ -474,7 +474,7 @@ def test_a_cache_that_would_have_to_be_copied_is_refused(release: FA3Kernels) ->
 
 
 def test_words_for_none_are_left_to_the_kernel(release: FA3Kernels) -> None:
-    """What ``None`` asks for is what a kernel does by default; not every release takes the word."""
+    """``None`` asks for a kernel's default; not every release takes the word."""
     words = dict.fromkeys(("window_size", "attention_chunk", "softcap", "num_splits"))
     given = vars(release.flash_attn_with_kvcache(**paged(**words)))
     assert [given[name] for name in words] == [(-1, -1), 0, 0.0, 0]

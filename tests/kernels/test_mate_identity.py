@@ -161,7 +161,7 @@ def test_a_checkout_is_recognized(site: Path, tmp_path_factory: pytest.TempPathF
 
 
 def test_nothing_of_mate_is_imported(site: Path) -> None:
-    """What may be a stranger's code is looked at, not run."""
+    """Code that may be a stranger's is looked at, not run."""
     install_vendors(site)
     for path in [*MATE, *CURRENT]:
         text = (site / path).read_text()
@@ -262,7 +262,7 @@ def test_flash_attention_2_may_be_beside_the_wrapper(site: Path) -> None:
 
 
 def test_a_wrapper_that_does_not_parse_is_refused(site: Path) -> None:
-    """What cannot be read does not show that it is over MATE."""
+    """A module that cannot be read is not shown to be over MATE."""
     install_vendors(site)
     (site / "flash_attn_interface.py").write_text("print 'Python 2'\n")
     assert "is not Moore Threads' wrapper" in only_problem(identify_mate())

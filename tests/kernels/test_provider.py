@@ -1,4 +1,4 @@
-"""Which kernels serve, and what a configuration may ask of them."""
+"""The choice of kernels, and what a configuration may ask of them."""
 
 from __future__ import annotations
 
@@ -201,6 +201,6 @@ def test_hopper_takes_any_page_size_for_mla(packages: Path) -> None:
 
 
 def test_a_record_is_frozen() -> None:
-    """What a backend was given does not change under it."""
+    """The record that a backend was given does not change under it."""
     with pytest.raises(AttributeError):
         reference_kernels().name = "other"  # type: ignore[misc]

@@ -219,7 +219,7 @@ def test_an_index_that_is_silent_about_torch_is_no_reason_for_another_build(tmp_
 def test_the_build_is_named_with_the_way_to_the_other(
     tmp_path: Path, cuda: str | None, parts: list[str]
 ) -> None:
-    """What was installed is read off torch itself."""
+    """The installed build is read off torch itself."""
     made = environment(tmp_path, OFFERED, "auto")
     version = made.packages / "torch" / "version.py"
     version.parent.mkdir(parents=True)

@@ -195,7 +195,7 @@ def test_releases_are_read(tmp_path: Path) -> None:
     ],
 )
 def test_bad_rows_are_refused(tmp_path: Path, backend: str, exceptions: str, message: str) -> None:
-    """What a row cannot say is named, with what it can."""
+    """A value that a row cannot have is named, with the choices."""
     path = tmp_path / "releases.toml"
     path.write_text(ROW.format(version="0.5.21", backend=backend, exceptions=exceptions))
     with pytest.raises(MatrixError, match=message):
@@ -224,7 +224,7 @@ def test_releases_and_levels_are_selected() -> None:
 
 
 def test_releases_for_another_python_are_left_out() -> None:
-    """What SGLang's own metadata asks for decides, not what is listed here."""
+    """SGLang's own metadata decides about Pythons, not a list here."""
     old, new = release(), replace(release(version="0.5.22"), requires_python=">=3.11")
     assert split_by_python([old, new], "3.10.14") == ([old], [new])
     assert split_by_python([old, new], "3.12.0") == ([old, new], [])
@@ -265,7 +265,7 @@ class FakeMatrix:
 
     directory: Path
     runs: dict[tuple[str, str], LevelResult] = field(default_factory=dict)
-    """What a cell shows; all others pass."""
+    """The results of cells; all others pass."""
     ran: list[tuple[str, str]] = field(default_factory=list)
 
     def __call__(self, *arguments: str) -> int:
@@ -344,7 +344,7 @@ def test_changed_sources_run_again(fake: FakeMatrix, monkeypatch: pytest.MonkeyP
 def test_an_interrupted_run_goes_on_where_it_was(
     fake: FakeMatrix, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What was shown as finished is kept, and what was interrupted is run."""
+    """Finished results are kept, and what was interrupted is run."""
     fake.runs["0.5.20", "backend"] = LevelResult(error="interrupt")
     with pytest.raises(KeyboardInterrupt):
         fake()

@@ -52,7 +52,7 @@ def test_a_name_that_refuses_to_run_is_passed_over(machine: Path) -> None:
 
 
 def test_another_python_under_the_name_is_none(machine: Path) -> None:
-    """What answers with another version is not the one that was looked for."""
+    """A program that answers with another version is not the one that was looked for."""
     interpreter(machine / "bin" / "python3.12", "echo 3.13")
     assert pythons.find_python("3.12") is None
 
@@ -99,6 +99,6 @@ def test_the_last_commit_is_tested_in_a_clone(
 def test_a_python_that_is_not_there_has_a_row(
     machine: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What was not run is said, and is no failure."""
+    """A part that was not run is mentioned, and is no failure."""
     assert pythons.main(["--only", "3.12"]) == 0
     assert "| 3.12 |" in capsys.readouterr().out

@@ -41,7 +41,7 @@ ENVIRONMENT: Mapping[str, str] = {
     "HF_HUB_OFFLINE": "1",
     "PYTHONWARNINGS": "ignore",
 }
-"""What every process on the simulated GPU has in its environment besides the site folder."""
+"""The environment of every process on the simulated GPU, besides the site folder."""
 
 
 class SimulationUnavailable(RuntimeError):
@@ -50,7 +50,7 @@ class SimulationUnavailable(RuntimeError):
 
 @dataclass(frozen=True)
 class _Distribution:
-    """What ``pip`` would have noted of a stand-in."""
+    """Write what ``pip`` would have noted of a stand-in."""
 
     name: str
     version: str
@@ -148,7 +148,7 @@ def _fill_site(folder: Path, library: Path, mate: str) -> None:
 
 
 def _is_legacy(mate: str) -> bool:
-    """Whether the wrapper of this release is of the generation before ``flash_attn_3``."""
+    """Return whether the wrapper of this release is older than ``flash_attn_3``."""
     return mate.startswith("0.1.")
 
 

@@ -49,7 +49,7 @@ _OLD_NAMES = {
     "cuda_graph_bs_prefill": "piecewise_cuda_graph_tokens",
     "cuda_graph_backend_prefill": None,
 }
-"""What arguments were called before 0.5.14; None: there was no choice."""
+"""Names of arguments before 0.5.14; None: there was no choice."""
 
 
 def named_as_in(release: tuple[int, ...], arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -97,7 +97,7 @@ class MusaCase:
     draft: TinyModel | None = None
     limit: float = LIMIT
     captures_prefill: bool = False
-    """Whether prefill runs in graphs. With log-probabilities SGLang runs some kinds without."""
+    """True if prefill runs in graphs. With log-probabilities SGLang runs some kinds without."""
     shortfalls: Callable[..., list[float]] = tiny_models.shortfalls
     """Gives the truth about tokens, called in a process without a simulated GPU's engine."""
 

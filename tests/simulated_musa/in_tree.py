@@ -1,4 +1,4 @@
-"""What SGLang's own MUSA attention backend answers on the simulated GPU, without this package.
+"""The answers of SGLang's own MUSA backend on the simulated GPU, without this package.
 
 ``python -m tests.simulated_musa.in_tree [CASE...]`` boots the engine of each case (all that one GPU
 serves, where none is named) with ``--attention-backend fa3`` and this package off, and says how far

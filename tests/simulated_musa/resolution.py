@@ -1,5 +1,4 @@
-"""What a release of SGLang resolves to on MUSA for kinds of models and options that name no
-backend.
+"""The backends that a release of SGLang resolves to on MUSA where none is named.
 
 The releases compute it themselves: a configuration is written, the plugins are loaded as in a
 server, and the release settles its arguments. ``python -m tests.simulated_musa.resolution`` makes
@@ -99,7 +98,7 @@ KINDS = [
 
 @dataclass(frozen=True)
 class Resolution:
-    """What a release settled on for a kind."""
+    """The choices of a release for a kind."""
 
     backend: str = ""
     """Attention backend, of decoding behind the one of prefill where they differ."""
@@ -107,7 +106,7 @@ class Resolution:
     draft_backend: str = ""
     """Of draft models, where there is one."""
     graphs: str = ""
-    """What captures decoding, and what prefill; ``off``: nothing."""
+    """The graphs of decoding and of prefill; ``off``: none."""
     refusal: str = ""
     """The last line of what it raised."""
 

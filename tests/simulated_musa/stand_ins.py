@@ -21,7 +21,7 @@ def collectives() -> None:
     from sglang.srt.distributed.device_communicators import pynccl
 
     class Communicator:
-        """What SGLang asks of its communicator for decode graphs."""
+        """Return what SGLang asks of its communicator for decode graphs."""
 
         def __init__(self, group: Any, device: Any, *_: Any, **__: Any) -> None:
             self.group, self.device = group, device

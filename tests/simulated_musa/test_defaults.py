@@ -1,6 +1,4 @@
-"""What a MUSA user gets who names no attention backend, settled by SGLang itself on the simulated
-GPU.
-"""
+"""The defaults of a MUSA user who names no backend, settled by SGLang on the simulated GPU."""
 
 from __future__ import annotations
 
@@ -20,7 +18,7 @@ FA3 = {
     "Llama, EAGLE, topk 4", "Llama, `--page-size 16`", "Llama, deterministic inference",
     "Llama, hierarchical cache", "Llama, `--kv-cache-dtype fp8_e4m3`",
 }  # fmt: skip
-"""What fa3 serves right and no slower; the other kinds keep what SGLang chooses."""
+"""Kinds that fa3 serves right and no slower; the others keep what SGLang chooses."""
 
 
 def resolved(kind: Kind, directory: Path, mode: str) -> Resolution:

@@ -1,6 +1,4 @@
-"""What a GPU does and a CPU does not, on the simulated one: fresh memory, strictness, graphs,
-streams.
-"""
+"""The simulated GPU against a CPU: fresh memory, strictness, graphs, streams."""
 
 from __future__ import annotations
 

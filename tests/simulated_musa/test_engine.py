@@ -26,7 +26,7 @@ def case(request: pytest.FixtureRequest) -> MusaCase:
 
 @pytest.fixture(scope="module")
 def run(musa: EngineServer, case: MusaCase) -> EngineRun:
-    """What its engine answers."""
+    """Return the engine's answers."""
     return run_case(musa, case)
 
 

@@ -306,7 +306,7 @@ class Model:
     mla: bool = False
     window: int | None = None
     window_pages: bool = False
-    """Whether layers with a window have pages of their own."""
+    """True if layers with a window have pages of their own."""
     chunk: int | None = None
     encoder_decoder: bool = False
     draft_worker: bool = False
@@ -625,7 +625,7 @@ class Model:
         inputs: dict[str, Tensor | None],
         **options: Any,
     ) -> Any:
-        """What ``backend`` returns for one layer of ``step``."""
+        """Return what ``backend`` returns for one layer of ``step``."""
         decoding = step.batch.forward_mode.is_decode_or_idle()
         run = backend.forward_decode if decoding else backend.forward_extend
         arguments = {"layer": layer, "forward_batch": step.batch, **inputs, **options}
@@ -661,7 +661,7 @@ class Model:
         return out.flatten(1), lse
 
     def visible(self, queries: Queries, layer: RadixAttention, keys: int) -> Tensor:
-        """Which keys each row sees in ``layer``: bool ``(rows, keys)``."""
+        """Return the keys that each row sees in ``layer``: bool ``(rows, keys)``."""
         key, row = torch.arange(keys), queries.positions[:, None]
         if layer.is_cross_attention:
             return torch.ones(len(row), keys, dtype=torch.bool)
@@ -740,7 +740,7 @@ class Model:
 
 @dataclass
 class Counts:
-    """What a piece of work added to a backend's statistics."""
+    """The counts that a piece of work added to a backend's statistics."""
 
     passes: int = 0
     calls: int = 0

@@ -92,12 +92,12 @@ class EngineCase:
     usual: Mapping[str, Any] = field(default_factory=lambda: {**ENGINE_ARGUMENTS, **OURS})
     """Arguments of every engine on this kind of device; ``arguments`` go over them."""
     logprobs: bool = True
-    """Whether requests ask for log-probabilities, which keep SGLang from graphs of some kinds."""
+    """True if requests ask for log-probabilities, which keep SGLang from graphs of some kinds."""
 
 
 @dataclass(frozen=True)
 class Output:
-    """What one request got."""
+    """The answer to one request."""
 
     tokens: list[int]
     logprobs: list[float]
@@ -111,7 +111,7 @@ class Output:
 
 @dataclass(frozen=True)
 class EngineRun:
-    """What a case gave."""
+    """The answers to a case."""
 
     phases: list[list[Output]]
     reports: list[list[dict[str, Any]]]

@@ -113,7 +113,7 @@ def contest(**engines: Any) -> Contest:
 
 
 def verdicts(found: Contest) -> dict[str, tuple[str, int]]:
-    """What was said of each peer, and how many times it has."""
+    """Return each peer's verdict, and how many times it has."""
     return {point.peer: (point.verdict, len(point.step_ms)) for point in found.points}
 
 

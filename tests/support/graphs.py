@@ -23,7 +23,7 @@ Tensor = torch.Tensor
 
 
 class Graph(Protocol):
-    """What was captured."""
+    """The captured operations."""
 
     def replay(self) -> None:
         """Run it again, on the same tensors."""
@@ -106,7 +106,7 @@ class _Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _is_view(args: Any, result: Any) -> bool:
-    """Whether ``result`` only names storage that an argument has: it then needs no second run.
+    """Return whether ``result`` is storage of an argument, which needs no second run.
 
     An operation that writes in place returns its own argument, and does.
     """

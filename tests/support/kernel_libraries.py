@@ -88,9 +88,7 @@ PLAN = {
 
 @dataclass(frozen=True)
 class MusaDevice:
-    """What this package reads of a device; a torch without torch_musa does not know the name
-    ``musa``.
-    """
+    """The properties of a device that this package reads, also of a ``musa`` unknown to torch."""
 
     type: str = "musa"
     index: int = 0

@@ -1,5 +1,4 @@
-"""What a process of SGLang is on an NVIDIA GPU: the FA3 backends it builds, and the code that they
-run, as JSON.
+"""The state of an SGLang process on an NVIDIA GPU: its FA3 backends and their code, as JSON.
 
 ``python -I -S nvidia_state.py REQUEST`` runs this alone, without site-packages: REQUEST is a JSON
 file, see :func:`main`. Of this package it imports nothing: whether anything of it is loaded is for
@@ -24,9 +23,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 LIBRARIES = ("sgl_kernel", "flashinfer", "torchvision")
-"""What SGLang imports on an NVIDIA GPU, and what has no build that loads beside a CPU build of
-torch.
-"""
+"""Imports of SGLang on an NVIDIA GPU, and those without a build beside a CPU's torch."""
 PAGE_SIZE, SPECULATIVE_STEPS, TOPK = 64, 3, 1
 
 
@@ -163,7 +160,7 @@ def runner(torch: Any) -> Any:
 
 
 def build(torch: Any) -> dict[str, Any]:
-    """What ``--attention-backend fa3`` and EAGLE's draft model build, as SGLang comes to it."""
+    """Build what ``--attention-backend fa3`` and EAGLE's draft model build, as SGLang does."""
     from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
     from sglang.srt.speculative.draft_utils import DraftBackendFactory
 

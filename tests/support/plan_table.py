@@ -16,7 +16,7 @@ HEAD = ["case", "geometries", *(name.replace("_", " ") for name in COUNTS), "pas
 
 @dataclass(frozen=True)
 class PlanCounts:
-    """What one engine computed."""
+    """The computations of one engine."""
 
     case: str
     geometries: int
@@ -27,7 +27,7 @@ class PlanCounts:
 
 
 NOTED: list[PlanCounts] = []
-"""What the tests of this process noted."""
+"""The notes of this process's tests."""
 
 
 def note_plans(case: str, geometries: int, statistics: Mapping[str, Any]) -> None:

@@ -79,7 +79,7 @@ def plain(value: Any) -> Any:
 
 
 def outcome(call: Callable[[FA3Kernels], Any], kernels: FA3Kernels) -> dict[str, Any]:
-    """What a call reached; ``refused``: this package's own error; ``error``: anything else."""
+    """The outcome of a call; ``refused``: this package's own error; ``error``: anything else."""
     REACHED.clear()
     try:
         call(kernels)

@@ -50,7 +50,7 @@ def pip(*arguments: str | Path) -> None:
 
 
 def run(python: Path, *arguments: str | Path) -> str:
-    """What ``python`` prints, in its isolated mode, so that nothing but its environment is seen."""
+    """Return what ``python`` prints in isolated mode, which sees nothing but its environment."""
     done = subprocess.run([python, "-I", *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

@@ -500,7 +500,7 @@ def test_rows_are_unique() -> None:
 
 
 def test_every_allowance_has_a_row_without_bounds() -> None:
-    """What is allowed in some releases only must be looked for in all of them."""
+    """A behaviour allowed in some releases only must be looked for in all of them."""
     symbols = {(row.kind, row.symbol) for row in REQUIREMENTS if row.kind in ALLOWANCES}
     unbounded = {(row.kind, row.symbol) for row in REQUIREMENTS if not row.since and not row.until}
     assert symbols <= unbounded
@@ -521,7 +521,7 @@ def test_every_pass_method_is_in_the_contract() -> None:
 
 
 def test_a_row_names_a_module_of_this_package_as_its_user() -> None:
-    """Who asks what a broken row costs finds the code that touches the symbol."""
+    """A user who asks what a broken row costs finds the code that touches the symbol."""
     for row in REQUIREMENTS:
         place = PACKAGE / row.used_by.partition(".")[0]
         assert place.is_dir() or place.with_suffix(".py").is_file(), row_id(row)
@@ -563,9 +563,7 @@ def test_every_import_from_sglang_has_a_row() -> None:
 
 
 def test_every_platform_hook_has_a_row_and_every_row_a_hook() -> None:
-    """What the CPU platform overrides is in the contract, and the contract states no hook that it
-    leaves alone.
-    """
+    """The CPU platform's overrides are in the contract, which states no other hook."""
     (platform,) = (
         node
         for tree in package_sources()

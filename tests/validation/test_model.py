@@ -44,7 +44,7 @@ class FakeEngine:
 def statuses(
     monkeypatch: pytest.MonkeyPatch, shift: float = 0.0, backend: str = "MusaFA3Backend"
 ) -> list[str]:
-    """What becomes of the cases on a MUSA device where ours is off by ``shift``."""
+    """Return the cases' outcomes on a MUSA device where ours is off by ``shift``."""
 
     @contextlib.contextmanager
     def fake(arguments: Mapping[str, Any], environ: Mapping[str, str]) -> Iterator[FakeEngine]:
@@ -59,7 +59,7 @@ def statuses(
 
 
 def test_an_own_model_is_compared_with_triton_on_musa(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What kernels of another kind round is allowed, and no more; under graphs and without."""
+    """The rounding of other kernels is allowed, and no more; under graphs and without."""
     assert statuses(monkeypatch, 0.4) == [PASS, PASS, PASS]
     assert statuses(monkeypatch, 0.6) == [PASS, FAIL, FAIL]
 

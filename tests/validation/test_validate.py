@@ -91,7 +91,7 @@ def test_kernels_that_share_one_workspace_fail() -> None:
 
 
 def test_a_refusal_by_name_is_no_failure() -> None:
-    """What the provider says that it cannot do is skipped, with its words."""
+    """A case that the provider cannot serve is skipped, with its words."""
     found = outcome_of(
         "varlen, softcap", dataclasses.replace(reference_kernels(), flash_attn_varlen_func=_refuse)
     )
@@ -300,9 +300,7 @@ def graph_case(name: str, kernels: FA3Kernels) -> Outcome:
 
 @pytest.mark.parametrize("name", validate_graphs.CASES)
 def test_graph_cases_are_right_where_graphs_are(name: str) -> None:
-    """What is captured and replayed is attention over the new lengths, checked without a device's
-    graphs.
-    """
+    """Attention over the new lengths is captured and replayed, without a device's graphs."""
     found = graph_case(name, reference_kernels())
     assert found.status == PASS, found
 
@@ -346,7 +344,7 @@ def test_a_served_model_is_compared_with_torch_native(tmp_path: Path) -> None:
 def test_log_probabilities_count_up_to_the_first_other_token(
     tokens: list[list[int]], logprobs: list[list[float]], error: float, equal: int
 ) -> None:
-    """What follows another token has another context, and says nothing."""
+    """A token after another token has another context, and says nothing."""
     right = validate_engine.Answer([[4, 5, 6]], [[-1.0, -1.0, -1.0]], [])
     ours = validate_engine.Answer(tokens, logprobs, [])
     assert validate_engine.deviation(ours, right) == (error, equal)
@@ -465,7 +463,7 @@ def mode_outcomes(
     monkeypatch: pytest.MonkeyPatch,
     mode: str = "dense-page1",
 ) -> dict[str, Outcome]:
-    """What the cases of one mode find in engines with this fault."""
+    """Return what the cases of one mode find in engines with this fault."""
     monkeypatch.setattr(validate_modes, "Engine", StandInEngine)
     monkeypatch.setattr(StandInEngine, "fault", fault)
     monkeypatch.setattr(StandInEngine, "noise", noise)
@@ -721,9 +719,7 @@ def test_without_a_sanitizer_memcheck_says_so() -> None:
 
 
 def test_the_cases_of_memcheck_are_there() -> None:
-    """What memcheck runs by name exists in the parts that it takes it from, and every graph is
-    taken.
-    """
+    """The parts have each case that memcheck runs by name, and every graph is taken."""
     assert set(validate_memcheck.NUMERICS) <= {case.name for case in validate_numerics.cases()}
     assert set(validate_memcheck.GRAPHS) == set(validate_graphs.CASES)
 
@@ -747,7 +743,7 @@ def test_parts_for_nvidia_gpus_are_skipped_elsewhere(tmp_path: Path) -> None:
     ("device", "said"), [("cuda:0", "NVIDIA GPU"), ("cpu", "On a CPU"), ("musa", "is news")]
 )
 def test_the_notice_is_about_the_device(device: str, said: str) -> None:
-    """What a report says of itself fits the device that it is from."""
+    """A report's notice fits the device that it is from."""
     report = Report("now", {}, device={"device": device})
     assert said in report.notice
     assert report.notice in report.as_markdown()

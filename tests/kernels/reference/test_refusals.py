@@ -1,4 +1,4 @@
-"""What MATE refuses, the reference refuses by name."""
+"""The reference refuses by name what MATE refuses."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ WIDE = torch.zeros(2, 8, dtype=torch.int32)
     ],
 )
 def test_refusals(changes: dict[str, Any], error: type[KernelRefusal], match: str) -> None:
-    """What MATE's kernels do not take is refused by name, with what was expected."""
+    """Arguments that MATE's kernels do not take are refused by name, with what was expected."""
     with pytest.raises(error, match=match):
         SMALL.call(**changes)
 
@@ -182,7 +182,7 @@ def test_varlen_refusals(changes: dict[str, Any]) -> None:
     "name", ["ver", "out", "only_qv", "max_seqlen_k", "score_mod", "mask_mod", "rel_bias"]
 )
 def test_an_unknown_keyword_is_a_type_error(name: str) -> None:
-    """What upstream's wrapper has and MATE's has not is unknown here, too."""
+    """Arguments of upstream's wrapper that MATE's has not are unknown here, too."""
     with pytest.raises(TypeError, match=name):
         SMALL.call(**{name: None})
 

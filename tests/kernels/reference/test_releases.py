@@ -176,7 +176,7 @@ def test_a_release_reads_its_own_plans(release: tuple[int, ...]) -> None:
 def test_arguments_come_with_their_release(
     until: tuple[int, ...], first: tuple[int, ...], changes: dict[str, Any]
 ) -> None:
-    """What a release asserts to be unused is refused; the next one takes it."""
+    """An argument that a release asserts to be unused is refused; the next release takes it."""
     batch = Batch([1, 3], [9, 70])
     with pytest.raises(RefusedFeature, match=next(iter(changes))):
         batch.call(**changes, release=until)

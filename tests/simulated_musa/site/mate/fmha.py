@@ -12,7 +12,7 @@ from mate.geometry import KEY_TILE, Geometry, read_plan
 
 @dataclass(frozen=True)
 class Options:
-    """What changes scores and masks."""
+    """Arguments that change scores and masks."""
 
     softmax_scale: float
     causal: bool = False

@@ -1,4 +1,4 @@
-"""How work is cut up: query tiles, key tiles of 64, splits of the keys; and the plan that says so.
+"""The division of work: query tiles, key tiles of 64, splits of the keys; and its plan.
 
 A plan has four vectors of one value a request, in the order in which requests are worked on
 (longest first): splits of the keys, the request, its query tiles, heads that share the cache (a
@@ -22,7 +22,7 @@ _PAIRS = [(64, 64), (128, 128), (192, 128), (192, 192), (256, 256), (384, 384), 
 
 @dataclass(frozen=True)
 class Geometry:
-    """What a plan depends on besides the lengths."""
+    """The values that a plan depends on besides the lengths."""
 
     batch: int
     max_seqlen_q: int

@@ -337,7 +337,7 @@ def _options(given: dict[str, Any], headdim: int) -> fmha.Options:
 def _is_compiled_in_advance(
     q: torch.Tensor, v: torch.Tensor, given: dict[str, Any], options: fmha.Options
 ) -> bool:
-    """Whether the kernels that are compiled in advance serve a call over packed rows."""
+    """Return whether kernels compiled in advance serve a call over packed rows."""
     if any(given.get(name) is not None for name in ("page_table", "seqused_q", "seqused_k", "qv")):
         return False
     if max(options.window) >= 0 or options.attention_chunk or _sinks(given) is not None:

@@ -85,7 +85,7 @@ FloatTensor = torch.FloatTensor
 
 
 class DeviceProperties(NamedTuple):
-    """What a program reads about a GPU."""
+    """The properties of a GPU that a program reads."""
 
     name: str = "MTT S5000 (simulated)"
     major: int = CAPABILITY[0]
@@ -105,12 +105,12 @@ class DeviceProperties(NamedTuple):
 
 
 def is_available() -> bool:
-    """Whether there is a device."""
+    """Return whether there is a device."""
     return device_count() > 0
 
 
 def is_initialized() -> bool:
-    """Whether the device is in use; the simulated one always is."""
+    """Return whether the device is in use; the simulated one always is."""
     return True
 
 
@@ -119,7 +119,7 @@ def init() -> None:
 
 
 def is_bf16_supported(including_emulation: bool = True) -> bool:
-    """Whether the device computes in bfloat16."""
+    """Return whether the device computes in bfloat16."""
     return True
 
 
@@ -186,7 +186,7 @@ def get_device_properties(device: Any = None) -> DeviceProperties:
 
 
 def can_device_access_peer(device: Any, peer: Any) -> bool:
-    """Whether one device reads another's memory directly; these do not."""
+    """Return whether one device reads another's memory directly; these do not."""
     return False
 
 

@@ -17,7 +17,7 @@ def graph_pool_handle() -> tuple[int, int]:
 
 
 def is_current_stream_capturing() -> bool:
-    """Whether this thread captures a graph."""
+    """Return whether this thread captures a graph."""
     return _MUSAC.capturing()
 
 

@@ -73,7 +73,7 @@ class Event:
         """Let ``stream`` wait; all work is done already."""
 
     def query(self) -> bool:
-        """Whether the work before this mark is done."""
+        """Return whether the work before this mark is done."""
         return True
 
     def synchronize(self) -> None:
