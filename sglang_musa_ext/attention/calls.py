@@ -7,12 +7,12 @@ there, a new one is one row.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 
-from sglang_musa_ext.kernels.record import FA3Kernels
+from sglang_musa_ext.kernels.record import FA3Kernels, Settle, SettledCall
 from sglang_musa_ext.upstream.rows.kernels import PLANNED_TENSORS, PLANNED_VALUES
 
 Arguments = dict[str, Any]
@@ -116,102 +116,95 @@ def has_equal_queries(arguments: Mapping[str, Any]) -> bool:
 
 # --- calls that are alike -------------------------------------------------------------------------
 
-_OF_A_PASS = ("max_seqlen_q", "max_seqlen_k", "scheduler_metadata")
-"""Arguments whose values say nothing of how a library is called."""
+ABSENT: Any = type("_Absent", (), {"__repr__": lambda self: "ABSENT"})()
+"""Stands for an argument that a call does not have."""
+OPTIONS = (
+    "softmax_scale", "causal", "window_size", "softcap", "return_softmax_lse", "num_splits", "out",
+    "ver", "qv", "sinks", "k_descale", "v_descale",
+)  # fmt: skip
+"""The arguments of a paged call that say how to attend; the last four are tensors in some models,
+and each layer has its own.
+"""
+_TENSORS = ("q", "k_cache", "v_cache")
+_LENGTHS = ("page_table", "cache_seqlens", "cu_seqlens_q")
+_UPSTREAMS = {*OPTIONS, *_TENSORS, *_LENGTHS, "max_seqlen_q", "scheduler_metadata"}
+_get_lengths = operator.itemgetter("page_table", "cache_seqlens", "cu_seqlens_q")
 
 
-def _layout(tensor: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return size and stride of the last dimension."""
-    return tuple(tensor.shape[-1:]), tensor.stride()[-1:]
+def is_upstreams(arguments: Mapping[str, Any]) -> bool:
+    """Tell whether a call is one of those that upstream makes for every layer.
 
-
-_COMPARED = ("q", "k_cache", "v_cache", "page_table", "cache_seqlens", "cu_seqlens_q")
-"""The tensors of a paged call that are compared one by one."""
-_get_compared = operator.itemgetter(*_COMPARED, "max_seqlen_q")
+    Those have nothing but the arguments above; another one may mean that the call appends keys.
+    """
+    tensors = [arguments.get(name) for name in (*_TENSORS, *_LENGTHS)]
+    if not all(isinstance(tensor, torch.Tensor) for tensor in tensors):
+        return False
+    return "max_seqlen_q" in arguments and _UPSTREAMS.issuperset(arguments)
 
 
 class CallSite:
     """The properties that upstream's paged calls of one kind share, whatever their pass.
 
     They have equal names and options, and tensors of equal dtypes, layouts and shapes, but for how
-    many tokens, requests and pages there are. So one function serves them all, and the rest of
-    their geometry is settled. Every comparison is of an attribute of the call itself.
+    many tokens and requests there are. What is settled by these facts is settled once: the geometry
+    but for its counts, and how the kernels are called. Every comparison is of an attribute of the
+    call itself, so that a call of another kind is served as one, or refused by name.
     """
 
     __slots__ = (
-        "_device",
-        "_facts",
-        "_options_of",
-        "_others",
-        "_q_tail",
-        "_table_facts",
-        "attention",
+        "_option_facts",
+        "_pass_facts",
         "geometry",
         "keywords",
-        "serves_raw_keys",
+        "options",
+        "raw_dims",
+        "settle",
+        "settle_raw",
+        "tensor_facts",
+        "tensor_options",
+        "unsplit",
     )
 
-    def __init__(
-        self, arguments: Arguments, geometry: CallGeometry, attention: Callable[[Arguments], Any]
-    ) -> None:
+    def __init__(self, arguments: Arguments, geometry: CallGeometry) -> None:
         """Describe a call that :func:`is_upstreams` accepts.
 
         Args:
             arguments: of the call, without a plan.
             geometry: of the call.
-            attention: serves such calls, from all their arguments.
         """
-        self.geometry, self.attention = geometry, attention
-        self.serves_raw_keys = False
-        """True if such a call was served over raw keys, so that names and options allow it."""
+        self.geometry = geometry
         self.keywords = geometry.keywords()
         """Those of ``get_scheduler_metadata`` for this call; others of its kind have some else."""
-        q, k_cache, v_cache = arguments["q"], arguments["k_cache"], arguments["v_cache"]
-        self._options_of = _options_getter(arguments)
-        self._facts = (
-            len(arguments), self._options_of(arguments), q.dtype, k_cache.dtype, v_cache.dtype,
-            k_cache.shape, v_cache.shape, _is_dense(k_cache), _is_dense(v_cache),
-        )  # fmt: skip
-        self._others = tuple(
-            (name, value.dtype, value.ndim, _layout(value))
-            for name, value in arguments.items()
-            if isinstance(value, torch.Tensor) and name not in _COMPARED
-        )
-        self._q_tail, self._device = q.shape[1:], q.device
-        self._table_facts = _table_facts(arguments)
-
-    def has(self, arguments: Arguments, q: Any, k_cache: Any, v_cache: Any) -> bool:
-        """Tell whether a call is of this kind; the shape of ``q`` is the caller's to compare.
-
-        Raises:
-            KeyError: the call lacks one of this kind's options.
+        self.settle: Settle | None = None
+        """Settles how the kernels are called for the calls of one pass."""
+        self.settle_raw: Settle | None = None
+        """Likewise over raw keys, once such a call was served, so that names and options allow it.
         """
-        count, options, q_dtype, k_dtype, v_dtype, k_shape, v_shape, k_dense, v_dense = self._facts
-        return (
-            len(arguments) == count
-            and self._options_of(arguments) == options
-            and k_cache.shape == k_shape
-            and v_cache.shape == v_shape
-            and q.dtype is q_dtype
-            and k_cache.dtype is k_dtype
-            and v_cache.dtype is v_dtype
-            and (k_cache.is_contiguous() or k_cache.stride()) == k_dense
-            and (v_cache.is_contiguous() or v_cache.stride()) == v_dense
-            and q.device == self._device
-            and (not self._others or self._has_others(arguments))
-        )
+        self.raw_dims: Any = None
+        """The heads and head dimensions of the raw keys and values of that call."""
+        self.unsplit: dict[tuple[int, ...], bool] = {}
+        """True for counts of calls that the kernels leave in one piece."""
+        self.tensor_facts = _tensor_facts(arguments)
+        options = options_of(arguments)
+        self._pass_facts = _pass_facts(arguments)
+        self._option_facts = tuple([_fact(value) for value in options])
+        """The options, with what is compared of tensors in place of them."""
+        named = zip(OPTIONS, options, strict=True)
+        self.tensor_options = tuple([n for n, value in named if isinstance(value, torch.Tensor)])
+        self.options = None if self.tensor_options else options
+        """``None``: there are tensors among them."""
 
     def is_of(self, arguments: Arguments) -> bool:
-        """Tell whether a call with the names of this kind is of it, whatever its pass."""
-        q = arguments["q"]
-        try:
-            return (
-                q.shape[1:] == self._q_tail
-                and _table_facts(arguments) == self._table_facts
-                and self.has(arguments, q, arguments["k_cache"], arguments["v_cache"])
-            )
-        except KeyError:
-            return False
+        """Tell whether a call with the names of this kind is of it, in any pass."""
+        return (
+            _tensor_facts(arguments) == self.tensor_facts
+            and _pass_facts(arguments) == self._pass_facts
+            and self.has_options(options_of(arguments))
+        )
+
+    def has_options(self, options: tuple[Any, ...]) -> bool:
+        """Tell whether these are this kind's options, and tensors among them look alike."""
+        return tuple([_fact(value) for value in options]) == self._option_facts
 
     def geometry_of(self, arguments: Arguments) -> tuple[CallGeometry, dict[str, Any]]:
         """Return the geometry of a call of this kind, and as keywords."""
@@ -225,143 +218,215 @@ class CallSite:
         keywords["batch_size"], keywords["max_seqlen_q"], keywords["max_seqlen_k"] = counts
         return geometry, keywords
 
-    def _has_others(self, arguments: Arguments) -> bool:
-        for name, dtype, dimensions, layout in self._others:
-            value = arguments.get(name)
-            if not isinstance(value, torch.Tensor) or value.dtype is not dtype:
-                return False
-            if (value.ndim, _layout(value)) != (dimensions, layout):
-                return False
-        return True
+
+def _fact(value: Any) -> Any:
+    """Return what is compared of an option."""
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.ndim, tuple(value.shape[-1:]), value.stride()[-1:]
+    return value
 
 
-def is_upstreams(arguments: Mapping[str, Any]) -> bool:
-    """Tell whether a call is one of those that upstream makes for every layer."""
-    if not all(isinstance(arguments.get(name), torch.Tensor) for name in _COMPARED):
-        return False
-    return all(arguments.get(name) is None for name in ("k", "cache_leftpad", "cu_seqlens_k_new"))
+def options_of(arguments: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return the values of :data:`OPTIONS`, with :data:`ABSENT` for those that a call lacks."""
+    get = arguments.get
+    return tuple([get(name, ABSENT) for name in OPTIONS])
 
 
-class KnownCall:
-    """A call that the running pass has seen, and what calls like it get.
-
-    Like it are calls of the same kind over the very same lengths, with equally many rows: their
-    plans are equal.
-    """
-
-    __slots__ = (
-        "_cache_seqlens",
-        "_cu_seqlens_q",
-        "_max_seqlen_q",
-        "_own_keys",
-        "_page_table",
-        "_q_shape",
-        "_table_facts",
-        "_versions",
-        "attention",
-        "in_place",
-        "plan",
-        "raw",
-        "role",
-        "site",
-    )
-
-    def __init__(
-        self,
-        site: CallSite,
-        arguments: Arguments,
-        attention: Callable[[Arguments], Any],
-        own_keys: OwnKeys | None,
-        *,
-        raw: bool = False,
-    ) -> None:
-        """Describe a call of the kind ``site``.
-
-        Args:
-            site: the kind of the call.
-            arguments: of the call, without a plan.
-            attention: serves the calls like it.
-            own_keys: the layer's own keys and values, where such calls may use them.
-            raw: whether ``attention`` takes these instead of the cache.
-        """
-        self.site, self.attention, self.raw = site, attention, raw
-        self.plan: Any = None
-        self.in_place: Any = None
-        """For a plan in a workspace: what says that the workspace still holds it."""
-        self.role = -1
-        """For a plan in a workspace: the call role whose slot that is."""
-        q, _, _, page_table, cache_seqlens, cu_seqlens_q, max_seqlen_q = _get_compared(arguments)
-        self._q_shape, self._max_seqlen_q = q.shape, max_seqlen_q
-        # Held, so that no other tensor can take their places.
-        self._cache_seqlens, self._cu_seqlens_q = cache_seqlens, cu_seqlens_q
-        self._page_table, self._table_facts = page_table, _table_facts(arguments)
-        self._versions = _version(cache_seqlens), _version(cu_seqlens_q)
-        self._own_keys = None if own_keys is None else own_key_facts(own_keys)
-
-    def matches(self, arguments: Arguments, own_keys: OwnKeys | None) -> bool:
-        """Tell whether a call is like this one."""
-        try:
-            (
-                q,
-                k_cache,
-                v_cache,
-                page_table,
-                cache_seqlens,
-                cu_seqlens_q,
-                max_seqlen_q,
-            ) = _get_compared(arguments)
-            cache_version, cu_version = self._versions
-            return (
-                cache_seqlens is self._cache_seqlens
-                and cu_seqlens_q is self._cu_seqlens_q
-                and max_seqlen_q == self._max_seqlen_q
-                and (cache_version is None or cache_seqlens._version == cache_version)
-                and (cu_version is None or cu_seqlens_q._version == cu_version)
-                and q.shape == self._q_shape
-                and (page_table is self._page_table or self._has_table(arguments))
-                and self.site.has(arguments, q, k_cache, v_cache)
-                and (own_keys is self._own_keys or self._has_own_keys(own_keys))
-            )
-        except KeyError:
-            return False
-
-    def _has_table(self, arguments: Arguments) -> bool:
-        return (
-            _table_facts(arguments) == self._table_facts
-            and arguments["page_table"].shape == self._page_table.shape
-        )
-
-    def _has_own_keys(self, own_keys: OwnKeys | None) -> bool:
-        return own_keys is not None and own_key_facts(own_keys) == self._own_keys
+def _tensor_facts(arguments: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return what is the same of the queries and the cache in all calls of a kind."""
+    q, k, v = arguments["q"], arguments["k_cache"], arguments["v_cache"]
+    facts = q.shape[1:], q.dtype, q.device, k.dtype, v.dtype
+    return *facts, k.shape, v.shape, density(k), density(v)
 
 
-def _options_getter(arguments: Arguments) -> Callable[[Arguments], Any]:
-    """Return what gets the values of a call that are no tensors, in one step."""
-    names = [
-        name
-        for name, value in arguments.items()
-        if not isinstance(value, torch.Tensor) and name not in _OF_A_PASS
-    ]
-    return operator.itemgetter(*names) if names else lambda arguments: ()
-
-
-def _is_dense(tensor: torch.Tensor) -> Any:
-    """Return ``True``, or the strides of a tensor whose elements do not follow one another."""
-    return tensor.is_contiguous() or tensor.stride()
-
-
-def _table_facts(arguments: Arguments) -> tuple[Any, ...] | None:
+def _pass_facts(arguments: Arguments) -> tuple[Any, ...] | None:
     """Return what a library may ask of the page table and the lengths beside their shapes."""
-    _, _, _, page_table, cache_seqlens, cu_seqlens_q, _ = _get_compared(arguments)
+    page_table, cache_seqlens, cu_seqlens_q = _get_lengths(arguments)
     if page_table is None or cache_seqlens is None or cu_seqlens_q is None:
         return None
     dense = page_table.is_contiguous()
     return page_table.dtype, dense, cache_seqlens.dtype, cu_seqlens_q.dtype
 
 
+def density(tensor: torch.Tensor) -> Any:
+    """Return ``True``, or the strides of a tensor whose elements do not follow one another."""
+    return tensor.is_contiguous() or tensor.stride()
+
+
+class KnownCall:
+    """A call over a paged cache that the running pass has seen, and what calls like it get.
+
+    Like it are calls of the same kind over the very same lengths, with equally many rows: their
+    plans are equal, and so is how the kernels are called. Nothing compares dtypes, layouts and
+    options after :meth:`matches`; it is what keeps a call in which one of them changed from being
+    served as the call before.
+    """
+
+    __slots__ = (
+        "_own_facts",
+        "_q_device",
+        "_settled",
+        "_site",
+        "_versions",
+        "cache_seqlens",
+        "cu_seqlens_q",
+        "function",
+        "in_place",
+        "k_dense",
+        "k_dtype",
+        "k_shape",
+        "keywords",
+        "max_seqlen_q",
+        "options",
+        "page_table",
+        "plan",
+        "q_dtype",
+        "q_shape",
+        "role",
+        "uses",
+        "v_dense",
+        "v_dtype",
+        "v_shape",
+    )
+    raw = False
+    """True if such calls are served from the layer's own keys instead of the cache."""
+
+    def __init__(
+        self, site: CallSite, arguments: Arguments, settled: SettledCall, own_keys: OwnKeys | None
+    ) -> None:
+        """Describe a call of the kind ``site``.
+
+        Args:
+            site: the kind of the call.
+            arguments: of the call.
+            settled: how the kernels are called for it.
+            own_keys: the layer's own keys and values, where such calls may use them.
+        """
+        self._site, self._settled = site, settled
+        self.function, self.keywords = settled.function, settled.keywords
+        self.plan: Any = None
+        self.in_place: Any = None
+        """For a plan in a workspace: the entry that says that the workspace still holds it."""
+        self.role = -1
+        """For a plan in a workspace: the call role whose slot that is."""
+        self.uses = 0
+        """Calls that were served as this one and are not in the statistics yet."""
+        self.q_shape, self.max_seqlen_q = arguments["q"].shape, arguments["max_seqlen_q"]
+        # Held, so that no other tensor can take their places.
+        self.page_table, self.cache_seqlens, self.cu_seqlens_q = _get_lengths(arguments)
+        versions = _version(self.cache_seqlens), _version(self.cu_seqlens_q)
+        self._versions = None if versions == (None, None) else versions
+        self._own_facts = None if own_keys is None else own_key_facts(own_keys)
+        (
+            _, self.q_dtype, self._q_device, self.k_dtype, self.v_dtype, self.k_shape,
+            self.v_shape, self.k_dense, self.v_dense,
+        ) = site.tensor_facts  # fmt: skip
+        self.options = site.options
+        """``None``: there are tensors among them."""
+
+    def matches(
+        self, q: Any, k_cache: Any, v_cache: Any, page_table: Any, cache_seqlens: Any,
+        cu_seqlens_q: Any, max_seqlen_q: Any, options: tuple[Any, ...], own_keys: OwnKeys | None,
+    ) -> bool:  # fmt: skip
+        """Tell whether a call is like this one; ``options`` are the values of :data:`OPTIONS`."""
+        return (
+            cache_seqlens is self.cache_seqlens
+            and cu_seqlens_q is self.cu_seqlens_q
+            and max_seqlen_q == self.max_seqlen_q
+            and (options == self.options or self._has_options(options))
+            and q.shape == self.q_shape
+            and q.dtype is self.q_dtype
+            and k_cache.dtype is self.k_dtype
+            and v_cache.dtype is self.v_dtype
+            and k_cache.shape == self.k_shape
+            and v_cache.shape == self.v_shape
+            and (k_cache.is_contiguous() or k_cache.stride()) == self.k_dense
+            and (v_cache.is_contiguous() or v_cache.stride()) == self.v_dense
+            and q.device == self._q_device
+            and (self._versions is None or self._has_versions(cache_seqlens, cu_seqlens_q))
+            and (page_table is self.page_table or self._takes_table(page_table))
+            and (own_keys is self._own_facts or self._has_own_keys(own_keys))
+        )
+
+    def _has_options(self, options: tuple[Any, ...]) -> bool:
+        return self.options is None and self._site.has_options(options)
+
+    def _has_versions(self, cache_seqlens: torch.Tensor, cu_seqlens_q: torch.Tensor) -> bool:
+        return self._versions == (_version(cache_seqlens), _version(cu_seqlens_q))
+
+    def _has_own_keys(self, own_keys: OwnKeys | None) -> bool:
+        return own_keys is not None and own_key_facts(own_keys) == self._own_facts
+
+    def keywords_with(self, options: tuple[Any, ...]) -> Arguments:
+        """Return the keywords of a call like this one that has other tensors among its options."""
+        values = dict(zip(OPTIONS, options, strict=True))
+        varying = {own: values[name] for name, own in self._settled.varying}
+        return self.keywords | varying
+
+    def _takes_table(self, page_table: Any) -> bool:
+        """Take another page table of the same shape for this and the calls after it."""
+        if page_table is None or page_table is ABSENT or page_table.shape != self.page_table.shape:
+            return False
+        if _table_facts(page_table) != _table_facts(self.page_table):
+            return False
+        self.page_table = self.keywords[self._settled.table] = page_table
+        return True
+
+
+class KnownRawCall(KnownCall):
+    """A call over a paged cache that is served from its layer's own keys."""
+
+    __slots__ = ()
+    raw = True
+
+    def __init__(
+        self, site: CallSite, arguments: Arguments, settled: SettledCall, own_keys: OwnKeys
+    ) -> None:
+        """Describe a call of the kind ``site`` that ``own_keys`` serve."""
+        super().__init__(site, arguments, settled, own_keys)
+        k, v = own_keys
+        self.k_dtype, self.k_shape, self.k_dense = k.dtype, k.shape, density(k)
+        self.v_dtype, self.v_shape, self.v_dense = v.dtype, v.shape, density(v)
+
+    def matches(
+        self, q: Any, k_cache: Any, v_cache: Any, page_table: Any, cache_seqlens: Any,
+        cu_seqlens_q: Any, max_seqlen_q: Any, options: tuple[Any, ...], own_keys: OwnKeys | None,
+    ) -> bool:  # fmt: skip
+        """Tell whether a call is like this one. Of the cache it matters only what type it has."""
+        if own_keys is None:
+            return False
+        k, v = own_keys
+        return (
+            self.cache_seqlens is cache_seqlens
+            and self.cu_seqlens_q is cu_seqlens_q
+            and self.max_seqlen_q == max_seqlen_q
+            and (self.options == options or self._has_options(options))
+            and self.q_shape == q.shape
+            and self.k_shape == k.shape
+            and self.v_shape == v.shape
+            and self.q_dtype is q.dtype
+            and self.k_dtype is k.dtype is k_cache.dtype
+            and self.v_dtype is v.dtype is v_cache.dtype
+            and self.k_dense == (k.is_contiguous() or k.stride())
+            and self.v_dense == (v.is_contiguous() or v.stride())
+            and self._q_device == q.device
+            and (not self._versions or self._has_versions(cache_seqlens, cu_seqlens_q))
+        )
+
+
+def _table_facts(page_table: torch.Tensor) -> tuple[Any, ...]:
+    return page_table.dtype, page_table.is_contiguous(), page_table.device
+
+
 def _version(tensor: torch.Tensor) -> int | None:
     """Return how often the contents changed; ``inference_mode`` does not count: ``None``."""
     return None if tensor.is_inference() else tensor._version
+
+
+def dims_of(own_keys: OwnKeys) -> tuple[Any, ...]:
+    """Return the heads and head dimensions of a layer's own keys and values."""
+    k, v = own_keys
+    return k.shape[1:], v.shape[1:]
 
 
 def own_key_facts(own_keys: OwnKeys) -> tuple[Any, ...]:

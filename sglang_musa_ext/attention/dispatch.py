@@ -9,20 +9,27 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from sglang.srt.layers.attention import flashattention_backend as upstream
 
 from sglang_musa_ext import patching
+from sglang_musa_ext.attention.calls import ABSENT, KnownCall
 from sglang_musa_ext.upstream.names import KERNEL_PARAMETERS
 
 
 class Backend(Protocol):
-    """A handler of calls: it gets the arguments as one dict, because every ``**`` copies them."""
+    """A handler of calls."""
 
-    def call_flash_attn_with_kvcache(self, arguments: dict[str, Any]) -> Any:
-        """Serve attention over a paged KV cache."""
+    own_keys: Any
+    """Keys and values of the running layer, where a call may be served from them."""
+
+    def begin_call(self) -> Sequence[KnownCall]:
+        """Note a call over a paged KV cache, and return those that it may be like."""
+
+    def call_unlike_others(self, arguments: dict[str, Any]) -> Any:
+        """Serve a call over a paged KV cache that :meth:`begin_call` has noted."""
 
     def call_flash_attn_varlen_func(self, arguments: dict[str, Any]) -> Any:
         """Serve attention over raw keys and values."""
@@ -53,21 +60,88 @@ def install_kernel_dispatch() -> Callable[[], None]:
     """
     with contextlib.ExitStack() as undo:
         for name in KERNEL_PARAMETERS:
-            undo.callback(patching.wrap(upstream, name, functools.partial(_dispatcher, name)))
+            undo.callback(patching.wrap(upstream, name, _DISPATCHERS[name]))
         return undo.pop_all().close
 
 
-def _dispatcher(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
-    """Return what stands in upstream's module for ``original``."""
-    parameters, method = KERNEL_PARAMETERS[name], f"call_{name}"
+def _varlen_dispatcher(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Return what stands in upstream's module for its function over raw keys and values."""
+    parameters = KERNEL_PARAMETERS["flash_attn_varlen_func"]
 
     @functools.wraps(original)
-    def dispatch(*args: Any, **kwargs: Any) -> Any:
+    def flash_attn_varlen_func(*args: Any, **arguments: Any) -> Any:
         running = RUNNING.stack
         if not running:
-            return original(*args, **kwargs)
+            return original(*args, **arguments)
         if args:
-            kwargs.update(zip(parameters, args, strict=False))
-        return getattr(running[-1], method)(kwargs)
+            arguments.update(zip(parameters, args, strict=False))
+        return running[-1].call_flash_attn_varlen_func(arguments)
 
-    return dispatch
+    return flash_attn_varlen_func
+
+
+_PAGED = (
+    "q", "k_cache", "v_cache", "page_table", "cache_seqlens", "cu_seqlens_q", "cu_seqlens_k_new",
+    "max_seqlen_q", "softmax_scale", "causal", "window_size", "softcap", "return_softmax_lse",
+    "num_splits", "out", "scheduler_metadata", "ver", "qv", "sinks", "k_descale", "v_descale",
+)  # fmt: skip
+"""The parameters below, in their order."""
+
+
+def _paged_dispatcher(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Return what stands in upstream's module for its function over a paged KV cache.
+
+    Every layer passes here, so what upstream's forwards pass has parameters of its own: Python then
+    makes no dict of them. Whatever else a call has is in ``others``.
+    """
+    parameters = KERNEL_PARAMETERS["flash_attn_with_kvcache"]
+
+    @functools.wraps(original)
+    def flash_attn_with_kvcache(
+        *args: Any, q: Any = ABSENT, k_cache: Any = ABSENT, v_cache: Any = ABSENT,
+        page_table: Any = ABSENT, cache_seqlens: Any = ABSENT, cu_seqlens_q: Any = ABSENT,
+        cu_seqlens_k_new: Any = ABSENT, max_seqlen_q: Any = ABSENT, softmax_scale: Any = ABSENT,
+        causal: Any = ABSENT, window_size: Any = ABSENT, softcap: Any = ABSENT,
+        return_softmax_lse: Any = ABSENT, num_splits: Any = ABSENT, out: Any = ABSENT,
+        scheduler_metadata: Any = ABSENT, ver: Any = ABSENT, qv: Any = ABSENT,
+        sinks: Any = ABSENT, k_descale: Any = ABSENT, v_descale: Any = ABSENT, **others: Any,
+    ) -> Any:  # fmt: skip
+        running = RUNNING.stack
+        if running:
+            backend = running[-1]
+            options = (
+                softmax_scale, causal, window_size, softcap, return_softmax_lse, num_splits, out,
+                ver, qv, sinks, k_descale, v_descale,
+            )  # fmt: skip
+            own_keys = backend.own_keys
+            for known in backend.begin_call():
+                if known.matches(
+                    q, k_cache, v_cache, page_table, cache_seqlens, cu_seqlens_q, max_seqlen_q,
+                    options, own_keys,
+                ) and not others:  # fmt: skip
+                    known.uses += 1
+                    if known.raw:
+                        k_cache, v_cache = own_keys
+                    if known.options is None:
+                        return known.function(q, k_cache, v_cache, **known.keywords_with(options))
+                    return known.function(q, k_cache, v_cache, **known.keywords)
+        values = (
+            q, k_cache, v_cache, page_table, cache_seqlens, cu_seqlens_q, cu_seqlens_k_new,
+            max_seqlen_q, softmax_scale, causal, window_size, softcap, return_softmax_lse,
+            num_splits, out, scheduler_metadata, ver, qv, sinks, k_descale, v_descale,
+        )  # fmt: skip
+        given = zip(_PAGED, values, strict=True)
+        arguments = {name: value for name, value in given if value is not ABSENT}
+        arguments.update(others)
+        if not running:
+            return original(*args, **arguments)
+        arguments.update(zip(parameters, args, strict=False))
+        return backend.call_unlike_others(arguments)
+
+    return flash_attn_with_kvcache
+
+
+_DISPATCHERS = {
+    "flash_attn_with_kvcache": _paged_dispatcher,
+    "flash_attn_varlen_func": _varlen_dispatcher,
+}

@@ -28,14 +28,17 @@ from sglang_musa_ext.attention.calls import (
     CallGeometry,
     CallSite,
     KnownCall,
+    KnownRawCall,
     OwnKeys,
+    dims_of,
     has_equal_queries,
     is_upstreams,
+    options_of,
     planned_tensors,
 )
 from sglang_musa_ext.attention.dispatch import RUNNING
 from sglang_musa_ext.attention.plans import SchedulerMetadataCache, Tensors, stream_probe
-from sglang_musa_ext.attention.raw_keys import new_rows, over_raw_keys, raw_arguments
+from sglang_musa_ext.attention.raw_keys import new_rows, raw_arguments
 from sglang_musa_ext.attention.sampling import OutputSampler
 from sglang_musa_ext.attention.workspace import MLAWorkspace
 from sglang_musa_ext.envs import Settings
@@ -112,6 +115,7 @@ class MusaFA3Mixin:
             self._refuse_trees_over_latent_pages()
         self._replace_upstream_kernels()
         self._plans = SchedulerMetadataCache(stream_probe(self._pool_device))
+        self.begin_call = self._plans.begin_call
         self._workspace = self._mla_workspace()
         self._sites: dict[tuple[str, ...], list[CallSite]] = {}
         """The kinds of paged calls that this backend has served, by their names."""
@@ -119,7 +123,7 @@ class MusaFA3Mixin:
         """The functions that serve calls, by function called and names."""
         self._new_rows: int | None = None
         """The rows of the running pass, where its layers attend to nothing but their own keys."""
-        self._own_keys: OwnKeys | None = None
+        self.own_keys: OwnKeys | None = None
         """Keys and values of the running layer, where a call may be served from them."""
         # A check sees every call, and a plan for every call reuses none.
         self._check = "off" if self._settings.check_share else self._settings.check
@@ -145,15 +149,20 @@ class MusaFA3Mixin:
         if self._plans.begin_layer(layer, forward_batch, self.forward_metadata):
             self._new_rows = new_rows(forward_batch) if self._raw_prefill else None
         # Keys that this forward does not write to the cache may be others than the cache's.
-        serves = self._new_rows is not None and k is not None and save_kv_cache
-        self._own_keys = (k, v) if serves else None
+        if self._new_rows is not None and k is not None and save_kv_cache:
+            self.own_keys = k, v
         running = RUNNING.stack
         running.append(self)
+        # Python calls faster where it has no dict of arguments to unpack.
         try:
-            return super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)  # type: ignore[misc]
+            if kwargs:
+                return super().forward_extend(  # type: ignore[misc]
+                    q, k, v, layer, forward_batch, save_kv_cache, **kwargs
+                )
+            return super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache)  # type: ignore[misc]
         finally:
             running.pop()
-            self._own_keys = None
+            self.own_keys = None
 
     def forward_decode(
         self,
@@ -170,7 +179,11 @@ class MusaFA3Mixin:
         running = RUNNING.stack
         running.append(self)
         try:
-            return super().forward_decode(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)  # type: ignore[misc]
+            if kwargs:
+                return super().forward_decode(  # type: ignore[misc]
+                    q, k, v, layer, forward_batch, save_kv_cache, **kwargs
+                )
+            return super().forward_decode(q, k, v, layer, forward_batch, save_kv_cache)  # type: ignore[misc]
         finally:
             running.pop()
 
@@ -178,76 +191,84 @@ class MusaFA3Mixin:
         """Run FA3's function of this name over a paged KV cache, with the plan of this pass."""
         if not (RUNNING.stack and RUNNING.stack[-1] is self):
             self._begin_outside()
-        return self.call_flash_attn_with_kvcache(arguments)
+        self.begin_call()
+        return self.call_unlike_others(arguments)
 
     def flash_attn_varlen_func(self, **arguments: Any) -> Any:
         """Run FA3's function of this name over raw keys and values, without a plan, as upstream."""
         return self.call_flash_attn_varlen_func(arguments)
 
-    def call_flash_attn_with_kvcache(self, arguments: Arguments) -> Any:
-        """Serve a call over a paged KV cache; ``arguments`` may be changed."""
-        plans, own_keys = self._plans, self._own_keys
-        plans.statistics.calls += 1
+    def call_flash_attn_varlen_func(self, arguments: Arguments) -> Any:
+        """Serve a call over raw keys and values; ``arguments`` may be changed."""
+        self._plans.count_call()
+        return self._prepared("flash_attn_varlen_func", arguments)(arguments)
+
+    def call_unlike_others(self, arguments: Arguments) -> Any:
+        """Serve a call over a paged KV cache that is like none before it in its pass.
+
+        Those that are like this one find their way without it; ``arguments`` may be changed.
+        """
         if arguments.get("k") is None:
             # Upstream passes the cumulative lengths of all keys under this name. FA3 reads it as
             # lengths of keys still to be appended, which a plan then counts twice, so it goes only
             # where new keys go.
             arguments.pop("cu_seqlens_k_new", None)
-        known = plans.begin_call(arguments, own_keys)
-        if known is None:
-            return self._call_unlike_others(arguments, own_keys)
-        if known.raw and own_keys is not None:
-            plans.statistics.raw_calls += 1
-            return known.attention(over_raw_keys(arguments, *own_keys))
-        arguments["scheduler_metadata"] = known.plan
-        return known.attention(arguments)
-
-    def call_flash_attn_varlen_func(self, arguments: Arguments) -> Any:
-        """Serve a call over raw keys and values; ``arguments`` may be changed."""
-        self._plans.statistics.calls += 1
-        return self._prepared("flash_attn_varlen_func", arguments)(arguments)
-
-    def _call_unlike_others(self, arguments: Arguments, own_keys: OwnKeys | None) -> Any:
-        """Serve the first call of its kind in a pass, and have those like it find their way."""
-        paged = dict(arguments)
-        raw = None if own_keys is None else self._raw_arguments(arguments, own_keys)
-        if raw is None:
-            result = self._call_with_plan(arguments, own_keys)
+        # Upstream's own plans are turned off.
+        arguments["scheduler_metadata"] = None
+        paged = dict(arguments) if self._check == "output" else None
+        site, own_keys = self._site(arguments), self.own_keys
+        raw = None if own_keys is None else self._raw_arguments(arguments, own_keys, site)
+        if own_keys is None or raw is None:
+            result = self._call_with_plan(arguments, site)
         else:
-            result = self._call_over_raw_keys(arguments, own_keys, raw)
-        if self._check == "output" and not self._plans.capturing:
+            result = self._call_over_raw_keys(arguments, site, raw, own_keys)
+        if paged is not None and not self._plans.capturing:
             checks.require_reference_output(result, paged, self._pool_device, self._place())
         return result
 
     def _call_over_raw_keys(
-        self, arguments: Arguments, own_keys: OwnKeys | None, raw: Arguments
+        self, arguments: Arguments, site: CallSite | None, raw: Arguments, own_keys: OwnKeys
     ) -> Any:
         """Serve a call with ``raw`` in place of ``arguments``, and remember that."""
-        attention = self._prepared("flash_attn_varlen_func", raw)
-        self._plans.statistics.raw_calls += 1
-        result = attention(raw)
-        site = self._site(arguments)
-        if site is not None:
-            site.serves_raw_keys = True
-            known = KnownCall(site, arguments, attention, own_keys, raw=True)
-            self._plans.remember(known, None)
+        self._plans.count_call(raw=True)
+        k, v = own_keys
+        # Keys that are to be viewed in another shape first are viewed anew each time.
+        if site is None or raw["k"] is not k or raw["v"] is not v:
+            return self._prepared("flash_attn_varlen_func", raw)(raw)
+        if site.settle_raw is None or site.raw_dims != dims_of(own_keys):
+            site.raw_dims = dims_of(own_keys)
+            site.settle_raw = self._kernels.settling(
+                "flash_attn_varlen_func", raw, site.tensor_options
+            )
+        known = KnownRawCall(site, arguments, site.settle_raw(raw), own_keys)
+        result = known.function(raw["q"], k, v, **known.keywords_with(options_of(arguments)))
+        self._plans.remember(known, None)
         return result
 
-    def _call_with_plan(self, arguments: Arguments, own_keys: OwnKeys | None) -> Any:
+    def _call_with_plan(self, arguments: Arguments, site: CallSite | None) -> Any:
         """Serve a call with its plan, and have calls like it get both again."""
-        site = self._site(arguments)
+        self._plans.count_call()
         if site is None:
             geometry = CallGeometry.of(arguments, self._kernels)
             plan = self._scheduler_metadata(arguments, geometry, geometry.keywords())
             arguments["scheduler_metadata"] = plan
             return self._prepared("flash_attn_with_kvcache", arguments)(arguments)
-        known = KnownCall(site, arguments, site.attention, own_keys)
         plan = self._scheduler_metadata(arguments, *site.geometry_of(arguments))
-        arguments["scheduler_metadata"] = plan
-        result = site.attention(arguments)
         in_place = isinstance(plan, tuple)
-        # Whether this call wrote the plan of its slot or found it there, those like it find it.
-        self._plans.remember(known, (plan[0], True) if in_place else plan, in_place=in_place)
+        # Whether this call writes the plan of its slot or found it there, those like it find it.
+        again = (plan[0], True) if in_place else plan
+        arguments["scheduler_metadata"] = again
+        if site.settle is None:
+            site.settle = self._kernels.settling(
+                "flash_attn_with_kvcache", arguments, site.tensor_options
+            )
+        known = KnownCall(site, arguments, site.settle(arguments), self.own_keys)
+        keywords = known.keywords_with(options_of(arguments))
+        if in_place:
+            keywords["scheduler_metadata"] = plan
+        q, k_cache, v_cache = arguments["q"], arguments["k_cache"], arguments["v_cache"]
+        result = known.function(q, k_cache, v_cache, **keywords)
+        self._plans.remember(known, again, in_place=in_place)
         return result
 
     def _site(self, arguments: Arguments) -> CallSite | None:
@@ -259,27 +280,27 @@ class MusaFA3Mixin:
         for site in sites:
             if site.is_of(arguments):
                 return site
-        return self._new_site(names, arguments) if is_upstreams(arguments) else None
+        if not is_upstreams(arguments):
+            return None
+        return self._new_site(names, arguments)
 
     def _new_site(self, names: tuple[str, ...], arguments: Arguments) -> CallSite:
-        attention = self._prepared(
-            "flash_attn_with_kvcache", arguments | {"scheduler_metadata": None}
-        )
-        site = CallSite(arguments, CallGeometry.of(arguments, self._kernels), attention)
+        site = CallSite(arguments, CallGeometry.of(arguments, self._kernels))
         sites = self._sites.setdefault(names, [])
         if len(sites) >= _MOST_SITES:
             sites.clear()
         sites.append(site)
         return site
 
-    def _raw_arguments(self, arguments: Arguments, own_keys: OwnKeys) -> Arguments | None:
+    def _raw_arguments(
+        self, arguments: Arguments, own_keys: OwnKeys, site: CallSite | None
+    ) -> Arguments | None:
         """Return the arguments over raw keys that stand for a call, or ``None`` if none do."""
         rows = {tensor.shape[0] for tensor in (arguments["q"], *own_keys)}
         # Rows that only pad the batch belong to no request.
         if rows != {self._new_rows} or self._plans.capturing:
             return None
-        site = self._site(arguments)
-        settled = site is not None and site.serves_raw_keys
+        settled = site is not None and site.raw_dims == dims_of(own_keys)
         kernels = None if settled else self._kernels
         return raw_arguments(arguments, own_keys, self.forward_metadata, kernels)
 
@@ -395,9 +416,15 @@ class MusaFA3Mixin:
     def _sample_outputs(self, share: float) -> None:
         """Have some calls compared: this object's methods are replaced, those of others are not."""
         self._sampler = sampler = OutputSampler(share, self._plans, self._pool_device)
-        for name in KERNEL_PARAMETERS:
-            method = f"call_{name}"
-            setattr(self, method, sampler.around(name, getattr(self, method)))
+        vars(self).update(
+            begin_call=sampler.choosing(self.begin_call),
+            call_unlike_others=sampler.of_chosen(
+                "flash_attn_with_kvcache", self.call_unlike_others
+            ),
+            call_flash_attn_varlen_func=sampler.around(
+                "flash_attn_varlen_func", self.call_flash_attn_varlen_func
+            ),
+        )
         logger.info("sglang_musa_ext compares a share of %g of the outputs", share)
 
     def musa_fa3_report(self) -> dict[str, Any]:

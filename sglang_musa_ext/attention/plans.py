@@ -12,13 +12,13 @@ from __future__ import annotations
 import functools
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 
-from sglang_musa_ext.attention.calls import Arguments, CallGeometry, KnownCall, OwnKeys
+from sglang_musa_ext.attention.calls import CallGeometry, KnownCall
 
 Tensors = dict[str, torch.Tensor]
 """The tensors of a call whose contents its plan depends on, by name."""
@@ -43,7 +43,7 @@ class TensorIdentity(NamedTuple):
         version = -1 if tensor.is_inference() else tensor._version
         # Tensors without storage (meta, empty) all have pointer 0: there the object itself is the
         # identity.
-        return cls(tensor.data_ptr() or id(tensor), tuple(tensor.shape), tensor.stride(), version)
+        return cls(tensor.data_ptr() or id(tensor), tensor.shape, tensor.stride(), version)
 
 
 class PlanKey(NamedTuple):
@@ -131,8 +131,7 @@ class PlanStatistics:
         return counts
 
 
-@dataclass(frozen=True)
-class _Plan:
+class _Plan(NamedTuple):
     """One plan of a pass. ``keeps_alive`` holds the tensors that ``key`` names by address."""
 
     key: PlanKey
@@ -143,17 +142,19 @@ class _Plan:
 class Pass:
     """One forward pass: what its calls over a paged cache have so far, which ends with it."""
 
-    __slots__ = ("calls", "computed", "in_place", "known", "layers", "plans")
+    __slots__ = ("computed", "in_place", "known", "layers", "plans")
 
     def __init__(self) -> None:
-        self.plans: dict[PlanKey, _Plan] = {}
+        self.plans: list[_Plan] = []
+        """A pass has few of them, and comparing keys takes less time than hashing them."""
         self.known: list[KnownCall] = []
         """Calls that later ones of this pass may be like."""
         self.in_place: dict[int, _Plan] = {}
         """The plan that each call role's slot of the workspace holds."""
-        self.layers: dict[int, tuple[object, int]] = {}
-        """The layers that made a call, by identity, and the role of the last; keeps them alive."""
-        self.calls = 0
+        self.layers: dict[Any, object] = {}
+        """The layer of each call, by its identity and, from the second call on, role; so an entry
+        is one call, and an identity cannot be given to another layer.
+        """
         self.computed = 0
         """Plans computed in this pass."""
 
@@ -175,7 +176,7 @@ class SchedulerMetadataCache:
 
     def __init__(self, stream_state: Callable[[], tuple[int, bool]]) -> None:
         """``stream_state`` tells where work is being issued; see :func:`stream_probe`."""
-        self.statistics = PlanStatistics()
+        self._statistics = PlanStatistics()
         self.current = Pass()
         self.layer: object = None
         """The layer that is running, or ran last; ``None`` where no layer makes the call."""
@@ -189,6 +190,12 @@ class SchedulerMetadataCache:
         self._forward_metadata: object = None
         self._state: tuple[int, bool] = (0, False)
         self._ended = True
+
+    @property
+    def statistics(self) -> PlanStatistics:
+        """The counts, up to the last call."""
+        self._count_uses()
+        return self._statistics
 
     @property
     def capturing(self) -> bool:
@@ -222,34 +229,42 @@ class SchedulerMetadataCache:
             self._ended = True
         return self._ended
 
-    def begin_call(
-        self, arguments: Arguments | None = None, own_keys: OwnKeys | None = None
-    ) -> KnownCall | None:
-        """Note the layer's next call over a paged cache, and look for one before that it is like.
-
-        Args:
-            arguments: of the call; ``None``: do not look.
-            own_keys: the layer's own keys and values, where the call may use them.
+    def begin_call(self) -> Sequence[KnownCall]:
+        """Note the layer's next call over a paged cache.
 
         Returns:
-            A call of this pass with equal plan and function, or ``None``.
+            The calls of this pass that it may be like. Whoever serves it as one of them adds to its
+            ``uses``, and calls :meth:`count_call` otherwise.
         """
         role = self.role = self.role + 1
-        current, layer = self.current, self.layer
-        before = current.layers.get(id(layer))
-        if self._ended or (before is not None and role <= before[1]):
+        layer, current = self.layer, self.current
+        call = (id(layer), role) if role else id(layer)
+        if self._ended or call in current.layers:
             current = self._begin_pass()
-        current.layers[id(layer)] = layer, role
-        current.calls += 1
-        if arguments is None:
-            return None
-        # A pass has few of them, and comparing takes less time than hashing.
-        for known in current.known:
-            if known.matches(arguments, own_keys) and self._holds(known):
-                if known.plan is not None:
-                    self.statistics.reuses += 1
-                return known
-        return None
+        current.layers[call] = layer
+        if current.in_place:
+            return [known for known in current.known if self._holds(known)]
+        return current.known
+
+    def count_call(self, *, raw: bool = False) -> None:
+        """Count a call that is none of those that :meth:`begin_call` returned.
+
+        Args:
+            raw: whether it is over a paged cache and served from the layer's own keys.
+        """
+        self._statistics.calls += 1
+        self._statistics.raw_calls += raw
+
+    def _count_uses(self) -> None:
+        """Bring calls that were served as known ones into the statistics."""
+        statistics = self._statistics
+        for known in self.current.known:
+            statistics.calls += known.uses
+            if known.raw:
+                statistics.raw_calls += known.uses
+            elif known.plan is not None:
+                statistics.reuses += known.uses
+            known.uses = 0
 
     def _holds(self, known: KnownCall) -> bool:
         """Tell whether a plan in a workspace is still there, and the running role's."""
@@ -268,12 +283,13 @@ class SchedulerMetadataCache:
             compute: makes the plan, if this pass has none yet.
         """
         key = self._key(geometry, tensors)
-        plan = self.current.plans.get(key)
-        if plan is None:
-            plan = self.current.plans[key] = self._computed_plan(key, compute(), tensors)
-            return plan.value, False
-        self.statistics.reuses += 1
-        return plan.value, True
+        for plan in self.current.plans:
+            if plan.key == key:
+                self._statistics.reuses += 1
+                return plan.value, True
+        plan = self._computed_plan(key, compute(), tensors)
+        self.current.plans.append(plan)
+        return plan.value, False
 
     def plan_in_place(self, role: int, geometry: CallGeometry, tensors: Tensors) -> bool:
         """Tell whether the plan in the slot of ``role`` is this pass's for a call.
@@ -286,19 +302,17 @@ class SchedulerMetadataCache:
         if held is None or held.key != key:
             self.current.in_place[role] = self._computed_plan(key, None, tensors)
             return False
-        self.statistics.reuses += 1
+        self._statistics.reuses += 1
         return True
 
-    def remember(self, known: KnownCall | None, plan: Any, *, in_place: bool = False) -> None:
-        """Have :meth:`begin_call` find ``known`` until the pass ends.
+    def remember(self, known: KnownCall, plan: Any, *, in_place: bool = False) -> None:
+        """Have :meth:`begin_call` return ``known`` until the pass ends.
 
         Args:
-            known: describes a call; ``None``: nothing is remembered.
+            known: describes a call.
             plan: what calls like it get as ``scheduler_metadata``; ``None``: no plan.
             in_place: the plan is in the slot of the running call role.
         """
-        if known is None:
-            return
         known.plan = plan
         if in_place:
             known.role, known.in_place = self.role, self.current.in_place[self.role]
@@ -306,6 +320,7 @@ class SchedulerMetadataCache:
 
     def forget_plans(self) -> None:
         """Drop the plans of this pass, so that the next call computes its own."""
+        self._count_uses()
         self.current.plans.clear()
         self.current.known.clear()
         self.current.in_place.clear()
@@ -315,16 +330,17 @@ class SchedulerMetadataCache:
         return PlanKey(geometry, tuple(identities))
 
     def _computed_plan(self, key: PlanKey, value: Any, tensors: Tensors) -> _Plan:
-        self.statistics.plans += 1
-        passes = self.statistics.passes_by_plans
-        if self.current.computed:
-            passes[self.current.computed] -= 1
-        self.current.computed += 1
-        passes[self.current.computed] += 1
+        self._statistics.plans += 1
+        passes, current = self._statistics.passes_by_plans, self.current
+        if current.computed:
+            passes[current.computed] -= 1
+        current.computed += 1
+        passes[current.computed] += 1
         return _Plan(key, value, tensors)
 
     def _begin_pass(self) -> Pass:
-        self.most_calls = max(self.most_calls, self.current.calls)
+        self._count_uses()
+        self.most_calls = max(self.most_calls, len(self.current.layers))
         self.current = Pass()
         self._ended = False
         return self.current

@@ -62,21 +62,22 @@ def raw_arguments(
     k, v = own_keys
     if {k.dtype, v.dtype, arguments["q"].dtype, arguments["k_cache"].dtype} != {k.dtype}:
         return None
-    if kernels is not None and not (_asks_for_no_more(arguments) and _serves(kernels, arguments)):
+    raw = over_raw_keys(arguments, k, v)
+    if kernels is not None and not (_asks_for_no_more(arguments) and _serves(kernels, raw)):
         return None
-    return over_raw_keys(arguments, k, v)
+    return raw
 
 
-def _serves(kernels: FA3Kernels, arguments: Mapping[str, Any]) -> bool:
-    """Tell whether the kernels have a function over raw keys for a call."""
+def _serves(kernels: FA3Kernels, raw: Mapping[str, Any]) -> bool:
+    """Tell whether the kernels have a function over raw keys for such a call."""
     return kernels.serves_raw_keys(
-        dtype=arguments["q"].dtype,
-        headdim=arguments["k_cache"].shape[-1],
-        headdim_v=arguments["v_cache"].shape[-1],
-        window_size=arguments.get("window_size") or (-1, -1),
-        softcap=arguments.get("softcap") or 0.0,
-        attention_chunk=arguments.get("attention_chunk") or 0,
-        has_sinks=arguments.get("sinks") is not None,
+        dtype=raw["q"].dtype,
+        headdim=raw["k"].shape[-1],
+        headdim_v=raw["v"].shape[-1],
+        window_size=raw.get("window_size") or (-1, -1),
+        softcap=raw.get("softcap") or 0.0,
+        attention_chunk=0,
+        has_sinks=raw.get("sinks") is not None,
     )
 
 

@@ -10,14 +10,14 @@ from __future__ import annotations
 import logging
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
 from sglang_musa_ext.attention import checks
-from sglang_musa_ext.attention.calls import Arguments
+from sglang_musa_ext.attention.calls import Arguments, KnownCall
 from sglang_musa_ext.attention.plans import SchedulerMetadataCache
 from sglang_musa_ext.kernels.provider import reference_kernels
 
@@ -55,6 +55,8 @@ class OutputSampler:
         self._plans, self._device = plans, device
         self._modes: dict[str, ModeErrors] = {}
         self._unchecked: Counter[str] = Counter()
+        self._chosen = False
+        """True if the running call over a paged cache is to be compared."""
         # A generator of its own: SGLang seeds the process's, and models draw from it.
         self._random = random.Random(0)
 
@@ -69,12 +71,40 @@ class OutputSampler:
         def call(arguments: Arguments) -> Any:
             if self._random.random() >= self.share:
                 return served(arguments)
-            kept = dict(arguments)
-            result = served(arguments)
-            self._compare(function, kept, result)
-            return result
+            return self._compared(function, served, arguments)
 
         return call
+
+    def choosing(self, begin_call: Callable[[], Sequence[KnownCall]]) -> Callable[..., Any]:
+        """Return what begins calls as ``begin_call`` does, and chooses some to be compared.
+
+        A chosen call is said to be like none before it, so that :meth:`of_chosen` sees it.
+        """
+
+        def begin() -> Sequence[KnownCall]:
+            known = begin_call()
+            self._chosen = self._random.random() < self.share
+            return () if self._chosen else known
+
+        return begin
+
+    def of_chosen(self, function: str, served: Callable[[Arguments], Any]) -> Callable[..., Any]:
+        """Return what serves calls as ``served`` does, and compares the chosen ones."""
+
+        def call(arguments: Arguments) -> Any:
+            if not self._chosen:
+                return served(arguments)
+            return self._compared(function, served, arguments)
+
+        return call
+
+    def _compared(
+        self, function: str, served: Callable[[Arguments], Any], arguments: Arguments
+    ) -> Any:
+        kept = dict(arguments)
+        result = served(arguments)
+        self._compare(function, kept, result)
+        return result
 
     def report(self) -> dict[str, Any]:
         """Return the counts as plain data that JSON can carry."""

@@ -9,12 +9,18 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
-from sglang_musa_ext.kernels.record import UnsupportedKernelArgument
+from sglang_musa_ext.kernels.record import (
+    Settle,
+    SettledCall,
+    UnsupportedKernelArgument,
+    settled_anew,
+    takes_by_position,
+)
 
 Arguments = dict[str, Any]
 Rule = Callable[[Arguments], Arguments]
@@ -159,6 +165,31 @@ class CallSite:
             result = finish(result)
         return result if out is None else _into(out, result)
 
+    def settling(
+        self, arguments: Mapping[str, Any], first: tuple[str, ...], varying: tuple[str, ...]
+    ) -> Settle:
+        """Return what settles calls of the kind of this one; see :meth:`FA3Kernels.settling`."""
+        anew = functools.partial(settled_anew, self, first, varying)
+        call = dict(arguments)
+        out = call.pop("out") if self._copies_out else None
+        way = self._way(call)
+        if out is not None or way.finishes or not takes_by_position(self._function, first):
+            return anew
+        own = dict(way.renamed)
+        left_out = {*way.dropped, *way.given, *first, *varying}
+        names = [(name, own.get(name, name)) for name in call if name not in left_out]
+        given = {own.get(name, name): value for name, value in way.given.items()}
+        same = tuple([(name, own.get(name, name)) for name in varying if name not in way.dropped])
+        table = own.get("page_table", "page_table")
+
+        def settle(arguments: Mapping[str, Any]) -> SettledCall:
+            if way.steps and _act(way.steps, arguments):
+                return anew(arguments)
+            keywords = {own_name: arguments[name] for name, own_name in names}
+            return SettledCall(self._function, keywords | given, same, table)
+
+        return settle
+
     def _way(self, arguments: Arguments) -> _Way:
         version = arguments["ver"] if self._has_version else 3
         unused = [_asks_for_nothing(arguments[n]) for n in self._lacking] if self._lacking else None
@@ -189,6 +220,14 @@ class CallSite:
             renamed=tuple((n, adapted.own_names[n]) for n in wanted if n in adapted.own_names),
             finishes=tuple(rule.finish for rule in adapted.finishes if rule.applies(wanted)),
         )
+
+
+def _act(steps: Iterable[Step], arguments: Mapping[str, Any]) -> bool:
+    """Tell whether any of these steps changes a call."""
+    call = dict(arguments)
+    for step in steps:
+        step(call)
+    return len(call) != len(arguments) or any(call[n] is not v for n, v in arguments.items())
 
 
 def _own_names(parameters: Mapping[str, inspect.Parameter]) -> dict[str, str]:

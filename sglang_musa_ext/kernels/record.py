@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.metadata
 import inspect
@@ -9,7 +10,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -34,6 +35,30 @@ class UnsupportedByKernels(ValueError):
 
 class UnsupportedKernelArgument(TypeError):
     """A call passes an argument that the kernels do not have, with a value that matters."""
+
+
+FIRST_PARAMETERS = {
+    "flash_attn_with_kvcache": ("q", "k_cache", "v_cache"),
+    "flash_attn_varlen_func": ("q", "k", "v"),
+}
+"""FA3's names of queries, keys and values."""
+
+
+class SettledCall(NamedTuple):
+    """The function and arguments of calls that are alike, with nothing left to decide."""
+
+    function: Callable[..., Any]
+    """Takes queries, keys and values by position, the other arguments by keyword."""
+    keywords: dict[str, Any]
+    """The arguments that are the same in all of these calls, under the function's names."""
+    varying: tuple[tuple[str, str], ...]
+    """FA3's and the function's names of those that are not."""
+    table: str = "page_table"
+    """The function's name of the page table."""
+
+
+Settle = Callable[[Mapping[str, Any]], SettledCall]
+"""Settles the calls that are like one, from its arguments."""
 
 
 @dataclass(frozen=True)
@@ -107,18 +132,41 @@ class FA3Kernels:
         """
         adapted = getattr(self, function)
         if function == "flash_attn_with_kvcache" and self._has_all(names):
-            adapted = self.unadapted
+            return _Plain(self.unadapted)
         prepare = getattr(adapted, "prepare", None)
         if prepare is None:
-            return lambda arguments: adapted(**arguments)
+            return _Plain(adapted)
         site: Callable[[dict[str, Any]], Any] = prepare(names)
         return site
+
+    def settling(
+        self, function: str, arguments: Mapping[str, Any], varying: tuple[str, ...] = ()
+    ) -> Settle:
+        """Return what settles calls of one kind, of which this is one.
+
+        Calls of one kind have the same names and options, and tensors of equal dtypes, devices and
+        layouts, whose last sizes are equal. Those that are settled together have besides tensors of
+        equal sizes, and but for queries, keys, values and ``varying`` the very same ones. Whoever
+        makes them sees to that: nothing compares them any more.
+
+        Args:
+            function: ``flash_attn_with_kvcache`` or ``flash_attn_varlen_func``.
+            arguments: of the call.
+            varying: names of arguments that may differ between calls that are settled together.
+        """
+        serve = self.prepare(function, tuple(arguments))
+        settling = getattr(serve, "settling", None)
+        first = FIRST_PARAMETERS[function]
+        if settling is None:
+            return functools.partial(settled_anew, serve, first, varying)
+        settle: Settle = settling(arguments, first, varying)
+        return settle
 
     def _has_all(self, names: Iterable[str]) -> bool:
         """Return whether the library's own function has arguments of all these names."""
         if self.unadapted is None:
             return False
-        return set(names) <= set(inspect.signature(self.unadapted).parameters)
+        return set(names) <= _parameters(self.unadapted)
 
     def require(
         self,
@@ -214,6 +262,56 @@ class FA3Kernels:
             f"{policy.LARGEST_FP8_HEAD_DIM}, and these kernels take both in one type. Start the "
             "server with --kv-cache-dtype auto."
         )
+
+
+@functools.cache
+def _parameters(function: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
+
+
+class _Plain:
+    """Serves calls by a function that has FA3's names."""
+
+    def __init__(self, function: Any) -> None:
+        self._function = function
+
+    def __call__(self, arguments: dict[str, Any]) -> Any:
+        return self._function(**arguments)
+
+    def settling(
+        self, arguments: Mapping[str, Any], first: tuple[str, ...], varying: tuple[str, ...]
+    ) -> Settle:
+        """Return what settles calls that have the names of this one."""
+        if not takes_by_position(self._function, first):
+            return functools.partial(settled_anew, self, first, varying)
+        left_out = {*first, *varying}
+        names = [name for name in arguments if name not in left_out]
+        same = tuple(zip(varying, varying, strict=True))
+        return lambda call: SettledCall(self._function, {n: call[n] for n in names}, same)
+
+
+@functools.cache
+def takes_by_position(function: Callable[..., Any], first: tuple[str, ...]) -> bool:
+    """Tell whether the first parameters of a function are these, and may be passed by position."""
+    parameters = list(inspect.signature(function).parameters.values())[: len(first)]
+    by_position = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    return [(p.name, p.kind) for p in parameters] == [(name, by_position) for name in first]
+
+
+def settled_anew(
+    serve: Callable[[dict[str, Any]], Any],
+    first: tuple[str, ...],
+    varying: tuple[str, ...],
+    arguments: Mapping[str, Any],
+) -> SettledCall:
+    """Return calls that ``serve``, which takes their arguments as a dict, decides one by one."""
+
+    def function(*tensors: Any, **keywords: Any) -> Any:
+        return serve(dict(zip(first, tensors, strict=True)) | keywords)
+
+    left_out = {*first, *varying}
+    keywords = {name: value for name, value in arguments.items() if name not in left_out}
+    return SettledCall(function, keywords, tuple(zip(varying, varying, strict=True)))
 
 
 def import_library(name: str, remedy: str) -> ModuleType:

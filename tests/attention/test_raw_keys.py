@@ -181,9 +181,9 @@ def test_a_call_with_other_lengths_reads_the_cache(name: str) -> None:
     usual = {"cache_seqlens": metadata.cache_seqlens_int32, "cu_seqlens_q": metadata.cu_seqlens_q}
     lengths = usual[name].clone()
 
-    def with_other_lengths(arguments: dict[str, Any], own_keys: Any) -> Any:
-        seen.append(own(arguments | {name: lengths}, own_keys))
-        return own(arguments, own_keys)
+    def with_other_lengths(arguments: dict[str, Any], own_keys: Any, site: Any) -> Any:
+        seen.append(own(arguments | {name: lengths}, own_keys, site))
+        return own(arguments, own_keys, site)
 
     backend._raw_arguments = with_other_lengths
     model.check(backend, step, layer)
@@ -312,9 +312,9 @@ def test_an_argument_that_only_paged_calls_have_reads_the_cache(name: str) -> No
     own = backend._raw_arguments
     answers: list[Any] = []
 
-    def asking_for_more(arguments: dict[str, Any], own_keys: Any) -> Any:
-        answers.append(own(arguments | {name: torch.ones(1)}, own_keys))
-        return own(arguments, own_keys)
+    def asking_for_more(arguments: dict[str, Any], own_keys: Any, site: Any) -> Any:
+        answers.append(own(arguments | {name: torch.ones(1)}, own_keys, site))
+        return own(arguments, own_keys, site)
 
     backend._raw_arguments = asking_for_more
     model.check(backend, step, model.layers[0])

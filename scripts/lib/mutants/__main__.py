@@ -29,6 +29,7 @@ from typing import NoReturn
 ROOT = Path(__file__).resolve().parents[3]
 PACKAGE, TESTS = "sglang_musa_ext", "tests"
 FILES = (
+    "attention/test_known_calls.py",
     *("attention/test_calls.py", "attention/test_checks.py", "attention/test_dispatch.py"),
     *("attention/test_graphs.py", "attention/test_kinds.py", "attention/test_lifetime.py"),
     *("attention/test_passes.py", "attention/test_raw_keys.py", "attention/test_selection.py"),
@@ -112,8 +113,8 @@ def key_mutants() -> Iterator[Mutant]:
         yield Mutant(f"key without {name}", CALLS_FILE, IDENTITIES, less, "differ_in_one_thing")
     for part, old, new, guards in (
         ("address", "tensor.data_ptr() or id(tensor)", "0", "differ_in_one_thing"),
-        ("shape", "tuple(tensor.shape), tensor.stride()", "(), tensor.stride()", "another_view"),
-        ("stride", "tuple(tensor.shape), tensor.stride()", "tuple(tensor.shape), ()", "told_apart"),
+        ("shape", "tensor.shape, tensor.stride()", "(), tensor.stride()", "another_view"),
+        ("stride", "tensor.shape, tensor.stride()", "tensor.shape, ()", "told_apart"),
         ("version", "-1 if tensor.is_inference() else tensor._version", "-1", "told_apart"),
     ):
         yield Mutant(
@@ -130,42 +131,57 @@ def key_mutants() -> Iterator[Mutant]:
 
 
 SIGNATURE = (
-    "and q.shape == self._q_shape",
-    "and max_seqlen_q == self._max_seqlen_q",
-    "and (page_table is self._page_table or self._has_table(arguments))",
-    "and (cache_version is None or cache_seqlens._version == cache_version)",
-    "and (own_keys is self._own_keys or self._has_own_keys(own_keys))",
-    "and self._options_of(arguments) == options",
-    "and k_cache.shape == k_shape",
-    "and v_cache.shape == v_shape",
-    "and q.dtype is q_dtype",
-    "and k_cache.dtype is k_dtype",
-    "and v_cache.dtype is v_dtype",
-    "and q.device == self._device",
-    "and (k_cache.is_contiguous() or k_cache.stride()) == k_dense",
-    "and (v_cache.is_contiguous() or v_cache.stride()) == v_dense",
-    "and (not self._others or self._has_others(arguments))",
+    "and q.shape == self.q_shape",
+    "and max_seqlen_q == self.max_seqlen_q",
+    "and (page_table is self.page_table or self._takes_table(page_table))",
+    "and (own_keys is self._own_facts or self._has_own_keys(own_keys))",
+    "and (options == self.options or self._has_options(options))",
+    "and k_cache.shape == self.k_shape",
+    "and v_cache.shape == self.v_shape",
+    "and q.dtype is self.q_dtype",
+    "and k_cache.dtype is self.k_dtype",
+    "and v_cache.dtype is self.v_dtype",
+    "and q.device == self._q_device",
+    "and (k_cache.is_contiguous() or k_cache.stride()) == self.k_dense",
+    "and (v_cache.is_contiguous() or v_cache.stride()) == self.v_dense",
+    "and (self._versions is None or self._has_versions(cache_seqlens, cu_seqlens_q))",
 )
-"""The values that known calls are compared by; the version of ``cu_seqlens_q`` never changes."""
+"""The values that a known call over a cache is compared by."""
+RAW_SIGNATURE = (
+    "and self.max_seqlen_q == max_seqlen_q",
+    "and (self.options == options or self._has_options(options))",
+    "and self.q_shape == q.shape",
+    "and self.k_shape == k.shape",
+    "and self.v_shape == v.shape",
+    "and self.q_dtype is q.dtype",
+    "and self.k_dtype is k.dtype is k_cache.dtype",
+    "and self.v_dtype is v.dtype is v_cache.dtype",
+    "and self.k_dense == (k.is_contiguous() or k.stride())",
+    "and self.v_dense == (v.is_contiguous() or v.stride())",
+)
+"""The values that a known call over raw keys is compared by."""
+CHANGED = "as_if_it_were_the_first or differ_in_one_thing or told_apart"
 
 
 def signature_mutants() -> Iterator[Mutant]:
     """Each part left out of what tells calls apart before their geometry is worked out."""
-    guards = (
-        "differ_in_one_thing or told_apart or changed_between or shapes or log_sum or of_raw_keys "
-        "or share_keys"
-    )
-    for part in SIGNATURE:
-        yield Mutant(f"known calls without {part[4:]}", CALLS_FILE, part, "", guards)
+    for part in (*SIGNATURE, *RAW_SIGNATURE):
+        yield Mutant(f"known calls without {part[4:]}", CALLS_FILE, part, "", CHANGED)
     for name in ("cache_seqlens", "cu_seqlens_q"):
-        old = f"{name} is self._{name}"
-        yield Mutant(f"known calls with any {name}", CALLS_FILE, old, "True", guards)
-    names = "len(arguments) == count"
-    yield Mutant("known calls under any names", CALLS_FILE, names, "True", "under_other_names")
-    for name in ("cache_leftpad", "cu_seqlens_k_new"):
-        old = '("k", "cache_leftpad", "cu_seqlens_k_new")'
-        new = old.replace(f', "{name}"', "")
-        yield Mutant(f"known calls in spite of {name}", CALLS_FILE, old, new, "differ_in_one_thing")
+        for old in (f"{name} is self.{name}\n", f"self.{name} is {name}\n"):
+            yield Mutant(f"known calls with any {name}", CALLS_FILE, old, "True\n", CHANGED)
+    for name in ("k", "v"):
+        old = f" is {name}.dtype is {name}_cache.dtype"
+        new = f" is {name}.dtype"
+        yield Mutant(f"raw calls whatever the dtype of {name}_cache", CALLS_FILE, old, new, CHANGED)
+    yield Mutant("known calls with other arguments", DISPATCH, ") and not others:", "):", CHANGED)
+    yield Mutant(
+        "calls of any names are of one kind",
+        CALLS_FILE,
+        'return "max_seqlen_q" in arguments and _UPSTREAMS.issuperset(arguments)',
+        'return "max_seqlen_q" in arguments',
+        CHANGED,
+    )
 
 
 PLANNED = "return self._kernels.plans_unequal_queries or has_equal_queries(arguments)"
@@ -219,11 +235,17 @@ PASS_RULES = (
     Mutant(
         "a layer may come again",
         CACHE,
-        "if self._ended or (before is not None and role <= before[1]):",
+        "if self._ended or call in current.layers:",
         "if self._ended:",
         "reuse_one_metadata_object or the_same_layer_object",
     ),
-    Mutant("role ignored", CACHE, "role <= before[1]", "True", "cascade or context_parallel"),
+    Mutant(
+        "role ignored",
+        CACHE,
+        "call = (id(layer), role) if role else id(layer)",
+        "call = id(layer)",
+        "cascade or context_parallel",
+    ),
     Mutant(
         "role never counted",
         CACHE,
@@ -246,8 +268,8 @@ PASS_RULES = (
     Mutant(
         "one pass of one call is for ever",
         CACHE,
-        "max(self.most_calls, self.current.calls)",
-        "self.most_calls or self.current.calls",
+        "max(self.most_calls, len(self.current.layers))",
+        "self.most_calls or len(self.current.layers)",
         "nothing_reuses",
     ),
     Mutant(
@@ -260,8 +282,8 @@ PASS_RULES = (
     Mutant(
         "layers known by their id",
         CACHE,
-        "(before is not None and role <= before[1])",
-        "any(x[0].layer_id == layer.layer_id for x in current.layers.values())",
+        "or call in current.layers:",
+        "or any(x.layer_id == layer.layer_id for x in current.layers.values()):",
         "share_keys",
     ),
     Mutant(
@@ -274,7 +296,7 @@ PASS_RULES = (
     Mutant(
         "a layer counts as nothing seen",
         CACHE,
-        "        current.layers[id(layer)] = layer, role\n",
+        "        current.layers[call] = layer\n",
         "",
         "reuse_one_metadata_object",
     ),
@@ -288,36 +310,36 @@ PASS_RULES = (
     Mutant(
         "nothing is ever reused",
         CACHE,
-        "        if plan is None:\n",
-        "        if True:\n",
+        "            if plan.key == key:\n",
+        "            if False:\n",
         "nothing_remembered",
     ),
     Mutant(
         "nothing is ever recalled",
-        CACHE,
-        "if known.matches(arguments, own_keys) and self._holds(known):",
-        "if False:",
+        DISPATCH,
+        "for known in backend.begin_call():",
+        "for known in backend.begin_call()[:0]:",
         "recalled_without_its_geometry",
     ),
     Mutant(
         "everything is recalled",
-        CACHE,
-        "if known.matches(arguments, own_keys) and self._holds(known):",
-        "if True:",
+        DISPATCH,
+        "if known.matches(",
+        "if known or known.matches(",
         "differ_in_one_thing",
     ),
     Mutant(
         "a call that takes no plan is not remembered",
         BACKEND,
-        "        self._plans.remember(known, (plan[0]",
-        "        plan is None or self._plans.remember(known, (plan[0]",
+        "        self._plans.remember(known, again",
+        "        plan is None or self._plans.remember(known, again",
         "counted_once_a_pass",
     ),
     Mutant(
         "calls that take no plan count as reuses",
         CACHE,
-        "if known.plan is not None:",
-        "if True:",
+        "elif known.plan is not None:",
+        "else:",
         "unequal_queries",
     ),
     Mutant(
@@ -452,7 +474,7 @@ CALLS = (
     Mutant(
         "no plan reaches the kernel",
         BACKEND,
-        'arguments["scheduler_metadata"] = known.plan',
+        'arguments["scheduler_metadata"] = again',
         'arguments["scheduler_metadata"] = None',
         "own_precompute or (decode_of_uniform and mla)",
     ),
@@ -511,15 +533,22 @@ ISOLATION = (
     Mutant(
         "dispatcher never dispatches",
         DISPATCH,
-        "        if not running:\n",
-        "        if True:\n",
+        "not running:\n            return original(*args, **arguments)\n        arguments",
+        "True:\n            return original(*args, **arguments)\n        arguments",
         "decode_of_uniform",
     ),
     Mutant(
         "dispatcher always dispatches",
         DISPATCH,
-        "        if not running:\n",
-        "        if False:\n",
+        "not running:\n            return original(*args, **arguments)\n        arguments",
+        "False:\n            return original(*args, **arguments)\n        arguments",
+        "other_users",
+    ),
+    Mutant(
+        "dispatcher of raw keys always dispatches",
+        DISPATCH,
+        "not running:\n            return original(*args, **arguments)\n        if args",
+        "False:\n            return original(*args, **arguments)\n        if args",
         "other_users",
     ),
     Mutant(

@@ -1,0 +1,299 @@
+"""A call after others like it is made as if it were the first, whatever changes between two.
+
+What a pass has seen is recognised by a few comparisons, and nothing is compared after them. So each
+thing that a kernel library can tell apart is changed here, alone, between two calls of a pass, and
+what reaches the library, or the refusal, must be that of a backend that has seen no call before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from sglang_musa_ext.attention.calls import OPTIONS
+from sglang_musa_ext.kernels.hopper import hopper_record
+from sglang_musa_ext.kernels.mate import mate_record
+from sglang_musa_ext.kernels.record import FA3Kernels, UnsupportedKernelArgument
+from tests.support.backend import Model, dispatch, upstream
+from tests.support.layers import uniform_layers
+
+REQUESTS, ROWS, HEADS, KV_HEADS, DIM, PAGE = 3, 6, 8, 2, 64, 64
+
+
+class Library:
+    """FA3's functions with the parameters of a real library, which note what they get."""
+
+    def __init__(self, *more: str) -> None:
+        """``more`` are parameters beside those that all libraries have."""
+        self.calls: list[tuple[str, dict[str, Any]]] = []
+        self.planned: dict[int, dict[str, Any]] = {}
+        self._kept: list[torch.Tensor] = []
+        shared = (
+            "max_seqlen_q=None, softmax_scale=None, causal=False, window_size=(-1, -1), "
+            "softcap=0.0, return_softmax_lse=False, num_splits=0, qv=None, sinks=None, "
+            f"k_descale=None, v_descale=None, attention_chunk=0, {', '.join(more)}"
+        )
+        self.flash_attn_with_kvcache = self._function(
+            "flash_attn_with_kvcache",
+            "q, k_cache, v_cache, k=None, v=None, cache_seqlens=None, page_table=None, "
+            f"cu_seqlens_q=None, cu_seqlens_k_new=None, scheduler_metadata=None, {shared}",
+        )
+        self.flash_attn_varlen_func = self._function(
+            "flash_attn_varlen_func",
+            "q, k, v, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_k=None, seqused_q=None, "
+            f"seqused_k=None, page_table=None, {shared}",
+        )
+
+    def _function(self, name: str, parameters: str) -> Callable[..., Any]:
+        """Return a function with these parameters, because an adapter reads a signature."""
+        scope: dict[str, Any] = {"note": lambda call: self._note(name, call)}
+        exec(f"def {name}({parameters}): return note(locals())", scope)
+        function: Callable[..., Any] = scope[name]
+        return function
+
+    def _note(self, name: str, call: dict[str, Any]) -> torch.Tensor:
+        self.calls.append((name, call))
+        q: torch.Tensor = call["q"]
+        return torch.full_like(q, len(self.calls))
+
+    def get_scheduler_metadata(
+        self, batch_size: int, max_seqlen_q: int, max_seqlen_k: int, num_heads_q: int,
+        num_heads_kv: int, headdim: int, cache_seqlens: torch.Tensor, qkv_dtype: Any = None,
+        headdim_v: Any = None, cu_seqlens_q: Any = None, cu_seqlens_k_new: Any = None,
+        cache_leftpad: Any = None, page_size: Any = None, causal: Any = False,
+        window_size: Any = (-1, -1), attention_chunk: Any = 0, has_softcap: Any = False,
+        num_splits: Any = 0, pack_gqa: Any = None, sm_margin: Any = 0,
+    ) -> torch.Tensor:  # fmt: skip
+        """Return a tensor that stands for these arguments."""
+        call = locals()
+        del call["self"]
+        plan = torch.zeros(4 * batch_size, dtype=torch.int32)
+        self._kept.append(plan)
+        self.planned[id(plan)] = call
+        return plan
+
+
+def _mate() -> tuple[Library, FA3Kernels]:
+    library = Library()
+    record = mate_record(library, (0, 2, 7))
+    # The number of splits is a matter of the device, and there is none here.
+    object.__setattr__(record, "combines_unsplit", False)
+    return library, record
+
+
+def _hopper() -> tuple[Library, FA3Kernels]:
+    library = Library("ver=3", "out=None", "score_mod=None")
+    return library, hopper_record(library, plans_unequal_queries=True)
+
+
+KERNELS = {"mate": _mate, "hopper": _hopper}
+
+
+def zeros(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.zeros(shape, dtype=dtype)
+
+
+def every_other(*shape: int) -> torch.Tensor:
+    """A tensor of this shape whose last dimension has stride 2."""
+    return zeros(*shape[:-1], 2 * shape[-1])[..., ::2]
+
+
+def with_gaps(*shape: int) -> torch.Tensor:
+    """A tensor of this shape whose rows do not follow one another."""
+    return zeros(*shape[:-2], 2 * shape[-2], shape[-1])[..., : shape[-2], :]
+
+
+CACHE = (9, PAGE, KV_HEADS, DIM)
+OWN = (ROWS, KV_HEADS, DIM)
+Q = (ROWS, HEADS, DIM)
+LENGTHS = torch.tensor([70, 5, 9], dtype=torch.int32)
+OFFSETS = torch.tensor([0, 2, 4, 6], dtype=torch.int32)
+TABLE = torch.zeros(REQUESTS, 2, dtype=torch.int32)
+BASE: dict[str, Any] = {
+    "page_table": TABLE, "cache_seqlens": LENGTHS, "cu_seqlens_q": OFFSETS, "max_seqlen_q": 2,
+    "softmax_scale": 0.125, "causal": True, "window_size": (-1, -1), "softcap": 0.0,
+    "return_softmax_lse": False, "num_splits": 0, "out": None, "ver": 3, "qv": None,
+    "sinks": None, "k_descale": None, "v_descale": None,
+}  # fmt: skip
+TENSORS = {"q": Q, "k_cache": CACHE, "v_cache": CACHE}
+
+CHANGES: dict[str, dict[str, Any]] = {
+    **{
+        f"{name} {what}": {name: made}
+        for name, shape in TENSORS.items()
+        for what, made in {
+            "dtype": zeros(*shape, dtype=torch.float16),
+            "stride 2": every_other(*shape),
+            "gaps": with_gaps(*shape),
+            "heads": zeros(*shape[:-2], 2 * shape[-2], shape[-1]),
+            "head dim": zeros(*shape[:-1], 128),
+        }.items()
+    },
+    "rows": {"q": zeros(ROWS - 2, HEADS, DIM)},
+    "pages": {"k_cache": zeros(8, *CACHE[1:]), "v_cache": zeros(8, *CACHE[1:])},
+    "page table": {"page_table": torch.zeros(REQUESTS, 3, dtype=torch.int32)},
+    "page table gaps": {"page_table": torch.zeros(REQUESTS, 4, dtype=torch.int32)[:, ::2]},
+    "equal page table": {"page_table": TABLE.clone()},
+    "lengths": {"cache_seqlens": LENGTHS.clone()},
+    "offsets": {"cu_seqlens_q": OFFSETS.clone()},
+    "longest query": {"max_seqlen_q": 3},
+    "softmax_scale": {"softmax_scale": 0.5},
+    "causal": {"causal": False},
+    "window_size": {"window_size": (7, 0)},
+    "softcap": {"softcap": 30.0},
+    "return_softmax_lse": {"return_softmax_lse": True},
+    "num_splits": {"num_splits": 1},
+    "out": {"out": zeros(*Q)},
+    "ver": {"ver": 4},
+    "qv": {"qv": zeros(ROWS, HEADS, 512)},
+    "sinks": {"sinks": zeros(HEADS)},
+    "sinks dtype": {"sinks": zeros(HEADS, dtype=torch.float32)},
+    "k_descale": {"k_descale": torch.ones(REQUESTS, KV_HEADS)},
+    "v_descale": {"v_descale": torch.ones(REQUESTS, KV_HEADS)},
+    "score_mod": {"score_mod": object()},
+    "new keys": {"k": zeros(*OWN), "v": zeros(*OWN), "cu_seqlens_k_new": OFFSETS},
+}
+RAW_CHANGES: dict[str, tuple[dict[str, Any], tuple[torch.Tensor, torch.Tensor] | None]] = {
+    **{name: (change, (zeros(*OWN), zeros(*OWN))) for name, change in CHANGES.items()},
+    **{
+        f"own {name} {what}": ({}, (made, zeros(*OWN)) if name == "k" else (zeros(*OWN), made))
+        for name in ("k", "v")
+        for what, made in {
+            "dtype": zeros(*OWN, dtype=torch.float16),
+            "stride 2": every_other(*OWN),
+            "gaps": with_gaps(*OWN),
+            "heads": zeros(ROWS, 2 * KV_HEADS, DIM),
+            "head dim": zeros(ROWS, KV_HEADS, 128),
+            "rows": zeros(ROWS + 1, KV_HEADS, DIM),
+        }.items()
+    },
+    "none of its own": ({}, None),
+}
+
+Own = tuple[torch.Tensor, torch.Tensor] | None
+Made = tuple[dict[str, Any], Own]
+
+
+def test_every_option_is_changed() -> None:
+    """An option that is added to what is compared needs a change above."""
+    assert set(OPTIONS) <= set(CHANGES)
+
+
+def base(own_keys: bool) -> Made:
+    """A call with tensors of its own, as each layer makes it, and its layer's keys."""
+    tensors = {name: zeros(*shape) for name, shape in TENSORS.items()}
+    return BASE | tensors, (zeros(*OWN), zeros(*OWN)) if own_keys else None
+
+
+def outcomes(kernels: str, calls: Sequence[Made]) -> list[Any]:
+    """Make ``calls`` as layers of one pass; return what each came to, as a library sees it."""
+    library, record = KERNELS[kernels]()
+    backend = Model(uniform_layers(1)).backend()
+    backend._kernels, backend._new_rows = record, ROWS
+    backend.forward_metadata = SimpleNamespace(cu_seqlens_q=OFFSETS, cache_seqlens_int32=LENGTHS)
+    batch, layers = SimpleNamespace(), []
+    seen: list[Any] = []
+    dispatch.RUNNING.stack.append(backend)
+    try:
+        for arguments, own_keys in calls:
+            layers.append(object())
+            backend._plans.begin_layer(layers[-1], batch, backend.forward_metadata)
+            backend.own_keys = own_keys
+            try:
+                result = upstream.flash_attn_with_kvcache(**arguments)
+            except UnsupportedKernelArgument as refusal:
+                seen.append(str(refusal))
+                continue
+            name, call = library.calls[-1]
+            plan = call.pop("scheduler_metadata", None)
+            planned = None if plan is None else _by_identity(library.planned[id(plan)])
+            seen.append((name, _by_identity(call), planned, result is arguments.get("out")))
+    finally:
+        dispatch.RUNNING.stack.pop()
+        backend.own_keys = None
+    return seen
+
+
+def _by_identity(call: dict[str, Any]) -> dict[str, Any]:
+    """Return a call to compare with another: tensors by what they are over."""
+
+    def seen(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        return value.dtype, value.shape, value.stride(), _address(value)
+
+    return {name: seen(value) for name, value in call.items()}
+
+
+def _address(tensor: torch.Tensor) -> int | None:
+    # What an adapter makes itself, such as a dense page table, is another tensor each time.
+    return tensor.data_ptr() if tensor.numel() > TABLE.numel() * 2 else None
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_call_over_a_cache_is_made_as_if_it_were_the_first(
+    kernels: str, change: str
+) -> None:
+    """Dtypes, layouts, shapes, options and lengths: each alone is noticed, and forgotten again."""
+    first, second, last = (base(own_keys=False) for _ in range(3))
+    changed = {**base(own_keys=False)[0], **CHANGES[change]}, None
+    served = outcomes(kernels, [first, second, changed, last])
+    for each, made in zip(served, (first, second, changed, last), strict=True):
+        assert each == outcomes(kernels, [made])[0]
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("change", RAW_CHANGES)
+def test_a_changed_call_over_raw_keys_is_made_as_if_it_were_the_first(
+    kernels: str, change: str
+) -> None:
+    """The same where the layer's own keys serve, which may change as well."""
+    first, second, last = (base(own_keys=True) for _ in range(3))
+    more, own_keys = RAW_CHANGES[change]
+    changed = {**base(own_keys=True)[0], **more}, own_keys
+    served = outcomes(kernels, [first, second, changed, last])
+    assert [each[0] for each in served[:2]] == ["flash_attn_varlen_func"] * 2
+    for each, made in zip(served, (first, second, changed, last), strict=True):
+        assert each == outcomes(kernels, [made])[0]
+
+
+REFUSED = {
+    "q dtype": "one dtype", "k_cache dtype": "one dtype", "v_cache dtype": "one dtype",
+    "k_cache stride 2": "last dimension of k_cache",
+    "v_cache stride 2": "last dimension of v_cache",
+    "ver": "FlashAttention 4", "qv": "qv without a workspace", "sinks dtype": "sinks",
+    "score_mod": "score_mod",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", REFUSED)
+def test_mate_refuses_a_change_by_name_between_two_calls(change: str) -> None:
+    """What MATE cannot do is refused in the middle of a pass, too, and the pass goes on."""
+    first, last = base(own_keys=False), base(own_keys=False)
+    changed = {**base(own_keys=False)[0], **CHANGES[change]}, None
+    served = outcomes("mate", [first, changed, last])
+    assert REFUSED[change] in served[1]
+    assert served[2][0] == "flash_attn_with_kvcache"
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_calls_like_one_before_are_known(kernels: str) -> None:
+    """The tests above say something only if calls are recognised at all."""
+    library, record = KERNELS[kernels]()
+    backend = Model(uniform_layers(1)).backend()
+    backend._kernels = record
+    batch, layers = SimpleNamespace(), [object() for _ in range(3)]
+    dispatch.RUNNING.stack.append(backend)
+    try:
+        for layer in layers:
+            backend._plans.begin_layer(layer, batch, backend.forward_metadata)
+            upstream.flash_attn_with_kvcache(**base(own_keys=False)[0])
+    finally:
+        dispatch.RUNNING.stack.pop()
+    assert [known.uses for known in backend._plans.current.known] == [2]
+    assert len(library.calls) == 3
