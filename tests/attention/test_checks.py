@@ -104,6 +104,19 @@ def test_a_stale_plan_is_not_caught_without_the_check(mla: bool) -> None:
         model.check(backend, step, model.layers[1])
 
 
+def test_no_plan_is_computed_twice_without_the_check() -> None:
+    """Layers whose calls differ, but not in what a plan depends on, share one plan, uncompared."""
+    layers = [attention_layer(0), attention_layer(1)]
+    layers[1].scaling *= 0.5
+    model = Model(layers)
+    backend, requests = model.backend(), model.requests(300, 5)
+    calls = recorded(backend)
+    with counted(backend) as counts:
+        model.run_pass(backend, model.decode(requests))
+    assert (counts.plans, counts.reuses) == (1, 1)
+    assert [call.name for call in calls].count("get_scheduler_metadata") == 1
+
+
 def test_a_wrong_output_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels that return something else than the reference are named with their layer."""
     monkeypatch.setenv(envs.CHECK, "output")

@@ -372,7 +372,7 @@ WORKSPACE = (
         CACHE,
         "if held is None or held.key != key:",
         "if True:",
-        "decode_of_uniform and mla",
+        "checks_pass",
     ),
     Mutant(
         "in-place plans of any key reused",
