@@ -322,6 +322,16 @@ KERNEL_LIMITS = (
         "`causal`, which means the same", since=(0, 2, 0),
     ),
     KernelLimit(
+        "uncapped_windows", "splits of sliding windows", "adapted",
+        "counts keys beyond the window when it splits: whether a call is split at all is predicted "
+        "alike", until=(0, 2, 1),
+    ),
+    KernelLimit(
+        "padded_plans", "plans of batches that are no multiple of 4", "adapted",
+        "pads them and leaves the padding unwritten: `SGLANG_MUSA_EXT_CHECK` compares the rest",
+        since=(0, 2, 4),
+    ),
+    KernelLimit(
         "one_request", "one request over raw keys, with padded rows", "adapted",
         "takes the lengths of the tensors for those of the request: the call passes `seqused_k`, "
         "which MATE gives to kernels that read lengths",
@@ -438,7 +448,7 @@ def mate_plan_vector(release: MateRelease, batch_size: int) -> int:
 
     From 0.2.4 on it is the batch size rounded up to 4; the padding is never written.
     """
-    return -(-batch_size // 4) * 4 if release >= (0, 2, 4) else batch_size
+    return -(-batch_size // 4) * 4 if "padded_plans" in kernel_limits(release) else batch_size
 
 
 def mate_largest_batch(release: MateRelease) -> int | None:

@@ -22,6 +22,7 @@ USERS_PAGES = (
     "README.md",
     "docs/from-in-tree.md",
     "docs/installing.md",
+    "docs/mate.md",
     "docs/limits.md",
     "docs/settings.md",
     "docs/status.md",

@@ -8,7 +8,6 @@ how each of these limits is met.
 from __future__ import annotations
 
 import functools
-import inspect
 import logging
 from collections.abc import Callable, Mapping
 from types import ModuleType
@@ -33,6 +32,7 @@ from sglang_musa_ext.kernels.record import (
     KernelsUnavailable,
     UnsupportedKernelArgument,
     import_library,
+    is_first,
     short_name,
     short_names,
     versions_of,
@@ -67,8 +67,8 @@ def mate_record(library: Any, release: Release) -> FA3Kernels:
     dtypes = frozenset(getattr(torch, name) for name in policy.mate_dtypes(release))
     return FA3Kernels(
         name="mate",
-        flash_attn_with_kvcache=_attention(library.flash_attn_with_kvcache, release),
-        flash_attn_varlen_func=_attention(library.flash_attn_varlen_func, release),
+        flash_attn_with_kvcache=_attention(library, "flash_attn_with_kvcache", release),
+        flash_attn_varlen_func=_attention(library, "flash_attn_varlen_func", release),
         get_scheduler_metadata=_planning(library.get_scheduler_metadata, release),
         dtypes=dtypes,
         mla_dtypes=HALF,
@@ -103,13 +103,15 @@ def _import_mate() -> tuple[ModuleType, Release]:
             + f" Or set {envs.MODE}=off to leave SGLang as it is."
         )
     for warning in identity.warnings:
-        logger.warning("%s", warning)
+        if is_first(str(warning)):
+            logger.warning("%s", warning)
     _warn_of_unread(identity.release)
     return import_library(identity.wrapper_module, mate_identity.INSTALL), identity.release
 
 
 def _warn_of_unread(release: Release) -> None:
-    if policy.NEWEST_READ_MATE < release[:3] <= policy.NEWEST_MATE:
+    is_unread = policy.NEWEST_READ_MATE < release[:3] <= policy.NEWEST_MATE
+    if is_unread and is_first("unread", release):
         logger.warning(
             "MATE %s is served by what its release notes say: its source could not be read, as "
             "those of %s were. Check its numbers with sglang-musa-ext validate before you rely on "
@@ -185,8 +187,9 @@ def _static_num_splits(release: Release, **geometry: Any) -> int | None:
     """Return the number of splits that MATE launches on the current device."""
     from sglang_musa_ext.kernels.reference.planning import launched_splits
 
-    properties = torch.get_device_module("musa").get_device_properties()
-    caps_windows = release >= (0, 2, 1)
+    module = torch.get_device_module("musa")
+    properties = module.get_device_properties(module.current_device())
+    caps_windows = "uncapped_windows" not in policy.kernel_limits(release)
     return launched_splits(
         multiprocessors=properties.multi_processor_count, caps_windows=caps_windows, **geometry
     )
@@ -205,11 +208,10 @@ def _mla_plan_bytes(
 # --- the functions --------------------------------------------------------------------------------
 
 
-def _attention(function: Callable[..., Any], release: Release) -> AdaptedFunction:
-    """Adapt an attention function of MATE's wrapper."""
-    over_cache = "k_cache" in inspect.signature(function).parameters
+def _attention(library: Any, own: str, release: Release) -> AdaptedFunction:
+    """Adapt the attention function of MATE's wrapper that is called ``own``."""
+    over_cache = own == "flash_attn_with_kvcache"
     limits = policy.kernel_limits(release)
-    own = "flash_attn_with_kvcache" if over_cache else "flash_attn_varlen_func"
     rules: list[Rule] = [
         functools.partial(_require_dtypes, release),
         _require_bfloat16_sinks,
@@ -224,7 +226,7 @@ def _attention(function: Callable[..., Any], release: Release) -> AdaptedFunctio
     rules += [rule for name, rule in by_limit.items() if name in limits]
     steps = [DENSE_PAGE_TABLE, DESCALES, *([] if over_cache else [ONE_REQUEST])]
     return AdaptedFunction(
-        function, rules=rules, steps=steps, finishes=[_PADDED_MLA], traits=call_traits
+        getattr(library, own), rules=rules, steps=steps, finishes=[_PADDED_MLA], traits=call_traits
     )
 
 
@@ -509,10 +511,11 @@ def _is_fp8(arguments: Arguments) -> bool:
 
 
 def _complete_descales(arguments: Arguments) -> None:
-    """Give every scale of an fp8 call, ``(batch, heads_kv)`` of float32; those it lacks are 1.
+    """Give every scale of an fp8 call, dense ``(batch, heads_kv)`` float32; those it lacks are 1.
 
     SGLang expands a layer's scale to the batch of the server, which is not the batch of the call
-    where a request is cut into several, as in chunked attention.
+    where a request is cut into several, as in chunked attention. They are dense because no source
+    that could be read says that MATE heeds their strides.
     """
     q, offsets = arguments["q"], arguments.get("cu_seqlens_q")
     keys = arguments["k_cache"] if "k_cache" in arguments else arguments["k"]
@@ -520,10 +523,37 @@ def _complete_descales(arguments: Arguments) -> None:
     for name in _SCALES:
         scale = arguments.get(name)
         if scale is None:
-            scale = torch.ones((1, 1), dtype=torch.float32, device=q.device)
-        elif tuple(scale.shape) != shape and scale.dim() == 2 and scale.stride(0) == 0:
-            scale = scale[:1]
-        arguments[name] = scale.float().expand(shape)
+            arguments[name] = _unit_scales(*shape, q.device)
+        else:
+            arguments[name] = _fitting_scale(name, scale, shape)
+
+
+def _fitting_scale(name: str, scale: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+    """Return a scale in this shape; refuse one that is for other requests or heads."""
+    if tuple(scale.shape) != shape:
+        is_of_layer = scale.dim() == 2 and scale.stride(0) == 0
+        scale = scale[:1] if is_of_layer else scale
+        fits = all(size in (1, wanted) for size, wanted in zip(scale.shape, shape, strict=False))
+        if scale.dim() > 2 or not fits:
+            raise UnsupportedKernelArgument(
+                f"The call has {name} of shape {tuple(scale.shape)}, and MATE's kernels take "
+                f"{shape}: one for each request and key head. Start the server with "
+                "--kv-cache-dtype auto."
+            )
+    return scale.float().expand(shape).contiguous()
+
+
+def _unit_scales(batch: int, heads: int, device: torch.device) -> torch.Tensor:
+    """Return scales of 1, which are made once for many calls, but in a graph for it alone."""
+    if _is_capturing(device):
+        return torch.ones((batch, heads), dtype=torch.float32, device=device)
+    return _kept_unit_scales(1 << (batch - 1).bit_length(), heads, device)[:batch]
+
+
+@functools.cache
+def _kept_unit_scales(batch: int, heads: int, device: torch.device) -> torch.Tensor:
+    # Copied from the host, which waits: a stream other than this one may read them next.
+    return torch.ones((batch, heads), dtype=torch.float32).to(device)
 
 
 DESCALES = StepRule(_is_fp8, _complete_descales)

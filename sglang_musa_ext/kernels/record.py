@@ -238,7 +238,7 @@ class FA3Kernels:
                 f"Expected: {choices}. Start the server with --page-size "
                 f"{self.mla_page_sizes[0]}, or without the option."
             )
-        if self.fastest_page_size not in (None, page_size):
+        if self.fastest_page_size not in (None, page_size) and is_first("page size", page_size):
             logger.warning(
                 "--page-size %s works with the %r kernels, on a slower path: they are fastest with "
                 "--page-size %s, which is the default.",
@@ -312,6 +312,21 @@ def settled_anew(
     left_out = {*first, *varying}
     keywords = {name: value for name, value in arguments.items() if name not in left_out}
     return SettledCall(function, keywords, tuple(zip(varying, varying, strict=True)))
+
+
+_SAID: set[tuple[object, ...]] = set()
+"""What this process has warned of."""
+
+
+def is_first(*subject: object) -> bool:
+    """Tell whether this process warns of a subject for the first time.
+
+    A server builds several backends: of a draft model, of its steps, of micro-batches.
+    """
+    if subject in _SAID:
+        return False
+    _SAID.add(subject)
+    return True
 
 
 def import_library(name: str, remedy: str) -> ModuleType:

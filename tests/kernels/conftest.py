@@ -8,10 +8,17 @@ from pathlib import Path
 
 import pytest
 
+from sglang_musa_ext.kernels import record
 from tests.support.kernel_libraries import (
     LIBRARIES,
     set_gpu,
 )
+
+
+@pytest.fixture(autouse=True)
+def silent_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let each test be the first to be warned of anything."""
+    monkeypatch.setattr(record, "_SAID", set())
 
 
 @pytest.fixture

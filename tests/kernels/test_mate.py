@@ -218,8 +218,9 @@ def test_every_release_refuses_version_4(release: FA3Kernels) -> None:
 def test_a_release_known_from_notes_alone_is_warned_of(
     packages: Path, state: str, warned: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """One warning says what it is served by, and what to do."""
+    """One warning says what it is served by, and what to do, however many backends are built."""
     install_mate(packages, state)
+    mate_kernels(MUSA)
     messages = [message for message in caplog.messages if "release notes" in message]
     assert len(messages) == warned
     assert all("sglang-musa-ext validate" in message for message in messages)
@@ -267,6 +268,7 @@ def test_fp8_has_all_its_scales(dtype: torch.dtype) -> None:
     for name, value in (("q_descale", 1.0), ("k_descale", 0.5), ("v_descale", 1.0)):
         assert seen[name].dtype == torch.float32
         assert torch.equal(seen[name], torch.full((2, 2), value))
+        assert seen[name].is_contiguous()
 
 
 def test_scales_of_single_requests_are_kept() -> None:
@@ -274,6 +276,28 @@ def test_scales_of_single_requests_are_kept() -> None:
     scales = torch.tensor([[0.5, 1.0], [2.0, 3.0]])
     call = fp8_call(torch.float8_e4m3fn, k_descale=scales)
     assert torch.equal(vars(record((0, 2, 7)).flash_attn_with_kvcache(**call))["k_descale"], scales)
+
+
+def test_scales_of_other_requests_are_refused() -> None:
+    """A scale for each of three requests means nothing to a call of two."""
+    call = fp8_call(torch.float8_e4m3fn, v_descale=torch.rand(3, 2))
+    with pytest.raises(UnsupportedKernelArgument, match=r"v_descale of shape \(3, 2\).*\(2, 2\)"):
+        record((0, 2, 7)).flash_attn_with_kvcache(**call)
+
+
+def test_scales_of_1_are_made_once_but_in_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls share them; a captured call has its own, whose memory is the graph's."""
+    kernels, call = record((0, 2, 7)), fp8_call(torch.float8_e4m3fn)
+
+    def scales() -> set[int]:
+        seen = vars(kernels.flash_attn_with_kvcache(**call))
+        return {seen[name].data_ptr() for name in ("q_descale", "k_descale", "v_descale")}
+
+    first = scales()
+    assert scales() == first
+    assert len(first) == 1
+    monkeypatch.setattr(mate, "_is_capturing", lambda device: True)
+    assert not scales() & first
 
 
 def test_mla_refuses_fp8() -> None:
@@ -422,7 +446,9 @@ def test_calls_over_raw_keys_on_precompiled_kernels(change: dict[str, Any], serv
 def test_the_number_of_splits_is_that_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """A decode of one long request fills the multiprocessors; a full batch needs no splits."""
     properties = SimpleNamespace(multi_processor_count=60)
-    module = SimpleNamespace(get_device_properties=lambda: properties)
+    module = SimpleNamespace(
+        current_device=lambda: 0, get_device_properties=lambda device: {0: properties}[device]
+    )
     monkeypatch.setattr(torch, "get_device_module", lambda device: module)
     decode = dict(max_seqlen_q=1, max_seqlen_k=8192, num_heads_q=32, num_heads_kv=8, headdim=128)
     kernels = record((0, 2, 7))

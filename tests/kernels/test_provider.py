@@ -158,6 +158,9 @@ def test_pages_that_mate_reads_slowly_are_warned_of(
     kernels.require(page_size=page_size, kv_cache_dtype=torch.bfloat16, use_mla=False)
     assert f"--page-size {page_size} works" in caplog.text
     assert "--page-size 64" in caplog.text
+    # A draft model's backend has the same pages.
+    kernels.require(page_size=page_size, kv_cache_dtype=torch.bfloat16, use_mla=False)
+    assert len(caplog.messages) == 1
 
 
 def test_float32_is_accepted_by_the_reference() -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import runpy
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from sglang_musa_ext import policy
 
@@ -11,17 +14,25 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 COMMAND = runpy.run_path(str(ROOT / "scripts" / "mate-table"))
 
 
-def test_the_page_has_the_table_of_the_rows() -> None:
+@pytest.fixture(params=COMMAND["LANGUAGES"], ids=lambda language: language.page.name)
+def language(request: pytest.FixtureRequest) -> Any:
+    """Each language of the page."""
+    return request.param
+
+
+def test_the_page_has_the_table_of_the_rows(language: Any) -> None:
     """scripts/mate-table --docs would change nothing."""
-    page = (ROOT / "docs" / "mate.md").read_text(encoding="utf-8")
-    assert COMMAND["page_with"](page, COMMAND["table"]()) == page
+    page = language.page.read_text(encoding="utf-8")
+    assert COMMAND["page_with"](page, COMMAND["table"](language)) == page
 
 
-def test_every_limit_is_in_the_table() -> None:
+def test_every_limit_is_in_the_table(language: Any) -> None:
     """Each row of the package is a row of one of the two tables, with a known effect."""
-    table = COMMAND["table"]()
+    assert list(language.effects) == list(policy.EFFECTS)
+    assert set(language.limits) == {limit.name for limit in policy.KERNEL_LIMITS}
+    table = COMMAND["table"](language)
     for limit in policy.KERNEL_LIMITS:
-        assert table.count(f"| {limit.feature} |") == 1
+        assert table.count(f"| {language.limits[limit.name][0]} |") == 1
         assert limit.effect in policy.EFFECTS
 
 
