@@ -32,6 +32,12 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     ),
 }
 """By name: the module whose ``main(arguments)`` returns the exit status, and what it is for."""
+STACK = ("torch", "numpy", "sglang")
+"""Modules of the stack that is served on, which a command may find missing."""
+
+
+class StackError(ModuleNotFoundError):
+    """A command was run with a Python that lacks a part of the stack."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,7 +53,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{name!r} is no command of sglang-musa-ext.\n\n{usage()}", file=sys.stderr)
         return 2
     module, _ = COMMANDS[name]
-    return int(importlib.import_module(module).main(options))
+    try:
+        return int(importlib.import_module(module).main(options))
+    except ModuleNotFoundError as error:
+        if error.name not in STACK:
+            raise
+        lacking = StackError(
+            f"sglang-musa-ext {name} needs {error.name}, which {sys.executable} lacks. Run "
+            "sglang-musa-ext doctor, which says what belongs there."
+        )
+        print(lacking, file=sys.stderr)
+        return 2
 
 
 def usage() -> str:

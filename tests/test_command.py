@@ -6,12 +6,17 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from sglang_musa_ext import __version__
 from sglang_musa_ext.__main__ import COMMANDS, main
+from tests.support import fake_bench
+
+CONFIGURATION = {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 256}
+"""A model's ``config.json``, as far as kernels depend on it."""
 
 
 def test_its_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -39,7 +44,9 @@ def test_it_says_its_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"{__version__}\n"
 
 
-def command(python: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def command(
+    python: Path, folder: Path, *arguments: str, **variables: str
+) -> subprocess.CompletedProcess[str]:
     """Run the installed command in ``folder``, with nothing of this checkout on its search path."""
     environ = {
         name: value
@@ -49,7 +56,7 @@ def command(python: Path, folder: Path, *arguments: str) -> subprocess.Completed
     return subprocess.run(
         [python.parent / "sglang-musa-ext", *arguments],
         cwd=folder,
-        env=environ,
+        env=environ | variables,
         capture_output=True,
         text=True,
         check=False,
@@ -114,19 +121,55 @@ def test_the_kit_reports_without_torch(installed: Path, tmp_path: Path) -> None:
     assert "No module named 'torch'" in report["broken"]["device"]
 
 
-def test_the_kit_runs_from_the_wheel_in_an_empty_folder(installed: Path, tmp_path: Path) -> None:
-    """Beside a torch it compares the kernels, with its reference from the wheel."""
+@pytest.mark.parametrize(
+    ("name", "missing"), [("bench", "needs torch, which"), ("prewarm", "No module named 'torch'")]
+)
+def test_a_command_says_what_it_lacks(
+    name: str, missing: str, installed: Path, tmp_path: Path
+) -> None:
+    """Without torch nothing is measured or compiled, with exit status 2 and one line."""
+    options = ("--model", str(tmp_path)) if name == "prewarm" else ()
+    (tmp_path / "config.json").write_text(json.dumps(CONFIGURATION))
+    done = command(installed, tmp_path, name, *options)
+    assert done.returncode == 2
+    assert missing in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.fixture
+def beside_torch(installed: Path) -> Iterator[Path]:
+    """The same interpreter, which also finds the packages of this one."""
     import torch
 
-    environment = Path(torch.__file__).parents[1]
     packages = next((installed.parents[1] / "lib").glob("python*/site-packages"))
     link = packages / "beside.pth"
-    link.write_text(f"{environment}\n")
-    try:
-        options = ("--kernels", "reference", "--device", "cpu", "--only", "numerics", "--quick")
-        done = command(installed, tmp_path, "validate", *options, "--out", "report")
-    finally:
-        link.unlink()
+    link.write_text(f"{Path(torch.__file__).parents[1]}\n")
+    yield installed
+    link.unlink()
+
+
+def test_the_benchmark_reports_from_the_wheel(beside_torch: Path, tmp_path: Path) -> None:
+    """Results of an earlier run become a page in an empty folder."""
+    (tmp_path / "bench.json").write_text(json.dumps(fake_bench.result()))
+    done = command(beside_torch, tmp_path, "bench", "--report", "bench.json", "--out", "report")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "# Benchmark on a GPU" in (tmp_path / "report" / "README.md").read_text()
+
+
+def test_kernels_are_warmed_from_the_wheel(beside_torch: Path, tmp_path: Path) -> None:
+    """The calls of a model's layers are made, here on the reference kernels."""
+    (tmp_path / "config.json").write_text(json.dumps(CONFIGURATION))
+    options = ("--model", str(tmp_path), "--max-running-requests", "1")
+    kernels = {"SGLANG_MUSA_EXT_KERNELS": "reference"}
+    done = command(beside_torch, tmp_path, "prewarm", *options, **kernels)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " s  " in done.stdout
+
+
+def test_the_kit_runs_from_the_wheel_in_an_empty_folder(beside_torch: Path, tmp_path: Path) -> None:
+    """Beside a torch it compares the kernels, with its reference from the wheel."""
+    options = ("--kernels", "reference", "--device", "cpu", "--only", "numerics", "--quick")
+    done = command(beside_torch, tmp_path, "validate", *options, "--out", "report")
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     assert {outcome["status"] for outcome in report["outcomes"]} == {"pass"}
