@@ -25,12 +25,21 @@ if TYPE_CHECKING:
 
     from sglang_musa_ext.kernels.provider import FA3Kernels
 
+CACHE_DTYPES = {
+    "auto": "bfloat16",
+    "bf16": "bfloat16",
+    "bfloat16": "bfloat16",
+    "fp8_e4m3": "float8_e4m3fn",
+}
+"""PyTorch's names of what ``--kv-cache-dtype`` may say here."""
 QUERY_TILES = (32, 64, 128, 192, 256)
 """Rows that MATE has query tiles for."""
 PACKED_ROWS = 256
 """Up to so many query rows a key head, MATE packs query heads into tiles."""
 PLAN_GROUP, MOST_GROUPS = 31, 32
 """MATE plans with a warp for each 31 requests, and 32 warps at most."""
+CAPACITY = 128
+"""Pages of a call's table: a server's has room for contexts that are split, so this one has too."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +53,8 @@ class LayerKind:
     window_size: tuple[int, int] = (-1, -1)
     softcap: float = 0.0
     has_sinks: bool = False
+    dtype: str = "bfloat16"
+    """PyTorch's name of the type of the KV cache, and so of the queries."""
 
 
 class Call(NamedTuple):
@@ -53,12 +64,15 @@ class Call(NamedTuple):
     batch_size: int
     max_seqlen_q: int
     over_raw_keys: bool = False
+    has_plan: bool = False
+    """False for a call that is not split, which a server makes without a plan."""
 
     def __str__(self) -> str:
         where = "raw keys" if self.over_raw_keys else "paged cache"
+        where += ", planned" if self.has_plan else ""
         kind = self.kind
         return (
-            f"{where}, heads {kind.num_heads_q}/{kind.num_heads_kv}, head dimensions "
+            f"{where}, {kind.dtype}, heads {kind.num_heads_q}/{kind.num_heads_kv}, head dimensions "
             f"{kind.headdim}/{kind.headdim_v}, window {kind.window_size[0]}, {self.batch_size} "
             f"requests of {self.max_seqlen_q} queries"
         )
@@ -72,8 +86,10 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit status: 0 done, 1 some call failed, 2 it cannot."""
     options = _parser().parse_args(arguments)
     try:
-        kinds = layer_kinds(json.loads((options.model / "config.json").read_text()), options.tp)
+        config = json.loads((options.model / "config.json").read_text())
+        kinds = layer_kinds(config, options.tp, CACHE_DTYPES[options.kv_cache_dtype])
         kernels, device = _kernels()
+        _require(kernels, kinds)
     except (OSError, ValueError, ImportError) as error:
         print(f"Nothing was compiled: {error}", file=sys.stderr)
         return 2
@@ -100,6 +116,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--max-running-requests", type=int, default=256, help="the server's (default: 256)"
     )
+    parser.add_argument(
+        "--kv-cache-dtype",
+        choices=CACHE_DTYPES,
+        default="auto",
+        help="the server's; auto is taken for bfloat16 (default: auto)",
+    )
     return parser
 
 
@@ -115,15 +137,28 @@ def _kernels() -> tuple[FA3Kernels, torch.device]:
     return select_kernels(settings, device), device
 
 
+def _require(kernels: FA3Kernels, kinds: list[LayerKind]) -> None:
+    """Refuse layers that the kernels cannot serve, as a server's start does."""
+    import torch
+
+    kernels.require(
+        page_size=policy.PAGE_SIZE,
+        kv_cache_dtype=getattr(torch, kinds[0].dtype),
+        use_mla=False,
+        head_dims=[(kind.headdim, kind.headdim_v) for kind in kinds],
+    )
+
+
 # --- which calls ----------------------------------------------------------------------------------
 
 
-def layer_kinds(config: dict[str, Any], tp: int) -> list[LayerKind]:
+def layer_kinds(config: dict[str, Any], tp: int, dtype: str = "bfloat16") -> list[LayerKind]:
     """Read the kinds of attention layers off a model's ``config.json``.
 
     Args:
         config: its contents; a model of several modalities has its text part in ``text_config``.
         tp: the number of ranks that heads are shared out to.
+        dtype: of the KV cache, as PyTorch names it.
 
     Raises:
         UnknownModel: it has MLA, whose kernels MATE compiled in advance, or lacks head counts.
@@ -143,6 +178,7 @@ def layer_kinds(config: dict[str, Any], tp: int) -> list[LayerKind]:
         headdim_v=text.get("v_head_dim") or headdim,
         softcap=text.get("attn_logit_softcapping") or 0.0,
         has_sinks="GptOss" in "".join(config.get("architectures") or ()),
+        dtype=dtype,
     )
     window = text.get("sliding_window")
     if not window or text.get("use_sliding_window") is False:
@@ -153,15 +189,20 @@ def layer_kinds(config: dict[str, Any], tp: int) -> list[LayerKind]:
 def calls(kinds: list[LayerKind], largest_batch: int) -> Iterator[Call]:
     """List the calls that make MATE compile all that these layers need.
 
-    Decode plans once for every 31 requests; prefill has a query tile for each range of rows.
+    Decode plans once for every 31 requests; prefill has a query tile for each range of rows. No
+    layer's own keys are fp8, so that a server with such a cache makes no calls over them.
     """
     groups = min(-(-largest_batch // PLAN_GROUP), MOST_GROUPS)
     for kind in kinds:
         for group in range(1, groups + 1):
-            yield Call(kind, min(group * PLAN_GROUP, largest_batch), 1)
+            yield Call(kind, min(group * PLAN_GROUP, largest_batch), 1, has_plan=True)
+        yield Call(kind, 1, 1, has_plan=True)
+        yield Call(kind, 1, 1)
         for rows in _query_rows(kind.num_heads_q // kind.num_heads_kv):
+            yield Call(kind, 1, rows, has_plan=True)
             yield Call(kind, 1, rows)
-            yield Call(kind, 1, rows, over_raw_keys=True)
+            if kind.dtype in policy.HALF_DTYPES:
+                yield Call(kind, 1, rows, over_raw_keys=True)
 
 
 def _query_rows(ratio: int) -> list[int]:
@@ -190,9 +231,9 @@ def _attend_raw_keys(kernels: FA3Kernels, device: torch.device, call: Call) -> N
     kind, rows = call.kind, call.max_seqlen_q
     offsets = torch.tensor([0, rows], dtype=torch.int32, device=device)
     kernels.flash_attn_varlen_func(
-        q=_zeros(device, rows, kind.num_heads_q, kind.headdim),
-        k=_zeros(device, rows, kind.num_heads_kv, kind.headdim),
-        v=_zeros(device, rows, kind.num_heads_kv, kind.headdim_v),
+        q=_zeros(device, kind, rows, kind.num_heads_q, kind.headdim),
+        k=_zeros(device, kind, rows, kind.num_heads_kv, kind.headdim),
+        v=_zeros(device, kind, rows, kind.num_heads_kv, kind.headdim_v),
         cu_seqlens_q=offsets,
         cu_seqlens_k=offsets,
         max_seqlen_q=rows,
@@ -205,20 +246,20 @@ def _attend_cache(kernels: FA3Kernels, device: torch.device, call: Call) -> None
     import torch
 
     kind, batch, rows = call.kind, call.batch_size, call.max_seqlen_q
-    pages = -(-rows // policy.PAGE_SIZE)
+    pages = max(-(-rows // policy.PAGE_SIZE), CAPACITY)
     lengths = torch.full((batch,), rows, dtype=torch.int32, device=device)
     offsets = torch.arange(batch + 1, dtype=torch.int32, device=device) * rows
     arguments: dict[str, Any] = dict(
-        q=_zeros(device, batch * rows, kind.num_heads_q, kind.headdim),
-        k_cache=_zeros(device, pages, policy.PAGE_SIZE, kind.num_heads_kv, kind.headdim),
-        v_cache=_zeros(device, pages, policy.PAGE_SIZE, kind.num_heads_kv, kind.headdim_v),
+        q=_zeros(device, kind, batch * rows, kind.num_heads_q, kind.headdim),
+        k_cache=_zeros(device, kind, pages, policy.PAGE_SIZE, kind.num_heads_kv, kind.headdim),
+        v_cache=_zeros(device, kind, pages, policy.PAGE_SIZE, kind.num_heads_kv, kind.headdim_v),
         page_table=torch.arange(pages, dtype=torch.int32, device=device).repeat(batch, 1),
         cache_seqlens=lengths,
         cu_seqlens_q=offsets,
         max_seqlen_q=rows,
         **_options(device, kind),
     )
-    if not kernels.drops_plan(arguments):
+    if call.has_plan and not kernels.drops_plan(arguments):
         arguments["scheduler_metadata"] = kernels.get_scheduler_metadata(
             batch_size=batch,
             max_seqlen_q=rows,
@@ -227,6 +268,7 @@ def _attend_cache(kernels: FA3Kernels, device: torch.device, call: Call) -> None
             num_heads_kv=kind.num_heads_kv,
             headdim=kind.headdim,
             headdim_v=kind.headdim_v,
+            qkv_dtype=arguments["q"].dtype,
             cache_seqlens=lengths,
             cu_seqlens_q=offsets,
             causal=True,
@@ -240,14 +282,14 @@ def _options(device: torch.device, kind: LayerKind) -> dict[str, Any]:
         causal=True, window_size=kind.window_size, softcap=kind.softcap, return_softmax_lse=False
     )
     if kind.has_sinks:
-        options["sinks"] = _zeros(device, kind.num_heads_q)
+        options["sinks"] = _zeros(device, replace(kind, dtype="bfloat16"), kind.num_heads_q)
     return options
 
 
-def _zeros(device: torch.device, *shape: int) -> torch.Tensor:
+def _zeros(device: torch.device, kind: LayerKind, *shape: int) -> torch.Tensor:
     import torch
 
-    return torch.zeros(shape, dtype=torch.bfloat16, device=device)
+    return torch.zeros(shape, dtype=getattr(torch, kind.dtype), device=device)
 
 
 def _wait(device: torch.device) -> None:

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from sglang_musa_ext import envs, policy, prewarm
 from sglang_musa_ext.kernels.provider import FA3Kernels, reference_kernels
-from sglang_musa_ext.kernels.reference.planning import tile_shape
+from sglang_musa_ext.kernels.reference.planning import launched_splits, tile_shape
 
 QWEN = {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128}
 SMALL = {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 256}
@@ -103,6 +104,33 @@ def test_layers_are_read_off_a_models_configuration(
 ) -> None:
     """Heads are those of one of two ranks; each window has layers of its own."""
     assert prewarm.layer_kinds(config, tp=2) == expected
+
+
+def test_an_fp8_cache_has_kernels_of_its_own(
+    recorded: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    """Queries, cache and plans are fp8, and nothing goes over raw keys, which are half."""
+    model = str(write_model(tmp_path, SMALL))
+    assert prewarm.main(["--model", model, "--kv-cache-dtype", "fp8_e4m3"]) == 0
+    paged = [call for call in recorded if "k_cache" in call]
+    plans = [call for call in recorded if "batch_size" in call]
+    assert len(paged) + len(plans) == len(recorded)
+    dtypes = {call[name].dtype for call in paged for name in ("q", "k_cache", "v_cache")}
+    assert dtypes == {call["qkv_dtype"] for call in plans} == {torch.float8_e4m3fn}
+
+
+def test_calls_are_made_with_and_without_a_plan(
+    recorded: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    """A server plans calls that are split, and leaves out the plan of others."""
+    assert prewarm.main(["--model", str(write_model(tmp_path, SMALL))]) == 0
+    paged = [call for call in recorded if "k_cache" in call]
+    rows: dict[bool, set[int]] = {True: set(), False: set()}
+    for call in paged:
+        rows["scheduler_metadata" in call].add(call["max_seqlen_q"])
+    assert rows[True] == rows[False]
+    plans = [call for call in recorded if call.get("batch_size") == 1]
+    assert {call["max_seqlen_q"] for call in plans if launched_splits(**call) > 1} >= {1}
 
 
 def test_a_call_with_sinks_has_no_plan(recorded: list[dict[str, Any]], tmp_path: Path) -> None:

@@ -225,6 +225,13 @@ def test_heads_that_upstream_casts_no_queries_for_are_refused_at_start() -> None
         Fp8Model(uniform_layers(1, head_dim=512)).backend()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_a_model_in_another_type_is_refused_at_start(dtype: torch.dtype) -> None:
+    """Kernels that read fp8 write bfloat16, which the model's next layer would not take."""
+    with pytest.raises(UnsupportedByKernels, match=r"a model in float.*--dtype bfloat16"):
+        Fp8Model(uniform_layers(1), dtype=dtype).backend()
+
+
 # --- the check of outputs -------------------------------------------------------------------------
 
 

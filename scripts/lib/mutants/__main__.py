@@ -741,6 +741,48 @@ RAW_KEYS = (
 )
 
 
+MATE, RECORD = "kernels/mate.py", "kernels/record.py"
+FP8_TESTS = ("attention/test_fp8.py",)
+FP8 = [
+    Mutant(
+        "scales for the server's requests",
+        MATE,
+        "scale = scale[:1] if is_of_layer else scale",
+        "scale = scale",
+        "chunked_local",
+        FP8_TESTS,
+    ),
+    Mutant("fp8 without the scales it lacks", MATE, "for name in _SCALES:", "for name in ():",
+        "chunked_local", FP8_TESTS,
+    ),
+    Mutant(
+        "fp8 for any model",
+        RECORD,
+        "if kv_cache_dtype in FP8 and dtype not in (None, torch.bfloat16):",
+        "if False:",
+        "another_type",
+        FP8_TESTS,
+    ),
+    Mutant(
+        "fp8 with heads of any size",
+        RECORD,
+        "if dtype not in FP8 or headdim <= policy.LARGEST_FP8_HEAD_DIM:",
+        "if True:",
+        "casts_no_queries",
+        FP8_TESTS,
+    ),
+    Mutant(
+        "outputs of fp8 compared as exact ones",
+        "attention/checks.py",
+        "rounding = _FP8_ROUNDING.get(read)",
+        "rounding = None",
+        "rounded_probabilities",
+        FP8_TESTS,
+    ),
+]  # fmt: skip
+"""A KV cache in fp8."""
+
+
 def all_mutants() -> list[Mutant]:
     """Every mutant, in the order of the run."""
     return [
@@ -753,6 +795,7 @@ def all_mutants() -> list[Mutant]:
         *CHECKS,
         *SELECTION,
         *RAW_KEYS,
+        *FP8,
     ]
 
 
