@@ -188,15 +188,15 @@ def reasons_against_cache(asked: Configuration) -> list[str]:
     Where MATE's release is not known, a limit of any release counts.
     """
     release = asked.mate
-    found = []
+    reasons = []
     for limit in KERNEL_LIMITS:
         if limit.stops is None or not limit.stops(asked):
             continue
         if release is None or limit.holds(release):
             seen = "its release is not known" if release is None else f"this is {dotted(release)}"
             before = "" if limit.until is None else f" before {dotted(limit.until)}, and {seen}"
-            found.append(f"--kv-cache-dtype {asked.kv_cache_dtype}: MATE {limit.why}{before}")
-    return found
+            reasons.append(f"--kv-cache-dtype {asked.kv_cache_dtype}: MATE {limit.why}{before}")
+    return reasons
 
 
 def dotted(release: MateRelease) -> str:

@@ -122,9 +122,7 @@ OPTIONS = (
     "softmax_scale", "causal", "window_size", "softcap", "return_softmax_lse", "num_splits", "out",
     "ver", "qv", "sinks", "k_descale", "v_descale",
 )  # fmt: skip
-"""The arguments of a paged call that say how to attend; the last four are tensors in some models,
-and each layer has its own.
-"""
+"""Arguments of a paged call that say how to attend; the last four are tensors of each layer."""
 _TENSORS = ("q", "k_cache", "v_cache")
 _LENGTHS = ("page_table", "cache_seqlens", "cu_seqlens_q")
 _UPSTREAMS = {*OPTIONS, *_TENSORS, *_LENGTHS, "max_seqlen_q", "scheduler_metadata"}

@@ -26,7 +26,7 @@ MATE_RELEASE = (0, 2, 7)
 """The release of MATE whose rules the adapter applies: the newest known one."""
 IN_TREE = "sglang.srt.hardware_backend.musa.attention.flashattention_backend"
 KERNEL_NAMES = ("flash_attn_with_kvcache", "flash_attn_varlen_func")
-MODES = ("decode", "prefill with a prefix", "prefill without a prefix")
+PASS_KINDS = ("decode", "prefill with a prefix", "prefill without a prefix")
 
 
 class _NoKernels:
@@ -275,7 +275,7 @@ def _pass(mode: str, runner: Any) -> _Pass:
 
 
 @dataclass
-class Peer:
+class HostPeer:
     """A backend over kernels that do nothing, and what upstream's names are while it runs."""
 
     name: str
@@ -285,7 +285,7 @@ class Peer:
     """The module globals of upstream's module through which its forwards call FA3."""
 
 
-def _upstream_peer(name: str, runner: Any, *, wrappers: bool) -> Peer:
+def _upstream_peer(name: str, runner: Any, *, wrappers: bool) -> HostPeer:
     """Return upstream's own backend over do-nothing kernels.
 
     Between its forwards and the library stand two Python functions of upstream's, ``wrappers``,
@@ -302,7 +302,7 @@ def _upstream_peer(name: str, runner: Any, *, wrappers: bool) -> Peer:
     if wrappers:
         names = {name: getattr(upstream, name) for name in KERNEL_NAMES}
         _put_below_wrappers(names["flash_attn_with_kvcache"], library)
-    return Peer(name, backend, library, names)
+    return HostPeer(name, backend, library, names)
 
 
 def _put_below_wrappers(wrapper: Callable[..., Any], library: Any) -> None:
@@ -315,7 +315,7 @@ def _put_below_wrappers(wrapper: Callable[..., Any], library: Any) -> None:
     inner._load_fa3_kernels = lambda: functions
 
 
-def _in_tree_peer(runner: Any) -> Peer:
+def _in_tree_peer(runner: Any) -> HostPeer:
     import importlib
 
     library = mate_kernels_that_do_nothing()
@@ -329,10 +329,10 @@ def _in_tree_peer(runner: Any) -> Peer:
     group = SimpleNamespace(rank_in_group=0, world_size=1)
     module.get_pp_group = lambda: group
     module.get_parallel = lambda: SimpleNamespace(pp_group=group)
-    return Peer("in-tree", backend, library, {})
+    return HostPeer("in-tree", backend, library, {})
 
 
-def _our_peer(kernels: str, runner: Any) -> Peer:
+def _our_peer(kernels: str, runner: Any) -> HostPeer:
     from sglang.srt.layers.attention import flashattention_backend as upstream
 
     from sglang_musa_ext import patching
@@ -348,7 +348,7 @@ def _our_peer(kernels: str, runner: Any) -> Peer:
     undo = install_kernel_dispatch()
     names = {name: getattr(upstream, name) for name in KERNEL_NAMES}
     undo()
-    return Peer(f"ours over {kernels}", backend, library, names)
+    return HostPeer(f"ours over {kernels}", backend, library, names)
 
 
 def _record(kernels: str) -> tuple[Any, Any]:
@@ -398,7 +398,7 @@ class Times:
         return statistics.median(ratios), (high - low) / 2
 
 
-def measure(peers: Sequence[Peer], mode: str, runner: Any, turns: int) -> Times:
+def measure(peers: Sequence[HostPeer], mode: str, runner: Any, turns: int) -> Times:
     """Time ``turns`` passes of every peer, in turns."""
     from sglang.srt.layers.radix_attention import RadixAttention
 
@@ -416,7 +416,7 @@ def measure(peers: Sequence[Peer], mode: str, runner: Any, turns: int) -> Times:
     return times
 
 
-def _time_pass(peer: Peer, made: _Pass, layers: Sequence[Any]) -> float:
+def _time_pass(peer: HostPeer, made: _Pass, layers: Sequence[Any]) -> float:
     from sglang.srt.layers.attention import flashattention_backend as upstream
 
     peer.library.state.output = made.q.view(-1, HEADS, HEAD_DIM)
@@ -458,7 +458,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except ImportError as error:
             print(f"in-tree: {error}")
         print(f"SGLang {sglang.__version__}")
-        for mode in MODES:
+        for mode in PASS_KINDS:
             times = measure(peers, mode, runner, options.turns)
             for name, each in times.by_peer.items():
                 ratio, spread = times.ratio(name)

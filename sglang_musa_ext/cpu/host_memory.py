@@ -1,5 +1,4 @@
-"""Host and device memory where the two are one: nothing is pinned, and copies between them are
-plain.
+"""Host and device memory where both are one: nothing is pinned, and copies are plain.
 
 SGLang keeps adapters and the host part of a hierarchical cache in pinned memory, whatever the
 platform says of pinned memory, and moves cached pages with kernels that a CPU lacks.
@@ -30,7 +29,7 @@ PINNING_MODULES = (
 PINNING_FACTORIES = ("arange", "empty", "tensor", "zeros")
 """PyTorch's functions that they ask."""
 NIXL_MODULES = ("nixl_cu12._api", "nixl_cu13._api")
-"""What stands behind ``nixl._api``, by the CUDA version of its wheel."""
+"""Modules behind ``nixl._api``, by the CUDA version of its wheel."""
 MEMORY_METHODS = ("register_memory", "get_reg_descs", "get_xfer_descs", "prep_xfer_dlist")
 """Methods of NIXL's agent that are told the kind of memory."""
 HOST_POOL_MODULES = (

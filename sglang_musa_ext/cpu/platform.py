@@ -175,7 +175,7 @@ class CpuReferencePlatform(SRTPlatform):  # type: ignore[misc]
         return "fa3"
 
     def supports_speculative_draft_attention_backend(self, algorithm: str, backend: str) -> bool:
-        """Whether a draft model of ``algorithm`` can be served by ``backend`` here."""
+        """Return whether ``backend`` can serve a draft model of ``algorithm`` here."""
         return backend in ("fa3", "torch_native")
 
     # Memory pools: SGLang's own serve any torch device. Up to 0.5.21 an out-of-tree platform must

@@ -292,12 +292,12 @@ def _answer(engine: Any, question: SimpleNamespace) -> dict[str, Any]:
 
 def _options(engine: Any, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return ``options`` in the words of this release of SGLang."""
-    found = dict(options)
-    rank = found.pop("dp_rank", None)
+    settled = dict(options)
+    rank = settled.pop("dp_rank", None)
     if rank is not None:
         known = inspect.signature(engine.generate).parameters
-        found[next(name for name in DP_RANK if name in known)] = rank
-    return found
+        settled[next(name for name in DP_RANK if name in known)] = rank
+    return settled
 
 
 def _flush(engine: Any, seconds: float = 30.0) -> None:

@@ -95,17 +95,17 @@ class AdaptedFunction:
         kinds = [parameter.kind for parameter in self.parameters.values()]
         self.takes_any = inspect.Parameter.VAR_KEYWORD in kinds
         self.own_names = _own_names(self.parameters)
-        self._sites: dict[tuple[str, ...], CallSite] = {}
+        self._sites: dict[tuple[str, ...], CallAdapter] = {}
 
     def __call__(self, **arguments: Any) -> Any:
         """Call the function with FA3's keywords."""
         return self.prepare(tuple(arguments))(arguments)
 
-    def prepare(self, names: tuple[str, ...]) -> CallSite:
+    def prepare(self, names: tuple[str, ...]) -> CallAdapter:
         """Return what serves calls whose arguments have exactly these names."""
         site = self._sites.get(names)
         if site is None:
-            site = self._sites[names] = CallSite(self, names)
+            site = self._sites[names] = CallAdapter(self, names)
         return site
 
     def lacks(self, name: str) -> bool:
@@ -121,7 +121,7 @@ class AdaptedFunction:
         )
 
 
-class _Way(NamedTuple):
+class _Translation(NamedTuple):
     """The way in which calls of a site with the same traits are made."""
 
     dropped: tuple[str, ...]
@@ -132,7 +132,7 @@ class _Way(NamedTuple):
     finishes: tuple[Finish, ...]
 
 
-class CallSite:
+class CallAdapter:
     """Serves the calls of one function that have the same argument names.
 
     Lifetime: it lives as long as the function, and holds no tensor.
@@ -146,22 +146,22 @@ class CallSite:
         self._has_version = "ver" in names
         self._traits = None if adapted.traits_of is None else adapted.traits_of(names)
         # A site sees few of them, and comparing takes less time than hashing.
-        self._ways: list[tuple[Any, _Way]] = []
+        self._translations: list[tuple[Any, _Translation]] = []
 
     def __call__(self, arguments: Arguments) -> Any:
         """Call the function with ``arguments``, a dict that is used up by it."""
         out = arguments.pop("out") if self._copies_out else None
-        way = self._way(arguments)
-        for name in way.dropped:
+        translation = self._translation(arguments)
+        for name in translation.dropped:
             del arguments[name]
-        if way.given:
-            arguments.update(way.given)
-        for step in way.steps:
+        if translation.given:
+            arguments.update(translation.given)
+        for step in translation.steps:
             step(arguments)
-        for name, own in way.renamed:
+        for name, own in translation.renamed:
             arguments[own] = arguments.pop(name)
         result = self._function(**arguments)
-        for finish in way.finishes:
+        for finish in translation.finishes:
             result = finish(result)
         return result if out is None else _into(out, result)
 
@@ -172,36 +172,38 @@ class CallSite:
         anew = functools.partial(settled_anew, self, first, varying)
         call = dict(arguments)
         out = call.pop("out") if self._copies_out else None
-        way = self._way(call)
-        if out is not None or way.finishes or not takes_by_position(self._function, first):
+        translation = self._translation(call)
+        if out is not None or translation.finishes or not takes_by_position(self._function, first):
             return anew
-        own = dict(way.renamed)
-        left_out = {*way.dropped, *way.given, *first, *varying}
+        own = dict(translation.renamed)
+        left_out = {*translation.dropped, *translation.given, *first, *varying}
         names = [(name, own.get(name, name)) for name in call if name not in left_out]
-        given = {own.get(name, name): value for name, value in way.given.items()}
-        same = tuple([(name, own.get(name, name)) for name in varying if name not in way.dropped])
+        given = {own.get(name, name): value for name, value in translation.given.items()}
+        same = tuple(
+            [(name, own.get(name, name)) for name in varying if name not in translation.dropped]
+        )
         table = own.get("page_table", "page_table")
 
         def settle(arguments: Mapping[str, Any]) -> SettledCall:
-            if way.steps and _act(way.steps, arguments):
+            if translation.steps and _act(translation.steps, arguments):
                 return anew(arguments)
             keywords = {own_name: arguments[name] for name, own_name in names}
             return SettledCall(self._function, keywords | given, same, table)
 
         return settle
 
-    def _way(self, arguments: Arguments) -> _Way:
+    def _translation(self, arguments: Arguments) -> _Translation:
         version = arguments["ver"] if self._has_version else 3
         unused = [_asks_for_nothing(arguments[n]) for n in self._lacking] if self._lacking else None
         traits = (version, unused, None if self._traits is None else self._traits(arguments))
-        for known, way in self._ways:
+        for known, translation in self._translations:
             if known == traits:
-                return way
-        way = self._settle(arguments)
-        self._ways.append((traits, way))
-        return way
+                return translation
+        translation = self._settle(arguments)
+        self._translations.append((traits, translation))
+        return translation
 
-    def _settle(self, arguments: Arguments) -> _Way:
+    def _settle(self, arguments: Arguments) -> _Translation:
         """Work out how calls with the traits of this one are made."""
         adapted = self._adapted
         wanted = dict(arguments)
@@ -213,7 +215,7 @@ class CallSite:
                 del wanted[name]
             elif not adapted.takes_any:
                 adapted.refuse(name)
-        return _Way(
+        return _Translation(
             dropped=tuple(name for name in arguments if name not in wanted),
             given={n: v for n, v in wanted.items() if n not in arguments or arguments[n] is not v},
             steps=tuple(rule.step for rule in adapted.steps if rule.applies(wanted)),

@@ -220,8 +220,8 @@ def _hopper_plan_contents(plan: torch.Tensor, batch_size: int) -> torch.Tensor:
             report a difference where there is none, and leaving parts out could hide one.
     """
     padded = max(-(-batch_size // 4) * 4, 4)
-    vectors, rest = divmod(plan.numel(), padded)
-    if vectors in (3, 4) and rest <= 1:
+    vectors, values = divmod(plan.numel(), padded)
+    if vectors in (3, 4) and values <= 1:
         return plan[: vectors * padded].view(vectors, padded)[:, :batch_size]
     if plan.numel() <= batch_size + 1:
         return plan[1:]

@@ -40,8 +40,6 @@ from sglang_musa_ext.kernels.record import (
 
 logger = logging.getLogger(__name__)
 
-Release = policy.MateRelease
-
 
 def mate_kernels(device: torch.device) -> FA3Kernels:
     """Return MATE, through its FlashAttention-3 wrapper.
@@ -57,7 +55,7 @@ def mate_kernels(device: torch.device) -> FA3Kernels:
     return mate_record(*_import_mate())
 
 
-def mate_record(library: Any, release: Release) -> FA3Kernels:
+def mate_record(library: Any, release: policy.MateRelease) -> FA3Kernels:
     """Return the record of a library with the functions of MATE's wrapper.
 
     Args:
@@ -89,7 +87,7 @@ def mate_record(library: Any, release: Release) -> FA3Kernels:
     )
 
 
-def _import_mate() -> tuple[ModuleType, Release]:
+def _import_mate() -> tuple[ModuleType, policy.MateRelease]:
     """Import MATE's FA3 wrapper, once what is installed has shown that it is the one.
 
     Raises:
@@ -109,7 +107,7 @@ def _import_mate() -> tuple[ModuleType, Release]:
     return import_library(identity.wrapper_module, mate_identity.INSTALL), identity.release
 
 
-def _warn_of_unread(release: Release) -> None:
+def _warn_of_unread(release: policy.MateRelease) -> None:
     is_unread = policy.NEWEST_READ_MATE < release[:3] <= policy.NEWEST_MATE
     if is_unread and is_first("unread", release):
         logger.warning(
@@ -124,7 +122,7 @@ def _warn_of_unread(release: Release) -> None:
 # --- what every caller may know before a call -----------------------------------------------------
 
 
-def head_dims_in_words(release: Release) -> str:
+def head_dims_in_words(release: policy.MateRelease) -> str:
     """List the head dimensions that a release has kernels for, for messages."""
     pairs = ", ".join(f"{qk}/{v}" for qk, v in policy.mate_head_dim_pairs(release))
     return f"a pair that rounds up to one of {pairs}"
@@ -136,7 +134,7 @@ def has_sinks(arguments: Mapping[str, Any]) -> bool:
 
 
 def serves_raw_keys(
-    release: Release,
+    release: policy.MateRelease,
     *,
     dtype: torch.dtype,
     headdim: int,
@@ -183,7 +181,7 @@ def plan_contents(plan: torch.Tensor, batch_size: int) -> torch.Tensor:
     )
 
 
-def _static_num_splits(release: Release, **geometry: Any) -> int | None:
+def _static_num_splits(release: policy.MateRelease, **geometry: Any) -> int | None:
     """Return the number of splits that MATE launches on the current device."""
     from sglang_musa_ext.kernels.reference.planning import launched_splits
 
@@ -208,7 +206,7 @@ def _mla_plan_bytes(
 # --- the functions --------------------------------------------------------------------------------
 
 
-def _attention(library: Any, own: str, release: Release) -> AdaptedFunction:
+def _attention(library: Any, own: str, release: policy.MateRelease) -> AdaptedFunction:
     """Adapt the attention function of MATE's wrapper that is called ``own``."""
     over_cache = own == "flash_attn_with_kvcache"
     limits = policy.kernel_limits(release)
@@ -230,7 +228,7 @@ def _attention(library: Any, own: str, release: Release) -> AdaptedFunction:
     )
 
 
-def _planning(function: Callable[..., Any], release: Release) -> AdaptedFunction:
+def _planning(function: Callable[..., Any], release: policy.MateRelease) -> AdaptedFunction:
     """Adapt ``get_scheduler_metadata``."""
     largest = policy.mate_largest_batch(release)
     rules = [] if largest is None else [functools.partial(_refuse_large_batch, largest)]
@@ -290,7 +288,7 @@ def _head_dim(tensor: torch.Tensor | None) -> int | None:
 # --- rules: arguments as MATE wants them, or a refusal --------------------------------------------
 
 
-def _require_dtypes(release: Release, arguments: Arguments) -> Arguments:
+def _require_dtypes(release: policy.MateRelease, arguments: Arguments) -> Arguments:
     """Refuse what MATE does not read, or not together; drop scales that half precision lacks."""
     dtypes = {tensor.dtype for name in _INPUTS if (tensor := arguments.get(name)) is not None}
     known = frozenset(getattr(torch, name) for name in policy.mate_dtypes(release))
@@ -574,8 +572,8 @@ def _with_fa3_layout(result: Any) -> Any:
     """
     if not isinstance(result, tuple):
         return result
-    out, lse, *rest = result
-    return (out, lse.transpose(1, 2), *rest)
+    out, lse, *others = result
+    return (out, lse.transpose(1, 2), *others)
 
 
 _PADDED_MLA = FinishRule(_is_padded_mla, _with_fa3_layout)

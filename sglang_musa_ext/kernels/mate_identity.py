@@ -299,9 +299,9 @@ def _inside(package: ModuleSpec, name: str) -> ModuleSpec | None:
 
 def _chain(name: str) -> Iterator[ModuleSpec]:
     """Yield the modules along the dotted ``name``, up to what is an attribute and no module."""
-    first, *rest = name.split(".")
+    first, *parts = name.split(".")
     spec = _find(first)
-    for part in rest:
+    for part in parts:
         if spec is None:
             return
         yield spec

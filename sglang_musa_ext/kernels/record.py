@@ -315,7 +315,7 @@ def settled_anew(
 
 
 _SAID: set[tuple[object, ...]] = set()
-"""What this process has warned of."""
+"""The warnings that this process has given."""
 
 
 def is_first(*subject: object) -> bool:

@@ -31,7 +31,7 @@ _WITH_SINKS = frozenset(
     }
 )
 _SINK_FLAGS = ("learnable_sink", "add_swa_attention_sink_bias", "add_full_attention_sink_bias")
-"""What SGLang tells by a model's class, where only its ``config.json`` is at hand."""
+"""Facts that SGLang tells by a model's class, where only its ``config.json`` is at hand."""
 
 
 @dataclass(frozen=True)

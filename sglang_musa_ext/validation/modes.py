@@ -66,9 +66,9 @@ class Mode:
     """The family of the draft model, where there is one."""
     gpus: int = 1
     output_checked: bool = False
-    """Whether ours serves it once more, with every call's output beside the reference kernels'."""
+    """True if ours serves once more, with every call's output beside the reference kernels."""
     raw_prefill: bool = False
-    """Whether ours serves it once more, with prefill over raw keys allowed and used nowhere."""
+    """True if ours serves once more, with prefill over raw keys allowed and used nowhere."""
     nodes: int = 1
     """Engines that serve together, each with an equal part of the GPUs."""
     apart: bool = False

@@ -71,7 +71,7 @@ class Apart(Server):
     def ask(
         self, prompts: Sequence[Sequence[int]], new_tokens: int, **options: Any
     ) -> dict[str, Any]:
-        """What the decoding engine answers, to which the other sends what it has prefilled."""
+        """Return the answer of the decoding engine, which gets what the other has prefilled."""
         number = len(prompts)
         meeting = {
             "bootstrap_host": [LOOPBACK] * number,

@@ -145,7 +145,7 @@ A test is not applicable where the release lacks the feature that it tests.
 
 @dataclass
 class Page:
-    """What docs/releases.md said before: levels that were not run now keep it."""
+    """The former docs/releases.md, whose text stays for levels that were not run now."""
 
     environment: str = ""
     cells: dict[tuple[str, str], str] = field(default_factory=dict)

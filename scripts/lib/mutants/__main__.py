@@ -902,7 +902,7 @@ def check_guards(mutants: Sequence[Mutant], folder: Path) -> None:
             continue
         place = Path(tempfile.mkdtemp(dir=folder))
         _, status = os.waitpid(
-            start(None, " or ".join(f"({one})" for one in guards), tests, place), 0
+            start(None, " or ".join(f"({guard})" for guard in guards), tests, place), 0
         )
         if status:
             raise BrokenRun(
@@ -937,9 +937,9 @@ def main() -> int:
     )
     options = parser.parse_args()
     mutants = [
-        one
-        for one in all_mutants()
-        if not options.names or any(name in one.name for name in options.names)
+        mutant
+        for mutant in all_mutants()
+        if not options.names or any(name in mutant.name for name in options.names)
     ]
     began = time.monotonic()
     import_once()

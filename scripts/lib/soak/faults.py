@@ -38,13 +38,15 @@ def run(names: Sequence[str], jobs: int, seconds: float) -> int:
     """Fuzz the mutants with one of ``names`` in theirs (none: all); return 1 if one survives."""
     command: Any = mutant_command
     mutants = [
-        one for one in command.all_mutants() if not names or any(name in one.name for name in names)
+        each
+        for each in command.all_mutants()
+        if not names or any(name in each.name for name in names)
     ]
     verdicts = []
     for verdict in _fuzzed(command, mutants, jobs, seconds):
         verdicts.append(verdict)
         print(_line(verdict), flush=True)
-    alive = [one for one in verdicts if not one.case]
+    alive = [each for each in verdicts if not each.case]
     print(f"{len(verdicts) - len(alive)} of {len(verdicts)} faults found")
     return 1 if alive else 0
 

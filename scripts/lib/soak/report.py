@@ -67,13 +67,13 @@ def read_report(path: Path) -> Report:
 
 def added(reports: Sequence[Report]) -> Report:
     """The sum of several runs."""
-    total = Report(machine=reports[0].machine, began=min(one.began for one in reports))
-    for one in reports:
-        total.add_counts(one.counts)
-        total.failures += one.failures
-        total.seeds += one.seeds
-        total.seconds += one.seconds
-        total.core_seconds += one.core_seconds
+    total = Report(machine=reports[0].machine, began=min(report.began for report in reports))
+    for report in reports:
+        total.add_counts(report.counts)
+        total.failures += report.failures
+        total.seeds += report.seeds
+        total.seconds += report.seconds
+        total.core_seconds += report.core_seconds
     return total
 
 

@@ -64,8 +64,8 @@ def _collect(
             kind, content = messages.get(timeout=1.0)
         except queue.Empty:
             kind, content = "", None
-            dead = [one for one in processes if one.exitcode not in (None, 0)]
-            if dead and all(one.exitcode is not None for one in processes):
+            dead = [process for process in processes if process.exitcode not in (None, 0)]
+            if dead and all(process.exitcode is not None for process in processes):
                 report.failures.append(f"{len(dead)} processes died")
                 running = 0
         if kind == "counts":

@@ -85,7 +85,7 @@ def _select(cache: Tensor, pages: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Problem:
+class AttentionProblem:
     """One call, all forms made one: ``q`` is ``(total_q, heads, dim)``; lists are per batch."""
 
     q: Tensor
@@ -168,7 +168,7 @@ def unwritten(flat_q: Tensor, headdim_v: int, out: Tensor | None = None) -> tupl
 
 
 def forward(
-    problem: Problem,
+    problem: AttentionProblem,
     queries: Queries,
     capacity: int,
     metadata: Tensor | None,
@@ -235,7 +235,12 @@ def _visits(
 
 
 def _run(
-    problem: Problem, tile: TileShape, visits: list[_Visit], static: int, out: Tensor, lse: Tensor
+    problem: AttentionProblem,
+    tile: TileShape,
+    visits: list[_Visit],
+    static: int,
+    out: Tensor,
+    lse: Tensor,
 ) -> None:
     """Fill ``out`` ``(total_q, heads, dim)`` and ``lse`` ``(heads, total_q)`` by the schedule."""
     tile_rows = tile.query if tile.packed else tile.query * problem.ratio
@@ -245,7 +250,9 @@ def _run(
             write_rows(problem, visit.batch, *_visit(problem, visit, q, static), out, lse)
 
 
-def _visit(problem: Problem, visit: _Visit, q: Tensor, static: int) -> tuple[Tensor, Tensor]:
+def _visit(
+    problem: AttentionProblem, visit: _Visit, q: Tensor, static: int
+) -> tuple[Tensor, Tensor]:
     tiles, keys = _key_tiles(problem, visit.batch), problem.key_counts[visit.batch]
     if visit.splits <= 1:
         return attend(problem, visit.batch, q, tile_keys(tiles, keys))
@@ -270,7 +277,7 @@ def tile_keys(tiles: range, keys: int) -> range:
     )
 
 
-def _key_tiles(problem: Problem, batch: int) -> range:
+def _key_tiles(problem: AttentionProblem, batch: int) -> range:
     """The key tiles that any row of a batch can see; the rest are never read, as on the device."""
     keys, rows, rule = problem.key_counts[batch], problem.row_counts[batch], problem.rule
     first = max(keys - rows - rule.left, 0) // KEY_TILE if rule.local else 0
@@ -278,7 +285,11 @@ def _key_tiles(problem: Problem, batch: int) -> range:
 
 
 def attend(
-    problem: Problem, batch: int, q: Tensor, keys: range, held: tuple[Tensor, Tensor] | None = None
+    problem: AttentionProblem,
+    batch: int,
+    q: Tensor,
+    keys: range,
+    held: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attend to one run of keys; return ``(heads_kv, n, dim)`` and LSE ``(heads_kv, n)``.
 
@@ -300,7 +311,13 @@ def attend(
 
 
 def _softmax_rows(
-    problem: Problem, batch: int, q: Tensor, first_row: int, keys: range, k: Tensor, v: Tensor
+    problem: AttentionProblem,
+    batch: int,
+    q: Tensor,
+    first_row: int,
+    keys: range,
+    k: Tensor,
+    v: Tensor,
 ) -> tuple[Tensor, Tensor]:
     scores = torch.matmul(q, k.transpose(1, 2)).mul_(problem.scale)
     if problem.softcap:
@@ -322,7 +339,7 @@ def _softmax_rows(
     return out, peak + total.log()
 
 
-def _packed_sinks(problem: Problem, first_row: int, count: int) -> Tensor | None:
+def _packed_sinks(problem: AttentionProblem, first_row: int, count: int) -> Tensor | None:
     """Return packed rows' sinks ``(heads_kv, count)``: logits, neither scaled nor capped."""
     if problem.sinks is None:
         return None
@@ -331,7 +348,7 @@ def _packed_sinks(problem: Problem, first_row: int, count: int) -> Tensor | None
 
 
 def _visible(
-    problem: Problem, batch: int, first_row: int, count: int, keys: range
+    problem: AttentionProblem, batch: int, first_row: int, count: int, keys: range
 ) -> Tensor | None:
     """Return the ``keys`` that packed rows see, bool ``(count, keys)``; ``None`` for all."""
     rule, ratio = problem.rule, problem.ratio
@@ -362,7 +379,7 @@ def combine(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def write_rows(
-    problem: Problem, batch: int, part: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor
+    problem: AttentionProblem, batch: int, part: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor
 ) -> None:
     """Write packed results of a batch's first packed rows; absent rows stay as they were."""
     start, count, ratio = problem.row_starts[batch], problem.row_counts[batch], problem.ratio

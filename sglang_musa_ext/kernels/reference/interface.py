@@ -12,8 +12,8 @@ from torch import Tensor
 
 from sglang_musa_ext import policy
 from sglang_musa_ext.kernels.reference.attention import (
+    AttentionProblem,
     KeyStore,
-    Problem,
     Queries,
     find_queries,
     forward,
@@ -149,7 +149,7 @@ def flash_attn_with_kvcache(
     descales = dict(q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
     q_scales, k_scales, v_scales = check_descales(q, descales, (batch, heads_kv))
     metadata = check_metadata(scheduler_metadata, batch, release) if sinks is None else None
-    problem = Problem(
+    problem = AttentionProblem(
         q.reshape(-1, *q.shape[-2:]),
         heads_kv,
         headdim_v,
@@ -167,8 +167,8 @@ def flash_attn_with_kvcache(
     out, lse = forward(problem, queries, capacity, metadata, num_splits, pack_gqa, sm_margin)
     out = out.view(*q.shape[:-1], headdim_v)
     no_splits = lse.new_empty((1, lse.shape[0], 0, lse.shape[1]))
-    rest = no_splits[..., None].expand(-1, -1, -1, -1, headdim_v), no_splits
-    return (out, _shaped_lse(lse, q), *rest) if return_softmax_lse else out
+    accumulators = no_splits[..., None].expand(-1, -1, -1, -1, headdim_v), no_splits
+    return (out, _shaped_lse(lse, q), *accumulators) if return_softmax_lse else out
 
 
 def _cached_keys(
@@ -320,7 +320,7 @@ def flash_attn_varlen_func(
     metadata = check_metadata(scheduler_metadata, batch, release) if sinks is None else None
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     flat, flat_out = q.reshape(-1, *q.shape[-2:]), _checked_out(out, q, headdim_v, queries)
-    problem = Problem(
+    problem = AttentionProblem(
         flat,
         heads_kv,
         headdim_v,

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from sglang_musa_ext.kernels.reference.attention import (
+    AttentionProblem,
     KeyStore,
-    Problem,
     Queries,
     attend,
     combine,
@@ -100,7 +100,7 @@ def mla_decode(
     rule = resolve_mask(queries.longest, page_table.shape[1] * MLA_PAGE_SIZE, causal, None, 0)
     store = _LatentStore(k_cache, v_cache, page_table, list(range(batch)), [0] * batch)
     flat = torch.cat([q, qv], -1).reshape(-1, heads, MLA_ROPE_DIM + MLA_LATENT_DIM)
-    problem = Problem(
+    problem = AttentionProblem(
         flat, 1, MLA_LATENT_DIM, store, queries.starts, queries.counts, keys, rule, scale
     )
     out, lse = unwritten(flat, MLA_LATENT_DIM)
@@ -185,7 +185,7 @@ def _mla_plan(key_counts: list[int], parts: int) -> list[int]:
 
 
 def _mla_run(
-    problem: Problem, plan: list[int], parts: int, tiles: int, out: Tensor, lse: Tensor
+    problem: AttentionProblem, plan: list[int], parts: int, tiles: int, out: Tensor, lse: Tensor
 ) -> None:
     """Run an MLA decode as its plan says; a batch whose plan does not fit its keys stays NaN.
 

@@ -1,4 +1,4 @@
-"""What is read of upstream's objects: the model's configuration, batches, metadata and pools."""
+"""Rows of what is read of upstream's objects: configurations, batches, metadata and pools."""
 
 from __future__ import annotations
 
