@@ -38,8 +38,9 @@ PACKED_ROWS = 256
 """Up to so many query rows a key head, MATE packs query heads into tiles."""
 PLAN_GROUP, MOST_GROUPS = 31, 32
 """MATE plans with a warp for each 31 requests, and 32 warps at most."""
-CAPACITY = 128
-"""Pages of a call's table: a server's has room for contexts that are split, so this one has too."""
+CAPACITY = 8192
+"""Keys that a call's table has room for, at least: a server's has room for contexts that are split.
+"""
 
 
 @dataclass(frozen=True)
@@ -246,14 +247,15 @@ def _attend_cache(kernels: FA3Kernels, device: torch.device, call: Call) -> None
     import torch
 
     kind, batch, rows = call.kind, call.batch_size, call.max_seqlen_q
-    pages = max(-(-rows // policy.PAGE_SIZE), CAPACITY)
+    pages, held = _capacity(call), -(-rows // policy.PAGE_SIZE)
+    table = torch.arange(pages, dtype=torch.int32, device=device) % held
     lengths = torch.full((batch,), rows, dtype=torch.int32, device=device)
     offsets = torch.arange(batch + 1, dtype=torch.int32, device=device) * rows
     arguments: dict[str, Any] = dict(
         q=_zeros(device, kind, batch * rows, kind.num_heads_q, kind.headdim),
-        k_cache=_zeros(device, kind, pages, policy.PAGE_SIZE, kind.num_heads_kv, kind.headdim),
-        v_cache=_zeros(device, kind, pages, policy.PAGE_SIZE, kind.num_heads_kv, kind.headdim_v),
-        page_table=torch.arange(pages, dtype=torch.int32, device=device).repeat(batch, 1),
+        k_cache=_zeros(device, kind, held, policy.PAGE_SIZE, kind.num_heads_kv, kind.headdim),
+        v_cache=_zeros(device, kind, held, policy.PAGE_SIZE, kind.num_heads_kv, kind.headdim_v),
+        page_table=table.repeat(batch, 1),
         cache_seqlens=lengths,
         cu_seqlens_q=offsets,
         max_seqlen_q=rows,
@@ -275,6 +277,12 @@ def _attend_cache(kernels: FA3Kernels, device: torch.device, call: Call) -> None
             window_size=kind.window_size,
         )
     kernels.flash_attn_with_kvcache(**arguments)
+
+
+def _capacity(call: Call) -> int:
+    """Return the pages of a call's table. MATE forgets a window as long as the table's keys."""
+    keys = max(call.max_seqlen_q, call.kind.window_size[0] + 2, CAPACITY)
+    return -(-keys // policy.PAGE_SIZE)
 
 
 def _options(device: torch.device, kind: LayerKind) -> dict[str, Any]:

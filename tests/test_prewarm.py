@@ -12,7 +12,7 @@ import torch
 
 from sglang_musa_ext import envs, policy, prewarm
 from sglang_musa_ext.kernels.provider import FA3Kernels, reference_kernels
-from sglang_musa_ext.kernels.reference.planning import launched_splits, tile_shape
+from sglang_musa_ext.kernels.reference.planning import launched_splits, resolve_mask, tile_shape
 
 QWEN = {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128}
 SMALL = {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 256}
@@ -131,6 +131,22 @@ def test_calls_are_made_with_and_without_a_plan(
     assert rows[True] == rows[False]
     plans = [call for call in recorded if call.get("batch_size") == 1]
     assert {call["max_seqlen_q"] for call in plans if launched_splits(**call) > 1} >= {1}
+
+
+@pytest.mark.parametrize("window", [128, 4096, 40000])
+def test_a_window_is_no_wider_than_what_there_is_room_for(
+    recorded: list[dict[str, Any]], tmp_path: Path, window: int
+) -> None:
+    """MATE has kernels for windows, and takes those without where no key can be outside."""
+    config = SMALL | {"sliding_window": window}
+    model = str(write_model(tmp_path, config))
+    assert prewarm.main(["--model", model, "--max-running-requests", "1"]) == 0
+    paged = [call for call in recorded if "k_cache" in call]
+    narrow = [call for call in paged if call["window_size"] != (-1, -1)]
+    assert 2 * len(narrow) == len(paged)
+    for call in narrow:
+        room = call["page_table"].shape[1] * call["k_cache"].shape[1]
+        assert resolve_mask(call["max_seqlen_q"], room, True, call["window_size"], 0).local
 
 
 def test_a_call_with_sinks_has_no_plan(recorded: list[dict[str, Any]], tmp_path: Path) -> None:
