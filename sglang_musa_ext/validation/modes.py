@@ -160,6 +160,7 @@ MODES: Mapping[str, Mode] = {
     ),
     "tp2-window-softcap": _on_two("gemma2", {"tp_size": 2}, plans=(2,)),
     "tp2-window-sinks": _on_two("gpt_oss", {"tp_size": 2}, plans=(2,)),
+    "dp2": _on_two("llama", {"dp_size": 2}, plans=(1,), singly=True),
     "dp-attention": _on_two("deepseek_v3", DP_ATTENTION, changes=EXPERTS, singly=True),
     "dp-attention-mtp": _on_two(
         "deepseek_v3", DP_ATTENTION | MTP, changes=EXPERTS | WITH_MTP, singly=True

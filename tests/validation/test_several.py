@@ -121,6 +121,8 @@ def test_every_mode_takes_as_many_cards_as_its_engines_need() -> None:
     for mode in MODES.values():
         engines = 2 if mode.apart else mode.nodes
         ranks = mode.arguments.get("tp_size", 1) * mode.arguments.get("pp_size", 1)
+        if "enable_dp_attention" not in mode.arguments:
+            ranks *= mode.arguments.get("dp_size", 1)
         assert mode.gpus == ranks * (2 if mode.apart else 1)
         assert mode.gpus % engines == 0
 
