@@ -61,6 +61,14 @@ class Configuration:
     """Head dimensions of keys and of values, as far as they are known."""
     mate: tuple[int, ...] | None = None
     """MATE's release as numbers; ``None``: not known."""
+    device: str = ""
+    """SGLang's ``--device``."""
+    expert_columns: int | None = None
+    """Columns of an expert's matrices on one rank; ``None``: no experts, or not known."""
+    attention_chunk: int | None = None
+    """Tokens in a chunk of attention, for models that attend in chunks."""
+    max_running_requests: int | None = None
+    """``--max-running-requests``; ``None``: what SGLang chooses."""
     mixed_chunk: bool = False
     """``--enable-mixed-chunk``."""
     capability: tuple[int, int] | None = None
@@ -90,6 +98,10 @@ class Configuration:
             "has_sinks": getattr(model_config, "has_attention_sinks", False),
             "head_dims": frozenset(head_dims_of(model_config, known.get("use_mla", False))),
             "mixed_chunk": server_args.enable_mixed_chunk,
+            "device": getattr(server_args, "device", None) or "",
+            "expert_columns": expert_columns(server_args, text),
+            "attention_chunk": getattr(text, "attention_chunk_size", None),
+            "max_running_requests": getattr(server_args, "max_running_requests", None),
         }
         return cls(**(fields | known))
 
@@ -143,6 +155,22 @@ class Configuration:
     def has_large_pages(self) -> bool:
         """Return whether a page has more than one token, as far as is known."""
         return self.page_size is not None and self.page_size > 1
+
+
+def expert_columns(server_args: Any, text_config: Any) -> int | None:
+    """Return the columns of an expert's matrices on one rank, before SGLang pads them for a CPU.
+
+    Args:
+        server_args: SGLang's ``ServerArgs``, or a view of it.
+        text_config: the configuration of the text model.
+    """
+    columns = getattr(text_config, "original_moe_intermediate_size", None)
+    columns = columns or getattr(text_config, "moe_intermediate_size", None)
+    if not isinstance(columns, int):
+        return None
+    ranks = getattr(server_args, "tp_size", None) or 1
+    whole = getattr(server_args, "ep_size", None) or 1
+    return columns // max(1, ranks // whole)
 
 
 def head_dims_of(config: Any, use_mla: bool) -> set[tuple[int, int]]:
@@ -210,6 +238,8 @@ class UpstreamLimit:
 
 _TWO_WAY_IMAGES = frozenset({"Gemma3ForConditionalGeneration"})
 """Models whose tokens of an image attend to one another both ways."""
+_PREFILL_AWARE = frozenset({"UnlimitedOCRForCausalLM"})
+"""Models whose windows keep what was prefilled."""
 _CHUNKED = frozenset({"Llama4ForConditionalGeneration", "Llama4ForCausalLM"})
 """Models with attention in chunks."""
 _FLOAT16 = frozenset({"float16", "fp16", "half"})
@@ -260,6 +290,37 @@ UPSTREAM_LIMITS = (
         "a pass of prefills and decodes together attends to the whole context in its layers with "
         "chunks",
         "Start the server without --enable-mixed-chunk",
+    ),
+    UpstreamLimit(
+        "attention in chunks (Llama-4) whose chunk is no multiple of the page size",
+        lambda asked: bool(
+            asked.attention_chunk and asked.page_size and asked.attention_chunk % asked.page_size
+        ),
+        "the first prefill ends in an AssertionError",
+        "Start the server with a --page-size that divides the model's attention_chunk_size",
+        until="0.5.21",
+    ),
+    UpstreamLimit(
+        "several requests at once of an encoder-decoder model",
+        lambda asked: asked.is_encoder_decoder and asked.max_running_requests != 1,
+        "the first batch of two requests ends in an AssertionError",
+        "Start the server with --max-running-requests 1",
+        until="0.5.12.post1",
+    ),
+    UpstreamLimit(
+        "Unlimited-OCR at pages of more than one token",
+        lambda asked: _is_one_of(asked, _PREFILL_AWARE) and asked.has_large_pages,
+        "its windows, which keep what was prefilled, are made for single tokens, and an "
+        "AssertionError says so",
+        "Start the server with --page-size 1",
+        since="0.5.15.post1",
+    ),
+    UpstreamLimit(
+        "experts whose columns on a rank are no multiple of 32 on --device cpu",
+        lambda asked: asked.device == "cpu" and (asked.expert_columns or 0) % 32 != 0,
+        "SGLang pads them there and leaves what it pads unwritten: log-probabilities are wrong or "
+        "NaN, and no error says so",
+        "Start the server with a --tp-size that leaves a multiple of 32 to each rank, such as 1",
     ),
     UpstreamLimit(
         "images whose tokens attend to one another both ways (Gemma-3)",

@@ -16,7 +16,17 @@ from sglang_musa_ext.upstream.requirement import NONE_KNOWN
 
 # By a word of its condition: a configuration that meets the limit, and the change that avoids it.
 MEETING: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "encoder-decoder": ({"is_encoder_decoder": True, "page_size": 64}, {"page_size": 1}),
+    "encoder-decoder model at": (
+        {"is_encoder_decoder": True, "page_size": 64, "max_running_requests": 1},
+        {"page_size": 1},
+    ),
+    "several requests": ({"is_encoder_decoder": True, "page_size": 1}, {"max_running_requests": 1}),
+    "no multiple of the page": ({"attention_chunk": 96, "page_size": 64}, {"page_size": 32}),
+    "Unlimited-OCR": (
+        {"architectures": ("UnlimitedOCRForCausalLM",), "page_size": 64},
+        {"page_size": 1},
+    ),
+    "no multiple of 32": ({"device": "cpu", "expert_columns": 16}, {"expert_columns": 32}),
     "over sliding windows": (
         {"topk": 4, "has_sliding_windows": True, "page_size": 64},
         {"topk": 1},
@@ -30,7 +40,7 @@ MEETING: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"dtype": "float16", "kv_cache_dtype": "bfloat16"},
         {"kv_cache_dtype": "auto"},
     ),
-    "in chunks": (
+    "in chunks (Llama-4) with": (
         {"mixed_chunk": True, "architectures": ("Llama4ForCausalLM",)},
         {"mixed_chunk": False},
     ),
@@ -64,17 +74,36 @@ def test_a_limit_says_what_to_do(limit: Any) -> None:
     assert limit.reported == NONE_KNOWN or re.fullmatch(r"[\w.-]+/[\w.-]+#\d+", limit.reported)
 
 
-# What shows in upstream's source that a limit is there; the others take a running server to see.
+# What shows in upstream's sources that a limit is there, by module. ``tests/engine/test_limits.py``
+# shows others in a running server.
+GEMMA_3 = "sglang.srt.models.gemma3_mm"
+UPDATE = "sglang.srt.configs.update_config"
 EVIDENCE = {
-    "over sliding windows": r"doesn't support topk > 1 speculative decoding with page size > 1",
-    "encoder-decoder": (
-        r"encoder_page_table = (?:forward_batch\.req_to_token_pool|self\.req_to_token_pool)"
-        r"\.req_to_token\["
+    "over sliding windows": (
+        FLASH_ATTENTION,
+        r"doesn't support topk > 1 speculative decoding with page size > 1",
     ),
-    "in chunks": (
-        r"if forward_batch\.forward_mode == ForwardMode\.EXTEND:\n"
-        r"\s+self\._maybe_init_local_attn_metadata"
+    "encoder-decoder model at": (
+        FLASH_ATTENTION,
+        (
+            r"encoder_page_table = (?:forward_batch\.req_to_token_pool|self\.req_to_token_pool)"
+            r"\.req_to_token\["
+        ),
     ),
+    "in chunks (Llama-4) with": (
+        FLASH_ATTENTION,
+        (
+            r"if forward_batch\.forward_mode == ForwardMode\.EXTEND:\n"
+            r"\s+self\._maybe_init_local_attn_metadata"
+        ),
+    ),
+    "no multiple of the page": (FLASH_ATTENTION, r"assert attn_chunk_size % page_size == 0"),
+    "several requests": (FLASH_ATTENTION, r"forward_batch\.encoder_lens\.numel\(\) == 1"),
+    "Unlimited-OCR": (FLASH_ATTENTION, r"Prefill-aware SWA requires page_size=1"),
+    # The mask of images is made for one backend alone.
+    "both ways": (GEMMA_3, r"isinstance\([\w.()]+, TritonAttnBackend\)"),
+    # Weights are padded to whole blocks on each rank.
+    "no multiple of 32": (UPDATE, r"intermediate_padding_size = tp_size \* get_moe_padding_size"),
 }
 
 
@@ -85,9 +114,10 @@ def test_a_limit_is_in_the_sources_of_its_releases(word: str, version: str) -> N
     root = Path(os.environ.get("SGLANG_RELEASES", "/nonexistent")) / version
     if not (root / "sglang").is_dir():
         pytest.skip(f"SGLANG_RELEASES names no directory with {version}/sglang")
+    module, pattern = EVIDENCE[word]
     (limit,) = (limit for limit in UPSTREAM_LIMITS if word in limit.condition)
-    source = (root / (FLASH_ATTENTION.replace(".", "/") + ".py")).read_text(encoding="utf-8")
-    assert bool(re.search(EVIDENCE[word], source)) == limit.holds_in(version)
+    source = (root / (module.replace(".", "/") + ".py")).read_text(encoding="utf-8")
+    assert bool(re.search(pattern, source)) == limit.holds_in(version)
 
 
 def test_bounds_are_kept() -> None:

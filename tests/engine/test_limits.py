@@ -1,0 +1,166 @@
+"""Limits of SGLang's own ``fa3`` in a running server that is started all the same.
+
+Each failure is shown with the check at start left out: a row of ``upstream/limits.py`` that no
+longer fails here can go, or needs an ``until``. With the check, the same server does not start.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from sglang_musa_ext.upstream import limits
+from tests.engine.test_engine_modes import (
+    DEEPSEEK,
+    EXPERTS,
+    LOGPROB_TOLERANCE,
+    MLA_DENSE,
+    STEPWISE,
+    TWO_RANKS,
+)
+from tests.support import tiny_models
+from tests.support.engine import EngineCase, EngineFailed, EngineServer, Request
+from tests.support.tiny_models import TinyModel, llama, tokens
+
+pytestmark = pytest.mark.engine
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A server that a row is about."""
+
+    word: str
+    """Of the row's condition, for it alone."""
+    model: TinyModel
+    arguments: Mapping[str, Any]
+    error: str
+    """What its log then has."""
+    draft: TinyModel | None = None
+    requests: tuple[Request, ...] = field(default_factory=lambda: (Request(tokens(70, seed=1)),))
+
+
+DRAFTS = {"speculative_num_steps": 3, "speculative_num_draft_tokens": 8}
+DEEPSEEK_2 = DEEPSEEK | {
+    "first_k_dense_replace": 2,
+    "topk_method": "greedy",
+    "scoring_func": "softmax",
+}
+LIMITS = [
+    Limit(
+        "STANDALONE",
+        llama(),
+        DRAFTS | {"speculative_algorithm": "STANDALONE", "speculative_eagle_topk": 1},
+        "'NoneType' object has no attribute 'is_contiguous'",
+        # As a draft, SGLang takes DeepSeek-V3 for an MTP layer.
+        TinyModel("DeepseekV2Config", DEEPSEEK_2),
+    ),
+    Limit(
+        "bfloat16 KV cache",
+        llama(),
+        {"dtype": "float16", "kv_cache_dtype": "bfloat16"},
+        "to have the same dtype",
+    ),
+]
+
+
+def leave_the_check_out() -> None:
+    vars(limits)["UPSTREAM_LIMITS"] = ()
+
+
+def case_of(engines: EngineServer, limit: Limit, **fields: Any) -> EngineCase:
+    drafts = {}
+    if limit.draft is not None:
+        drafts["speculative_draft_model_path"] = str(engines.model(limit.draft))
+    return EngineCase(
+        engines.model(limit.model),
+        (limit.requests,),
+        STEPWISE | dict(limit.arguments) | drafts,
+        **fields,
+    )
+
+
+@pytest.mark.parametrize("limit", LIMITS, ids=lambda limit: limit.word)
+def test_a_server_ends_in_what_the_row_says(engines: EngineServer, limit: Limit) -> None:
+    """Started all the same, the server serves its first request with the error that is named."""
+    with pytest.raises(EngineFailed) as failure:
+        engines.run(case_of(engines, limit, before_boot=leave_the_check_out))
+    assert "Load weight end" in failure.value.log
+    assert "fa3 does not serve" not in failure.value.log
+    assert limit.error in failure.value.log
+
+
+@pytest.mark.parametrize("limit", LIMITS, ids=lambda limit: limit.word)
+def test_a_server_is_refused_at_start(engines: EngineServer, limit: Limit) -> None:
+    """It stops before a request, and says the row's condition and what to do."""
+    with pytest.raises(EngineFailed) as failure:
+        engines.run(case_of(engines, limit))
+    (row,) = (row for row in limits.UPSTREAM_LIMITS if limit.word in row.condition)
+    assert f"SGLang's {row}" in failure.value.log
+
+
+def leave_both_checks_out() -> None:
+    from sglang_musa_ext.attention.mixin import MusaFA3Mixin
+
+    leave_the_check_out()
+    mixin: Any = MusaFA3Mixin
+    mixin._refuse_trees_over_latent_pages = lambda _self: None
+
+
+def test_a_tree_over_latent_pages_is_verified_wrongly(engines: EngineServer) -> None:
+    """Its tokens are others than transformers', where a chain's are equal; or the server ends."""
+    drafts = {"speculative_draft_model_path": str(engines.model(llama()))}
+    tree = DRAFTS | {"speculative_algorithm": "STANDALONE", "speculative_eagle_topk": 4}
+    requests = tuple(Request(tokens(length, seed=length), 16) for length in (70, 200))
+    case = EngineCase(
+        engines.model(MLA_DENSE), (requests,), STEPWISE | tree | drafts, {}, leave_both_checks_out
+    )
+    expected = [engines.greedy(case.model, request)[0] for request in requests]
+    with contextlib.suppress(EngineFailed):
+        assert engines.run(case).tokens != expected
+
+
+def test_ngram_at_the_end_of_the_context(engines: EngineServer) -> None:
+    """A request that goes on to the end of the context ends the server with a leak of its pool."""
+    arguments = {
+        "speculative_algorithm": "NGRAM",
+        "speculative_num_draft_tokens": 8,
+        "page_size": 1,
+        "context_length": 96,
+    }
+    request = Request(tokens(12, seed=99) * 6, 23)
+    case = EngineCase(engines.model(llama()), ((request,), (request,)), STEPWISE | arguments)
+    with pytest.raises(EngineFailed) as failure:
+        engines.run(case)
+    assert "leak" in failure.value.log
+
+
+MOE = TinyModel("Qwen3MoeConfig", tiny_models.SMALL | EXPERTS)
+"""Experts of 32 columns: 16 on each of two ranks."""
+
+
+def test_padded_experts_answer_wrongly(engines: EngineServer) -> None:
+    """Experts of 16 columns on each of two ranks: other log-probabilities than transformers', and
+    no error.
+    """
+    request = Request(tokens(60, seed=2))
+    case = EngineCase(
+        engines.model(MOE), ((request,),), STEPWISE | {"tp_size": 2}, TWO_RANKS, leave_the_check_out
+    )
+    (output,) = engines.run(case).outputs
+    _, logprobs = engines.greedy(case.model, request)
+    pairs = zip(output.logprobs, logprobs, strict=True)
+    wrong = [a for a, b in pairs if math.isnan(a) or abs(a - b) > LOGPROB_TOLERANCE]
+    assert wrong
+
+
+def test_padded_experts_are_refused_at_start(engines: EngineServer) -> None:
+    """The row is met although SGLang has padded the configuration by then."""
+    case = EngineCase(engines.model(MOE), (), STEPWISE | {"tp_size": 2}, TWO_RANKS)
+    with pytest.raises(EngineFailed) as failure:
+        engines.run(case)
+    assert "no multiple of 32 on --device cpu" in failure.value.log
