@@ -7,7 +7,6 @@ with an adapter is compared with one that has the adapter merged into its weight
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -131,7 +130,7 @@ QWEN_3_MOE = TinyModel(
         "norm_topk_prob": True,
     },
 )
-DP_ATTENTION: Mapping[str, Any] = {"tp_size": 2, "dp_size": 2, "enable_dp_attention": True}
+DP_ATTENTION: dict[str, Any] = {"tp_size": 2, "dp_size": 2, "enable_dp_attention": True}
 
 
 @pytest.mark.parametrize("model", [MLA_MOE, QWEN_3_MOE], ids=["MLA", "Qwen3-MoE"])

@@ -32,6 +32,16 @@ def be_another_version() -> None:
     vars(ranks)["__version__"] = "0.0.1"
 
 
+def have_another_mate() -> None:
+    original = ranks.own_note
+
+    def own_note(runner: Any, settings: Any) -> ranks.Note:
+        note = original(runner, settings)
+        return replace(note, facts={**note.facts, "MATE": "0.2.2"})
+
+    vars(ranks)["own_note"] = own_note
+
+
 def node(model: Path, rank: int, address: str, arguments: Mapping[str, Any]) -> EngineCase:
     both = {"tp_size": 2, "nnodes": 2, "node_rank": rank, "dist_init_addr": address}
     return EngineCase(
@@ -79,15 +89,25 @@ NOT_LOADED = {"SGLANG_PLUGINS": "musa_reference", envs.MODE: "auto"}
 """The platform alone, so that there is a device: SGLang then serves the node without this package.
 """
 
+SILENT = "rank 1 (--node-rank 1; its host is not known here)"
+
 
 @pytest.mark.parametrize(
     ("second", "expected", "speaking"),
     [
         ({"arguments": {"page_size": 128}}, "--page-size: 64 (rank 0 on ", 2),
         ({"before_boot": be_another_version}, "sglang-musa-ext: ", 2),
-        ({"environ": NOT_LOADED}, "rank 1 (--node-rank 1; its host is not known here)", 1),
+        ({"before_boot": have_another_mate}, "MATE: none (rank 0 on ", 2),
+        ({"environ": NOT_LOADED}, SILENT, 1),
+        ({"environ": {envs.MODE: "off"}}, SILENT, 1),
     ],
-    ids=["another page size", "another version", "missing on one"],
+    ids=[
+        "another page size",
+        "another version",
+        "another MATE",
+        "missing on one",
+        "off on one",
+    ],
 )
 def test_nodes_that_differ_stop_before_weights(
     engines: EngineServer, second: dict[str, Any], expected: str, speaking: int

@@ -71,6 +71,8 @@ class Request:
     new_tokens: int = 8
     adapter: str | None = None
     """The name of a LoRA adapter that the engine knows."""
+    room: int | None = None
+    """Where servers that prefill and decode apart meet for it, at the case's ``meeting_port``."""
     after: int = 0
     """Sent when the first request of its phase has produced this many tokens; 0: at once."""
 
@@ -89,6 +91,8 @@ class EngineCase:
     """Called in the process that boots the engine, and so inherited by all of its forks; a
     module-level function.
     """
+    meeting_port: int = 0
+    """Of the server that prefills, where one prefills and another decodes."""
     usual: Mapping[str, Any] = field(default_factory=lambda: {**ENGINE_ARGUMENTS, **OURS})
     """Arguments of every engine on this kind of device; ``arguments`` go over them."""
     logprobs: bool = True
@@ -368,13 +372,17 @@ def run_engine(case: EngineCase) -> EngineRun:
 def ask_engine(case: EngineCase) -> EngineRun:
     """Boot the engine of ``case`` and ask it, in this process."""
     with booted(case) as engine:
-        reports = [reports_of(engine)]
-        phases = []
-        for requests in case.phases:
-            outputs = engine.loop.run_until_complete(_phase(engine, requests, case.logprobs))
-            phases.append(outputs)
-            reports.append(reports_of(engine))
-        return EngineRun(phases, reports)
+        return ask_booted(engine, case)
+
+
+def ask_booted(engine: Any, case: EngineCase) -> EngineRun:
+    """Ask the ``engine`` of ``case``."""
+    reports = [reports_of(engine)]
+    phases = []
+    for requests in case.phases:
+        phases.append(engine.loop.run_until_complete(_phase(engine, case, requests)))
+        reports.append(reports_of(engine))
+    return EngineRun(phases, reports)
 
 
 def embed(case: EngineCase) -> tuple[list[list[float]], list[dict[str, Any]]]:
@@ -428,14 +436,14 @@ def reports_of(engine: Any) -> list[dict[str, Any]]:
     return [report for state in states for report in state.get("sglang_musa_ext", [])]
 
 
-async def _phase(engine: Any, requests: Sequence[Request], logprobs: bool) -> list[Output]:
+async def _phase(engine: Any, case: EngineCase, requests: Sequence[Request]) -> list[Output]:
     """The outputs of ``requests``; those with ``after`` wait for the first one."""
     progress = asyncio.Condition()
     produced = 0
 
     async def first(request: Request) -> Output:
         nonlocal produced
-        stream = await engine.async_generate(**_arguments_of(request, logprobs), stream=True)
+        stream = await engine.async_generate(**_arguments_of(request, case.logprobs), stream=True)
         async for answer in stream:
             async with progress:
                 produced = answer["meta_info"]["completion_tokens"]
@@ -445,15 +453,14 @@ async def _phase(engine: Any, requests: Sequence[Request], logprobs: bool) -> li
     async def later(request: Request) -> Output:
         async with progress:
             await progress.wait_for(lambda: produced >= request.after)
-        return _output(await engine.async_generate(**_arguments_of(request, logprobs)))
+        return _output(await engine.async_generate(**_arguments_of(request, case.logprobs)))
 
     if any(request.after for request in requests):
         return list(await asyncio.gather(first(requests[0]), *map(later, requests[1:])))
-    arguments = [_arguments_of(request, logprobs) for request in requests]
-    batch = {name: [each[name] for each in arguments] for name in ("input_ids", "sampling_params")}
-    if any(request.adapter for request in requests):
-        batch["lora_path"] = [request.adapter for request in requests]
-    answers = await engine.async_generate(**batch, return_logprob=logprobs)
+    arguments = [_arguments_of(request, case.logprobs) | _meeting(case, request) for request in requests]
+    names = {name for each in arguments for name in each} - {"return_logprob"}
+    batch = {name: [each.get(name) for each in arguments] for name in names}
+    answers = await engine.async_generate(**batch, return_logprob=case.logprobs)
     return [_output(answer) for answer in answers]
 
 
@@ -462,6 +469,17 @@ def _arguments_of(request: Request, logprobs: bool) -> dict[str, Any]:
     arguments = {"input_ids": list(request.prompt), "sampling_params": sampling}
     adapter = {} if request.adapter is None else {"lora_path": request.adapter}
     return arguments | adapter | {"return_logprob": logprobs}
+
+
+def _meeting(case: EngineCase, request: Request) -> dict[str, Any]:
+    """Return what a request says to servers that prefill and decode apart."""
+    if request.room is None:
+        return {}
+    return {
+        "bootstrap_host": "127.0.0.1",
+        "bootstrap_port": case.meeting_port,
+        "bootstrap_room": request.room,
+    }
 
 
 def _output(answer: dict[str, Any]) -> Output:

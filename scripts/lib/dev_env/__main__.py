@@ -44,6 +44,9 @@ from sglang_musa_ext.upstream.releases import SUPPORTED_RELEASES
 ROOT = Path(__file__).resolve().parents[3]
 TORCH = "2.13.0"
 SGLANG = "0.5.21"
+NIXL = "1.5.1"
+NIXL_WHEELS = (f"nixl=={NIXL}", f"nixl-cu13=={NIXL}")
+"""They move keys and values between servers apart, and can be imported without CUDA."""
 BUILDS = ("auto", "cpu", "default")
 SMALL, LARGE = 3, 7
 """GB of an environment with the CPU build of torch and with the one for CUDA, rounded up."""
@@ -130,10 +133,10 @@ class Environment:
         step(f"virtual environment, Python {PYTHON_VERSION}", self.make_venv)
         step(f"torch {TORCH}", self.install_torch)
         step("this package, its tools, what SGLang imports", self.install_package)
-        # Without --no-deps SGLang's own requirements would bring a CUDA stack.
+        # Without --no-deps SGLang's own requirements, and NIXL's, would bring a CUDA stack.
         step(
-            f"SGLang {self.release}",
-            lambda: self.pip.install("--no-deps", f"sglang=={self.release}"),
+            f"SGLang {self.release}, NIXL {NIXL}",
+            lambda: self.pip.install("--no-deps", f"sglang=={self.release}", *NIXL_WHEELS),
         )
         self.stamp.write_text(inputs)
         seconds = time.monotonic() - started
