@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 
 from sglang_musa_ext.engines.changes import PLANS, WEIGHTS
 from sglang_musa_ext.engines.models import write_model
-from sglang_musa_ext.engines.process import Engine, EngineDied
+from sglang_musa_ext.engines.process import FORCE_UPDATE, Engine, EngineDied
 from sglang_musa_ext.validation import several
 from sglang_musa_ext.validation.engine import (
     Answer,
@@ -211,6 +211,10 @@ class BackendChoice(NamedTuple):
     """For upstream's backend: True if it plans as it does by default, not before every call."""
     raw_prefill: str = "off"
     """For ours: ``on`` if prompts without a prefix may be prefilled over raw keys."""
+    kernels: str = "hopper"
+    """Ours, and the package's peer on their device: on MUSA, the in-tree backend."""
+    fresh: bool = False
+    """For ours: True if every call has a plan of its own, and none is used twice."""
 
     @property
     def name(self) -> str:
@@ -218,15 +222,19 @@ class BackendChoice(NamedTuple):
         words = ["ours" if self.ours else "upstream", "graphs" if self.graphs else "eager"]
         words += ["output"] if self.check == "output" else []
         words += ["raw"] if self.raw_prefill == "on" else []
+        words += ["fresh"] if self.fresh else []
         return ".".join([*words, *(["shipped"] if self.shipped else [])])
 
     @property
     def environ(self) -> dict[str, str]:
         """Return the environment that makes it so."""
+        if self.ours and self.kernels == "mate":
+            own = {"SGLANG_MUSA_EXT": "on", "SGLANG_MUSA_EXT_CHECK": self.check}
+            return own | ({FORCE_UPDATE: "1"} if self.fresh else {})
         if self.ours:
             return {
                 "SGLANG_MUSA_EXT": "on",
-                "SGLANG_MUSA_EXT_KERNELS": "hopper",
+                "SGLANG_MUSA_EXT_KERNELS": self.kernels,
                 "SGLANG_MUSA_EXT_CHECK": self.check,
                 # Upstream's backend prefills from the paged cache, and with a plan for every call.
                 "SGLANG_MUSA_EXT_RAW_PREFILL": self.raw_prefill,
@@ -243,6 +251,38 @@ PEERS = {
 AS_SHIPPED = BackendChoice(False, True, shipped=True)
 """Upstream's as it is. Its calls may have other numbers of splits, and its answers other last bits.
 """
+ON_MUSA = {
+    "graphs": (
+        BackendChoice(True, True, kernels="mate", fresh=True),
+        BackendChoice(True, True, kernels="mate"),
+    ),
+    "eager, plans checked": (
+        BackendChoice(True, False, kernels="mate", fresh=True),
+        BackendChoice(True, False, "metadata", kernels="mate"),
+    ),
+}
+"""Ours with a plan for every call and ours as it is, equal to the last bit."""
+IN_TREE = BackendChoice(False, True, shipped=True, kernels="mate")
+"""SGLang's in-tree MUSA backend, which is known to be wrong in some modes."""
+
+
+@dataclass(frozen=True)
+class Peers:
+    """The choices that are compared on a kind of device."""
+
+    kernels: str
+    equal: Mapping[str, tuple[BackendChoice, BackendChoice]]
+    """By how they serve: who is right, and ours."""
+    shipped: BackendChoice
+    visible: str
+    """The variable that names the cards which a process sees."""
+
+
+PEERS_ON = {
+    "cuda": Peers("hopper", PEERS, AS_SHIPPED, "CUDA_VISIBLE_DEVICES"),
+    "musa": Peers("mate", ON_MUSA, IN_TREE, "MUSA_VISIBLE_DEVICES"),
+}
+"""By the type of the device."""
 OUTPUT = BackendChoice(True, False, "output")
 RAW_PREFILL = BackendChoice(True, True, raw_prefill="on")
 
@@ -284,10 +324,15 @@ class Fleet:
     """Engines on the GPUs, several at once, started when there is room, ended when answered."""
 
     def __init__(
-        self, options: argparse.Namespace, cards: Sequence[str], jobs: int, emit: Emit
+        self,
+        options: argparse.Namespace,
+        cards: Sequence[str],
+        jobs: int,
+        emit: Emit,
+        visible: str = "CUDA_VISIBLE_DEVICES",
     ) -> None:
-        """``cards`` are the GPUs as ``CUDA_VISIBLE_DEVICES`` names them."""
-        self.options, self.cards, self._emit = options, cards, emit
+        """``cards`` are the GPUs as the variable ``visible`` names them."""
+        self.options, self.cards, self._emit, self._visible = options, cards, emit, visible
         self._pool = ThreadPoolExecutor(jobs)
         self._numbers = itertools.count()
         self._asked: dict[tuple[str, BackendChoice], Future[Asked]] = {}
@@ -313,9 +358,10 @@ class Fleet:
         try:
             return self._asked[name, choice].result()
         except EngineDied as error:
-            if choice.ours:
+            if choice.ours and not choice.fresh:
                 raise
-            raise Missing(f"SGLang's own fa3 does not serve this: {error}") from error
+            peer = "this package without reuse of plans" if choice.fresh else "SGLang's own fa3"
+            raise Missing(f"{peer} does not serve this: {error}") from error
 
     def close(self) -> None:
         """Start no more engines, and wait for those that are up."""
@@ -362,9 +408,7 @@ class Fleet:
         for rank, own in enumerate(parts):
             visible = ",".join(cards[rank * share : (rank + 1) * share])
             output = log if rank == 0 else log.with_suffix(f".{rank}.log")
-            engines.append(
-                Engine(arguments | own, environ | {"CUDA_VISIBLE_DEVICES": visible}, output)
-            )
+            engines.append(Engine(arguments | own, environ | {self._visible: visible}, output))
         return several.Apart(engines, port) if mode.apart else several.Server(engines)
 
     def _arguments(self, name: str, choice: BackendChoice, number: int) -> dict[str, Any]:
@@ -435,8 +479,8 @@ def _placed(mode: Mode, prompt: Sequence[int]) -> dict[str, int]:
 class ModeCases:
     """The cases of the modes that can run here."""
 
-    def __init__(self, fleet: Fleet) -> None:
-        self.fleet = fleet
+    def __init__(self, fleet: Fleet, peers: Peers = PEERS_ON["cuda"]) -> None:
+        self.fleet, self.peers = fleet, peers
 
     def cases(
         self, names: Sequence[str], done: Collection[str]
@@ -452,18 +496,25 @@ class ModeCases:
             for case, judge in cases.items()
         ]
 
-    @staticmethod
-    def _choices(name: str) -> list[BackendChoice]:
-        mode, choices = MODES[name], [*itertools.chain(*PEERS.values()), AS_SHIPPED]
-        choices += [OUTPUT] if mode.output_checked else []
-        return choices + ([RAW_PREFILL] if mode.raw_prefill else [])
+    def _choices(self, name: str) -> list[BackendChoice]:
+        mode = MODES[name]
+        choices = [*itertools.chain(*self.peers.equal.values()), self.peers.shipped]
+        choices += [self._our(OUTPUT)] if mode.output_checked else []
+        return choices + ([self._our(RAW_PREFILL)] if mode.raw_prefill else [])
+
+    def _our(self, choice: BackendChoice) -> BackendChoice:
+        """Return one of our choices on the kernels of this device."""
+        return choice._replace(kernels=self.peers.kernels)
 
     def _of_mode(self, name: str) -> dict[str, Callable[[str], Outcome]]:
         judges: dict[str, Callable[[str], Outcome]] = {
             f"{name}: {how}": functools.partial(self._equal, peers=peers)
-            for how, peers in PEERS.items()
+            for how, peers in self.peers.equal.items()
         }
-        judges[f"{name}: graphs, upstream as shipped"] = self._as_shipped
+        if self.peers.kernels == "hopper":
+            judges[f"{name}: graphs, upstream as shipped"] = self._as_shipped
+        else:
+            judges[f"{name}: graphs, beside the in-tree backend"] = self._beside_in_tree
         judges[f"{name}: who served, and plans a pass"] = self._plans
         judges[f"{name}: answers depend on attention"] = self._depends
         if MODES[name].output_checked:
@@ -488,13 +539,25 @@ class ModeCases:
         return Outcome(PART, "", outcome.status, outcome.reason, values)
 
     def _as_shipped(self, name: str) -> Outcome:
-        planned, ours = (self.fleet.asked(name, choice) for choice in PEERS["graphs"])
-        return judged_equal(ours, self.fleet.asked(name, AS_SHIPPED), planned)
+        planned, ours = (self.fleet.asked(name, choice) for choice in self.peers.equal["graphs"])
+        return judged_equal(ours, self.fleet.asked(name, self.peers.shipped), planned)
+
+    def _beside_in_tree(self, name: str) -> Outcome:
+        """Tell how our answers differ from those of a backend that is no judge of them."""
+        in_tree = self.fleet.asked(name, self.peers.shipped)
+        outcome = judged_equal(self.fleet.asked(name, self.peers.equal["graphs"][1]), in_tree)
+        if outcome.status == PASS:
+            return outcome
+        reason = (
+            "the in-tree backend answers otherwise, which does not say who is right; "
+            f"docs/from-in-tree.md lists where it is wrong: {outcome.reason}"
+        )
+        return Outcome(PART, "", PASS, reason, outcome.numbers)
 
     def _raw_prefill(self, name: str) -> Outcome:
         """Judge a cache whose type no layer's own keys have, so that every call reads the cache."""
-        ours = self.fleet.asked(name, RAW_PREFILL)
-        outcome = judged_equal(ours, self.fleet.asked(name, PEERS["graphs"][0]))
+        ours = self.fleet.asked(name, self._our(RAW_PREFILL))
+        outcome = judged_equal(ours, self.fleet.asked(name, self.peers.equal["graphs"][0]))
         raw = sum(report["statistics"]["raw_calls"] for report in ours.reports)
         values = {**outcome.numbers, "calls over raw keys": raw}
         if raw or not ours.reports:
@@ -504,13 +567,13 @@ class ModeCases:
 
     def _plans(self, name: str) -> Outcome:
         upstream, reports = [], []
-        for theirs, ours in PEERS.values():
-            upstream += self.fleet.asked(name, theirs).reports
+        for theirs, ours in self.peers.equal.values():
+            upstream += [] if theirs.ours else self.fleet.asked(name, theirs).reports
             reports += self.fleet.asked(name, ours).reports
-        return judged_plans(reports, upstream, MODES[name].plans)
+        return judged_plans(reports, upstream, MODES[name].plans, self.peers.kernels)
 
     def _depends(self, name: str) -> Outcome:
-        answers = self.fleet.asked(name, PEERS["graphs"][0]).answers[0]
+        answers = self.fleet.asked(name, self.peers.equal["graphs"][0]).answers[0]
         first, second = answers.logprobs[-2:]
         values = {
             "log-probability difference": max(
@@ -525,7 +588,7 @@ class ModeCases:
         return Outcome(PART, "", FAIL, reason, values)
 
     def _output(self, name: str) -> Outcome:
-        asked = self.fleet.asked(name, OUTPUT)
+        asked = self.fleet.asked(name, self._our(OUTPUT))
         calls = sum(
             report["statistics"]["calls"]
             for report in asked.reports
@@ -576,6 +639,7 @@ def judged_plans(
     reports: Sequence[Mapping[str, Any]],
     upstream: Sequence[Mapping[str, Any]],
     wanted: Sequence[int],
+    kernels: str,
 ) -> Outcome:
     """Judge whether ours served where it should, with as many plans a pass as geometries."""
     counts: Counter[int] = Counter()
@@ -592,10 +656,10 @@ def judged_plans(
     wrong = []
     if upstream:
         wrong.append("this package served where SGLang's own fa3 should have")
-    if seen != ["MusaFA3Backend on hopper"]:
+    if seen != [f"MusaFA3Backend on {kernels}"]:
         wrong.append(
             f"served by {'; '.join(seen) or 'no backend of this package'}, expected MusaFA3Backend "
-            "on hopper"
+            f"on {kernels}"
         )
     if wanted and set(counts) - set(wanted):
         wrong.append(
@@ -611,29 +675,34 @@ def judged_plans(
 
 def missing(kernels: str, device: str) -> str:
     """Return why this part cannot run; empty if it can."""
+    if device.startswith("musa"):
+        return "" if kernels in ("auto", "mate") else "on MUSA this part serves MATE's kernels"
     if not device.startswith("cuda"):
         return (
-            "SGLang's own fa3, the peer of this part, runs on NVIDIA GPUs alone, and this device "
-            f"is {device}"
+            "the peers of this part, SGLang's own fa3 and its in-tree MUSA backend, run on GPUs "
+            f"alone, and this device is {device}"
         )
     if kernels != "hopper":
         return "on an NVIDIA GPU this part compares the hopper kernels: --kernels hopper"
     return ""
 
 
-def visible_cards(count: int, device: str) -> list[str]:
-    """Return ``count`` visible GPUs for ``CUDA_VISIBLE_DEVICES``, or ``device``'s if it has one."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+def visible_cards(count: int, device: str, visible: str = "CUDA_VISIBLE_DEVICES") -> list[str]:
+    """Return ``count`` cards as the variable ``visible`` names them, or ``device``'s if it has
+    one.
+    """
+    named = os.environ.get(visible, "")
     cards = named.split(",")[:count] if named else [str(index) for index in range(count)]
     _, _, index = device.partition(":")
     return [cards[int(index)]] if index else cards
 
 
-def default_jobs(cards: int, each: int = 1) -> int:
-    """Return how many engines of ``each`` GPUs the processor and free GPU memory have room for."""
+def default_jobs(cards: int, each: int = 1, kind: str = "cuda") -> int:
+    """Return how many engines of ``each`` cards processor and free memory have room for."""
     import torch
 
-    memory = sum(torch.cuda.mem_get_info(index)[0] // BYTES for index in range(cards)) // each
+    free = torch.get_device_module(kind).mem_get_info
+    memory = sum(free(index)[0] // BYTES for index in range(cards)) // each
     return max(1, min(len(os.sched_getaffinity(0)) // 2, memory))
 
 
@@ -644,18 +713,20 @@ def run(options: argparse.Namespace, done: Collection[str], emit: Emit) -> None:
     device = str(find_device(options))
     names = [name for name in MODES if not options.modes or name in options.modes]
     cards: list[str] = []
+    kind = device.partition(":")[0]
+    peers = PEERS_ON.get(kind, PEERS_ON["cuda"])
     if not (why := missing(options.kernels, device)):
         import torch
 
-        cards = visible_cards(torch.cuda.device_count(), device)
+        count = torch.get_device_module(kind).device_count()
+        cards = visible_cards(count, device, peers.visible)
     reasons = {name: why or _lacking(name, len(cards)) for name in names}
     skipped = [name for name, reason in reasons.items() if reason]
     most = max((MODES[name].gpus for name in names if name not in skipped), default=1)
-    fleet = Fleet(
-        options, cards, 1 if why else options.jobs or default_jobs(len(cards), most), emit
-    )
+    jobs = 1 if why else options.jobs or default_jobs(len(cards), most, kind)
+    fleet = Fleet(options, cards, jobs, emit, peers.visible)
     try:
-        cases = ModeCases(fleet).cases([name for name in names if name not in skipped], done)
+        cases = ModeCases(fleet, peers).cases([name for name in names if name not in skipped], done)
         cases += [
             (name, functools.partial(Outcome, PART, name, SKIP, reasons[name])) for name in skipped
         ]

@@ -457,7 +457,9 @@ async def _phase(engine: Any, case: EngineCase, requests: Sequence[Request]) -> 
 
     if any(request.after for request in requests):
         return list(await asyncio.gather(first(requests[0]), *map(later, requests[1:])))
-    arguments = [_arguments_of(request, case.logprobs) | _meeting(case, request) for request in requests]
+    arguments = [
+        _arguments_of(request, case.logprobs) | _meeting(case, request) for request in requests
+    ]
     names = {name for each in arguments for name in each} - {"return_logprob"}
     batch = {name: [each.get(name) for each in arguments] for name in names}
     answers = await engine.async_generate(**batch, return_logprob=case.logprobs)

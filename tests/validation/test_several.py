@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
-from sglang_musa_ext.engines.process import Engine
-from sglang_musa_ext.validation import command, several
+from sglang_musa_ext.engines.process import FORCE_UPDATE, Engine
+from sglang_musa_ext.validation import command, modes, several
 from sglang_musa_ext.validation.modes import FIRST_PORT, MODES, PORTS, Mode, _placed, phases
 from sglang_musa_ext.validation.report import (
     ABSENT,
@@ -21,6 +22,7 @@ from sglang_musa_ext.validation.report import (
     merged,
     read,
 )
+from tests.validation.test_validate import StandInEngine as MusaStandIn
 
 
 class StandInEngine:
@@ -125,6 +127,73 @@ def test_every_mode_takes_as_many_cards_as_its_engines_need() -> None:
             ranks *= mode.arguments.get("dp_size", 1)
         assert mode.gpus == ranks * (2 if mode.apart else 1)
         assert mode.gpus % engines == 0
+
+
+# On MUSA -----------------------------------------------------------------------------------------
+
+
+class MusaEngine(MusaStandIn):
+    """An engine on a MUSA device: ours on MATE's kernels, or the in-tree backend."""
+
+    def reports(self) -> list[dict[str, Any]]:
+        """What ours says, on MATE's kernels."""
+        return [each | {"kernels": "mate"} for each in super().reports()]
+
+
+def musa_outcomes(
+    fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Statuses and reasons of a mode's cases on MUSA, with this fault in the engines."""
+    monkeypatch.setattr(modes, "Engine", MusaEngine)
+    monkeypatch.setattr(MusaStandIn, "fault", fault)
+    options = SimpleNamespace(out=str(tmp_path), scratch=str(tmp_path / "models"), quick=True)
+    peers = modes.PEERS_ON["musa"]
+    fleet = modes.Fleet(options, ["0"], 2, lambda _: None, peers.visible)  # type: ignore[arg-type]
+    try:
+        cases = modes.ModeCases(fleet, peers).cases(["dense-page64"], ())
+        outcomes = [case() for _, case in cases]
+    finally:
+        fleet.close()
+    names = [outcome.name.removeprefix("dense-page64: ") for outcome in outcomes]
+    statuses = [outcome.status for outcome in outcomes]
+    reasons = [outcome.reason for outcome in outcomes]
+    return dict(zip(names, statuses, strict=True)), dict(zip(names, reasons, strict=True))
+
+
+def test_on_musa_reuse_is_compared_with_a_plan_for_every_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The peers are this package without reuse, under graphs and eager, and the in-tree backend."""
+    statuses, _ = musa_outcomes("", tmp_path, monkeypatch)
+    assert "graphs, beside the in-tree backend" in statuses
+    assert set(statuses.values()) == {PASS}
+    for right, ours in modes.PEERS_ON["musa"].equal.values():
+        assert right.environ[FORCE_UPDATE] == "1"
+        assert FORCE_UPDATE not in ours.environ
+        assert right.graphs == ours.graphs
+
+
+def test_a_reuse_that_changes_answers_fails_on_musa(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Answers with reuse that differ from those without fail; from the in-tree backend's, they are
+    told.
+    """
+    statuses, reasons = musa_outcomes("reuse is stale", tmp_path, monkeypatch)
+    assert (statuses["graphs"], statuses["eager, plans checked"]) == (FAIL, FAIL)
+    beside = "graphs, beside the in-tree backend"
+    assert statuses[beside] == PASS
+    assert "from-in-tree.md" in reasons[beside]
+
+
+def test_what_the_in_tree_backend_cannot_serve_is_skipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its end is no failure of ours."""
+    statuses, reasons = musa_outcomes("upstream dies", tmp_path, monkeypatch)
+    assert statuses["graphs, beside the in-tree backend"] == SKIP
+    assert "the process ended" in reasons["graphs, beside the in-tree backend"]
+    assert statuses["graphs"] == PASS
 
 
 # Reports ------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from sglang_musa_ext.engines import changes as engine_changes
-from sglang_musa_ext.engines.process import EngineDied
+from sglang_musa_ext.engines.process import FORCE_UPDATE, EngineDied
 from sglang_musa_ext.kernels.provider import FA3Kernels, reference_kernels
 from sglang_musa_ext.validation import command as validate
 from sglang_musa_ext.validation import engine as validate_engine
@@ -394,6 +394,7 @@ class StandInEngine:
         self.other_splits = (
             not self.ours and engine_changes.PLANS not in environ and self.fault == "other splits"
         )
+        self.fresh = FORCE_UPDATE in environ
         self.flushed = 0
 
     def wait(self) -> StandInEngine:
@@ -406,7 +407,8 @@ class StandInEngine:
         starts = [len(prompt) if blind else sum(prompt) for prompt in prompts]
         tokens = [[(start + at) % 97 for at in range(new_tokens)] for start in starts]
         logprobs = [[-1.0 - start % 89 / 89] * new_tokens for start in starts]
-        if self.ours and self.fault == "another token":
+        stale = self.fault == "reuse is stale" and not self.fresh
+        if self.ours and (self.fault == "another token" or stale):
             tokens[-1][-1] += 1
         off = (
             self.noise * self.flushed
