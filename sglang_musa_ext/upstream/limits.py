@@ -50,7 +50,6 @@ class Configuration:
     topk: int | None = None
     """``--speculative-eagle-topk``: branches of a draft tree; ``None`` or 1: a chain, or none."""
     speculative_algorithm: str | None = None
-    draft_uses_mla: bool = False
     architectures: tuple[str, ...] = ()
     """Class names from the model's ``config.json``."""
     is_encoder_decoder: bool = False
@@ -143,7 +142,6 @@ class Configuration:
             topk=backend.topk,
             use_mla=backend.use_mla,
             has_sliding_windows=window is not None and window > -1,
-            draft_uses_mla=backend.use_mla and getattr(runner, "is_draft_worker", False),
         )
 
     @property
@@ -250,6 +248,10 @@ def _is_one_of(asked: Configuration, architectures: Iterable[str]) -> bool:
     return bool(set(asked.architectures) & set(architectures))
 
 
+def _is_mtp(asked: Configuration) -> bool:
+    return any(name.endswith(("NextN", "MTP")) for name in asked.architectures)
+
+
 UPSTREAM_LIMITS = (
     UpstreamLimit(
         "an encoder-decoder model at pages of more than one token",
@@ -273,10 +275,12 @@ UPSTREAM_LIMITS = (
         "Start the server with --speculative-eagle-topk 1",
     ),
     UpstreamLimit(
-        "a draft model with MLA under --speculative-algorithm STANDALONE",
-        lambda asked: asked.speculative_algorithm == "STANDALONE" and asked.draft_uses_mla,
-        "the first draft ends in an AttributeError",
-        "Take a draft model without MLA, or the model's own MTP layer",
+        "a layer for multi-token prediction (MTP) as the draft under --speculative-algorithm "
+        "STANDALONE",
+        lambda asked: asked.speculative_algorithm == "STANDALONE" and _is_mtp(asked),
+        "the layer asks for hidden states that STANDALONE does not pass, and the first draft ends "
+        "in an AttributeError; SGLang takes any DeepSeek-V3 that drafts for such a layer",
+        "Start the server with --speculative-algorithm EAGLE, or with another draft model",
     ),
     UpstreamLimit(
         "a float16 model with a bfloat16 KV cache",

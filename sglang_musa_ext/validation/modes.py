@@ -679,8 +679,8 @@ def missing(kernels: str, device: str) -> str:
         return "" if kernels in ("auto", "mate") else "on MUSA this part serves MATE's kernels"
     if not device.startswith("cuda"):
         return (
-            "the peers of this part, SGLang's own fa3 and its in-tree MUSA backend, run on GPUs "
-            f"alone, and this device is {device}"
+            "the peers of this part are SGLang's own fa3 on NVIDIA GPUs and its in-tree backend on "
+            f"MUSA, and this device is {device}"
         )
     if kernels != "hopper":
         return "on an NVIDIA GPU this part compares the hopper kernels: --kernels hopper"

@@ -45,19 +45,14 @@ class Limit:
 
 
 DRAFTS = {"speculative_num_steps": 3, "speculative_num_draft_tokens": 8}
-DEEPSEEK_2 = DEEPSEEK | {
-    "first_k_dense_replace": 2,
-    "topk_method": "greedy",
-    "scoring_func": "softmax",
-}
 LIMITS = [
     Limit(
         "STANDALONE",
         llama(),
         DRAFTS | {"speculative_algorithm": "STANDALONE", "speculative_eagle_topk": 1},
         "'NoneType' object has no attribute 'is_contiguous'",
-        # As a draft, SGLang takes DeepSeek-V3 for an MTP layer.
-        TinyModel("DeepseekV2Config", DEEPSEEK_2),
+        # As a draft, SGLang takes DeepSeek-V3 for its MTP layer.
+        TinyModel("DeepseekV3Config", DEEPSEEK | {"num_nextn_predict_layers": 1}),
     ),
     Limit(
         "bfloat16 KV cache",

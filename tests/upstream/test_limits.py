@@ -33,8 +33,11 @@ MEETING: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "of an MLA model": ({"topk": 4, "use_mla": True, "page_size": 64}, {"topk": 1}),
     "STANDALONE": (
-        {"speculative_algorithm": "STANDALONE", "draft_uses_mla": True},
-        {"speculative_algorithm": "EAGLE"},
+        {
+            "speculative_algorithm": "STANDALONE",
+            "architectures": ("DeepseekV3ForCausalLMNextN",),
+        },
+        {"architectures": ("DeepseekV2ForCausalLM",)},
     ),
     "bfloat16 KV cache": (
         {"dtype": "float16", "kv_cache_dtype": "bfloat16"},

@@ -194,7 +194,7 @@ ROWS = (
                 "sglang.srt.mem_cache.memory_pool_host",
                 "ALLOC_MEMORY_FUNCS",
                 None,
-                "0.5.13.post1",
+                None,
                 "the host's part of a hierarchical cache is ordinary memory",
             ),
             (
@@ -205,12 +205,12 @@ ROWS = (
                 "the host's part of a hierarchical cache is ordinary memory",
             ),
             *(
-                (module, "torch", since, until, "nothing is pinned that this module makes")
-                for module, since, until in (
-                    ("sglang.srt.lora.backend.torch_backend", None, None),
-                    ("sglang.srt.lora.layers", "0.5.12.post1", None),
-                    ("sglang.srt.managers.overlap_utils", "0.5.13.post1", None),
-                    ("sglang.srt.model_executor.forward_batch_info", None, None),
+                (module, "torch", None, None, "nothing is pinned that this module makes")
+                for module in (
+                    "sglang.srt.lora.backend.torch_backend",
+                    "sglang.srt.lora.layers",
+                    "sglang.srt.managers.overlap_utils",
+                    "sglang.srt.model_executor.forward_batch_info",
                 )
             ),
         )
