@@ -702,7 +702,7 @@ def default_jobs(cards: int, each: int = 1, kind: str = "cuda") -> int:
     import torch
 
     free = torch.get_device_module(kind).mem_get_info
-    memory = sum(free(index)[0] // BYTES for index in range(cards)) // each
+    memory = sum(int(free(index)[0]) // BYTES for index in range(cards)) // each
     return max(1, min(len(os.sched_getaffinity(0)) // 2, memory))
 
 

@@ -16,8 +16,13 @@ from sglang_musa_ext.validation.modes import COMMON, MODES, UNFUSED
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 PAGES = ("cluster.md", "cluster.zh-CN.md")
 SERVER = ["python", "-m", "sglang.launch_server"]
-PLACES = ("model_path", "speculative_draft_model_path", "dist_init_addr", "port")
-PLACES += ("disaggregation_bootstrap_port",)
+PLACES = (
+    "model_path",
+    "speculative_draft_model_path",
+    "dist_init_addr",
+    "port",
+    "disaggregation_bootstrap_port",
+)
 """What is another on every machine."""
 
 
