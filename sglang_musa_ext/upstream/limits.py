@@ -325,6 +325,8 @@ UPSTREAM_LIMITS = (
         "SGLang pads them there and leaves what it pads unwritten: log-probabilities are wrong or "
         "NaN, and no error says so",
         "Start the server with a --tp-size that leaves a multiple of 32 to each rank, such as 1",
+        since="0.5.15.post1",
+        until="0.5.22",
     ),
     UpstreamLimit(
         "images whose tokens attend to one another both ways (Gemma-3)",

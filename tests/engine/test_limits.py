@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 
 from sglang_musa_ext.upstream import limits
+from sglang_musa_ext.upstream.check import find_package, read_version
+from sglang_musa_ext.upstream.releases import version_key
 from tests.engine.test_engine_modes import (
     DEEPSEEK,
     EXPERTS,
@@ -63,6 +65,19 @@ LIMITS = [
 ]
 
 
+def require_release(word: str, since: str = "0.5.11") -> None:
+    """Skip where the release has not the limit, or where a CPU cannot show it before ``since``."""
+    package = find_package()
+    assert package is not None
+    version = read_version(package)
+    assert version is not None
+    (row,) = (row for row in limits.UPSTREAM_LIMITS if word in row.condition)
+    if not row.holds_in(version):
+        pytest.skip(f"SGLang {version} has not this limit")
+    if version_key(version) < version_key(since):
+        pytest.skip(f"up to {since} SGLang's drafts need CUDA, or a compiler for their library")
+
+
 def leave_the_check_out() -> None:
     vars(limits)["UPSTREAM_LIMITS"] = ()
 
@@ -82,6 +97,7 @@ def case_of(engines: EngineServer, limit: Limit, **fields: Any) -> EngineCase:
 @pytest.mark.parametrize("limit", LIMITS, ids=lambda limit: limit.word)
 def test_a_server_ends_in_what_the_row_says(engines: EngineServer, limit: Limit) -> None:
     """Started all the same, the server serves its first request with the error that is named."""
+    require_release(limit.word, "0.5.17" if limit.draft else "0.5.11")
     with pytest.raises(EngineFailed) as failure:
         engines.run(case_of(engines, limit, before_boot=leave_the_check_out))
     assert "Load weight end" in failure.value.log
@@ -108,6 +124,7 @@ def leave_both_checks_out() -> None:
 
 def test_a_tree_over_latent_pages_is_verified_wrongly(engines: EngineServer) -> None:
     """Its tokens are others than transformers', where a chain's are equal; or the server ends."""
+    require_release("of an MLA model", "0.5.17")
     drafts = {"speculative_draft_model_path": str(engines.model(llama()))}
     tree = DRAFTS | {"speculative_algorithm": "STANDALONE", "speculative_eagle_topk": 4}
     requests = tuple(Request(tokens(length, seed=length), 16) for length in (70, 200))
@@ -121,6 +138,7 @@ def test_a_tree_over_latent_pages_is_verified_wrongly(engines: EngineServer) -> 
 
 def test_ngram_at_the_end_of_the_context(engines: EngineServer) -> None:
     """A request that goes on to the end of the context ends the server with a leak of its pool."""
+    require_release("NGRAM", "0.5.21")
     arguments = {
         "speculative_algorithm": "NGRAM",
         "speculative_num_draft_tokens": 8,
@@ -142,6 +160,7 @@ def test_padded_experts_answer_wrongly(engines: EngineServer) -> None:
     """Experts of 16 columns on each of two ranks: other log-probabilities than transformers', and
     no error.
     """
+    require_release("no multiple of 32")
     request = Request(tokens(60, seed=2))
     case = EngineCase(
         engines.model(MOE), ((request,),), STEPWISE | {"tp_size": 2}, TWO_RANKS, leave_the_check_out
@@ -155,6 +174,7 @@ def test_padded_experts_answer_wrongly(engines: EngineServer) -> None:
 
 def test_padded_experts_are_refused_at_start(engines: EngineServer) -> None:
     """The row is met although SGLang has padded the configuration by then."""
+    require_release("no multiple of 32")
     case = EngineCase(engines.model(MOE), (), STEPWISE | {"tp_size": 2}, TWO_RANKS)
     with pytest.raises(EngineFailed) as failure:
         engines.run(case)
