@@ -159,16 +159,18 @@ def layer_of(module: str) -> str:
     return module.partition(".")[0]
 
 
-def is_allowed(found: Import, own: str) -> bool:
+def is_allowed(imported: Import, own: str) -> bool:
     allowed = LAYERS[own]
-    if found.is_ours and found.name == own:
+    if imported.is_ours and imported.name == own:
         return True
-    if found.target == PACKAGE or (not found.is_ours and found.name in sys.stdlib_module_names):
+    if imported.target == PACKAGE or (
+        not imported.is_ours and imported.name in sys.stdlib_module_names
+    ):
         return True
-    if found.name in ENTRANCES:
+    if imported.name in ENTRANCES:
         return False
-    granted = allowed.eager | allowed.lazy if found.lazy else allowed.eager
-    return found.name in granted or granted >= ANYTHING
+    granted = allowed.eager | allowed.lazy if imported.lazy else allowed.eager
+    return imported.name in granted or granted >= ANYTHING
 
 
 def where(module: str, node: ast.AST | Import) -> str:

@@ -58,10 +58,10 @@ class State:
 
     def at(self, *path: str) -> Any:
         """The part of the description under these keys."""
-        found = self.answer
+        value = self.answer
         for key in path:
-            found = found[key]
-        return found
+            value = value[key]
+        return value
 
 
 def has_hopper() -> bool:
@@ -165,13 +165,13 @@ def states(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> dict[s
         return {name: run.result() for name, run in started.items()}
 
 
-def differences(one: Any, other: Any, path: str = "") -> Iterator[str]:
+def differences(first: Any, second: Any, path: str = "") -> Iterator[str]:
     """Where two descriptions differ."""
-    if isinstance(one, dict) and isinstance(other, dict):
-        for key in sorted({*one, *other}):
-            yield from differences(one.get(key), other.get(key), f"{path}/{key}")
-    elif one != other:
-        yield f"{path}: {one} != {other}"
+    if isinstance(first, dict) and isinstance(second, dict):
+        for key in sorted({*first, *second}):
+            yield from differences(first.get(key), second.get(key), f"{path}/{key}")
+    elif first != second:
+        yield f"{path}: {first} != {second}"
 
 
 def compared(state: State) -> dict[str, Any]:
@@ -234,7 +234,7 @@ def test_the_comparison_sees_the_package_at_work(states: dict[str, State]) -> No
         backends.pop("draft decode") == f"{NAME}.attention.selection.MusaFA3MultiStepDraftBackend"
     )
     assert set(backends.values()) == {f"{NAME}.attention.selection.MusaFA3Backend"}
-    found = list(differences(compared(states[WITHOUT]), compared(states["on"])))
+    lines = list(differences(compared(states[WITHOUT]), compared(states["on"])))
     attention = "/modules/sglang.srt.layers.attention"
     for place in (
         f"{attention}.attention_registry/ATTENTION_BACKENDS/\"'fa3'\"",
@@ -249,4 +249,4 @@ def test_the_comparison_sees_the_package_at_work(states: dict[str, State]) -> No
         "/backends/target/attributes/flash_attn_with_kvcache",
         "/meta path",
     ):
-        assert any(line.startswith(f"{place}:") for line in found), place
+        assert any(line.startswith(f"{place}:") for line in lines), place

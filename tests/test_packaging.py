@@ -63,9 +63,9 @@ def requirements(metadata: Message) -> list[str]:
 
 def normal_name(requirement: str) -> str:
     """The name of a requirement as package indexes compare it."""
-    found = re.match(r"[A-Za-z0-9._-]+", requirement)
-    assert found
-    return re.sub(r"[-_.]+", "-", found.group()).lower()
+    name = re.match(r"[A-Za-z0-9._-]+", requirement)
+    assert name
+    return re.sub(r"[-_.]+", "-", name.group()).lower()
 
 
 def files_below(folder: Path) -> set[str]:

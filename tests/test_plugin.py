@@ -235,7 +235,7 @@ def test_without_a_musa_device_sglang_stays_as_it_is(
     register()
     after = sglang.names()
     assert len(before) == len(after)
-    assert all(one is other for one, other in zip(before, after, strict=True))
+    assert all(first is second for first, second in zip(before, after, strict=True))
     assert sglang.backends["fa3"] is sglang.fa3
 
 

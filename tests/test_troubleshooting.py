@@ -84,11 +84,11 @@ def pieces(message: str) -> list[str]:
     """
     sentence = re.split(r"(?<=[a-z0-9)…])[.:;] ", message.replace("\n", " "))[0]
     for text in (sentence, message):
-        found = [
+        long_pieces = [
             piece.strip() for piece in re.split(f"{GAP}|%[sdr]", text) if len(piece.strip()) >= 12
         ]
-        if found:
-            return found
+        if long_pieces:
+            return long_pieces
     return []
 
 

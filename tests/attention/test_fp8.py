@@ -1,6 +1,6 @@
 """A KV cache in fp8: upstream's backend on the reference kernels, beside attention in float64.
 
-The truth attends to the dequantised cache: the keys and values that the cache was given, rounded to
+Float64 attends to the dequantised cache: the keys and values that the cache was given, rounded to
 fp8 and multiplied by the layer's scales again, and queries that are rounded to fp8, as upstream
 casts them. What is left to the kernels is the order of sums in float32 and one rounding of the
 output to bfloat16, so tolerances are half a unit in its last place.
@@ -73,11 +73,11 @@ class Fp8Model(Model):
         return runner
 
     def hand_out(self, layer: Any, slots: Any, store: bool = False) -> tuple[Any, Any]:
-        """Note what the cache can hold of new keys and values as the truth."""
+        """Note for float64 what the cache can hold of new keys and values."""
         k, v = super().hand_out(layer, slots)
         k_scale, v_scale = (getattr(layer, name) for name in ("k_scale", "v_scale"))
         held = self.rounded(k, k_scale), self.rounded(v, v_scale)
-        for buffer, values in zip(self.truth.get_kv_buffer(layer.layer_id), held, strict=True):
+        for buffer, values in zip(self.exact.get_kv_buffer(layer.layer_id), held, strict=True):
             buffer[slots] = values
         if store:
             self.pool.set_kv_buffer(layer, slots, k, v, k_scale, v_scale)

@@ -163,7 +163,7 @@ def test_draft_extend_prepares_its_metadata_inside_the_graph(
     def run() -> list[Tensor]:
         backend.init_forward_metadata_in_graph(step.batch)
         return [
-            model.forward(backend, step, *one) for one in zip(model.layers, inputs, strict=True)
+            model.forward(backend, step, *pair) for pair in zip(model.layers, inputs, strict=True)
         ]
 
     backend.init_forward_metadata_out_graph(step.batch, in_capture=True)
@@ -171,7 +171,7 @@ def test_draft_extend_prepares_its_metadata_inside_the_graph(
         run()
         backend.on_after_cuda_graph_warmup()
     graph, outputs = graphs.capture(run)
-    assert [one.name for one in graph.kernels()] == ["get_scheduler_metadata"] + [
+    assert [kernel.name for kernel in graph.kernels()] == ["get_scheduler_metadata"] + [
         "flash_attn_with_kvcache"
     ] * 2
     later = _draft_extend(model, 1500, 64)

@@ -227,10 +227,10 @@ def _one_shot_prefill(model: Model, backend: Any, step: Step) -> None:
         setattr(step.batch, name, value)
     out = backend.forward_extend(q, k, v, layer, step.batch, save_kv_cache=False)
     step.batch.attn_attend_prefix_cache = None
-    truth = Model([layer])
-    truth.truth.k[7][:tokens], truth.truth.v[7][:tokens] = k.double(), v.double()
+    exact = Model([layer])
+    exact.exact.k[7][:tokens], exact.exact.v[7][:tokens] = k.double(), v.double()
     alone = Step(step.batch, [Queries(torch.arange(tokens), torch.arange(tokens))])
-    truth.require(out, alone, layer, {"q": q})
+    exact.require(out, alone, layer, {"q": q})
 
 
 def test_chunked_prefix_of_mla_returns_its_log_sum_exp() -> None:

@@ -184,9 +184,9 @@ def test_two_views_of_the_same_elements_are_one_identity() -> None:
 )
 def test_tensors_without_storage_differ_as_objects(make: Callable[[], torch.Tensor]) -> None:
     """Two tensors whose address is 0 are told apart all the same."""
-    one, other = make(), make()
-    assert TensorIdentity.of(one) == TensorIdentity.of(one)
-    assert TensorIdentity.of(one) != TensorIdentity.of(other)
+    first, second = make(), make()
+    assert TensorIdentity.of(first) == TensorIdentity.of(first)
+    assert TensorIdentity.of(first) != TensorIdentity.of(second)
 
 
 # Passes ------------------------------------------------------------------------------------------
@@ -388,13 +388,13 @@ def test_changed_lengths_get_their_own_plan() -> None:
 def test_lengths_are_known_by_their_place_among_the_tensors() -> None:
     """One tensor passed as another argument is another plan, and an absent one is none of them."""
     server = Server()
-    one, other = torch.tensor([1]), torch.tensor([1])
+    first, second = torch.tensor([1]), torch.tensor([1])
     server.call(Thing())
     keys = [
-        {"cache_seqlens": one, "cu_seqlens_q": other},
-        {"cache_seqlens": other, "cu_seqlens_q": one},
-        {"cache_seqlens": one},
-        {"cu_seqlens_q": one},
+        {"cache_seqlens": first, "cu_seqlens_q": second},
+        {"cache_seqlens": second, "cu_seqlens_q": first},
+        {"cache_seqlens": first},
+        {"cu_seqlens_q": first},
     ]
     assert [server.cache.plan(DECODE, tensors, lambda: torch.zeros(1))[1] for tensors in keys] == [
         False
@@ -590,8 +590,8 @@ def test_a_remembered_plan_is_recalled_and_counted() -> None:
     server.begin(Thing())
     known: Any = Alike("like this")
     server.cache.remember(known, "the plan")
-    found = [server.begin(Thing(), arguments=each) for each in ("like this", "like that", None)]
-    assert found == [known, None, None]
+    recalled = [server.begin(Thing(), arguments=each) for each in ("like this", "like that", None)]
+    assert recalled == [known, None, None]
     assert (known.plan, server.cache.statistics.reuses) == ("the plan", 1)
 
 
@@ -627,8 +627,8 @@ def test_a_plan_in_a_workspace_is_recalled_while_it_is_there(change: str) -> Non
     server.cache.remember(known, "the slot", in_place=True)
     if change == "another plan":
         server.cache.plan_in_place(0, changed("window_size"), lengths)
-    found = server.begin(Thing(), int(change == "another role"), "like this")
-    assert found is (known if change == "nothing" else None)
+    recalled = server.begin(Thing(), int(change == "another role"), "like this")
+    assert recalled is (known if change == "nothing" else None)
 
 
 # Streams -----------------------------------------------------------------------------------------

@@ -227,7 +227,7 @@ def test_a_split_of_prefill_and_decode_gets_ours(phase: str) -> None:
 def test_two_batch_overlap_gets_ours() -> None:
     """``--enable-two-batch-overlap``: the primary and both children."""
     backend, _ = backends_of(upstream_runner(enable_two_batch_overlap=True)[0])
-    assert [type(one) for one in (backend.primary, *backend.children)] == [
+    assert [type(each) for each in (backend.primary, *backend.children)] == [
         attention.MusaFA3Backend
     ] * 3
 
@@ -245,8 +245,8 @@ def test_pd_multiplexing_groups_get_ours() -> None:
             disable_overlap_schedule=True,
         )[0]
     )
-    assert [type(one) for one in (backend, *groups)] == [attention.MusaFA3Backend] * 4
-    assert len({id(one) for one in (backend, *groups)}) == 4
+    assert [type(each) for each in (backend, *groups)] == [attention.MusaFA3Backend] * 4
+    assert len({id(each) for each in (backend, *groups)}) == 4
 
 
 # --- hybrid models --------------------------------------------------------------------------------

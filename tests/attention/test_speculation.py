@@ -150,7 +150,7 @@ def test_two_batch_overlap_with_unequal_halves(mla: bool, mode: str) -> None:
     overlap = import_module("sglang.srt.layers.attention.tbo_backend").TboAttnBackend
     # Up to some releases the constructor reads nothing of the primary, later ones its pools.
     whole = overlap.init_new(lambda: attention.MusaFA3Backend(model.runner()))
-    assert {type(one) for one in (whole.primary, *whole.children)} == {attention.MusaFA3Backend}
+    assert {type(each) for each in (whole.primary, *whole.children)} == {attention.MusaFA3Backend}
     halves = [model.requests(300, 5, 40), model.requests(120)]
     new = [[20, 3, 70], [9]]
     steps = [
@@ -192,8 +192,8 @@ def test_two_models_in_two_threads(mla: bool) -> None:
     barrier = threading.Barrier(2, timeout=30)
     for _, backend, _ in work:
         _meet_inside_kernels(backend, barrier)
-    counts = in_threads([partial(_count_pass, *one) for one in work])
-    assert [(one.plans, one.reuses) for one in counts] == [(1, 3), (1, 3)]
+    counts = in_threads([partial(_count_pass, *each) for each in work])
+    assert [(each.plans, each.reuses) for each in counts] == [(1, 3), (1, 3)]
 
 
 def _meet_inside_kernels(backend: Any, barrier: threading.Barrier) -> None:

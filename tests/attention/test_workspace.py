@@ -40,8 +40,8 @@ def span(slot: torch.Tensor) -> range:
     return range(slot.data_ptr(), slot.data_ptr() + slot.numel())
 
 
-def overlap(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return max(span(one).start, span(other).start) < min(span(one).stop, span(other).stop)
+def overlap(first: torch.Tensor, second: torch.Tensor) -> bool:
+    return max(span(first).start, span(second).start) < min(span(first).stop, span(second).stop)
 
 
 @pytest.mark.parametrize("size", [1, 255, 256, 257, 1000])
@@ -73,7 +73,7 @@ def test_slots_of_owners_and_roles_never_overlap() -> None:
     workspace = MLAWorkspace(CPU, 8192)
     owners = [Thing(), Thing(), Thing()]
     slots = [workspace.slot(owner, role, 300) for owner in owners for role in range(3)]
-    assert not any(overlap(one, other) for i, one in enumerate(slots) for other in slots[:i])
+    assert not any(overlap(slot, other) for i, slot in enumerate(slots) for other in slots[:i])
 
 
 def test_a_slot_that_grows_leaves_the_old_one_reserved() -> None:

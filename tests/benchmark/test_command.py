@@ -50,9 +50,9 @@ def test_runs_are_merged_if_they_are_of_one_device() -> None:
     }
     again = new | {"forward_ms": [9.0]}
     second["models"] = {"dense": {"title": "again", "points": [again], "traces": []}}
-    found = bench.merged([first, second])["models"]
-    assert found["verify"] == {"title": "alone"}
-    assert found["dense"] == {
+    models = bench.merged([first, second])["models"]
+    assert models["verify"] == {"title": "alone"}
+    assert models["dense"] == {
         "title": "again",
         "points": [old, again],
         "traces": first["models"]["dense"]["traces"],
@@ -86,22 +86,22 @@ def test_the_benchmark_runs_without_a_gpu(tmp_path: Path) -> None:
         env=environ,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads((tmp_path / "bench.json").read_text())["models"]["tiny"]
-    assert not found["failed"]
+    measured = json.loads((tmp_path / "bench.json").read_text())["models"]["tiny"]
+    assert not measured["failed"]
     kinds = {
-        (one["kind"], one["peer"])
-        for one in found["points"]
-        if one["verdict"] == "equal" and one["forward_ms"]
+        (point["kind"], point["peer"])
+        for point in measured["points"]
+        if point["verdict"] == "equal" and point["forward_ms"]
     }
     peers, beside = ("upstream", "ours"), ("upstream again", "ours without plans")
     assert kinds == {("decode", peer) for peer in peers} | {
         (kind, peer) for kind in ("prefill", "eager") for peer in (*peers, *beside)
     }
     # Only where it attended has a peer a time of its calls.
-    assert {(one["kind"], one["peer"]) for one in found["points"] if one["call_us"]} >= {
+    assert {(point["kind"], point["peer"]) for point in measured["points"] if point["call_us"]} >= {
         (kind, peer) for kind in ("prefill", "eager") for peer in ("upstream", "ours")
     }
-    assert {(trace["peer"], trace["mode"]) for trace in found["traces"]} >= {
+    assert {(trace["peer"], trace["mode"]) for trace in measured["traces"]} >= {
         ("ours", "DECODE"),
         ("ours", "EXTEND"),
     }

@@ -28,10 +28,10 @@ def test_peers_with_upstreams_answers_are_timed() -> None:
     """Equal answers give one time a round, of the whole step and of the pass, without the round
     that warms up.
     """
-    found = contest(upstream=FakeEngine(RIGHT, 4.0), ours=FakeEngine(RIGHT, 2.0))
-    assert verdicts(found) == {"upstream": ("equal", 3), "ours": ("equal", 3)}
-    assert found.points[1].step_ms == [2.0] * 3
-    assert found.points[1].forward_ms == [1.0] * 3
+    timed = contest(upstream=FakeEngine(RIGHT, 4.0), ours=FakeEngine(RIGHT, 2.0))
+    assert verdicts(timed) == {"upstream": ("equal", 3), "ours": ("equal", 3)}
+    assert timed.points[1].step_ms == [2.0] * 3
+    assert timed.points[1].forward_ms == [1.0] * 3
 
 
 @pytest.mark.parametrize(
@@ -44,21 +44,21 @@ def test_peers_with_upstreams_answers_are_timed() -> None:
 )
 def test_a_peer_with_other_answers_gets_no_time(answer: Any) -> None:
     """A wrong number is never timed, a NaN neither; the report says how wrong it was."""
-    found = verdicts(contest(upstream=FakeEngine(RIGHT), **{"in-tree": FakeEngine(answer)}))
-    assert found["in-tree"][0].startswith("wrong output (off by ")
-    assert found["in-tree"][1] == 0
-    assert found["upstream"] == ("equal", 3)
+    judged = verdicts(contest(upstream=FakeEngine(RIGHT), **{"in-tree": FakeEngine(answer)}))
+    assert judged["in-tree"][0].startswith("wrong output (off by ")
+    assert judged["in-tree"][1] == 0
+    assert judged["upstream"] == ("equal", 3)
 
 
 def in_one_engine(shared: FakeEngine, **engines: Any) -> dict[str, tuple[str, list[float]]]:
     """The verdicts and times of a prefill place, where peers take turns in upstream's engine."""
-    found = entered({"upstream": shared, **engines})
-    found._prefill(64)
+    shared_contest = entered({"upstream": shared, **engines})
+    shared_contest._prefill(64)
     assert not shared.peers, "upstream's engine was not given back to its own backend"
-    assert [len(point.over_upstream) for point in found.points] == [
-        len(point.forward_ms) for point in found.points
+    assert [len(point.over_upstream) for point in shared_contest.points] == [
+        len(point.forward_ms) for point in shared_contest.points
     ]
-    return {point.peer: (point.verdict, point.forward_ms) for point in found.points}
+    return {point.peer: (point.verdict, point.forward_ms) for point in shared_contest.points}
 
 
 def test_passes_without_graphs_are_timed_in_one_engine() -> None:
@@ -66,12 +66,12 @@ def test_passes_without_graphs_are_timed_in_one_engine() -> None:
     engines.
     """
     shared = FakeEngine(RIGHT, 4.0, others={"ours": (RIGHT, 2.0), "in-tree": (RIGHT, 3.0)})
-    found = in_one_engine(
+    times = in_one_engine(
         shared, ours=FakeEngine(RIGHT, 99.0), **{"in-tree": FakeEngine(WRONG, 99.0)}
     )
-    assert found["upstream"] == ("equal", [2.0] * 3)
-    assert found["ours"] == ("equal", [1.0] * 3)
-    assert found["in-tree"] == ("wrong output (off by 0.5, not 0.12)", [])
+    assert times["upstream"] == ("equal", [2.0] * 3)
+    assert times["ours"] == ("equal", [1.0] * 3)
+    assert times["in-tree"] == ("wrong output (off by 0.5, not 0.12)", [])
 
 
 def test_who_takes_turns_beside_the_peers_is_judged_and_timed() -> None:
@@ -83,9 +83,9 @@ def test_who_takes_turns_beside_the_peers_is_judged_and_timed() -> None:
         "upstream again": (RIGHT, 5.0),
         "ours without plans": (WRONG, 1.0),
     }
-    found = in_one_engine(FakeEngine(RIGHT, 4.0, others=others), ours=FakeEngine(RIGHT))
-    assert found["upstream again"] == ("equal", [2.5] * 3)
-    assert found["ours without plans"] == ("wrong output (off by 0.5, not 0.12)", [])
+    times = in_one_engine(FakeEngine(RIGHT, 4.0, others=others), ours=FakeEngine(RIGHT))
+    assert times["upstream again"] == ("equal", [2.5] * 3)
+    assert times["ours without plans"] == ("wrong output (off by 0.5, not 0.12)", [])
     assert "ours without plans" not in in_one_engine(FakeEngine(RIGHT), ours=FakeEngine(WRONG))
 
 
@@ -108,19 +108,19 @@ def test_a_round_without_a_pass_is_an_error() -> None:
 
 def test_answers_are_compared_in_that_engine_too() -> None:
     """A backend that is right in its own engine and wrong in upstream's gets no time."""
-    found = in_one_engine(
+    times = in_one_engine(
         FakeEngine(RIGHT, 4.0, others={"ours": (WRONG, 2.0)}), ours=FakeEngine(RIGHT)
     )
-    assert found["ours"] == ("wrong output (off by 0.5, not 0.12)", [])
-    assert found["upstream"] == ("equal", [2.0] * 3)
+    assert times["ours"] == ("wrong output (off by 0.5, not 0.12)", [])
+    assert times["upstream"] == ("equal", [2.0] * 3)
 
 
 def test_nobody_keeps_times_of_an_engine_that_died() -> None:
     """Measurements of an upstream's engine that ended are of no use, and every peer says why."""
-    found = entered({"upstream": FakeEngine(RIGHT, 4.0, 8), "ours": FakeEngine(RIGHT)})
-    found._prefill(64)
+    entry = entered({"upstream": FakeEngine(RIGHT, 4.0, 8), "ours": FakeEngine(RIGHT)})
+    entry._prefill(64)
     failed = "failed: CUDA error: an illegal memory access was encountered"
-    assert [(point.verdict, point.forward_ms) for point in found.points] == [(failed, [])] * 4
+    assert [(point.verdict, point.forward_ms) for point in entry.points] == [(failed, [])] * 4
 
 
 def test_what_upstream_varies_by_is_allowed() -> None:
@@ -146,27 +146,30 @@ def test_a_peer_that_dies_leaves_the_others_their_times(dies_after: int) -> None
     time.
     """
     dying = FakeEngine(RIGHT, 1.0, dies_after)
-    found = contest(upstream=FakeEngine(RIGHT), **{"in-tree": dying})
-    found._decode("decode", 1, 128)
+    entry = contest(upstream=FakeEngine(RIGHT), **{"in-tree": dying})
+    entry._decode("decode", 1, 128)
     assert dying.closed
-    assert [point.verdict for point in found.points if point.peer == "in-tree"] == [
+    assert [point.verdict for point in entry.points if point.peer == "in-tree"] == [
         "failed: CUDA error: an illegal memory access was encountered"
     ] * 2
-    assert [len(point.step_ms) for point in found.points if point.peer == "upstream"] == [3, 3]
+    assert [len(point.step_ms) for point in entry.points if point.peer == "upstream"] == [
+        3,
+        3,
+    ]
 
 
 def test_nobody_is_timed_without_upstream() -> None:
     """Without the answers to compare with there is nothing to verify, so there are no times."""
-    found = verdicts(contest(upstream=FakeEngine(RIGHT, 1.0, 0), ours=FakeEngine(RIGHT)))
-    assert found["ours"] == ("upstream gave no answer to compare with", 0)
+    judged = verdicts(contest(upstream=FakeEngine(RIGHT, 1.0, 0), ours=FakeEngine(RIGHT)))
+    assert judged["ours"] == ("upstream gave no answer to compare with", 0)
 
 
 def test_a_place_that_does_not_fit_is_said_so() -> None:
     """A KV cache that is too small for a place is the place's verdict, and no engine is asked."""
-    found = entered({"upstream": FakeEngine(RIGHT, 1.0, 0)})
-    found._decode("decode", 128, 32768)
-    assert "needs a KV cache of" in found.points[0].verdict
-    assert not found.failed
+    entry = entered({"upstream": FakeEngine(RIGHT, 1.0, 0)})
+    entry._decode("decode", 128, 32768)
+    assert "needs a KV cache of" in entry.points[0].verdict
+    assert not entry.failed
 
 
 @pytest.mark.parametrize(
@@ -181,10 +184,10 @@ def test_a_peer_with_a_smaller_cache_is_not_timed(capacity: int, up: bool) -> No
         def state(self) -> dict[str, Any]:
             return super().state() | {"memory_usage": {"token_capacity": capacity}}
 
-    found = entered({"ours": Small(RIGHT)})
-    memory = bench._first_state(peers.Peer("ours", "", "", {}), found)
-    assert (bool(memory), "ours" in found.engines) == (up, up)
-    assert up or f"holds {capacity} tokens and not {1 << 20}" in found.failed["ours"]
+    entry = entered({"ours": Small(RIGHT)})
+    memory = bench._first_state(peers.Peer("ours", "", "", {}), entry)
+    assert (bool(memory), "ours" in entry.engines) == (up, up)
+    assert up or f"holds {capacity} tokens and not {1 << 20}" in entry.failed["ours"]
 
 
 def test_only_what_was_asked_for_is_measured_and_reported() -> None:
@@ -195,9 +198,9 @@ def test_only_what_was_asked_for_is_measured_and_reported() -> None:
         (("prefill", "verify"), {"prefill"}),
         (KINDS, None),
     ):
-        found = entered({"upstream": FakeEngine(RIGHT)}, model, kinds)
-        assert len(list(found.run())) == len(expected or model.kinds)
-        assert {point.kind for point in found.points} == (expected or set(model.kinds))
+        entry = entered({"upstream": FakeEngine(RIGHT)}, model, kinds)
+        assert len(list(entry.run())) == len(expected or model.kinds)
+        assert {point.kind for point in entry.points} == (expected or set(model.kinds))
     models = command.of_kinds(result(), ["verify"])["models"]
     assert [len(model["points"]) for model in models.values()] == [0, 0, 6]
 
@@ -215,14 +218,14 @@ def test_only_passes_after_their_like_count() -> None:
     """
 
     def row(mode: str, batch: int, since: float) -> dict[str, Any]:
-        found = {"peer": "ours", "mode": mode, "batch": batch, "since": since}
-        return found | {"forward": 1.0, "calls": 2, "attention_us": 8.0}
+        fields = {"peer": "ours", "mode": mode, "batch": batch, "since": since}
+        return fields | {"forward": 1.0, "calls": 2, "attention_us": 8.0}
 
     rows = [row("EXTEND", 2, 0.0), row("DECODE", 2, 50.0), *[row("DECODE", 2, 9.0)] * 3]
     rows += [*[row("DECODE", 2, 3.0)] * 4, row("DECODE", 1, 70.0), row("DECODE", 1, 70.0)]
     assert numbers(bench.passes(rows, "DECODE", 2, "ours")) == ([3.0], [1.0], [4.0])
     theirs = {**row("DECODE", 2, 8.0), "peer": "upstream", "calls": 0}
-    turns = [one for row in rows for one in (row, theirs)][4:14]
+    turns = [each for row in rows for each in (row, theirs)][4:14]
     assert numbers(bench.passes(turns, "DECODE", 2, "upstream")) == ([8.0], [1.0], [])
     assert numbers(bench.passes(turns, "DECODE", 2, "ours")) == ([3.0], [1.0], [4.0])
     assert bench.passes(rows, "DECODE", 2, "upstream") == []
@@ -237,14 +240,14 @@ def test_on_musa_the_answers_are_compared_with_tritons() -> None:
         "ours": FakeEngine(near, 2.0),
         "in-tree": FakeEngine(far, 3.0),
     }
-    found = entered(engines, contenders=peers.FIELDS["musa"])
-    found._decode("decode", 1, 64)
-    assert verdicts(found) == {
+    entry = entered(engines, contenders=peers.FIELDS["musa"])
+    entry._decode("decode", 1, 64)
+    assert verdicts(entry) == {
         "triton": ("equal", 3), "ours": ("equal", 3),
         "in-tree": ("wrong output (off by 0.6, not 0.5)", 0),
     }  # fmt: skip
-    found.points.clear()
-    found._prefill(64)
-    assert [(point.peer, point.over_upstream) for point in found.points] == [
+    entry.points.clear()
+    entry._prefill(64)
+    assert [(point.peer, point.over_upstream) for point in entry.points] == [
         ("triton", [1.0] * 3), ("ours", [0.5] * 3), ("in-tree", []), ("upstream again", [1.0] * 3),
     ]  # fmt: skip

@@ -51,7 +51,7 @@ def test_an_mla_plan_is_kept_in_the_workspace(monkeypatch: pytest.MonkeyPatch) -
         call(**arguments, scheduler_metadata=(workspace, True))
     for reuse in (False, True, False):
         call(**arguments, scheduler_metadata=(workspace, reuse))
-    assert [one["scheduler_metadata"].tolist() for one in calls] == [
+    assert [call["scheduler_metadata"].tolist() for call in calls] == [
         [2] * 6
     ] * 3  # All see the workspace's last.
     assert len(plans) == 2

@@ -36,15 +36,17 @@ def test_a_call_is_timed_with_its_plan_and_without() -> None:
     )
     shapes = {"decode": Shape((1,), (70,)), "verify": Shape((4,), (70,))}
     timers = {"graph": timer, "host": lambda function: 10.0 * timer(function)}
-    found = list(bench_kernels.measure(kernels, torch.device("cpu"), timers, shapes))
-    assert [one["call"] for one in found] == [
+    measured = list(bench_kernels.measure(kernels, torch.device("cpu"), timers, shapes))
+    assert [each["call"] for each in measured] == [
         f"{name}, {window}" for name in shapes for window in bench_kernels.WINDOWS
     ]
-    assert [one["graph"] for one in found] == [{"without": 1.0, "with": 1.0, "plan": 4.0}] * 4
-    assert [one["host"] for one in found] == [{"without": 10.0, "with": 10.0, "plan": 40.0}] * 4
+    assert [each["graph"] for each in measured] == [{"without": 1.0, "with": 1.0, "plan": 4.0}] * 4
+    assert [each["host"] for each in measured] == [
+        {"without": 10.0, "with": 10.0, "plan": 40.0}
+    ] * 4
     # One that is reused, and one for each timer.
-    assert [one["window_size"] for one in plans[::3]] == [(-1, -1), (512, 0)] * 2
-    assert [one["max_seqlen_q"] for one in plans[::6]] == [1, 4]
+    assert [each["window_size"] for each in plans[::3]] == [(-1, -1), (512, 0)] * 2
+    assert [each["max_seqlen_q"] for each in plans[::6]] == [1, 4]
 
 
 def test_the_host_is_timed_for_a_call() -> None:

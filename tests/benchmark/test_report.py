@@ -14,9 +14,9 @@ from tests.support.fake_bench import result
 def test_the_cost_of_a_plan_is_found_again() -> None:
     """Measurements that were made of known costs give those costs."""
     data = result(3.0, 5.0)
-    found = bench_report.savings(data, bench_report.places(data))
-    assert {saving.plans for saving in found} == {0, 12, 31}
-    assert bench_report.fit(found) == pytest.approx((3.0, 5.0))
+    savings = bench_report.savings(data, bench_report.places(data))
+    assert {saving.plans for saving in savings} == {0, 12, 31}
+    assert bench_report.fit(savings) == pytest.approx((3.0, 5.0))
     assert "**3.00 µs for each plan" in bench_report.as_markdown(data)
 
 
@@ -59,11 +59,11 @@ def test_the_step_around_a_verify_pass_is_told_too() -> None:
     theirs, ours, _ = data["models"]["verify"]["points"][:3]
     theirs |= {"step_ms": [4.0] * 3, "forward_ms": [2.0] * 3}
     ours |= {"step_ms": [4.1, 4.2, 4.0], "forward_ms": [1.9] * 3}
-    passes, _, rest = bench_report.as_markdown(data).partition(
+    passes, _, steps = bench_report.as_markdown(data).partition(
         "## Whole step of speculative decoding"
     )
     assert "| verify | batch 1, 1024 tokens | 2.000 | 1.900 | 0.950 (0.950 to 0.950) |" in passes
-    assert "| verify | batch 1, 1024 tokens | 4.000 | 4.100 | 1.025 (1.000 to 1.050) |" in rest
+    assert "| verify | batch 1, 1024 tokens | 4.000 | 4.100 | 1.025 (1.000 to 1.050) |" in steps
 
 
 def test_what_is_slower_in_every_round_is_listed() -> None:
@@ -131,9 +131,9 @@ def test_what_the_host_takes_is_laid_beside_the_pass() -> None:
         ("upstream", [4.0] * 3, [20.0] * 3),
         ("ours", [4.06] * 3, [22.0] * 3),
     ):
-        found = {"kind": "eager", "batch": 10, "tokens": 64, "peer": peer, "verdict": "equal"}
+        fields = {"kind": "eager", "batch": 10, "tokens": 64, "peer": peer, "verdict": "equal"}
         data["models"]["dense"]["points"].append(
-            found | {"forward_ms": [], "step_ms": times, "call_us": calls}
+            fields | {"forward_ms": [], "step_ms": times, "call_us": calls}
         )
     [row] = bench_report.hosts(data, bench_report.places(data))
     assert row[2:5] == ["20.0", "22.0", "–"]
@@ -154,7 +154,7 @@ def test_ratios_of_turns_are_told_with_who_stood_beside() -> None:
         "ours without plans": 0.97,
     }
     for peer, ratio in paired.items():
-        found = {
+        fields = {
             "kind": "eager",
             "batch": 10,
             "tokens": 64,
@@ -162,12 +162,12 @@ def test_ratios_of_turns_are_told_with_who_stood_beside() -> None:
             "verdict": "equal",
             "forward_ms": [],
         }
-        found |= {
+        fields |= {
             "step_ms": [2.0, 4.0],
             "call_us": [20.0, 20.0],
             "over_upstream": [ratio, ratio + 0.02],
         }
-        data["models"]["dense"]["points"].append(found)
+        data["models"]["dense"]["points"].append(fields)
     text = bench_report.as_markdown(data)
     cells = [
         f"{ratio + 0.01:.3f} ({ratio:.3f} to {ratio + 0.02:.3f})"
@@ -235,8 +235,8 @@ def test_a_report_from_musa_compares_with_triton() -> None:
     data = result()
     renamed = {"upstream": "triton"}
     for model in data["models"].values():
-        for one in model["points"]:
-            one["peer"] = renamed.get(one["peer"], one["peer"])
+        for point in model["points"]:
+            point["peer"] = renamed.get(point["peer"], point["peer"])
         for trace in model["traces"]:
             trace["peer"] = renamed.get(trace["peer"], trace["peer"])
         model["memory"] = {

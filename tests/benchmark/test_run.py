@@ -32,9 +32,9 @@ class BootedEngine(FakeEngine):
             super().scheduler(method, *values, **arguments)
 
     def state(self) -> dict[str, Any]:
-        found = json.loads(super().state()["bench"]) | {"backend": self.peer.backend}
+        measured = json.loads(super().state()["bench"]) | {"backend": self.peer.backend}
         usage = {"token_capacity": self.tokens, "kvcache": 1.0}
-        return {"bench": json.dumps(found), "memory_usage": usage}
+        return {"bench": json.dumps(measured), "memory_usage": usage}
 
 
 def test_a_run_measures_every_place_and_writes_its_report(

@@ -263,8 +263,8 @@ def libdevice() -> dict[str, list[float]]:
         found[name] = out.tolist()
     print(json.dumps(found))
     """
-    found: dict[str, list[float]] = run_python(KERNELS + textwrap.dedent(code))
-    return found
+    results: dict[str, list[float]] = run_python(KERNELS + textwrap.dedent(code))
+    return results
 
 
 def test_tritons_own_functions_are_interpreted() -> None:

@@ -686,26 +686,26 @@ def report() -> tuple[dict[str, Any], float, int]:
     start = time.monotonic()
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     seconds = time.monotonic() - start
-    found: dict[str, Any] = json.loads(done.stdout)
-    found["imported"] = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
-    return found, seconds, done.returncode
+    content: dict[str, Any] = json.loads(done.stdout)
+    content["imported"] = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    return content, seconds, done.returncode
 
 
 def test_the_report_is_json(report: tuple[dict[str, Any], float, int]) -> None:
     """Programs get every check with its status, finding and next step, and the releases that are
     supported.
     """
-    found, _, code = report
-    assert [check["name"] for check in found["checks"]] == list(BY_NAME)
-    assert {"status", "finding", "next_step", "details"} <= set(found["checks"][0])
-    assert found["supported_sglang"][0] == releases.OLDEST
-    assert code == EXIT_CODES[CheckStatus(found["status"])]
+    content, _, code = report
+    assert [check["name"] for check in content["checks"]] == list(BY_NAME)
+    assert {"status", "finding", "next_step", "details"} <= set(content["checks"][0])
+    assert content["supported_sglang"][0] == releases.OLDEST
+    assert code == EXIT_CODES[CheckStatus(content["status"])]
 
 
 def test_nothing_heavy_is_imported(report: tuple[dict[str, Any], float, int]) -> None:
     """Without a device to ask there is no need for torch or SGLang, and it is quick."""
-    found, seconds, _ = report
-    assert not {"torch", "sglang", "numpy", "transformers", "triton", "mate"} & found["imported"]
+    content, seconds, _ = report
+    assert not {"torch", "sglang", "numpy", "transformers", "triton", "mate"} & content["imported"]
     assert seconds < 10  # three on an idle machine; a busy one gets some room
 
 

@@ -219,7 +219,7 @@ def accept_one_intermediate_size_a_layer() -> None:
 # SGLang gives an out-of-tree platform one pool for all layers up to 0.5.21, and has to be told so.
 ONE_POOL = CHUNKS | {"disable_hybrid_swa_memory": True}
 
-MODES = [
+ENGINE_MODES = [
     # Two geometries: layers with a window of 64 keys, and layers without. Softcap changes no plan.
     mode("Gemma-2", GEMMA_2, layers=4, geometries=2),
     mode("Gemma-3, full layer first", GEMMA_3, layers=4, geometries=2),
@@ -541,9 +541,9 @@ NOT_ON_A_CPU = {
 """Modes that cannot run here for reasons outside of attention; docs/status.md has their cover."""
 
 
-@pytest.fixture(params=MODES, ids=lambda each: each.name, scope="module")
+@pytest.fixture(params=ENGINE_MODES, ids=lambda each: each.name, scope="module")
 def each(request: pytest.FixtureRequest) -> Mode:
-    """One of ``MODES``."""
+    """One of ``ENGINE_MODES``."""
     each: Mode = request.param
     return each
 
@@ -593,7 +593,7 @@ def test_every_reused_plan_is_right(engines: EngineServer, name: str) -> None:
     """Under SGLANG_MUSA_EXT_CHECK=metadata every reused plan is compared with a fresh one, and none
     differs.
     """
-    (checked,) = (each for each in MODES if each.name == name)
+    (checked,) = (each for each in ENGINE_MODES if each.name == name)
     run = run_mode(engines, checked, {envs.CHECK: "metadata"})
     assert run.report()["settings"]["check"] == "metadata"
     assert run.tokens == [
@@ -632,7 +632,7 @@ def ignore_window_sinks_and_softcap() -> None:
 )
 def test_blind_kernels_are_noticed(engines: EngineServer, name: str) -> None:
     """Kernels without windows, sinks and softcap give other tokens: the models make use of them."""
-    (mode,) = (each for each in MODES if each.name == name)
+    (mode,) = (each for each in ENGINE_MODES if each.name == name)
     case = EngineCase(
         engines.model(mode.model), mode.phases, mode.arguments, {}, ignore_window_sinks_and_softcap
     )

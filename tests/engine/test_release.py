@@ -33,7 +33,7 @@ EXPECTED_RELEASE = "SGLANG_EXPECTED_RELEASE"
 
 # Softcap so high that it bends nothing: torch_native leaves it out.
 UNCAPPED = TinyModel("Gemma2Config", {**GEMMA_2.fields, "attn_logit_softcapping": 1e4})
-MODES = {
+MODELS = {
     "dense": mode("dense", llama()),
     "sliding window": mode("sliding window", UNCAPPED, layers=4, geometries=2),
     "sliding window, softcap": mode("sliding window, softcap", GEMMA_2, layers=4, geometries=2),
@@ -68,10 +68,10 @@ def imported_version() -> str:
     return str(sglang.__version__)
 
 
-@pytest.fixture(params=list(MODES), scope="module")
+@pytest.fixture(params=list(MODELS), scope="module")
 def each(request: pytest.FixtureRequest) -> Mode:
-    """One of ``MODES``."""
-    return MODES[request.param]
+    """One of ``MODELS``."""
+    return MODELS[request.param]
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +154,7 @@ def test_spawned_engine(
     # so each Python prepares itself as it starts. It imports this module after all paths are known.
     (tmp_path / "sitecustomize.py").write_text(PREPARE)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
-    each = MODES["dense"]
+    each = MODELS["dense"]
     request = each.requests[0]
     run = engines.spawn(EngineCase(engines.model(each.model), ((request,),), CHUNKS))
     assert run.tokens == [engines.greedy(engines.model(each.model), request)[0]]

@@ -213,22 +213,22 @@ def ended(case: EngineCase, end: Callable[[int], None]) -> tuple[int, list[str]]
     deadline = time.monotonic() + 20
     while (alive := _group(process)) and time.monotonic() < deadline:
         time.sleep(0.2)
-    for one in alive:
-        os.kill(int(one), signal.SIGKILL)
+    for number in alive:
+        os.kill(int(number), signal.SIGKILL)
     return status, alive
 
 
 def _group(leader: int) -> list[str]:
     """The processes of a group that have not ended."""
-    found = []
+    numbers = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             state, _, group = folder.joinpath("stat").read_text().rpartition(")")[2].split()[:3]
         except OSError:
             continue
         if int(group) == leader and state != "Z":
-            found.append(folder.name)
-    return found
+            numbers.append(folder.name)
+    return numbers
 
 
 def terminate_soon(process: int) -> None:
@@ -242,10 +242,10 @@ def kill_scheduler(process: int) -> None:
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         time.sleep(0.5)
-        for one in _group(process):
-            if "scheduler" in Path(f"/proc/{one}/cmdline").read_text(errors="replace"):
+        for number in _group(process):
+            if "scheduler" in Path(f"/proc/{number}/cmdline").read_text(errors="replace"):
                 time.sleep(3)
-                os.kill(int(one), signal.SIGKILL)
+                os.kill(int(number), signal.SIGKILL)
                 return
 
 

@@ -128,7 +128,7 @@ def _padded(step: Step) -> _Padded:
 
 def _pad(step: Step) -> _Padded:
     chosen = [_judged_rows(len(queries.positions)) for queries in step.queries]
-    counts = [len(one) for one in chosen]
+    counts = [len(rows) for rows in chosen]
     keys = _lengths(step)
     shape = len(counts), max(counts), max(keys)
     rows = torch.zeros(shape[:2], dtype=torch.long)
@@ -165,7 +165,7 @@ def padded_attention(
     float64.
     """
     padded = _padded(step)
-    k_pool, v_pool = model.truth.get_kv_buffer(layer.layer_id)
+    k_pool, v_pool = model.exact.get_kv_buffer(layer.layer_id)
     k, v = k_pool[padded.slots], v_pool[padded.slots]
     heads, heads_kv = layer.tp_q_head_num, k.shape[2]
     queries = q.view(-1, heads_kv, heads // heads_kv, layer.head_dim).double()[padded.rows]

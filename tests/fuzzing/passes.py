@@ -206,9 +206,9 @@ def _alternate(turns: Sequence[Iterator[None]]) -> Iterator[None]:
     """Take a step of each in turn until all have ended."""
     waiting = list(turns)
     while waiting:
-        for one in list(waiting):
-            if next(one, StopIteration) is StopIteration:
-                waiting.remove(one)
+        for worker in list(waiting):
+            if next(worker, StopIteration) is StopIteration:
+                waiting.remove(worker)
             yield
 
 
@@ -284,7 +284,7 @@ class Served:
                 break
             self._check(backend, making.step, index)
             yield
-        self._busy = [one for one in self._busy if one not in making.requests]
+        self._busy = [each for each in self._busy if each not in making.requests]
 
     def count(self) -> None:
         """Add the statistics of the backends that end now."""
@@ -408,12 +408,12 @@ class Served:
                 self._drop(request)
 
     def _decode(self, operation: Operation) -> Step | None:
-        chosen = [one for one in self._picked(operation.picks) if one.length]
+        chosen = [each for each in self._picked(operation.picks) if each.length]
         return self.model.decode(chosen) if chosen else None
 
     def _padded(self, operation: Operation) -> Step | None:
         """Decode with requests of one token behind the real ones, as data parallelism pads."""
-        chosen = [one for one in self._picked(operation.picks) if one.length]
+        chosen = [each for each in self._picked(operation.picks) if each.length]
         added = [self._new(0) for _ in range(2)]
         batch = chosen + [request for request in added if request is not None]
         return self.model.decode(batch) if batch else None
@@ -422,7 +422,7 @@ class Served:
         """Prompts of new requests; every second one has a prefix in the cache."""
         requests, new = [], []
         if self.lane.embedding:
-            for request in [one for one in self.live if one not in self._busy]:
+            for request in [each for each in self.live if each not in self._busy]:
                 self._drop(request)
         for index, count in enumerate(operation.counts):
             length = 1 + count % (self.lane.context_len - 2)
@@ -462,7 +462,7 @@ class Served:
     def _verify(self, operation: Operation) -> Step | None:
         if not self.lane.topk or self.lane.drafts:
             return self._decode(operation)
-        chosen = [one for one in self._picked(operation.picks, DRAFT_TOKENS) if one.length]
+        chosen = [each for each in self._picked(operation.picks, DRAFT_TOKENS) if each.length]
         if not chosen:
             return None
         if self.lane.topk > 1:
@@ -538,7 +538,7 @@ class Served:
         """The steps of drafting, each on a backend of its own."""
         if not self.lane.topk:
             return
-        chosen = [one for one in self._picked(operation.picks, DRAFT_STEPS + 1) if one.length]
+        chosen = [each for each in self._picked(operation.picks, DRAFT_STEPS + 1) if each.length]
         if self.lane.topk > 1:
             self._draft_tree(chosen[:1], operation)
         elif chosen:
@@ -572,7 +572,7 @@ class Served:
             return
         runner = self._captured()
         tokens = runner.tokens
-        chosen = [one for one in self._picked(operation.picks, tokens) if one.length]
+        chosen = [each for each in self._picked(operation.picks, tokens) if each.length]
         chosen = chosen[: max(GRAPH_SIZES)]
         if not chosen:
             return
@@ -613,7 +613,7 @@ def case_from(data: dict[str, Any]) -> Case:
     """The case that was written as JSON."""
     lanes = [Lane(**lane | {"layers": tuple(lane["layers"])}) for lane in data["lanes"]]
     operations = [
-        Operation(**one | {"picks": tuple(one["picks"]), "counts": tuple(one["counts"])})
-        for one in data["operations"]
+        Operation(**fields | {"picks": tuple(fields["picks"]), "counts": tuple(fields["counts"])})
+        for fields in data["operations"]
     ]
     return Case(tuple(lanes), tuple(operations))

@@ -42,9 +42,9 @@ def test_what_the_copy_lacks_is_named(tmp_path: Path) -> None:
         tmp_path, "def forward_decode(self, q, bias=None):\n    return run(int(q), self.swa)"
     )
     copy = forward(tmp_path, "def forward_decode(self, q):\n    return q")
-    found = drift.compare(upstream, copy, None)
-    assert found.missing == {"bias=", "run()", "self.swa"}
-    assert found.changed == 0
+    difference = drift.compare(upstream, copy, None)
+    assert difference.missing == {"bias=", "run()", "self.swa"}
+    assert difference.changed == 0
 
 
 def test_missing_release_is_named(tmp_path: Path) -> None:

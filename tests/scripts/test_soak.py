@@ -21,7 +21,7 @@ def fails_with(kind: str, at_least: int) -> object:
     """Stands for running a case that goes wrong if it has so many operations of a kind."""
 
     def run_case(case: Case, totals: Totals | None = None) -> Totals:
-        if [one.kind for one in case.operations].count(kind) >= at_least:
+        if [operation.kind for operation in case.operations].count(kind) >= at_least:
             raise AssertionError("wrong")
         return Totals() if totals is None else totals
 
@@ -34,7 +34,7 @@ def test_a_failing_case_is_written_with_as_few_operations_as_it_takes(
     """Two of forty operations made it fail; the file holds these two and the error."""
     case = random_case(3)
     pair = (Operation("decode", 1, (2,), (3,)), Operation("decode", 0, (1, 4), (65,), 1))
-    others = [one for one in case.operations if one.kind != "decode"]
+    others = [operation for operation in case.operations if operation.kind != "decode"]
     case = replace(case, operations=(*others[:10], pair[0], *others[10:], pair[1]))
     monkeypatch.setattr(run, "random_case", lambda seed: case)
     monkeypatch.setattr(run, "run_case", fails_with("decode", 2))

@@ -99,7 +99,7 @@ class MusaCase:
     captures_prefill: bool = False
     """True if prefill runs in graphs. With log-probabilities SGLang runs some kinds without."""
     shortfalls: Callable[..., list[float]] = tiny_models.shortfalls
-    """Gives the truth about tokens, called in a process without a simulated GPU's engine."""
+    """Say how probable tokens are, called in a process without a simulated GPU's engine."""
 
     @property
     def requests(self) -> list[Request]:

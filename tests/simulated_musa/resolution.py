@@ -26,7 +26,7 @@ ROOT = build.ROOT
 PAGE = ROOT / "docs" / "simulated-musa.md"
 TABLE_BEGINS, TABLE_ENDS = "<!-- resolution: begin -->", "<!-- resolution: end -->"
 
-MODES = ("off", "auto")
+PLUGIN_MODES = ("off", "auto")
 """Of this package: SGLang alone, and what a user gets."""
 DRAFT = "DRAFT"
 """Stands for the path of the model itself, as a draft of it."""
@@ -205,7 +205,7 @@ def resolve_all(directory: Path, names: Sequence[str]) -> dict[str, dict[str, di
         mode: {
             kind.name: _in_a_fork(kind, directory / str(KINDS.index(kind)), mode) for kind in chosen
         }
-        for mode in MODES
+        for mode in PLUGIN_MODES
     }
 
 
@@ -252,7 +252,7 @@ def of_release(
     kept = directory / "resolution.json"
     former = json.loads(kept.read_text()) if kept.is_file() else {}
     new = json.loads(done.stdout.splitlines()[-1])
-    merged = {mode: {**former.get(mode, {}), **new[mode]} for mode in MODES}
+    merged = {mode: {**former.get(mode, {}), **new[mode]} for mode in PLUGIN_MODES}
     kept.write_text(json.dumps(merged))
     return read_kept(directory)
 
@@ -266,7 +266,7 @@ def read_kept(directory: Path) -> dict[str, dict[str, Resolution]]:
     }
 
 
-def table(found: Mapping[str, Mapping[str, Mapping[str, Resolution]]]) -> list[str]:
+def table(resolved: Mapping[str, Mapping[str, Mapping[str, Resolution]]]) -> list[str]:
     """Return a Markdown table: kinds by what the releases resolve to, without and with this
     package.
 
@@ -277,11 +277,11 @@ def table(found: Mapping[str, Mapping[str, Mapping[str, Resolution]]]) -> list[s
     lines = [f"| {' | '.join(head)} |", "|---|---|---|---|"]
     for kind in KINDS:
         cells = []
-        for mode in MODES:
-            settled = {release: of[kind.name] for release, of in found[mode].items()}
-            cells.append(_cell({release: str(one) for release, one in settled.items()}))
+        for mode in PLUGIN_MODES:
+            settled = {release: of[kind.name] for release, of in resolved[mode].items()}
+            cells.append(_cell({release: str(each) for release, each in settled.items()}))
         # Where the last mode refuses there is nothing to capture.
-        graphs = {release: one.graphs or "–" for release, one in settled.items()}
+        graphs = {release: each.graphs or "–" for release, each in settled.items()}
         lines.append(f"| {' | '.join([kind.name, *cells, _cell(graphs)])} |")
     return lines
 
@@ -324,20 +324,20 @@ def main() -> None:
         return
     options.work.mkdir(parents=True, exist_ok=True)
     versions = sorted((path.name for path in options.releases.iterdir()), key=_numbers)
-    found: dict[str, dict[str, dict[str, Resolution]]] = {mode: {} for mode in MODES}
+    resolved: dict[str, dict[str, dict[str, Resolution]]] = {mode: {} for mode in PLUGIN_MODES}
     for version in options.only or versions:
         kept = options.work / version
         reused = options.reuse and (kept / "resolution.json").is_file()
         sources = options.releases / version
         answer = read_kept(kept) if reused else of_release(sources, kept, options.kinds)
-        for mode in MODES:
-            found[mode][version] = answer[mode]
+        for mode in PLUGIN_MODES:
+            resolved[mode][version] = answer[mode]
         print(f"{version}: done", file=sys.stderr, flush=True)
-    lines = table(found)
+    lines = table(resolved)
     print("\n".join(lines))
     if PAGE.is_file() and not options.only:
-        before, begin, rest = PAGE.read_text().partition(TABLE_BEGINS)
-        _, end, after = rest.partition(TABLE_ENDS)
+        before, begin, after_begin = PAGE.read_text().partition(TABLE_BEGINS)
+        _, end, after = after_begin.partition(TABLE_ENDS)
         PAGE.write_text(f"{before}{begin}\n\n" + "\n".join(lines) + f"\n\n{end}{after}")
 
 

@@ -59,7 +59,7 @@ def outputs(call: Call) -> dict[str, list[Any]]:
         page_table[request, : len(numbers)] = numbers
     q = torch.randn(sum(call.lengths_q), heads, call.headdim).half()
     sinks = torch.randn(heads).bfloat16() if call.sinks else None
-    truth = []
+    exact = []
     for request, rows in enumerate(torch.split(q, list(call.lengths_q))):
         used = page_table[request, : pages[request]].long()
         k, v = (cache[used].flatten(0, 1)[: call.lengths_k[request]] for cache in caches)
@@ -68,7 +68,7 @@ def outputs(call: Call) -> dict[str, list[Any]]:
             for name, value in call.options.items()
         }
         out, _ = attention_float64.attention(rows, k, v, causal=True, sinks=sinks, **options)
-        truth.append(out)
+        exact.append(out)
     starts = torch.tensor([0, *call.lengths_q]).cumsum(0).int()
     arguments = {
         "q": q, "k_cache": caches[0], "v_cache": caches[1], "page_table": page_table,
@@ -76,7 +76,7 @@ def outputs(call: Call) -> dict[str, list[Any]]:
         "cache_seqlens": torch.tensor(call.lengths_k).int(), "cu_seqlens_q": starts,
         "max_seqlen_q": max(call.lengths_q), "causal": True, **call.options,
     }  # fmt: skip
-    found: dict[str, list[Any]] = {"truth": torch.cat(truth).tolist()}
+    results: dict[str, list[Any]] = {"exact": torch.cat(exact).tolist()}
     for name, device in (("mate", "musa"), ("reference", "cpu")):
         kernels = getattr(provider, f"{name}_kernels")(torch.device(device))
         moved = {
@@ -84,11 +84,11 @@ def outputs(call: Call) -> dict[str, list[Any]]:
             for key, value in arguments.items()
         }
         plan = _plan(kernels, moved, heads_kv) if call.planned else None
-        found[name] = (
+        results[name] = (
             kernels.flash_attn_with_kvcache(**moved, scheduler_metadata=plan).float().cpu().tolist()
         )
-        found[f"{name} plan"] = [] if plan is None else plan.cpu().tolist()
-    return found
+        results[f"{name} plan"] = [] if plan is None else plan.cpu().tolist()
+    return results
 
 
 def _plan(kernels: Any, arguments: Mapping[str, Any], heads_kv: int) -> Any:
@@ -118,12 +118,12 @@ def test_stand_in_and_reference_equal_float64(musa: EngineServer, call: Call) ->
     """Both are within half precision of attention's definition, each on a plan of its own."""
     import torch
 
-    found = musa.call(outputs, call)
-    truth = torch.tensor(found["truth"], dtype=torch.float64)
+    results = musa.call(outputs, call)
+    exact = torch.tensor(results["exact"], dtype=torch.float64)
     for name in ("mate", "reference"):
-        assert (torch.tensor(found[name], dtype=torch.float64) - truth).abs().max() < 4e-3, name
+        assert (torch.tensor(results[name], dtype=torch.float64) - exact).abs().max() < 4e-3, name
     if call.name == "decode, several splits":
-        assert max(found["mate plan"][:3]) > 1
+        assert max(results["mate plan"][:3]) > 1
 
 
 def stale_plan(swapped: bool) -> list[list[float]]:

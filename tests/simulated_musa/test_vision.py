@@ -34,16 +34,16 @@ def attend(mode: str) -> tuple[list[Any], list[Any]]:
     moved = (rows.to("musa") for rows in (q, k, v))
     out = layer(*moved, starts.to("musa"), bsz=len(LENGTHS), seq_len=max(LENGTHS))
     images = zip(*(torch.split(rows, list(LENGTHS)) for rows in (q, k, v)), strict=True)
-    truth = [attention_float64.attention(*image, causal=False)[0] for image in images]
-    return out.float().cpu().tolist(), torch.cat(truth).tolist()
+    exact = [attention_float64.attention(*image, causal=False)[0] for image in images]
+    return out.float().cpu().tolist(), torch.cat(exact).tolist()
 
 
 def test_images_equal_float64(musa: EngineServer) -> None:
     """With this package the layer attends within each image, both ways."""
     import torch
 
-    out, truth = (torch.tensor(rows).double() for rows in musa.call(attend, "auto"))
-    assert torch.allclose(out, truth, atol=4e-3)
+    out, exact = (torch.tensor(rows).double() for rows in musa.call(attend, "auto"))
+    assert torch.allclose(out, exact, atol=4e-3)
 
 
 def test_sglang_alone_fails(musa: EngineServer) -> None:

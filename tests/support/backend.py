@@ -273,7 +273,7 @@ class Step:
 
     @property
     def rows(self) -> int:
-        return sum(len(one.positions) for one in self.queries)
+        return sum(len(query.positions) for query in self.queries)
 
 
 @dataclass
@@ -334,7 +334,7 @@ class Model:
             if self.window_pages
             else KVPool(self.layers, slots, self.dtype, self.mla, self.fill)
         )
-        self.truth = KVPool(self.layers, slots, torch.float64, self.mla, math.nan)
+        self.exact = KVPool(self.layers, slots, torch.float64, self.mla, math.nan)
         self._free_rows = list(range(self.table_rows))
 
     # --- what upstream's backends are built from --------------------------------------------------
@@ -438,16 +438,14 @@ class Model:
     def hand_out(
         self, layer: RadixAttention, slots: Tensor, store: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """New keys and values for ``slots``, noted as the truth; put into the cache too with
-        ``store``.
-        """
+        """Draw keys and values for ``slots``, note them, and with ``store`` cache them too."""
         k = self.normal(len(slots), layer.tp_k_head_num, layer.head_dim)
         v = (
             k[..., : layer.v_head_dim]
             if self.mla
             else self.normal(len(slots), layer.tp_v_head_num, layer.v_head_dim)
         )
-        for pool in (self.truth, self.pool) if store else (self.truth,):
+        for pool in (self.exact, self.pool) if store else (self.exact,):
             place = pool.place(layer, slots)
             pool.k[layer.layer_id][place] = k.to(pool.dtype)
             pool.v[layer.layer_id][place] = v.to(pool.dtype)
@@ -548,7 +546,7 @@ class Model:
         pages = self.table[self._free_rows.pop(0)].long()
         last = request.length % self.page_size
         copied = self.slots(request, request.length)[request.length - last :]
-        for pool in (self.truth, self.pool):
+        for pool in (self.exact, self.pool):
             for layer in self.layers:
                 for buffer in pool.get_kv_buffer(layer.layer_id):
                     buffer[pages[:last]] = buffer[copied]
@@ -576,7 +574,7 @@ class Model:
             )
             for request, count in zip(requests, new, strict=True)
         ]
-        written = torch.cat([one.slots[one.positions] for one in queries])
+        written = torch.cat([query.slots[query.positions] for query in queries])
         batch = ForwardBatch(
             forward_mode=mode,
             batch_size=len(requests),
@@ -588,7 +586,7 @@ class Model:
         )
         extra = {
             "seq_lens_cpu": torch.tensor(lengths, device="cpu"),
-            "positions": torch.cat([one.positions for one in queries]),
+            "positions": torch.cat([query.positions for query in queries]),
             "spec_algorithm": SpeculativeAlgorithm.NONE,
             # Up to 0.5.12 the forwards take the pools from the batch.
             "req_to_token_pool": SimpleNamespace(req_to_token=self.table),
@@ -639,9 +637,7 @@ class Model:
         dtype: torch.dtype = torch.float64,
         sinks: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Output ``(rows, heads * dim)`` and log-sum-exp ``(rows, heads)`` of a layer, from the
-        truth.
-        """
+        """Return exact output ``(rows, heads * dim)`` and log-sum-exp ``(rows, heads)``."""
         outputs, start = [], 0
         for queries in step.queries:
             rows = q.view(-1, layer.tp_q_head_num, layer.head_dim)[
@@ -649,7 +645,7 @@ class Model:
             ]
             slots = queries.encoder_slots if layer.is_cross_attention else queries.slots
             assert slots is not None
-            k, v = (buffer[slots].to(dtype) for buffer in self.truth.get_kv_buffer(layer.layer_id))
+            k, v = (buffer[slots].to(dtype) for buffer in self.exact.get_kv_buffer(layer.layer_id))
             visible = self.visible(queries, layer, len(slots))
             outputs.append(
                 dense_attention(
@@ -706,9 +702,7 @@ class Model:
         inputs: dict[str, Any],
         sinks: Tensor | None = None,
     ) -> None:
-        """Compare ``result`` of a layer with the truth, to twice the error of the same formula in
-        the model's dtype.
-        """
+        """Require at most twice the error of the same formula in the model's dtype."""
         wanted = self.expected(step, layer, inputs["q"], sinks=sinks)
         plain = self.expected(step, layer, inputs["q"], self.dtype, sinks=sinks)
         seen = result if isinstance(result, tuple) else (result,)

@@ -107,14 +107,14 @@ def entered(
 
 def contest(**engines: Any) -> Contest:
     """A contest of fake engines, after one decode place."""
-    found = entered(engines)
-    found._decode("decode", 1, 64)
-    return found
+    made = entered(engines)
+    made._decode("decode", 1, 64)
+    return made
 
 
-def verdicts(found: Contest) -> dict[str, tuple[str, int]]:
+def verdicts(contest: Contest) -> dict[str, tuple[str, int]]:
     """Return each peer's verdict, and how many times it has."""
-    return {point.peer: (point.verdict, len(point.step_ms)) for point in found.points}
+    return {point.peer: (point.verdict, len(point.step_ms)) for point in contest.points}
 
 
 PLANNER = "void flash::prepare_varlen_num_blocks_kernel<1>"

@@ -75,7 +75,7 @@ class CpuGraph:
     def kernels(self, name: str = "") -> list[Recorded]:
         """The kernel calls among the operations; of one name, if given."""
         known = ("get_scheduler_metadata", "flash_attn_with_kvcache", "flash_attn_varlen_func")
-        return [one for one in self.operations if one.name in known and name in ("", one.name)]
+        return [each for each in self.operations if each.name in known and name in ("", each.name)]
 
 
 class _Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -201,10 +201,10 @@ def described(value: Any, depth: int = 3) -> Any:
         return re.sub(r" at 0x[0-9a-f]+", "", repr(value))  # Generated docstrings show addresses.
     if isinstance(value, tuple | list | set | frozenset | dict) and depth:
         items = value.items() if isinstance(value, dict) else value
-        found = [described(item, depth - 1) for item in items]
+        rows = [described(item, depth - 1) for item in items]
         return [
             type(value).__name__,
-            found if isinstance(value, tuple | list) else sorted(found, key=json.dumps),
+            rows if isinstance(value, tuple | list) else sorted(rows, key=json.dumps),
         ]
     wrapped = getattr(value, "__wrapped__", None) if callable(value) else None
     code = getattr(value, "__code__", None)
@@ -222,11 +222,11 @@ def described_module(name: str) -> Any:
         Exception
     ) as error:  # What is not for this GPU does not import, and says so in both environments.
         return f"{type(error).__name__}: {error}"
-    found: dict[str, Any] = {}
+    attributes: dict[str, Any] = {}
     for attribute, value in sorted(vars(module).items()):
         if attribute.startswith("__"):
             continue
-        found[attribute] = described(value)
+        attributes[attribute] = described(value)
         if isinstance(value, type):
             bases = [f"{cls.__module__}.{cls.__qualname__}" for cls in value.__mro__]
             members = {
@@ -234,12 +234,12 @@ def described_module(name: str) -> Any:
                 for member, inner in sorted(vars(value).items())
                 if not _is_volatile(inner)
             }
-            found[attribute] = {"bases": bases, "members": members}
+            attributes[attribute] = {"bases": bases, "members": members}
         elif isinstance(value, dict):
-            found[attribute] = {
+            attributes[attribute] = {
                 json.dumps(described(key)): described(inner) for key, inner in value.items()
             }
-    return found
+    return attributes
 
 
 def _is_volatile(value: Any) -> bool:

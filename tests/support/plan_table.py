@@ -48,8 +48,8 @@ def plan_table(noted: Iterable[PlanCounts]) -> list[str]:
 
 def replace_table(page: Path, lines: Sequence[str]) -> None:
     """Put ``lines`` of a table into ``page``, between the markers there."""
-    before, begin, rest = page.read_text().partition(BEGIN)
-    _, end, after = rest.partition(END)
+    before, begin, after_begin = page.read_text().partition(BEGIN)
+    _, end, after = after_begin.partition(END)
     if not (begin and end):
         raise ValueError(
             f"{page} has no line {BEGIN!r} with {END!r} below it, where the table goes."

@@ -116,8 +116,8 @@ class SourceCopy:
 
     def check(self) -> list[tuple[str, str]]:
         """Symbol and kind of each violation."""
-        found = check_upstream(self.root, self.version)
-        return [(violation.requirement.symbol, violation.requirement.kind) for violation in found]
+        violations = check_upstream(self.root, self.version)
+        return [(each.requirement.symbol, each.requirement.kind) for each in violations]
 
 
 def test_installed_sglang_keeps_the_contract() -> None:
@@ -276,11 +276,11 @@ def test_kernel_imported_inside_a_forward_is_a_violation(copy: SourceCopy) -> No
     """A local import that shadows the kernel's global name is reported as import and as call."""
     local = "        from elsewhere import flash_attn_with_kvcache\n        kwargs = {}\n"
     copy.edit(FA, r"        kwargs = \{\}\n", local)
-    found = {
+    seen = {
         violation.requirement.kind: violation.seen
         for violation in check_upstream(copy.root, copy.version)
     }
-    assert found == {
+    assert seen == {
         "kernel_calls": "also forward_extend: flash_attn_with_kvcache (a local name)",
         "forward_imports": "also forward_extend: elsewhere.flash_attn_with_kvcache",
     }
@@ -306,11 +306,11 @@ def test_renamed_kernel_is_reported_everywhere_at_once(copy: SourceCopy) -> None
     copy.edit(FA, r"\bflash_attn_with_kvcache\b", "fa_with_kvcache", count=0)
     with pytest.raises(UpstreamContractError) as caught:
         require_upstream(copy.root, copy.version)
-    found = {
+    seen = {
         (violation.requirement.symbol, violation.requirement.kind)
         for violation in caught.value.violations
     }
-    assert found == {
+    assert seen == {
         (f"{FA}.flash_attn_with_kvcache", "module_global"),
         (BACKEND, "kernel_calls"),
         (f"{FA}.sgl_kernel.flash_attn", "imports_from"),
@@ -325,14 +325,14 @@ def test_renamed_kernel_is_reported_everywhere_at_once(copy: SourceCopy) -> None
 def test_missing_module_violates_each_of_its_rows(copy: SourceCopy) -> None:
     """A module that is gone is named by every row about it."""
     copy.path(REGISTRY).unlink()
-    found = [
+    violations = [
         v for v in check_upstream(copy.root, copy.version) if v.requirement.kind != "constructors"
     ]
-    assert {violation.requirement.symbol for violation in found} == {
+    assert {violation.requirement.symbol for violation in violations} == {
         f"{REGISTRY}.ATTENTION_BACKENDS",
         f"{REGISTRY}.register_attention_backend",
     }
-    assert {violation.seen for violation in found} == {f"no module {REGISTRY}"}
+    assert {violation.seen for violation in violations} == {f"no module {REGISTRY}"}
 
 
 def test_unparsable_module_is_a_violation(copy: SourceCopy) -> None:
@@ -350,13 +350,13 @@ def test_draft_class_imported_from_elsewhere_violates_both_rows(copy: SourceCopy
     copy.edit(
         "sglang.srt.speculative.draft_utils", r"MusaFlashAttentionBackend as", "MusaBackend as"
     )
-    found = {
+    seen = {
         violation.requirement.kind: violation.seen
         for violation in check_upstream(copy.root, copy.version)
     }
-    assert found.keys() == {"imports", "imports_from"}
-    assert re.search("no import of .*MusaFlashAttentionBackend", found["imports"])
-    assert found["imports_from"] == "also MusaBackend"
+    assert seen.keys() == {"imports", "imports_from"}
+    assert re.search("no import of .*MusaFlashAttentionBackend", seen["imports"])
+    assert seen["imports_from"] == "also MusaBackend"
 
 
 def test_rows_of_other_users_are_left_out(copy: SourceCopy) -> None:

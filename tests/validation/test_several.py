@@ -218,8 +218,8 @@ def test_reports_of_single_modes_become_one(tmp_path: Path) -> None:
     paths = [str(tmp_path / "first"), str(tmp_path / "second" / "report.json")]
     assert command.main(["--merge", *paths, "--out", str(tmp_path / "both")]) == 1
     both = read(tmp_path / "both")
-    found = {outcome.name: outcome.status for outcome in both.outcomes}
-    assert found == {"eagle": PASS, "mla": FAIL, "tp2": SKIP}
+    statuses = {outcome.name: outcome.status for outcome in both.outcomes}
+    assert statuses == {"eagle": PASS, "mla": FAIL, "tp2": SKIP}
     assert "another token" in (tmp_path / "both" / "report.md").read_text()
     assert list(both.broken) == ["bench"]
 

@@ -70,9 +70,9 @@ def test_kernels_that_ignore_an_argument_fail(argument: str, case: str) -> None:
     """Every argument that kernels could drop has a case that shows it, even in bfloat16."""
     torch.set_num_threads(1)
     assert outcome_of(case, reference_kernels(), torch.bfloat16).status == PASS
-    found = outcome_of(case, without(argument), torch.bfloat16)
-    assert found.status == FAIL
-    assert found.numbers["error"] > found.numbers["allowed"]
+    outcome = outcome_of(case, without(argument), torch.bfloat16)
+    assert outcome.status == FAIL
+    assert outcome.numbers["error"] > outcome.numbers["allowed"]
 
 
 def test_kernels_that_share_one_workspace_fail() -> None:
@@ -92,11 +92,11 @@ def test_kernels_that_share_one_workspace_fail() -> None:
 
 def test_a_refusal_by_name_is_no_failure() -> None:
     """A case that the provider cannot serve is skipped, with its words."""
-    found = outcome_of(
+    outcome = outcome_of(
         "varlen, softcap", dataclasses.replace(reference_kernels(), flash_attn_varlen_func=_refuse)
     )
-    assert found.status == SKIP
-    assert "no softcap here" in found.reason
+    assert outcome.status == SKIP
+    assert "no softcap here" in outcome.reason
 
 
 def _refuse(**_: Any) -> Any:
@@ -111,10 +111,10 @@ def test_an_error_is_a_failure() -> None:
     def call(**_: Any) -> Any:
         raise RuntimeError("MUSA error: an illegal memory access was encountered")
 
-    found = outcome_of(
+    outcome = outcome_of(
         "decode", dataclasses.replace(reference_kernels(), flash_attn_with_kvcache=call)
     )
-    assert (found.status, found.reason.split(":")[0]) == (FAIL, "RuntimeError")
+    assert (outcome.status, outcome.reason.split(":")[0]) == (FAIL, "RuntimeError")
 
 
 @pytest.mark.parametrize(
@@ -248,11 +248,11 @@ def test_a_broken_provider_is_reported(tmp_path: Path, fault: str, reason: str) 
         tmp_path / "out", "--quick", "--only", "numerics", program=[str(program)]
     )
     assert done.returncode == 1, done.stdout + done.stderr
-    found = {outcome["name"].split(": ")[1]: outcome for outcome in report["outcomes"]}
-    assert {name: outcome["status"] for name, outcome in found.items()} == {
+    outcomes = {outcome["name"].split(": ")[1]: outcome for outcome in report["outcomes"]}
+    assert {name: outcome["status"] for name, outcome in outcomes.items()} == {
         "prefill": PASS, "decode, window": FAIL, "verify of 4": PASS,
     }  # fmt: skip
-    assert reason in found["decode, window"]["reason"]
+    assert reason in outcomes["decode, window"]["reason"]
     assert "decode, window" in done.stdout
 
 
@@ -301,8 +301,8 @@ def graph_case(name: str, kernels: FA3Kernels) -> Outcome:
 @pytest.mark.parametrize("name", validate_graphs.CASES)
 def test_graph_cases_are_right_where_graphs_are(name: str) -> None:
     """Attention over the new lengths is captured and replayed, without a device's graphs."""
-    found = graph_case(name, reference_kernels())
-    assert found.status == PASS, found
+    outcome = graph_case(name, reference_kernels())
+    assert outcome.status == PASS, outcome
 
 
 def test_a_graph_that_keeps_its_first_lengths_fails() -> None:
@@ -324,10 +324,10 @@ def test_a_served_model_is_compared_with_torch_native(tmp_path: Path) -> None:
     """The engine part boots both engines, finds equal tokens, and one plan a pass."""
     done, report = run_kit(tmp_path, "--quick", "--only", "engine")
     assert done.returncode == 0, done.stdout + done.stderr
-    found = {outcome["name"]: outcome for outcome in report["outcomes"]}
-    assert {outcome["status"] for outcome in found.values()} == {PASS}
-    assert "MusaFA3Backend on reference" in found["fa3: served by this package"]["reason"]
-    counts = found["fa3: one plan a pass"]["numbers"]
+    outcomes = {outcome["name"]: outcome for outcome in report["outcomes"]}
+    assert {outcome["status"] for outcome in outcomes.values()} == {PASS}
+    assert "MusaFA3Backend on reference" in outcomes["fa3: served by this package"]["reason"]
+    counts = outcomes["fa3: one plan a pass"]["numbers"]
     assert counts["plans"] == counts["passes"] == counts["reuses"] > 0
 
 
@@ -373,9 +373,9 @@ def test_mla_kernels_that_return_their_plans_are_called_their_way(name: str) -> 
     returning = dataclasses.replace(
         kernels, mla_plan_bytes=None, get_scheduler_metadata=plan, flash_attn_with_kvcache=call
     )
-    found = outcome_of(name, returning)
-    assert found.status == PASS, found
-    assert [(one["headdim"], one["headdim_v"], one["num_heads_kv"]) for one in asked] == [
+    outcome = outcome_of(name, returning)
+    assert outcome.status == PASS, outcome
+    assert [(call["headdim"], call["headdim_v"], call["num_heads_kv"]) for call in asked] == [
         (64, 512, 1)
     ] * 2
 
@@ -509,10 +509,10 @@ def test_each_case_of_a_mode_sees_its_fault(
     """Unequal answers, an engine that dies, and plans that are not as they should be fail the case
     that is for them.
     """
-    found = mode_outcomes(fault, noise, tmp_path, monkeypatch)
-    assert tuple(found[name].status for name in MODE_CASES) == statuses, found
+    outcomes = mode_outcomes(fault, noise, tmp_path, monkeypatch)
+    assert tuple(outcomes[name].status for name in MODE_CASES) == statuses, outcomes
     if "dies" in fault:
-        assert "the process ended" in found["graphs"].reason
+        assert "the process ended" in outcomes["graphs"].reason
 
 
 @pytest.mark.parametrize(
@@ -522,8 +522,8 @@ def test_outputs_are_compared_where_they_were_asked_to_be(
     fault: str, status: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The engine with ``SGLANG_MUSA_EXT_CHECK=output`` must say that it compared."""
-    found = mode_outcomes(fault, 0.0, tmp_path, monkeypatch, "dense-page64")
-    assert found["every call's output beside the reference kernels'"].status == status
+    outcomes = mode_outcomes(fault, 0.0, tmp_path, monkeypatch, "dense-page64")
+    assert outcomes["every call's output beside the reference kernels'"].status == status
 
 
 @pytest.mark.parametrize(
@@ -534,8 +534,8 @@ def test_an_fp8_cache_is_prefilled_from(
     fault: str, status: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No layer's own keys are fp8, so that allowing raw keys changes nothing and uses none."""
-    found = mode_outcomes(fault, 0.0, tmp_path, monkeypatch, "fp8")
-    assert found["graphs, prefill over raw keys allowed"].status == status, found
+    outcomes = mode_outcomes(fault, 0.0, tmp_path, monkeypatch, "fp8")
+    assert outcomes["graphs, prefill over raw keys allowed"].status == status, outcomes
 
 
 def test_modes_of_an_fp8_cache_ask_for_one() -> None:
@@ -639,11 +639,11 @@ def test_engine_changes_let_attention_show() -> None:
     ]
     for model in models:
         engine_changes.initialize(model)
-    one, other = (model.state_dict() for model in models)
-    product = one["lin.weight"] @ torch.randn(256, generator=torch.Generator().manual_seed(0))
+    first, second = (model.state_dict() for model in models)
+    product = first["lin.weight"] @ torch.randn(256, generator=torch.Generator().manual_seed(0))
     assert 0.7 < float(product.std()) < 1.4
-    assert 0.75 <= float(one["norm.weight"].min()) <= float(one["norm.weight"].max()) <= 1.25
-    assert one["lin.weight"].equal(other["lin.weight"])
+    assert 0.75 <= float(first["norm.weight"].min()) <= float(first["norm.weight"].max()) <= 1.25
+    assert first["lin.weight"].equal(second["lin.weight"])
 
 
 def test_gemmas_norms_multiply_by_about_one_too() -> None:
@@ -706,11 +706,11 @@ def test_what_the_sanitizer_says_decides(
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     assert validate_memcheck.find_sanitizer() == str(sanitizer)
     options = SimpleNamespace(out=str(tmp_path), kernels="hopper", device="cuda")
-    found = validate_memcheck.check(name, str(sanitizer), options)
-    assert found.status == expected, found
+    outcome = validate_memcheck.check(name, str(sanitizer), options)
+    assert outcome.status == expected, outcome
     if fault == "errors":
         said = "" if name == validate_memcheck.CONTROL else "compute-sanitizer: "
-        assert found.reason == f"{said}Invalid __global__ read of size 16 bytes"
+        assert outcome.reason == f"{said}Invalid __global__ read of size 16 bytes"
 
 
 def test_without_a_sanitizer_memcheck_says_so() -> None:

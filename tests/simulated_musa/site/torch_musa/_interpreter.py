@@ -40,8 +40,8 @@ def install() -> None:
     executor.__call__ = call
     builder: Any = interpreter.InterpreterBuilder
     multiply = builder.create_dot
-    builder.create_dot = lambda self, a, b, *rest: multiply(
-        self, _without_bfloat16(a), _without_bfloat16(b), *rest
+    builder.create_dot = lambda self, a, b, *options: multiply(
+        self, _without_bfloat16(a), _without_bfloat16(b), *options
     )
     # The arguments are in host memory already, and are written in place.
     executor._init_args_hst = lambda self, args, kwargs: (list(args), kwargs)
