@@ -2,8 +2,8 @@
 
 Faults of the library itself have their tests elsewhere: missing, foreign, too old or incomplete in
 ``tests/kernels/test_mate.py`` and ``test_mate_identity.py``; settings that are wrong, or bad for
-these kernels, with message and exit status of a server, in ``tests/test_plugin.py``; an exhausted
-workspace in ``tests/attention``. Failing kernels in random places are among what
+these kernels, with message and exit status of a server, in ``tests/test_plugin_processes.py``; an
+exhausted workspace in ``tests/attention``. Failing kernels in random places are among what
 ``tests/fuzzing`` does. Here a kernel fails in the middle of a pass, a plan has another shape than
 it should, the memory for plans cannot be had, and an engine loses its scheduler by that.
 """

@@ -1,8 +1,9 @@
-"""Import a command of ``scripts/`` that is one Python file without an ending."""
+"""Commands of ``scripts/`` as modules, and the environment of processes that tests start."""
 
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
@@ -21,3 +22,8 @@ def load_command(name: str) -> ModuleType:
     sys.modules[module_name] = module  # dataclasses look their module up there
     loader.exec_module(module)
     return module
+
+
+def clean_environment(**variables: str) -> dict[str, str]:
+    """Return a process's environment with no setting of this package but ``variables``."""
+    return {name: value for name, value in os.environ.items() if "MUSA" not in name} | variables
