@@ -11,7 +11,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -51,6 +51,15 @@ HOST_FREE_DRAFT_EXTEND = "GPU-only" in inspect.getsource(
     upstream.FlashAttentionBackend.init_forward_metadata
 )
 """True if this SGLang reads draft-extend v2 without lengths on the host."""
+_BACKEND_SOURCE = inspect.getsource(inspect.getmodule(upstream.FlashAttentionBackend) or upstream)
+HAS_PAGED_CHUNKS = (
+    "local_attn_builder" in _BACKEND_SOURCE
+    or "[:, :: self.page_size] // self.page_size" in _BACKEND_SOURCE
+)
+"""Up to 0.5.19 upstream's virtual batches take token slots for pages, and its graphs see a table as
+wide as the lengths of the capture: one page. FA3 reads on in the buffer behind it, where the rest
+is; the reference kernels refuse to.
+"""
 
 
 ON_GPU = DEVICE != "cpu"
@@ -191,7 +200,7 @@ class World:
     @staticmethod
     def _whole_pass(served: Served, operation: Operation) -> None:
         # The default device and the switch of inference mode are each thread's own.
-        with torch.device(DEVICE), served.mode():
+        with torch.device(DEVICE) if ON_GPU else nullcontext(), served.mode():
             for _ in range(3):
                 for _ in served.turns(operation, served.backend):
                     pass
@@ -583,8 +592,10 @@ class Served:
 
     def _can_capture(self) -> bool:
         """Return whether the stand-in for upstream's graph runner serves this model."""
-        special = any("sinks" in options or "shares" in options for options in self.lane.layers)
-        return not (special or self.lane.embedding or self.lane.topk > 1)
+        lane = self.lane
+        special = any("sinks" in options or "shares" in options for options in lane.layers)
+        narrow = lane.chunk is not None and not (HAS_PAGED_CHUNKS or ON_GPU)
+        return not (special or narrow or lane.embedding or lane.topk > 1)
 
     def _captured(self) -> GraphRunner:
         if self._runner is None:

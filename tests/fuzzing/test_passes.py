@@ -6,7 +6,9 @@ Here hypothesis chooses the sequences, from a fixed seed, and makes a failing on
 
 from __future__ import annotations
 
+import dataclasses
 import gc
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -149,6 +151,27 @@ def test_another_calls_plan_is_noticed_though_the_output_is_right(mla: bool) -> 
     second["cache_seqlens"] = second["cache_seqlens"].flip(0)
     with pytest.raises(Mismatch, match="another plan than its own"):
         require_own_plan(second)
+
+
+def test_calls_that_need_no_adapter_are_counted_too() -> None:
+    """On Hopper a call whose names the library has goes to the library's own function."""
+    model = Model([attention_layer(0), attention_layer(1)])
+    backend, watch = model.backend(), KernelWatch(Totals())
+    requests, calls = model.requests(5), recorded(backend)
+    model.run_pass(backend, model.decode(requests))
+    adapted = backend._kernels.flash_attn_with_kvcache
+
+    def unadapted(**arguments: Any) -> Any:
+        return adapted(**arguments)
+
+    names, kind = calls[0].arguments, inspect.Parameter.KEYWORD_ONLY
+    parameters = [inspect.Parameter(name, kind) for name in names]
+    unadapted.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    other = model.backend()
+    other._kernels = dataclasses.replace(other._kernels, unadapted=unadapted)
+    watch.serve(other)
+    model.run_pass(other, model.decode(requests))
+    assert watch.totals.calls == 2
 
 
 def test_a_kernel_fails_where_it_is_told_to() -> None:

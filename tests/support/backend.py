@@ -13,6 +13,8 @@ release.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 import os
 import warnings
@@ -80,7 +82,9 @@ runs.
 """
 if DEVICE == "cpu":
     prepare_process()
-torch.set_default_device(DEVICE)
+if DEVICE != "cpu":
+    # A default device costs each operation of torch as much as a small operation takes.
+    torch.set_default_device(DEVICE)
 # All tensors are small, and threads that wait for one another take longer than the work.
 torch.set_num_threads(1)
 # SGLang looks for its platform once, while it is imported; the tests choose their own settings
@@ -785,8 +789,11 @@ def replace_kernels(
     """Let ``wrap`` make each kernel function of ``backend`` from its name and the function there
     was.
     """
-    import dataclasses
-
+    kernels = backend._kernels
     names = ("flash_attn_with_kvcache", "flash_attn_varlen_func", "get_scheduler_metadata")
-    wrapped = {name: wrap(name, getattr(backend._kernels, name)) for name in names}
-    backend._kernels = dataclasses.replace(backend._kernels, **wrapped)
+    wrapped = {name: wrap(name, getattr(kernels, name)) for name in names}
+    if kernels.unadapted is not None:
+        # Its signature says which calls reach it.
+        wrapper = wrap("flash_attn_with_kvcache", kernels.unadapted)
+        wrapped["unadapted"] = functools.wraps(kernels.unadapted)(wrapper)
+    backend._kernels = dataclasses.replace(kernels, **wrapped)
