@@ -82,7 +82,7 @@ runs.
 """
 if DEVICE == "cpu":
     prepare_process()
-if DEVICE != "cpu":
+else:
     # A default device costs each operation of torch as much as a small operation takes.
     torch.set_default_device(DEVICE)
 # All tensors are small, and threads that wait for one another take longer than the work.
