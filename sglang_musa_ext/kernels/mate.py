@@ -63,20 +63,21 @@ def mate_record(library: Any, release: policy.MateRelease) -> FA3Kernels:
         release: MATE's, as numbers: ``(0, 2, 7)``.
     """
     dtypes = frozenset(getattr(torch, name) for name in policy.mate_dtypes(release))
+    limits = policy.kernel_limits(release)
     return FA3Kernels(
         name="mate",
         flash_attn_with_kvcache=_attention(library, "flash_attn_with_kvcache", release),
         flash_attn_varlen_func=_attention(library, "flash_attn_varlen_func", release),
         get_scheduler_metadata=_planning(library.get_scheduler_metadata, release),
         dtypes=dtypes,
-        mla_dtypes=HALF,
+        mla_dtypes=HALF if "fp8_mla" in limits else None,
         mla_plan_bytes=_mla_plan_bytes,
-        mla_page_sizes=(policy.PAGE_SIZE,),
-        fastest_page_size=policy.PAGE_SIZE,
+        mla_page_sizes=(policy.PAGE_SIZE,) if "mla_page_size" in limits else None,
+        fastest_page_size=policy.PAGE_SIZE if "page_size" in limits else None,
         serves_head_dims=functools.partial(policy.mate_serves_head_dims, release),
         head_dims=head_dims_in_words(release),
         largest_batch=policy.mate_largest_batch(release),
-        drops_plan=has_sinks,
+        drops_plan=has_sinks if "sinks_plan" in limits else lambda arguments: False,
         static_num_splits=functools.partial(_static_num_splits, release),
         combines_unsplit=True,
         serves_raw_keys=functools.partial(serves_raw_keys, release),

@@ -259,6 +259,35 @@ def test_chunked_prefix_of_mla_returns_its_log_sum_exp() -> None:
     assert (counts.calls, counts.planned_calls, counts.plans) == (2, 0, 0)
 
 
+@pytest.mark.parametrize("padding", [(0, 10), (5, 0), (5, 10)], ids=str)
+@pytest.mark.parametrize("one_shot", [False, True], ids=["chunk of fixed capacity", "one shot"])
+def test_one_request_of_mla_sees_no_padded_rows(padding: tuple[int, int], one_shot: bool) -> None:
+    """MATE takes all rows of one request for its own: queries and keys that pad it among them."""
+    model = mla_model(1)
+    backend = model.backend()
+    step = model.extend(model.requests(90), [30])
+    backend.init_forward_metadata(step.batch)
+    layer = attention_layer(7, 4, 4, 192, v_head_dim=128)
+    fields = {
+        "mha_return_lse": True, "mha_one_shot": one_shot, "prefix_chunk_idx": 0,
+        "prefix_chunk_cu_seq_lens": torch.tensor([[0, 90]], dtype=torch.int32),
+        "prefix_chunk_max_seq_lens": [90], "attn_attend_prefix_cache": not one_shot,
+    }  # fmt: skip
+    vars(step.batch).update(fields)
+    keys = 120 if one_shot else 90
+    q = model.normal(30 + padding[0], 4 * 192)
+    k, v = (model.normal(keys + padding[1], 4, dim) for dim in (192, 128))
+    out, lse = backend.forward_extend(q, k, v, layer, step.batch, save_kv_cache=False)
+    visible = torch.ones(30, keys, dtype=torch.bool)
+    if one_shot:
+        visible = visible.tril(90)
+    queries = q[:30].view(-1, 4, 192).double()
+    exact = dense_attention(queries, k[:keys].double(), v[:keys].double(), visible, layer.scaling)
+    for got, wanted in zip((out, lse), exact, strict=True):
+        seen = got[:30].view(wanted.shape).double()
+        torch.testing.assert_close(seen, wanted, rtol=1e-5, atol=1e-5)
+
+
 def _require_pieces(
     result: Any, layer: Any, q: Any, k: Any, v: Any, rows: list[int], keys: list[int], causal: bool
 ) -> None:

@@ -743,7 +743,15 @@ RAW_KEYS = (
 
 MATE, RECORD = "kernels/mate.py", "kernels/record.py"
 FP8_TESTS = ("attention/test_fp8.py",)
-FP8 = [
+OF_MATE = [
+    Mutant(
+        "one request has all rows",
+        MATE,
+        "if (q.size(0), k.size(0)) != lengths or _is_capturing(q.device):",
+        "if False:",
+        "padded_rows",
+        ("attention/test_passes.py",),
+    ),
     Mutant(
         "scales for the server's requests",
         MATE,
@@ -780,7 +788,7 @@ FP8 = [
         FP8_TESTS,
     ),
 ]  # fmt: skip
-"""A KV cache in fp8."""
+"""What meets MATE's ways: with one request, and with a KV cache in fp8."""
 
 
 def all_mutants() -> list[Mutant]:
@@ -795,7 +803,7 @@ def all_mutants() -> list[Mutant]:
         *CHECKS,
         *SELECTION,
         *RAW_KEYS,
-        *FP8,
+        *OF_MATE,
     ]
 
 
