@@ -95,14 +95,3 @@ def test_validate_own_model(command: Command, tmp_path: Path, model: Path) -> No
     report = json.loads((tmp_path / "own" / "report.json").read_text())
     assert done.returncode == 0, done.stdout + done.stderr
     assert {outcome["status"] for outcome in report["outcomes"]} == {"pass"}
-
-
-def test_bench(command: Command, tmp_path: Path, model: Path) -> None:
-    """The benchmark finds this package's answers right, and so times them."""
-    what = ["--model", str(model), "--kinds", "eager", "--peers", "triton,ours", "--no-kernels"]
-    how = ["--quick", "--rounds", "1", "--steps", "4", "--longest", "1024", "--kv-tokens", "8192"]
-    done = command("bench", *what, *how, "--out", "bench")
-    assert done.returncode == 0, done.stdout + done.stderr
-    result = json.loads((tmp_path / "bench" / "bench.json").read_text())
-    (measured,) = result["models"].values()
-    assert measured["points"], done.stdout
