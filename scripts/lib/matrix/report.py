@@ -133,8 +133,9 @@ expected.
   and of the release's own `torch_native` backend, and one plan is computed for each geometry and
   pass.
 * **musa**: the release's own engine on a [simulated Moore Threads GPU](simulated-musa.md), with
-  decode graphs and nothing named: a dense model, sliding windows, multi-head latent attention and a
-  chain of drafts. Tokens are transformers', and this package serves on a stand-in of MATE.
+  decode graphs and nothing else named: a dense model, the same with prefill graphs, sliding
+  windows in two models, multi-head latent attention, the same with experts, and a chain of drafts.
+  Tokens are transformers', and this package serves on a stand-in of MATE.
 
 All of it runs on a CPU, and all but the last column with the reference kernels, in one environment:
 {environment}.
