@@ -78,9 +78,7 @@ def test_unset_or_empty_means_the_default(variable: str, field: str, value: str 
 
 @pytest.mark.parametrize(("variable", "value", "expected"), GOOD)
 def test_a_good_value_sets_its_field_alone(variable: str, value: str, expected: object) -> None:
-    """Every accepted spelling, in any case and with blanks around it, sets its own field and no
-    other.
-    """
+    """Every accepted spelling, in any case and with blanks around it, sets its own field."""
     settings = Settings.from_environ({variable: value})
     assert dataclasses.asdict(settings) == {**DEFAULTS, FIELDS[variable]: expected}
 

@@ -1,6 +1,4 @@
-"""With ``SGLANG_MUSA_EXT=on``, FA3 attention is ours or is refused, however SGLang fails to load
-this plugin.
-"""
+"""With ``SGLANG_MUSA_EXT=on``, FA3 is ours or refused, also if SGLang loads no plugin."""
 
 from __future__ import annotations
 
@@ -135,9 +133,7 @@ def schedulers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, 
 def test_a_scheduler_without_the_plugin_refuses_fa3(
     schedulers: dict[str, dict[str, str]], case: str, way: str
 ) -> None:
-    """A scheduler that never called the plugin builds no FA3 backend, by the registry or by its
-    class.
-    """
+    """A scheduler that never called the plugin builds no FA3 backend, by registry or class."""
     assert schedulers[case][way].startswith("NotServedByUsError: SGLANG_MUSA_EXT=on")
 
 
@@ -167,9 +163,7 @@ def test_without_the_guard_upstreams_backend_would_be_built(
 
 @pytest.mark.parametrize("case", ["loaded", "loaded late"])
 def test_a_loaded_plugin_serves(schedulers: dict[str, dict[str, str]], case: str) -> None:
-    """The registry is asked when the model is built, so a plugin that loads after ServerArgs is in
-    time.
-    """
+    """The registry is asked when a model is built: a plugin after ServerArgs is in time."""
     assert schedulers[case]["fa3"] == "sglang_musa_ext.plugin"
     assert "NotServedByUsError" not in schedulers[case]["registry"]
 
@@ -246,9 +240,7 @@ def a_backend() -> tuple[type, Callable[[str], type]]:
 
 
 def test_ours_pass_the_guard() -> None:
-    """A class of our attention module, or one made from it, is built with the arguments it was
-    given.
-    """
+    """A class of ours, or one made from it, is built with the arguments it was given."""
     _, derive = a_backend()
     ours: Any = derive("sglang_musa_ext.attention.mixin")
     theirs: Any = type("Theirs", (ours,), {"__module__": "elsewhere"})
@@ -259,9 +251,7 @@ def test_ours_pass_the_guard() -> None:
     "module", ["sglang.srt.hardware_backend.musa.attention.flashattention_backend", "elsewhere"]
 )
 def test_others_do_not_pass_the_guard(module: str) -> None:
-    """The class itself, and one made from it elsewhere, such as the in-tree MUSA one, is named and
-    refused.
-    """
+    """Upstream's class, and one made from it as in the tree, is named and refused."""
     base, derive = a_backend()
     for backend in (base, derive(module)):
         with pytest.raises(
@@ -319,9 +309,7 @@ def test_a_process_says_once_what_it_does(
     variables: dict[str, str],
     line: str | None,
 ) -> None:
-    """SGLang loads plugins before it sets its log up, and the line is seen; off, or idle unasked,
-    says nothing.
-    """
+    """The line is seen though SGLang's log comes later; off, or idle unasked, says nothing."""
     names = ("_take_over", "_take_over_drafts", "_have_ranks_agree", "_require_unclaimed")
     for name in names:
         monkeypatch.setattr(plugin, name, lambda *_: None)

@@ -247,9 +247,7 @@ def is_ellipsis(node: ast.AST) -> bool:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_the_environment_is_touched_in_one_place(module: str) -> None:
-    """Nobody but the named functions reads or sets environment variables, and what starts
-    processes.
-    """
+    """Only the named functions read or set environment variables or start processes."""
     if layer_of(module) in BUILD_ENVIRONMENTS:
         return
     granted = {function for place, function in MAY_TOUCH_THE_ENVIRONMENT if place == module}

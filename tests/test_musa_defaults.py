@@ -40,9 +40,7 @@ class ServerArgs:
         vars(self).update(given)
 
     def settle(self) -> None:
-        """Choose what was left open, the way upstream does: ask for a default only where nothing
-        was chosen.
-        """
+        """Choose as upstream does: ask for a default only where nothing was chosen."""
         if self.attention_backend is None:
             self.attention_backend = self.default(self, use_mla_backend=False, model_config=LLAMA)
 
@@ -148,9 +146,7 @@ class Musa:
 
 @pytest.fixture(params=[Early, Late], ids=["up to 0.5.18", "from 0.5.19"])
 def musa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Musa]:
-    """SGLang on MUSA, in both forms that its arguments have had; what is installed is taken out
-    again.
-    """
+    """SGLang on MUSA, in both forms of its arguments; what is installed is undone."""
     for name in [name for name in sys.modules if name.partition(".")[0] == "sglang"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))

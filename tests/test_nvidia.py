@@ -70,9 +70,7 @@ def has_hopper() -> bool:
 
 
 def touched_modules() -> list[str]:
-    """The modules that the contract with upstream names for the installed release, which can be
-    imported as such.
-    """
+    """The importable modules that the contract names for the installed release."""
     version = importlib.metadata.version("sglang")
     modules = {
         row.module
@@ -144,9 +142,7 @@ def run_process(scratch: Path, path: list[Path], settings: dict[str, str]) -> St
 
 @pytest.fixture(scope="module")
 def states(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> dict[str, State]:
-    """A process without the package, one with it for each of :data:`IDLE`, and one with it turned
-    on.
-    """
+    """Processes without the package, with it for each of :data:`IDLE`, and turned on."""
     root = tmp_path_factory.mktemp("nvidia")
     libraries, ours, nothing = root / "libraries", root / "ours", root / "nothing"
     nothing.mkdir()
@@ -180,9 +176,7 @@ def compared(state: State) -> dict[str, Any]:
 
 @pytest.mark.parametrize("settings", IDLE)
 def test_nvidia_users_get_upstream(states: dict[str, State], settings: str) -> None:
-    """Classes, attributes, code, hooks, imports and environment are those of a process without the
-    package.
-    """
+    """Classes, code, hooks, imports and environment are as in a process without the package."""
     assert list(differences(compared(states[WITHOUT]), compared(states[settings]))) == []
 
 
@@ -193,9 +187,7 @@ def test_nvidia_users_read_what_upstream_says(states: dict[str, State], settings
 
 
 def test_who_asks_is_answered_in_one_line(states: dict[str, State]) -> None:
-    """Whoever sets a variable of this package reads why nothing changes, and nothing else that is
-    new.
-    """
+    """A user of this package's variables reads why nothing changes, and nothing else."""
     without, lines = states[WITHOUT].printed.splitlines(), states["auto"].printed.splitlines()
     (line,) = [line for line in lines if NAME in line]
     assert "stays idle" in line
@@ -203,9 +195,7 @@ def test_who_asks_is_answered_in_one_line(states: dict[str, State]) -> None:
 
 
 def test_the_environments_differ_by_the_package(states: dict[str, State]) -> None:
-    """The package is really absent in one, and in the others SGLang and torch have really called
-    its entry points.
-    """
+    """One process lacks the package; in the others its entry points were really called."""
     assert states[WITHOUT].at("ours") == []
     for name in IDLE:
         assert {f"{NAME}.plugin", f"{NAME}.guard"} <= set(states[name].at("ours"))
@@ -213,9 +203,7 @@ def test_the_environments_differ_by_the_package(states: dict[str, State]) -> Non
 
 
 def test_what_is_compared_is_upstreams_path_for_nvidia(states: dict[str, State]) -> None:
-    """The stand-ins lead to what an NVIDIA GPU gets: upstream's FA3 classes, for the target and for
-    drafts.
-    """
+    """The stand-ins lead to what an NVIDIA GPU gets: FA3, for target and drafts."""
     upstream = "sglang.srt.layers.attention.flashattention_backend"
     backends = {name: made["classes"][0] for name, made in states[WITHOUT].at("backends").items()}
     many = backends.pop("draft decode")
@@ -226,9 +214,7 @@ def test_what_is_compared_is_upstreams_path_for_nvidia(states: dict[str, State])
 
 
 def test_the_comparison_sees_the_package_at_work(states: dict[str, State]) -> None:
-    """With ``SGLANG_MUSA_EXT=on``, every backend is ours, and each place that this package changes
-    shows.
-    """
+    """With ``SGLANG_MUSA_EXT=on``, every backend is ours, and each changed place shows."""
     backends = {name: made["classes"][0] for name, made in states["on"].at("backends").items()}
     assert (
         backends.pop("draft decode") == f"{NAME}.attention.selection.MusaFA3MultiStepDraftBackend"

@@ -73,16 +73,12 @@ def files_below(folder: Path) -> set[str]:
 
 
 def test_nothing_is_required_at_run_time(metadata: Message) -> None:
-    """Installing the package cannot replace a vendor's torch: it asks for nothing outside its
-    extras.
-    """
+    """Installing cannot replace a vendor's torch: only extras require anything."""
     assert [x for x in requirements(metadata) if "extra ==" not in x] == []
 
 
 def test_no_extra_names_a_package_of_the_stack(metadata: Message) -> None:
-    """No extra lets pip resolve a name that belongs to the vendor, or to somebody else on a public
-    index.
-    """
+    """No extra names a package of the vendor, or of somebody else on a public index."""
     assert {normal_name(x) for x in requirements(metadata)} & FORBIDDEN.keys() == set()
 
 
@@ -165,9 +161,7 @@ def test_the_licence_is_whole(repository: Path) -> None:
 def test_entry_points_load_where_nothing_else_is_installed(
     wheel: Path, clean_python: Path, group: str, name: str
 ) -> None:
-    """In an environment without torch and sglang, each entry point is found and leads to a
-    callable.
-    """
+    """Without torch and sglang, each entry point is found and leads to a callable."""
     pip("--python", clean_python, "install", "--no-index", "--no-deps", wheel)
     code = (
         "from importlib.metadata import entry_points\n"

@@ -152,9 +152,7 @@ def set_environment(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, str]
 
 @pytest.fixture
 def musa(imported: Upstream, monkeypatch: pytest.MonkeyPatch) -> Callable[[tuple[int, int]], None]:
-    """Makes SGLang believe that this machine has a MUSA device of the MP version that it is called
-    with.
-    """
+    """Make SGLang believe that there is a MUSA device of the given MP version."""
 
     def believe(capability: tuple[int, int]) -> None:
         monkeypatch.setattr("sglang.srt.utils.is_musa", lambda: True)
@@ -191,9 +189,7 @@ def attention(monkeypatch: pytest.MonkeyPatch) -> Any:
     "others", [{}, NONSENSE, {"SGLANG_PLUGINS": "musa_ext"}], ids=["alone", "nonsense", "named"]
 )
 def test_off_imports_nothing_and_costs_nothing(others: dict[str, str]) -> None:
-    """``off`` loads neither torch nor sglang, looks at no other variable, and takes less than a
-    second.
-    """
+    """``off`` loads no torch or sglang, reads no other variable, and takes under a second."""
     script = (
         "import sys, time\nfrom sglang_musa_ext.plugin import register\nregister()\n"
         "heavy = {'torch', 'sglang', 'triton', 'numpy'} & sys.modules.keys()\n"
@@ -279,9 +275,7 @@ def test_a_release_outside_the_tested_range_is_warned_of(
 def test_speculative_decoding_makes_our_class_names_known(
     sglang: Upstream, musa: Callable[[tuple[int, int]], None], attention: Any
 ) -> None:
-    """Upstream lists some backends by class name, where it decodes speculatively; only there ours
-    are added.
-    """
+    """Our class names join upstream's lists, where it decodes speculatively, and only there."""
     create_musa_fa3_backend(RUNNER)
     assert "install_class_names" not in attention.installed
     speculating = {"spec_algorithm": SimpleNamespace(is_none=lambda: False)}
@@ -331,9 +325,7 @@ def test_only_fa3_fa4_and_its_drafts_are_replaced(
 def test_registering_twice_changes_nothing(
     sglang: Upstream, set_environment: Callable[[dict[str, str]], None]
 ) -> None:
-    """A second call leaves our factory, and wraps upstream's own draft methods and not our
-    wrappers.
-    """
+    """A second call leaves our factory, and wraps upstream's methods, not our wrappers."""
     originals = [vars(sglang.factory)[name] for name in DRAFT_METHODS]
     set_environment(OURS[0])
     register()
@@ -403,9 +395,7 @@ def test_a_bad_value_is_refused_when_a_server_asks(
     value: str,
     choices: str,
 ) -> None:
-    """A value that a variable cannot have stops FA3, naming variable, value and choices, device or
-    not.
-    """
+    """A bad value of a variable stops FA3, with variable, value and choices, device or not."""
     set_environment({variable: value})
     register()
     message = str(refused(lambda: sglang.backends["fa3"](None)))
@@ -496,9 +486,7 @@ def test_a_draft_factory_that_is_gone_does_not_let_fa3_through(
     monkeypatch: pytest.MonkeyPatch,
     missing: str,
 ) -> None:
-    """Nothing escapes ``register``, and fa3 refuses, even where upstream moved what else would be
-    replaced.
-    """
+    """Nothing escapes ``register``, and fa3 refuses, even if upstream moved something."""
     set_environment(OURS[0])
     if missing == "module":
         monkeypatch.setitem(sys.modules, "sglang.srt.speculative.draft_utils", None)
@@ -520,9 +508,7 @@ def test_an_old_musa_device_is_refused(
     attention: Any,
     capability: tuple[int, int],
 ) -> None:
-    """A GPU that MATE has no kernels for is refused with its version, the least version and another
-    backend.
-    """
+    """A GPU without MATE kernels is refused with its version, the least, and another backend."""
     musa(capability)
     message = str(refused(lambda: create_musa_fa3_backend(RUNNER)))
     for part in (".".join(map(str, capability)), "3.1", "--attention-backend triton"):
@@ -556,9 +542,7 @@ def test_an_old_musa_device_is_refused_for_drafts(
 def test_the_capability_of_other_devices_is_not_asked_for(
     sglang: Upstream, monkeypatch: pytest.MonkeyPatch, attention: Any
 ) -> None:
-    """Without a MUSA device the reference and NVIDIA's kernels are served; a CPU has no capability
-    to compare.
-    """
+    """Without a MUSA device other kernels are served; a CPU has no capability to compare."""
     monkeypatch.setattr("sglang.srt.utils.get_device_capability", lambda: (None, None))
     assert create_musa_fa3_backend(RUNNER).runner is RUNNER
 
@@ -611,9 +595,7 @@ class Built(SimpleNamespace):
 
 @pytest.fixture
 def our_classes(sglang: Upstream, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The real attention module, with classes that build nothing, and with nothing that stays
-    installed.
-    """
+    """The attention module with classes that build nothing, of which nothing stays."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         real: Any = importlib.import_module("sglang_musa_ext.attention.selection")
@@ -644,9 +626,7 @@ def test_drafts_are_ours_and_returned_as_upstream_returns_them(
     method: str,
     cls: str,
 ) -> None:
-    """The draft factory returns a name and our class, whichever of its classes upstream would have
-    taken.
-    """
+    """The draft factory returns a name and our class, in place of any of its own."""
     monkeypatch.setattr(sglang.draft_utils, "is_musa", lambda: on_musa)
     set_environment(OURS[0])
     register()
@@ -697,9 +677,7 @@ def test_a_draft_method_keeps_its_name_and_signature(
 def test_the_platform_is_inactive_unless_named(
     monkeypatch: pytest.MonkeyPatch, platform: str | None, mode: str
 ) -> None:
-    """A second platform plugin that activates itself would be a start-up error, so this one waits
-    to be named.
-    """
+    """This platform waits to be named: two that activate themselves are a start-up error."""
     monkeypatch.setenv("SGLANG_MUSA_EXT", mode)
     if platform is not None:
         monkeypatch.setenv("SGLANG_PLATFORM", platform)
@@ -759,9 +737,7 @@ def test_a_broken_contract_of_defaults_costs_them_alone(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Where upstream chooses its backend some other way, fa3 is served all the same, to those who
-    ask for it.
-    """
+    """If upstream chooses its backend in another way, fa3 is served to those who ask for it."""
     installed: list[bool] = []
     musa((3, 1))
     monkeypatch.setattr(

@@ -159,9 +159,7 @@ BAD_SERVERS = [
 def test_a_server_with_bad_input_exits_before_it_serves(
     model: Path, tmp_path: Path, variables: dict[str, str], options: list[str], parts: list[str]
 ) -> None:
-    """SGLang's own server process exits with an error that says what is wrong, and answers no
-    request.
-    """
+    """SGLang's server exits with an error that says what is wrong, and answers nothing."""
     command = [
         sys.executable,
         "-m",

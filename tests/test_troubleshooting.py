@@ -1,6 +1,4 @@
-"""docs/troubleshooting.md against the sources: each message that can be printed has an entry, and
-no entry is stale.
-"""
+"""docs/troubleshooting.md against the sources: an entry a message, and none is stale."""
 
 from __future__ import annotations
 
@@ -32,9 +30,7 @@ def layer_of(path: Path) -> str:
 
 
 def text_of(node: ast.AST) -> str | None:
-    """The text that an expression has when it runs, with a gap for each part that it fills in;
-    None: it is no text.
-    """
+    """Return an expression's text with gaps for what is filled in; None if it is no text."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         return node.value
     if isinstance(node, ast.Attribute) and ast.unparse(node).startswith("envs."):
@@ -79,9 +75,7 @@ def _prints(call: ast.Call) -> bool:
 
 
 def pieces(message: str) -> list[str]:
-    """The parts of a message that stay the same, of its first sentence if that has any of some
-    length.
-    """
+    """Return a message's constant parts, of its first sentence if that has long ones."""
     sentence = re.split(r"(?<=[a-z0-9)…])[.:;] ", message.replace("\n", " "))[0]
     for text in (sentence, message):
         long_pieces = [

@@ -68,9 +68,7 @@ def test_new_keys_keep_their_offsets() -> None:
 
 @pytest.mark.parametrize("mode", ["decode", "prefill"])
 def test_a_plan_is_bounded_by_the_capacity_of_the_page_table(mode: str) -> None:
-    """``max_seqlen_k`` is what the kernel derives for itself, not a length that upstream may leave
-    unset.
-    """
+    """``max_seqlen_k`` is what the kernel derives, not a length that upstream may leave unset."""
     model = Model(uniform_layers(1), context_len=1024)
     backend, requests = model.backend(), model.requests(300, 5)
     calls = recorded(backend)
@@ -128,9 +126,7 @@ def test_a_call_outside_of_any_layer_leaves_no_plan_to_layers() -> None:
 
 
 def test_a_failing_layer_leaves_no_trace() -> None:
-    """An exception inside a forward takes its layer off the stack, so that the next call is not
-    its.
-    """
+    """An exception inside a forward takes its layer off the stack, so the next call is not its."""
     model = Model(uniform_layers(1))
     backend, requests = model.backend(), model.requests(300, 5)
     step = model.decode(requests)
@@ -248,9 +244,7 @@ def in_layer(backend: Any, batch: Any, calls: Callable[[], None]) -> None:
 
 @pytest.mark.parametrize("what", OTHER_ARGUMENTS)
 def test_calls_of_a_layer_that_differ_in_one_thing_have_plans_of_their_own(what: str) -> None:
-    """Each thing that a plan depends on is enough, alone, to tell two calls of a pass apart; and
-    likeness to share.
-    """
+    """Any one thing that a plan depends on tells two calls of a pass apart; equal calls share."""
     backend = Model(uniform_layers(1)).backend()
     replace_kernels(backend, lambda *_: lambda **arguments: torch.zeros(1))
     backend._kernels = dataclasses.replace(backend._kernels, metadata_uses_softcap=True)
@@ -268,9 +262,7 @@ def test_calls_of_a_layer_that_differ_in_one_thing_have_plans_of_their_own(what:
 
 
 def test_calls_with_equal_values_under_other_names_are_told_apart() -> None:
-    """One asks for a single split, another, without such an argument, for packed heads: 1 and
-    ``True`` are equal.
-    """
+    """A single split in one call and packed heads in another are told apart: 1 equals ``True``."""
     backend = Model(uniform_layers(1)).backend()
     replace_kernels(backend, lambda *_: lambda **arguments: torch.zeros(1))
     first = {**BASE_CALL, "cache_seqlens": torch.zeros(3, dtype=torch.int32)}
@@ -291,9 +283,7 @@ def test_calls_with_equal_values_under_other_names_are_told_apart() -> None:
     "second", ["another view", "an equal view after a change", "the same tensor after a change"]
 )
 def test_lengths_of_a_pass_are_told_apart_by_their_contents(second: str) -> None:
-    """Lengths that are changed in place between two calls, or that only look alike, are other
-    lengths.
-    """
+    """Lengths changed in place between two calls, or that only look alike, are other lengths."""
     backend = Model(uniform_layers(1)).backend()
     replace_kernels(backend, lambda *_: lambda **arguments: torch.zeros(1))
     lengths = torch.zeros(6, dtype=torch.int32)

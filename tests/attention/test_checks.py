@@ -139,9 +139,7 @@ def test_a_wrong_output_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_unequal_queries_get_no_plan_where_kernels_plan_none(
     new: tuple[int, ...], planned: bool
 ) -> None:
-    """Such kernels plan an extend for themselves if its requests differ in length, and outputs are
-    right either way.
-    """
+    """Such kernels plan an extend of unequal lengths for themselves; outputs are right anyway."""
     model = Model(uniform_layers(2))
     backend = model.backend()
     backend._kernels = dataclasses.replace(backend._kernels, plans_unequal_queries=False)
@@ -164,9 +162,7 @@ def test_unequal_queries_get_no_plan_where_kernels_plan_none(
 
 @pytest.mark.parametrize("by_itself", [True, False])
 def test_a_plan_that_nothing_reuses_is_left_to_kernels_that_make_it(by_itself: bool) -> None:
-    """Where passes make one call, kernels that plan for themselves do so from the second pass on;
-    others never do.
-    """
+    """With one call a pass, kernels that plan for themselves do so from the second pass on."""
     model = Model(uniform_layers(3))
     backend = model.backend()
     backend._kernels = dataclasses.replace(backend._kernels, plans_for_itself=by_itself)
@@ -180,9 +176,7 @@ def test_a_plan_that_nothing_reuses_is_left_to_kernels_that_make_it(by_itself: b
 
 
 def test_queries_are_counted_once_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    """That calls take no plan is remembered as a plan is: for the layers of one pass, whose lengths
-    are the same.
-    """
+    """Calls without a plan are remembered for the layers of one pass, as a plan is."""
     model = Model(uniform_layers(3))
     backend, requests = model.backend(), model.requests(300, 70)
     backend._kernels = dataclasses.replace(backend._kernels, plans_unequal_queries=False)
@@ -204,9 +198,7 @@ def test_every_call_has_a_plan_where_kernels_plan_all() -> None:
 
 
 def test_a_pass_without_plans_leaves_none_to_the_next() -> None:
-    """An unplanned extend between two decodes: the second decode has other lengths, and a plan of
-    its own.
-    """
+    """After an unplanned extend, a decode of other lengths has a plan of its own."""
     model = Model(uniform_layers(2))
     backend, requests = model.backend(), model.requests(300, 70)
     backend._kernels = dataclasses.replace(backend._kernels, plans_unequal_queries=False)

@@ -42,9 +42,7 @@ def test_other_users_of_upstreams_module_are_untouched(
 
 
 def test_installing_twice_is_installing_once(originals: dict[str, list[Any]]) -> None:
-    """A second installation finds the first; undoing it changes nothing, undoing the first restores
-    upstream.
-    """
+    """A second installation finds the first; undoing the first alone restores upstream."""
     before = upstream.flash_attn_with_kvcache
     undo = attention.install_kernel_dispatch()
     installed = upstream.flash_attn_with_kvcache

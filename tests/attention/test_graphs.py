@@ -66,9 +66,7 @@ def test_graphs_from_large_to_small_replay_right(kind: str, graphs: CpuGraphs) -
 
 @pytest.mark.parametrize("kind", ["mha", "hybrid"])
 def test_each_graph_contains_its_plan_from_static_buffers(kind: str, graphs: CpuGraphs) -> None:
-    """One plan a graph, computed inside it, before what uses it, from the lengths that replay
-    refills.
-    """
+    """One plan a graph, computed inside it before its use, from lengths that replay refills."""
     runner = captured(MODELS[kind](), graphs)
     seen = set()
     for size, graph in runner.graphs.items():
@@ -91,9 +89,7 @@ def test_each_graph_of_an_mla_model_writes_its_plan_once(graphs: CpuGraphs) -> N
 
 @pytest.mark.parametrize("kind", ["mha", "hybrid"])
 def test_replay_at_long_context_is_split(kind: str, graphs: CpuGraphs) -> None:
-    """A graph captured with all lengths 1 has room for splits, and its plan asks for them when
-    contexts are long.
-    """
+    """A graph captured with lengths 1 has room for splits, used once contexts are long."""
     model = MODELS[kind]()
     runner = captured(model, graphs, sizes=(1,))
     [plan] = runner.graphs[1].kernels("get_scheduler_metadata")
@@ -143,9 +139,7 @@ def test_target_verify_in_graphs(kind: str, graphs: CpuGraphs) -> None:
 def test_draft_extend_prepares_its_metadata_inside_the_graph(
     graphs: CpuGraphs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Draft-extend's lengths and pages are written by a kernel of the graph, and its plan is
-    computed after that.
-    """
+    """A kernel of the graph writes draft-extend's lengths and pages; its plan comes after that."""
     model = MODELS["mha"]()
     model.arguments = {
         "speculative_algorithm": "EAGLE",
@@ -196,9 +190,7 @@ def _draft_extend(model: Model, *lengths: int) -> Step:
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_eager_passes_between_replays(kind: str, graphs: CpuGraphs) -> None:
-    """Prefill runs outside of graphs, between their replays, on the same backend; neither disturbs
-    the other.
-    """
+    """Prefill runs between replays of graphs on the same backend; neither disturbs the other."""
     model = MODELS[kind]()
     runner = captured(model, graphs, sizes=(2, 1))
     first, second = model.request(0), model.request(600)
@@ -211,9 +203,7 @@ def test_eager_passes_between_replays(kind: str, graphs: CpuGraphs) -> None:
 
 
 def test_a_capture_takes_no_plan_from_before_it(graphs: CpuGraphs) -> None:
-    """Graphs of single layers: an eager layer's plan is not for the captured layer that comes next
-    in the pass.
-    """
+    """An eager layer's plan is not for the captured layer that comes next in the pass."""
     model, backend, step = _eager_pass(graphs)
     model.check(backend, step, model.layers[0])
     inputs = model.inputs(step, model.layers[1])
@@ -223,9 +213,7 @@ def test_a_capture_takes_no_plan_from_before_it(graphs: CpuGraphs) -> None:
 
 
 def test_a_capture_leaves_no_plan_behind(graphs: CpuGraphs) -> None:
-    """An eager layer after a captured one plans for itself: the captured plan is computed only at
-    replay.
-    """
+    """An eager layer plans for itself after a captured one, whose plan exists only at replay."""
     model, backend, step = _eager_pass(graphs)
     inputs = model.inputs(step, model.layers[0])
     graphs.capture(lambda: model.forward(backend, step, model.layers[0], inputs))
@@ -270,9 +258,7 @@ def _eager_pass(graphs: CpuGraphs) -> tuple[Model, Any, Step]:
 def test_checks_do_not_disturb_a_capture(
     kind: str, graphs: CpuGraphs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Comparing waits for the device, so that a capture compares nothing; the graph is the same as
-    without.
-    """
+    """A capture compares nothing, since that waits for the device; its graph is the same."""
     monkeypatch.setenv(envs.CHECK, "metadata")
     model = MODELS[kind]()
     runner = captured(model, graphs, sizes=(2, 1))
@@ -293,9 +279,7 @@ def test_force_update_plans_every_layer_of_a_graph(
 
 
 def test_captures_leave_no_more_than_one_pass_in_the_cache(graphs: CpuGraphs) -> None:
-    """A graph keeps its own plan alive; the backend holds only those of the last pass, however many
-    there are.
-    """
+    """A graph keeps its own plan alive; the backend holds those of the last pass alone."""
     runner = captured(MODELS["mha"](), graphs, sizes=range(1, 9))
     assert len(runner.backend._plans.current.plans) == 1
     plans = [graph.kernels("get_scheduler_metadata")[0].result for graph in runner.graphs.values()]
@@ -304,9 +288,7 @@ def test_captures_leave_no_more_than_one_pass_in_the_cache(graphs: CpuGraphs) ->
 
 
 def test_graphs_of_an_mla_model_share_one_slot(graphs: CpuGraphs) -> None:
-    """From large to small, all graphs plan into one slot, each anew at its replay: memory does not
-    grow with graphs.
-    """
+    """From large to small, all graphs plan into one slot, so memory does not grow with graphs."""
     runner = captured(MODELS["mla"](), graphs, sizes=range(1, 9))
     [taken] = runner.backend._workspace._taken.values()
     assert len(taken) == 1

@@ -61,9 +61,7 @@ needs_both_ways = pytest.mark.skipif(
 )
 @pytest.mark.parametrize("mode", ["decode", "prefill without prefix", "prefill with prefix"])
 def test_mask_and_softcap_reach_the_kernels(options: dict[str, Any], mode: str) -> None:
-    """Windows, softcap and encoder-only attention act in prefill without a prefix as in every other
-    mode.
-    """
+    """Windows, softcap and encoder-only attention also act in prefill without a prefix."""
     if mode == "decode" and options.get("attn_type") == AttentionType.ENCODER_ONLY:
         pytest.skip("encoder-only layers do not decode")
     model = Model(uniform_layers(2, **options), window=options.get("sliding_window_size"))
@@ -93,9 +91,7 @@ def test_causal_and_full_layers_have_plans_of_their_own(mode: str) -> None:
 
 @pytest.mark.parametrize("mode", ["decode", "prefill"])
 def test_layers_that_share_keys_and_values(mode: str) -> None:
-    """Gemma-3n's later layers have no keys of their own: ``k`` is None, and the cache of another
-    layer is read.
-    """
+    """Gemma-3n's later layers have no own keys: ``k`` is None, another layer's cache is read."""
     model = Model([attention_layer(0), attention_layer(1), attention_layer(1)])
     backend, requests = model.backend(), model.requests(100, 0)
     step = model.decode(requests) if mode == "decode" else model.extend(requests, [40, 90])
@@ -244,9 +240,7 @@ def test_a_strided_page_table_is_made_dense() -> None:
 
 @pytest.mark.parametrize("mla", [False, True], ids=["mha", "mla"])
 def test_context_parallel_calls_a_layer_twice(mla: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Upstream's zigzag strategy: the rank's two pieces of the prompt are two calls, each with its
-    own plan.
-    """
+    """Upstream's zigzag: a rank's two pieces of the prompt are two calls, each with its plan."""
     if mla and not hasattr(upstream, "get_cp_strategy"):
         pytest.skip("this SGLang has no context parallelism for MLA here")
     from sglang.srt.layers.utils import cp_utils
@@ -314,9 +308,7 @@ def _context_parallel(
 
 @pytest.mark.parametrize("version", [2, 4])
 def test_another_version_of_flash_attention_is_refused(version: int) -> None:
-    """The choice by ``fa_impl_ver`` is kept, also for who constructs the class by itself: there is
-    FA3 alone.
-    """
+    """The choice by ``fa_impl_ver`` is kept, for direct construction too: there is FA3 alone."""
     with pytest.raises(
         mixin.UnsupportedAttentionVersion,
         match=f"fa_impl_ver={version}.*--attention-backend fa3",

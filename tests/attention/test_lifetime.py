@@ -20,9 +20,7 @@ from tests.support.layers import (
 
 @pytest.mark.parametrize("mla", [False, True], ids=["mha", "mla"])
 def test_dropping_a_backend_frees_what_it_held(mla: bool) -> None:
-    """A model reload: cache, planned tensors, batch and workspace slots of the old backend are
-    gone.
-    """
+    """After a model reload the old backend's cache, tensors, batch and slots are gone."""
     model = mla_model() if mla else Model(uniform_layers(2))
     backend = model.backend()
     step = model.decode(model.requests(300, 5))
@@ -37,9 +35,7 @@ def test_dropping_a_backend_frees_what_it_held(mla: bool) -> None:
 
 
 def test_slots_of_a_dropped_backend_serve_the_next() -> None:
-    """While another backend keeps the workspace, a reloaded model takes over the room of the old
-    one.
-    """
+    """While another backend keeps the workspace, a reloaded model takes the old one's room."""
     model = mla_model()
     keeper, old = model.backend(), model.backend()
     requests = model.requests(300)

@@ -56,9 +56,7 @@ def test_decode_of_uniform_layers_computes_one_plan_a_pass(mla: bool) -> None:
 @pytest.mark.parametrize("mla", [False, True], ids=["mha", "mla"])
 @pytest.mark.parametrize("prefixes", [(0, 0), (64, 0), (100, 30)])
 def test_prefill_is_right_with_and_without_prefix(mla: bool, prefixes: tuple[int, ...]) -> None:
-    """Requests of a prefill batch may or may not have cached tokens; layers share the plan in any
-    case.
-    """
+    """Requests of a prefill batch share the layers' plan, with cached tokens or without."""
     model = mla_model() if mla else Model(uniform_layers(2))
     backend = model.backend()
     with counted(backend) as counts:
@@ -117,9 +115,7 @@ def test_window_layers_and_full_layers_have_plans_of_their_own(
     reason="this SGLang has no prefill-aware windows",
 )
 def test_prefill_aware_windows() -> None:
-    """Decode sees the whole prompt and a window of what came after: a shorter page table with its
-    own lengths.
-    """
+    """Decode sees the prompt and a window of what came after, by a shorter page table."""
     model = Model(uniform_layers(2), page_size=1, window=WINDOW, context_len=256)
     attention.install_kernel_dispatch()
     runner = model.runner()
@@ -173,9 +169,7 @@ def test_layers_with_another_value_head_dim_have_plans_of_their_own() -> None:
 
 
 def test_chunked_local_layers_then_a_global_one() -> None:
-    """Llama-4: local layers run on virtual batches, so their plan fits no global layer, nor the
-    reverse.
-    """
+    """Llama-4's local layers run on virtual batches, whose plan fits no global layer."""
     layers = [attention_layer(i, use_irope=i % 2 == 0) for i in range(4)]
     # Up to 0.5.19 upstream's virtual batches take token slots for pages, which is right for pages
     # of one token alone.
@@ -191,9 +185,7 @@ def test_chunked_local_layers_then_a_global_one() -> None:
 
 
 def test_first_attention_layer_need_not_be_layer_0() -> None:
-    """Hybrid models: passes are told apart though no layer 0 announces them, and whatever the
-    interval.
-    """
+    """Hybrid models' passes are told apart though no layer 0 begins them, at any interval."""
     model = Model([attention_layer(index) for index in (3, 4, 9)])
     backend, requests = model.backend(), model.requests(100, 5, 300)
     with counted(backend) as counts:
@@ -234,9 +226,7 @@ def _one_shot_prefill(model: Model, backend: Any, step: Step) -> None:
 
 
 def test_chunked_prefix_of_mla_returns_its_log_sum_exp() -> None:
-    """MLA's prefill in pieces: new keys, then prefix keys, each with a log-sum-exp to merge by;
-    none takes a plan.
-    """
+    """MLA's prefill merges new keys and prefix keys by their log-sum-exps, without a plan."""
     model = mla_model(1)
     backend = model.backend()
     step = model.extend(model.requests(90, 20), [30, 7])
@@ -313,8 +303,7 @@ def _require_pieces(
 
 @pytest.mark.parametrize("mla", [False, True], ids=["mha", "mla"])
 def test_passes_of_a_rank_of_data_parallel_attention(mla: bool) -> None:
-    """Batches padded to another rank's size, passes in which this rank is idle, and batches of
-    other sizes.
+    """Padded batches, passes in which this rank is idle, and batches of other sizes are right.
 
     A padded batch has more requests in its metadata than it has real ones, with rows that nobody
     reads. The plan is computed from the very tensors that the call passes, so it covers them.
@@ -367,8 +356,7 @@ def test_the_same_layer_object_twice_is_right() -> None:
 @pytest.mark.parametrize("inference_mode", [False, True])
 @pytest.mark.parametrize("mla", [False, True], ids=["mha", "mla"])
 def test_metadata_rewritten_in_place_after_an_init_method(inference_mode: bool, mla: bool) -> None:
-    """Upstream may refill its tensors for the next pass while batch and metadata objects stay the
-    same.
+    """Upstream may refill its tensors for the next pass and keep batch and metadata objects.
 
     The second pass runs another layer than the first, so that nothing but the method tells them
     apart; and under ``inference_mode`` tensors count no versions.
@@ -393,9 +381,7 @@ def test_metadata_rewritten_in_place_after_an_init_method(inference_mode: bool, 
 
 
 def _refill(backend: Any, step: Step, later: Step, model: Model) -> None:
-    """Put the lengths and pages of ``later`` into the tensors of ``step``, within a method that
-    prepares metadata.
-    """
+    """Put ``later``'s lengths and pages into ``step``'s tensors, within a metadata method."""
     metadata = backend.forward_metadata
     metadata.cache_seqlens_int32.copy_(later.batch.seq_lens)
     pages = model.table[later.batch.req_pool_indices] // model.page_size
@@ -410,9 +396,7 @@ def _refill(backend: Any, step: Step, later: Step, model: Model) -> None:
 
 
 def test_every_init_method_of_this_release_ends_the_pass() -> None:
-    """Each method of upstream's backend that prepares metadata, by its name, voids the plans there
-    are.
-    """
+    """Each method of upstream's that prepares metadata, by its name, voids earlier plans."""
     named = {
         name
         for name in dir(upstream.FlashAttentionBackend)

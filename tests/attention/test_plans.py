@@ -68,9 +68,7 @@ def changed(name: str) -> CallGeometry:
 
 
 class Thing:
-    """A batch, a metadata object, a layer or an owner: something with an identity and weak
-    references.
-    """
+    """A batch, metadata, layer or owner: an object with an identity and weak references."""
 
 
 class Alike:
@@ -265,9 +263,7 @@ def test_another_metadata_object_begins_a_pass() -> None:
 
 
 def test_a_metadata_object_is_not_confused_with_a_dead_one() -> None:
-    """The cache holds the metadata object it compares with, so that its address cannot be given
-    away.
-    """
+    """The cache holds the metadata it compares with, so its address cannot be given away."""
     server = Server()
     server.call(Thing())
     first = weakref.ref(server.metadata)
@@ -297,9 +293,7 @@ def test_leaving_a_capture_begins_a_pass() -> None:
 
 
 def test_the_same_layer_again_begins_a_pass() -> None:
-    """A graph's warm-up runs and its capture share batch and metadata; only the layers tell them
-    apart.
-    """
+    """A graph's warm-up and capture share batch and metadata; the layers tell them apart."""
     server = Server()
     first, last = Thing(), Thing()
     reuses = [server.call(layer)[1] for layer in (first, last, first, last)]
@@ -363,9 +357,7 @@ def test_the_other_values_are_those_of_every_field() -> None:
 
 @pytest.mark.parametrize("name", OTHER_VALUES)
 def test_another_geometry_gets_its_own_plan(name: str) -> None:
-    """A call that differs in any field of the geometry does not reuse the plan, and gets its own
-    back later.
-    """
+    """A call of another geometry in any field reuses no plan, and finds its own again later."""
     server = Server()
     other = changed(name)
     geometries = (DECODE, other, DECODE, other)
@@ -413,9 +405,7 @@ def test_the_tensors_of_a_plan_outlive_their_owner() -> None:
 
 @pytest.mark.parametrize("in_place", [False, True])
 def test_the_next_pass_releases_what_the_last_one_held(in_place: bool) -> None:
-    """Plans and their tensors are gone when the next pass begins: memory does not grow with the
-    passes.
-    """
+    """Plans and their tensors are gone when the next pass begins, so memory does not grow."""
     server = Server()
     held: list[weakref.ref[torch.Tensor]] = []
     for _ in range(5):
@@ -641,9 +631,7 @@ def test_a_device_without_streams_has_one_state(kind: str) -> None:
 
 
 def test_a_device_with_streams_is_asked_at_every_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The probe reads the current stream of its own device, and the capture state, when it is
-    called.
-    """
+    """The probe reads its own device's current stream and capture state when it is called."""
     device = torch.device("cuda", 1)
     streams, captures, asked = [11, 22], [False, True], []
 
@@ -664,9 +652,7 @@ def test_a_device_with_streams_is_asked_at_every_call(monkeypatch: pytest.Monkey
 
 
 def test_a_stream_is_told_by_its_handle_where_torch_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """PyTorch's own way to name the current stream of the probe's device is taken where there is
-    one.
-    """
+    """PyTorch's own function for a device's current stream is taken where there is one."""
     handles = {1: 55}
     module = SimpleNamespace(is_current_stream_capturing=lambda: False)
     monkeypatch.setattr(torch, "get_device_module", lambda which: module)

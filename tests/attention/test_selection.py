@@ -1,5 +1,4 @@
-"""Every way by which upstream comes to an FA3 backend: with the plugin on, each leads to ours, or
-is refused.
+"""With the plugin on, every way of upstream to an FA3 backend leads to ours, or is refused.
 
 The ways are those of SGLang's own code in the installed release. That there is no other is checked
 on the sources of every release: the rows of kind ``constructors`` in
@@ -78,9 +77,7 @@ def ready_runner(**arguments: Any) -> Any:
 
 @pytest.mark.usefixtures("plugin_on")
 def test_the_registry_builds_ours() -> None:
-    """``--attention-backend fa3``; also what PD-multiplexing groups and overlap children are built
-    by.
-    """
+    """``--attention-backend fa3``, which PD-multiplexing and overlap children ask for too."""
     from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 
     backend = ATTENTION_BACKENDS["fa3"](ready_runner())
@@ -94,9 +91,7 @@ def test_the_registry_builds_ours() -> None:
 def test_draft_factories_build_ours(
     musa: bool, phase: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Draft decode and draft-extend, on a machine where upstream would take the in-tree MUSA
-    classes and elsewhere.
-    """
+    """Draft decode and draft-extend, where upstream would take in-tree classes and elsewhere."""
     from sglang.srt.speculative import draft_utils
 
     if hasattr(draft_utils, "is_musa"):
@@ -212,9 +207,7 @@ def test_a_model_runner_gets_ours() -> None:
 @pytest.mark.usefixtures("plugin_on")
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 def test_a_split_of_prefill_and_decode_gets_ours(phase: str) -> None:
-    """``--prefill-attention-backend`` and ``--decode-attention-backend``: the one that says fa3 is
-    ours.
-    """
+    """Of the backends for prefill and for decode, the one that says fa3 is ours."""
     other = "decode" if phase == "prefill" else "prefill"
     split: dict[str, Any] = {f"{other}_attention_backend": "torch_native"}
     backend, _ = backends_of(upstream_runner(**split)[0])
@@ -234,9 +227,7 @@ def test_two_batch_overlap_gets_ours() -> None:
 
 @pytest.mark.usefixtures("plugin_on")
 def test_pd_multiplexing_groups_get_ours() -> None:
-    """``--enable-pdmux``: prefill's backend, and one for each group of multiprocessors that
-    decodes.
-    """
+    """``--enable-pdmux``: prefill's backend, and one for each decoding group of processors."""
     backend, groups = backends_of(
         upstream_runner(
             enable_pdmux=True,
@@ -282,9 +273,7 @@ def linear_models(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_full_attention_layers_of_a_hybrid_model_run_on_ours(
     interval: int | None, attending: tuple[int, ...], mode: str
 ) -> None:
-    """Upstream's wrapper keeps ours for the layers that attend by softmax, none of which is layer
-    0.
-    """
+    """Upstream's wrapper keeps ours for layers that attend by softmax; layer 0 is none."""
     config = HybridConfig()
     config.full_attention_layer_ids = attending
     if interval is not None:
@@ -353,9 +342,7 @@ def test_fa4_is_refused() -> None:
 
 @pytest.mark.usefixtures("plugin_on")
 def test_the_in_tree_musa_classes_cannot_be_built(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Code that imports upstream's MUSA backend and constructs it is refused as any other foreign
-    one.
-    """
+    """Code that constructs upstream's MUSA backend is refused as for any other foreign one."""
     from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 
     ATTENTION_BACKENDS["fa3"](ready_runner())

@@ -75,9 +75,7 @@ def test_multi_step_draft_decodes_with_backends_of_ours(mla: bool) -> None:
 
 
 def test_mha_cascade_verify_with_topk_above_one() -> None:
-    """Verify of a draft tree: prefix and tree are two calls a layer, each with a plan that all
-    layers share.
-    """
+    """Verify of a draft tree makes two calls a layer, each with a plan that all layers share."""
     model = Model(uniform_layers(3), arguments=TOPK)
     backend, requests = model.backend(), model.requests(100, 5, 300)
     with counted(backend) as counts:
@@ -88,9 +86,7 @@ def test_mha_cascade_verify_with_topk_above_one() -> None:
 @pytest.mark.parametrize("mla", [False, True], ids=["mha", "mla"])
 @pytest.mark.parametrize("step", [0, 2])
 def test_cascade_draft_decode_keeps_prefix_and_suffix_apart(mla: bool, step: int) -> None:
-    """Draft of a tree: two calls a layer; MLA plans, written in place, must not overwrite one
-    another.
-    """
+    """Draft of a tree makes two calls a layer; MLA plans in place do not overwrite one another."""
     model = (
         mla_model(3, table_rows=10, arguments=TOPK, draft_worker=True)
         if mla
@@ -109,9 +105,7 @@ def test_cascade_draft_decode_keeps_prefix_and_suffix_apart(mla: bool, step: int
 
 
 def test_a_tree_over_pages_of_a_latent_cache_is_refused() -> None:
-    """Upstream's verify of an MLA model passes a table of tokens for one of pages, so only chains
-    can be verified.
-    """
+    """Upstream's verify of MLA passes tokens where pages are due: only chains can be verified."""
     with pytest.raises(
         kernels.UnsupportedByKernels, match=r"--speculative-eagle-topk 2 .* --page-size 64"
     ):
@@ -179,9 +173,7 @@ def often_switching() -> Iterator[None]:
 @pytest.mark.usefixtures("often_switching")
 @pytest.mark.parametrize("mla", [False, True], ids=["mha", "mla"])
 def test_two_models_in_two_threads(mla: bool) -> None:
-    """Two engines of one process, layer by layer at the same time: neither sees the other's plan or
-    kernels.
-    """
+    """Two engines in two threads, layer by layer, do not see the other's plan or kernels."""
     models = (
         [mla_model(4, seed=1), mla_model(4, seed=2)]
         if mla
@@ -197,9 +189,7 @@ def test_two_models_in_two_threads(mla: bool) -> None:
 
 
 def _meet_inside_kernels(backend: Any, barrier: threading.Barrier) -> None:
-    """Make each forward of ``backend`` wait, before its kernel call, for a forward of the other
-    thread.
-    """
+    """Make each forward of ``backend`` wait at its kernel call for one of the other thread."""
     prepare = backend._plans.begin_layer
 
     def begin_layer(*arguments: Any) -> None:

@@ -58,9 +58,7 @@ def test_a_slot_is_large_enough_and_aligned(size: int) -> None:
 
 
 def test_a_slot_stays_where_it_is() -> None:
-    """The same owner and role get the same memory, also for a smaller plan: a graph holds its
-    address.
-    """
+    """An owner's role gets the same memory, also for a smaller plan: a graph holds its address."""
     workspace = MLAWorkspace(CPU, 4096)
     owner = Thing()
     slot = workspace.slot(owner, 0, 512)
@@ -154,9 +152,7 @@ def test_an_owner_may_die_while_a_slot_is_being_reserved(monkeypatch: pytest.Mon
 
 
 def test_exhaustion_names_numbers_and_the_remedy() -> None:
-    """The error says what was needed, what is free, of how much, and which variable makes it
-    larger.
-    """
+    """The error says what was needed, free and there in all, and which variable enlarges it."""
     workspace = MLAWorkspace(CPU, 1024)
     owner = Thing()
     workspace.slot(owner, 0, 512)
@@ -212,9 +208,7 @@ def test_an_unused_workspace_is_freed() -> None:
 
 
 def test_threads_never_get_overlapping_slots(often_switching: None) -> None:
-    """Micro-batches on several threads, whose backends come and go, each keep their bytes to
-    themselves.
-    """
+    """Micro-batches on threads, whose backends come and go, keep their bytes to themselves."""
     workspace = MLAWorkspace(CPU, 1 << 16)
     clashes: list[int] = []
     start = threading.Barrier(4)

@@ -39,9 +39,7 @@ def test_a_gpu_in_use_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_runs_are_merged_if_they_are_of_one_device() -> None:
-    """A kind of places of a model is taken from the last run that has it; runs on two devices make
-    no one report.
-    """
+    """A model's kind of places comes from the last run that has it; two devices are an error."""
     first, second = result(), result()
     old, new = point("decode", 1, "upstream", 1.0), point("prefill", 1, "upstream", 2.0)
     first["models"] = {

@@ -25,9 +25,7 @@ from tests.support.fake_bench import (
 
 
 def test_peers_with_upstreams_answers_are_timed() -> None:
-    """Equal answers give one time a round, of the whole step and of the pass, without the round
-    that warms up.
-    """
+    """Equal answers give a time a round, of step and pass, without the round that warms up."""
     timed = contest(upstream=FakeEngine(RIGHT, 4.0), ours=FakeEngine(RIGHT, 2.0))
     assert verdicts(timed) == {"upstream": ("equal", 3), "ours": ("equal", 3)}
     assert timed.points[1].step_ms == [2.0] * 3
@@ -62,9 +60,7 @@ def in_one_engine(shared: FakeEngine, **engines: Any) -> dict[str, tuple[str, li
 
 
 def test_passes_without_graphs_are_timed_in_one_engine() -> None:
-    """Times are those of the peers' backends in upstream's engine, and none are of their own
-    engines.
-    """
+    """Times are of the peers' backends in upstream's engine, none of their own engines."""
     shared = FakeEngine(RIGHT, 4.0, others={"ours": (RIGHT, 2.0), "in-tree": (RIGHT, 3.0)})
     times = in_one_engine(
         shared, ours=FakeEngine(RIGHT, 99.0), **{"in-tree": FakeEngine(WRONG, 99.0)}
@@ -75,9 +71,7 @@ def test_passes_without_graphs_are_timed_in_one_engine() -> None:
 
 
 def test_who_takes_turns_beside_the_peers_is_judged_and_timed() -> None:
-    """A second backend of upstream's, and ours without plans, are there where the peers are that
-    they stand beside.
-    """
+    """Upstream again and ours without plans are there where their peers are."""
     others = {
         "ours": (RIGHT, 2.0),
         "upstream again": (RIGHT, 5.0),
@@ -142,9 +136,7 @@ def test_what_upstream_varies_by_is_allowed() -> None:
 
 @pytest.mark.parametrize("dies_after", [0, 3])
 def test_a_peer_that_dies_leaves_the_others_their_times(dies_after: int) -> None:
-    """An engine may end at its first question or while it is timed: its reason takes the place of a
-    time.
-    """
+    """An engine may end at its first question or later: its reason replaces a time."""
     dying = FakeEngine(RIGHT, 1.0, dies_after)
     entry = contest(upstream=FakeEngine(RIGHT), **{"in-tree": dying})
     entry._decode("decode", 1, 128)
@@ -176,9 +168,7 @@ def test_a_place_that_does_not_fit_is_said_so() -> None:
     ("capacity", "up"), [((1 << 20) - PAGE, False), (1 << 20, True), (1 << 21, True)]
 )
 def test_a_peer_with_a_smaller_cache_is_not_timed(capacity: int, up: bool) -> None:
-    """It would serve the same requests in other batches: it is out, with what its cache holds and
-    what to do.
-    """
+    """A peer with a smaller cache is out: the reason says what it holds, and what to do."""
 
     class Small(FakeEngine):
         def state(self) -> dict[str, Any]:
@@ -213,9 +203,7 @@ def numbers(rows: bench.Rows) -> tuple[list[float], list[float], list[float]]:
 
 
 def test_only_passes_after_their_like_count() -> None:
-    """A step's time runs from one decode pass to the next: what follows a prefill or another batch
-    is left out.
-    """
+    """A step's time runs between decode passes; what follows another pass is left out."""
 
     def row(mode: str, batch: int, since: float) -> dict[str, Any]:
         fields = {"peer": "ours", "mode": mode, "batch": batch, "since": since}

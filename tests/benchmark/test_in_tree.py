@@ -29,9 +29,7 @@ def planning(plans: list[Any], calls: list[Any]) -> FA3Kernels:
 
 
 def test_an_mla_plan_is_kept_in_the_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The shim does with ``(workspace, reuse)`` what MATE does: computes into it, or takes what is
-    there.
-    """
+    """The shim treats ``(workspace, reuse)`` as MATE does: it computes into it, or reuses it."""
     plans: list[Any] = []
     calls: list[Any] = []
     monkeypatch.setattr(bench_in_tree, "hopper_kernels", lambda device: planning(plans, calls))

@@ -42,9 +42,7 @@ def served(probe: bench_probe.Probe, runner: Runner, by: Any = None, mode: str =
 
 
 def test_backends_take_turns_in_one_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each round of turns has every peer once, in changing orders; rows say whose they are, and the
-    own one returns.
-    """
+    """Each round has every peer once, in changing orders; rows say whose they are."""
     ours, dispatched = object(), [False]
     monkeypatch.setenv(bench_probe.PEER, "upstream")
     monkeypatch.setattr(bench_probe, "BACKENDS", {"ours": lambda runner: ours})
@@ -77,9 +75,7 @@ def test_backends_take_turns_in_one_engine(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_turns_are_of_the_passes_that_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The scheduler may run a decode pass between two prompts: it is nobody's turn, and the own
-    backend's to serve.
-    """
+    """A decode pass between two prompts is nobody's turn, and the own backend's to serve."""
     ours = object()
     monkeypatch.setenv(bench_probe.PEER, "upstream")
     monkeypatch.setattr(bench_probe, "BACKENDS", {"ours": lambda runner: ours})
@@ -111,9 +107,7 @@ def test_our_backend_reads_its_settings_in_upstreams_engine(
 
 
 def test_a_pass_that_another_backend_served_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a release of SGLang does not ask the runner for its backend, a time of the wrong peer
-    would be recorded.
-    """
+    """If SGLang did not ask the runner for its backend, a wrong peer's time would be noted."""
     monkeypatch.setattr(bench_probe, "BACKENDS", {"in-tree": lambda runner: object()})
     probe, runner = bench_probe.Probe(), Runner()
     served(probe, runner)

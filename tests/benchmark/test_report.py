@@ -97,9 +97,7 @@ def test_calls_are_told_with_what_a_plan_spares() -> None:
 
 
 def test_every_prefill_has_a_bar() -> None:
-    """A prefill may take what upstream's takes: slower in every round is not met, in some is within
-    the spread.
-    """
+    """Prefill slower in every round is not met; slower in some is within the spread."""
     data = result()
     for tokens, ours in ((512, [1.1, 1.2, 1.3]), (2048, [0.9, 1.1, 1.2]), (8192, [0.9, 0.9, 1.1])):
         for peer, times in (("upstream", [1.0, 1.0, 1.0]), ("ours", ours)):
@@ -142,9 +140,7 @@ def test_what_the_host_takes_is_laid_beside_the_pass() -> None:
 
 
 def test_ratios_of_turns_are_told_with_who_stood_beside() -> None:
-    """Where passes were compared one by one, that is the ratio; and what the same differs by is
-    told with it.
-    """
+    """Passes compared one by one give the ratio, told with what the same differs by."""
     data = result()
     paired = {
         "upstream": 1.0,
@@ -219,9 +215,7 @@ def test_a_report_has_its_plots(tmp_path: Path) -> None:
 
 
 def test_the_limit_is_a_pass_without_plans() -> None:
-    """The last column takes our own plans off too: 1100 of 1141 µs, less two plans of 3, for the
-    window model.
-    """
+    """The last column is without our plans too: 1100 of 1141 µs, less two plans of 3."""
     data = result(3.0, 5.0)
     text = "\n".join(bench_report.cost_model(data, bench_report.places(data)))
     assert (

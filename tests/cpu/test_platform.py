@@ -250,9 +250,7 @@ def test_libdevice_computes_what_torch_computes(
 
 @pytest.fixture(scope="module")
 def libdevice() -> dict[str, list[float]]:
-    """Eight arguments ``x``, and what an interpreted kernel makes of them (of their magnitudes for
-    logs and roots).
-    """
+    """Return eight ``x`` and an interpreted kernel's results; logs and roots take magnitudes."""
     code = """
     x = torch.tensor([-2.5, -1.5, -0.7, 0.5, 0.3, 1.5, 2.5, 3.25])
     found = {"x": x.tolist()}
@@ -268,9 +266,7 @@ def libdevice() -> dict[str, list[float]]:
 
 
 def test_tritons_own_functions_are_interpreted() -> None:
-    """``tl.sum`` and ``tl.cdiv`` work although Triton was imported before the platform was asked
-    for.
-    """
+    """``tl.sum`` and ``tl.cdiv`` work although Triton was imported before the platform."""
     code = """
     out = torch.empty(1)
     kernels.total[(1,)](torch.arange(8.0), out, 8)
@@ -418,9 +414,7 @@ def test_the_users_arguments_win(platform_facts: dict[str, Any]) -> None:
 
 
 def test_speculative_decoding_takes_the_kernels_of_musa(platform_facts: dict[str, Any]) -> None:
-    """Every module of this release that chooses among known devices takes the way that leads to the
-    stand-ins.
-    """
+    """Every module that chooses among known devices takes the way to the stand-ins."""
     assert platform_facts["kernels_of_musa"]
     assert all(platform_facts["kernels_of_musa"])
     assert set(platform_facts["trees"]) == {"sglang_musa_ext.cpu.trees"}

@@ -44,9 +44,7 @@ class Beam:
 
 
 def beam(topk: int, depth: int, n: int, requests: int, seed: int) -> Beam:
-    """A search that keeps ``topk`` of its candidates at each step at random, and ``n - 1`` of all
-    in the end.
-    """
+    """A random search that keeps ``topk`` candidates a step, and ``n - 1`` in the end."""
     choose = random.Random(seed)
     trees, parent_lists, selections = [], [], []
     for _ in range(requests):
@@ -140,9 +138,7 @@ def linked(links: Links, request: int, node: int) -> list[int]:
 def test_links_and_positions_are_those_of_the_search(
     topk: int, depth: int, n: int, seed: int
 ) -> None:
-    """The children of each node are found in the order of their numbers, and positions count the
-    steps.
-    """
+    """Each node's children are found in the order of their numbers; positions count steps."""
     search, lengths = beam(topk, depth, n, requests=3, seed=seed), torch.tensor([5, 0, 9])
     n = len(search.trees[0].paths)
     links = built(
@@ -240,9 +236,7 @@ class Verified:
 
 
 def verify(trees: list[Tree], choices: list[Choice], most: int) -> Verified:
-    """Verify ``trees`` whose tokens are the last choices of their paths, against a target that
-    chooses by path.
-    """
+    """Verify ``trees`` of paths' last choices, against a target that chooses by path."""
     n = len(trees[0].paths)
     links = Links.empty(len(trees), n)
     mask = torch.tensor([tree.sees(i, j) for tree in trees for i in range(n) for j in range(n)])
@@ -280,9 +274,7 @@ def verify(trees: list[Tree], choices: list[Choice], most: int) -> Verified:
 def test_the_longest_way_of_the_target_is_accepted(
     topk: int, depth: int, n: int, most: int, seed: int
 ) -> None:
-    """Accepted is the longest path of the tree that the target itself would have generated, up to
-    the limit.
-    """
+    """The accepted path is the longest that the target would generate, up to the limit."""
     trees = beam(topk, depth, n, requests=3, seed=seed).trees
     choices: list[Choice] = [
         partial(arbitrary_choice, topk, f"{seed} {request}") for request in range(len(trees))
@@ -305,9 +297,7 @@ def test_the_longest_way_of_the_target_is_accepted(
 
 
 def test_nothing_is_predicted_off_the_way() -> None:
-    """Predictions of nodes that were not accepted are left alone, for SGLang reads them through
-    accepted nodes only.
-    """
+    """Predictions of rejected nodes stay: SGLang reads them through accepted nodes alone."""
     tree = Tree(((), (0,), (1,), (1, 0)))
     result = verify([tree], [lambda path: 1], most=4)
     assert result.predicts.tolist() == [1, -9, 1, -9, -9]

@@ -1,6 +1,4 @@
-"""The doctor, on stand-in machines: folders of packages with the vendor's names, versions and wheel
-tags.
-"""
+"""The doctor on stand-in machines: folders with the vendor's names, versions and wheel tags."""
 
 from __future__ import annotations
 
@@ -137,9 +135,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
 
 @pytest.fixture
 def musa(machine: Machine) -> Machine:
-    """A machine with a complete stack for MUSA, of the torch that the installed SGLang is released
-    with.
-    """
+    """A machine with a complete MUSA stack, of the torch of the installed SGLang."""
     torch = f"{pinned_torch()}.post2+musa5.2.0"
     machine.install("torch", torch, {"torch/__init__.py": TORCH})
     machine.install("torch_musa", torch, {"torch_musa/__init__.py": ""})
@@ -424,9 +420,7 @@ def release_folder(machine: Machine, version: str) -> None:
 def test_a_release_of_sglang_is_judged(
     machine: Machine, version: str, status: CheckStatus, part: str
 ) -> None:
-    """Too old is a failure, tested passes, newer is a warning, and what cannot be read is a
-    failure.
-    """
+    """Too old or unreadable is a failure, tested passes, and newer is a warning."""
     release_folder(machine, version)
     result = machine.ask("sglang")
     assert result.status is status
@@ -434,9 +428,7 @@ def test_a_release_of_sglang_is_judged(
 
 
 def test_a_release_without_what_is_relied_on(machine: Machine) -> None:
-    """A SGLang of a good version with nothing in it fails the contract, with every difference in
-    the details.
-    """
+    """An empty SGLang of a good version fails the contract, with each difference in the details."""
     release_folder(machine, releases.NEWEST)
     result = machine.ask("contract")
     assert result.status is CheckStatus.FAIL
@@ -556,9 +548,7 @@ def test_a_command_line_that_cannot_serve(
 def test_mla_models_take_one_page_size(
     musa: Machine, rank: int | None, options: list[str], status: CheckStatus
 ) -> None:
-    """A model on this machine says itself whether it is MLA, which takes pages of 64, or gets no
-    fa3 by default.
-    """
+    """A model on this machine says whether it is MLA, or gets no fa3 by default."""
     musa.write("model/config.json", json.dumps({"kv_lora_rank": rank}))
     model = str(musa.folder / "model")
     assert musa.ask("command", "--model", model, "--page-size", "32", *options).status is status
@@ -692,9 +682,7 @@ def report() -> tuple[dict[str, Any], float, int]:
 
 
 def test_the_report_is_json(report: tuple[dict[str, Any], float, int]) -> None:
-    """Programs get every check with its status, finding and next step, and the releases that are
-    supported.
-    """
+    """Programs get each check's status, finding and next step, and the supported releases."""
     content, _, code = report
     assert [check["name"] for check in content["checks"]] == list(BY_NAME)
     assert {"status", "finding", "next_step", "details"} <= set(content["checks"][0])

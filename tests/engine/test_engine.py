@@ -1,5 +1,4 @@
-"""The real, unmodified SGLang engine through the composed backend, on a CPU with tiny random
-models.
+"""The unmodified SGLang engine through the composed backend, on a CPU, with tiny random models.
 
 What is right is known from two others: transformers' own greedy search, and SGLang's
 ``torch_native`` backend. How many forward passes an engine needs, and how many plans a pass needs,
@@ -42,9 +41,7 @@ pytestmark = pytest.mark.engine
 
 LOGPROB_TOLERANCE = 1e-3
 STEPWISE = {"disable_overlap_schedule": True}
-"""Without overlap the scheduler runs no pass whose tokens it then drops, so passes can be counted
-by hand.
-"""
+"""Without overlap no pass runs whose tokens are dropped, so passes can be counted by hand."""
 
 
 @dataclass(frozen=True)
@@ -187,9 +184,7 @@ def test_tokens_equal_transformers(ours: EngineRun, engines: EngineServer, case:
 
 
 def test_one_plan_per_pass(ours: EngineRun, case: DenseCase) -> None:
-    """The composed backend makes every attention call, and each pass computes the one plan its
-    layers share.
-    """
+    """The composed backend makes every call, and a pass computes the one plan its layers share."""
     report, statistics = ours.report(), ours.statistics()
     assert (report["backend"], report["kernels"], report["page_size"]) == (
         "MusaFA3Backend",
@@ -244,9 +239,7 @@ def keep_plans_for_ever() -> None:
 
 
 def test_stale_plans_are_noticed(engines: EngineServer) -> None:
-    """An engine that keeps its plans from pass to pass gives other tokens: the tests above are not
-    blind.
-    """
+    """An engine that keeps plans across passes gives other tokens: these tests are not blind."""
     model = engines.model(REVERSED.model)
     unchecked = {envs.CHECK: "off"}
     sabotaged = EngineCase(
@@ -320,9 +313,7 @@ def test_engine_refuses_a_latent_cache_in_fp8(engines: EngineServer) -> None:
 
 
 def test_spawned_engine(engines: EngineServer) -> None:
-    """An engine whose processes each start Python anew finds the plugin in each, and answers the
-    same.
-    """
+    """An engine whose processes start Python anew finds the plugin in each, and answers alike."""
     model, (request,) = engines.model(llama()), requests(70)
     run = engines.spawn(EngineCase(model, ((request,),), STEPWISE))
     assert run.tokens == [engines.greedy(model, request)[0]]
@@ -330,9 +321,7 @@ def test_spawned_engine(engines: EngineServer) -> None:
 
 
 def test_http_server(engines: EngineServer, tmp_path: Path) -> None:
-    """``python -m sglang.launch_server`` answers a chat request and raw tokens as transformers
-    does.
-    """
+    """``sglang.launch_server`` answers a chat request and raw tokens as transformers does."""
     model, (request,) = engines.model(llama()), requests(70)
     engines.call(tiny_models.add_tokenizer, model)
     log = tmp_path / "server.log"

@@ -1,5 +1,4 @@
-"""The real engine in the modes that a plan's lifetime depends on: windows, sinks, MLA, MoE, ranks,
-speculation.
+"""The engine in modes that plans depend on: windows, sinks, MLA, MoE, ranks, speculation.
 
 Tokens are compared with transformers' own greedy search, which shares no code with SGLang. How many
 calls take a plan, and how many plans a pass computes, is derived from each model here: a *geometry*
@@ -208,9 +207,7 @@ def run_without_batch_invariant_operators() -> None:
 
 
 def accept_one_intermediate_size_a_layer() -> None:
-    """Skip a check of sizes against tensor parallelism on CPUs, which takes Gemma-3n's list of
-    sizes for a number.
-    """
+    """Skip a check of tensor-parallel sizes that takes Gemma-3n's list of sizes for a number."""
     from sglang.srt.model_executor import model_runner
 
     model_runner.adjust_config_with_unaligned_cpu_tp = lambda model_config, *_, **__: model_config
@@ -442,9 +439,7 @@ def test_plans_of_target_and_draft(speculation: Speculation, speculative: Engine
 
 
 def test_accepted_drafts_save_rounds(speculation: Speculation, speculative: EngineRun) -> None:
-    """A draft model that is the target itself is believed: a stale plan of its backends would show
-    here alone.
-    """
+    """A draft model that is the target is believed: only here would its stale plan show."""
     if speculation.draft == speculation.target:
         # Upstream's draft never sees the first token of a prompt, so not quite every draft is
         # right.
@@ -491,9 +486,7 @@ EMBEDDINGS = [
 
 @pytest.mark.parametrize("embedding", EMBEDDINGS, ids=lambda each: each.name)
 def test_embeddings_equal_transformers(engines: EngineServer, embedding: Embedding) -> None:
-    """Embeddings are transformers', from a decoder and an encoder, over the paged cache and over
-    raw keys.
-    """
+    """Embeddings are transformers', of a decoder and an encoder, over cache and raw keys."""
     model, prompts = engines.model(embedding.model), requests(5, 70, 200)
     case = EngineCase(
         model, (prompts,), STEPWISE | {"is_embedding": True} | dict(embedding.arguments)
@@ -590,9 +583,7 @@ def test_plans_per_pass_are_the_model_s_geometries(each: Mode, run: EngineRun) -
 
 @pytest.mark.parametrize("name", CHECKED)
 def test_every_reused_plan_is_right(engines: EngineServer, name: str) -> None:
-    """Under SGLANG_MUSA_EXT_CHECK=metadata every reused plan is compared with a fresh one, and none
-    differs.
-    """
+    """Under SGLANG_MUSA_EXT_CHECK=metadata every reused plan equals a fresh one."""
     (checked,) = (each for each in ENGINE_MODES if each.name == name)
     run = run_mode(engines, checked, {envs.CHECK: "metadata"})
     assert run.report()["settings"]["check"] == "metadata"
@@ -641,9 +632,7 @@ def test_blind_kernels_are_noticed(engines: EngineServer, name: str) -> None:
 
 
 def test_page_size_that_mla_refuses(engines: EngineServer) -> None:
-    """MLA with another page size than 64 stops the engine, and the message names the one that
-    works.
-    """
+    """MLA with another page size than 64 stops the engine; the message names the right one."""
     with pytest.raises(
         EngineFailed, match=r"--page-size 32 does not work with the MLA kernels.*--page-size 64"
     ):

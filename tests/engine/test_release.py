@@ -1,5 +1,4 @@
-"""The real engine of one SGLang release, whichever this environment imports: scripts/matrix runs it
-on all of them.
+"""The engine of one SGLang release, the importable one; scripts/matrix runs it on all.
 
 Three kinds of models, each with pages of 64 tokens: uniform layers, sliding windows, multi-head
 latent attention. The tokens must be those of transformers' greedy search and of the same release's
@@ -104,9 +103,7 @@ def test_tokens_equal_transformers(engines: EngineServer, each: Mode, ours: Engi
 @pytest.mark.engine
 @pytest.mark.parametrize("each", KNOWN_TO_TORCH_NATIVE, indirect=True, scope="module")
 def test_tokens_equal_torch_native(engines: EngineServer, each: Mode, ours: EngineRun) -> None:
-    """Tokens are those of this release's own backend for any device, and log-probabilities are
-    close to its.
-    """
+    """Tokens are those of the release's own backend, and log-probabilities close to its."""
     theirs = ask(engines, each, TORCH_NATIVE, before_boot=absorb_every_prefill)
     assert ours.tokens == theirs.tokens
     for output, other in zip(ours.outputs, theirs.outputs, strict=True):
@@ -114,9 +111,7 @@ def test_tokens_equal_torch_native(engines: EngineServer, each: Mode, ours: Engi
 
 
 def absorb_every_prefill() -> None:
-    """Let latent attention read keys from the cache in each pass: torch_native knows no raw ones
-    beside it.
-    """
+    """Let latent attention read the cache in each pass: torch_native reads no raw keys there."""
     from sglang.srt.models.deepseek_common.attention_backend_handler import (
         AttentionBackendRegistry,
         AttnForwardMethod,
@@ -147,9 +142,7 @@ PREPARE = "from sglang_musa_ext.cpu.stand_ins import prepare_process; prepare_pr
 def test_spawned_engine(
     engines: EngineServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An engine whose processes each start Python anew finds the plugin in each, whatever the
-    release imports first.
-    """
+    """An engine whose processes start Python anew finds the plugin in each, on any release."""
     # Up to 0.5.20 SGLang imports libraries that this machine lacks before it looks for platforms,
     # so each Python prepares itself as it starts. It imports this module after all paths are known.
     (tmp_path / "sitecustomize.py").write_text(PREPARE)

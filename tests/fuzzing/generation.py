@@ -1,6 +1,4 @@
-"""Random cases: models of every kind that upstream's backend serves, and what a server does with
-them.
-"""
+"""Random cases: models of every kind that upstream serves, and what a server does."""
 
 from __future__ import annotations
 

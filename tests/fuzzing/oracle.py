@@ -1,5 +1,4 @@
-"""The oracle of the fuzzing: what every layer must return, and which plan every kernel call must
-have.
+"""The oracle of the fuzzing: the outputs of every layer, and the plan of every kernel call.
 
 Both are worked out anew for each call, from the call alone: no pass, no plan and no earlier call is
 known here. The output is attention in float64 over the keys and values that the test handed out.
@@ -161,9 +160,7 @@ def _judged_rows(count: int) -> Tensor:
 def padded_attention(
     model: Model, step: Step, layer: Any, q: Tensor, sinks: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Output ``(rows, heads * dim)`` and log-sum-exp ``(rows, heads)`` of the judged rows, in
-    float64.
-    """
+    """Return the judged rows' ``(rows, heads * dim)`` and LSE ``(rows, heads)``, in float64."""
     padded = _padded(step)
     k_pool, v_pool = model.exact.get_kv_buffer(layer.layer_id)
     k, v = k_pool[padded.slots], v_pool[padded.slots]
@@ -210,9 +207,7 @@ class InjectedFault(RuntimeError):
 
 @dataclass
 class KernelWatch:
-    """Stands around a backend's kernels: counts calls, compares plans, and fails where it is told
-    to.
-    """
+    """Watches a backend's kernels: counts calls, compares plans, and fails where told to."""
 
     totals: Totals
     compares_plans: bool = True

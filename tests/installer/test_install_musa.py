@@ -1,6 +1,4 @@
-"""``sglang-musa-ext install`` with indexes and wheels made on the spot: nothing here needs a
-network.
-"""
+"""``sglang-musa-ext install`` with indexes and wheels made on the spot, without a network."""
 
 from __future__ import annotations
 
@@ -172,9 +170,7 @@ def test_a_wheel_of_the_right_version_that_is_another_project(
 
 
 def test_the_vendors_torch_is_kept(vendor: Index, public: Index, environment: Environment) -> None:
-    """A torch of the same release is left alone, whatever its post-release, and the rest is
-    installed around it.
-    """
+    """A torch of the same release is left alone, and the rest is installed around it."""
     before = {"torch": "2.11.0+musa5.2.0", "torch-musa": "2.11.0+musa5.2.0"}
     for name, version in before.items():
         environment.has(name, version)
@@ -213,9 +209,7 @@ def test_an_environment_that_would_be_spoilt(
 
 
 def test_a_dry_run_prints_the_commands_and_runs_none(environment: Environment) -> None:
-    """Three commands of pip, each with one index or none and without dependencies; and no file is
-    written.
-    """
+    """Three commands of pip, of at most one index and without dependencies; no file is written."""
     before = sorted(environment.python.parent.iterdir())
     done = install(
         environment,
@@ -249,9 +243,7 @@ def test_the_vendors_index_must_be_named(environment: Environment) -> None:
 def test_a_python_without_vendor_wheels_is_mentioned(
     environment: Environment, vendor: Index
 ) -> None:
-    """Where the interpreter is not one that the vendor builds for, the command says so before pip
-    fails.
-    """
+    """For an interpreter that the vendor does not build for, the command says so before pip."""
     done = install(environment, "--index", vendor.url, "--dry-run")
     assert ("The vendor publishes wheels for" in done.stdout) == (
         sys.version_info[:2] not in ((3, 10), (3, 12))
@@ -281,9 +273,7 @@ def test_the_newest_cohort_is_the_default() -> None:
 
 
 def test_no_file_names_an_index(repository: Path) -> None:
-    """The URL of an index is the user's to give: it is neither in the constraints nor in the
-    scripts.
-    """
+    """An index's URL is the user's to give, and stands in no constraints or scripts."""
     paths = [*CONSTRAINTS.iterdir(), repository / "sglang_musa_ext/install.py"]
     assert [path.name for path in paths if "://" in path.read_text()] == []
 

@@ -23,8 +23,7 @@ def silent_before(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder that is searched first for modules; the libraries in question are found nowhere
-    else.
+    """Put a folder first on the path; the libraries in question are nowhere else.
 
     The GPU, if one is asked, is an H100.
     """

@@ -127,9 +127,7 @@ def test_out_is_written_where_it_is_strided() -> None:
 
 
 def test_a_call_that_needs_no_adapter_goes_to_the_library() -> None:
-    """A library that has every name of a call gets it directly; with one more name, the adapter
-    comes between.
-    """
+    """A library with every name of a call gets it directly, one that lacks one by the adapter."""
 
     def library(q: Any, window_size: Any = (-1, -1), ver: int = 3, out: Any = None) -> str:
         return "library"
@@ -176,9 +174,7 @@ def test_a_dense_page_table_is_not_copied() -> None:
 
 
 def test_the_kv_cache_is_never_copied() -> None:
-    """A cache that is a strided view goes to the kernel untouched: a copy would be as large as the
-    pool.
-    """
+    """A cache that is a strided view goes on untouched: a copy would be as large as the pool."""
     pool = torch.zeros(4, 2, 64, 2, 16)
     cache = pool[:, 0]
     table = torch.zeros(4, 8, dtype=torch.int32)[:, :2]
@@ -226,15 +222,11 @@ def test_a_name_that_the_kernel_has_is_not_translated() -> None:
 
 
 def test_a_kernel_that_takes_anything_gets_everything_that_matters() -> None:
-    """A function that hides its parameters is trusted with all arguments but those that say
-    nothing.
-    """
+    """A function with hidden parameters gets all arguments but those that say nothing."""
     assert adapted(lambda **given: given)(q=1, sinks=2, score_mod=None) == {"q": 1, "sinks": 2}
 
 
 def test_the_reference_refuses_what_mate_lacks() -> None:
-    """The reference has MATE's parameters, so a call that works here does not fail there for a
-    keyword.
-    """
+    """The reference has MATE's parameters: no call works here and fails there for a keyword."""
     with pytest.raises(UnsupportedKernelArgument, match="'score_mod'"):
         reference_kernels().flash_attn_with_kvcache(q=torch.zeros(1, 1, 64), score_mod=abs)

@@ -101,9 +101,7 @@ def test_hopper_without_a_library_lists_both_with_their_reasons(packages: Path) 
 
 
 def test_mates_wrapper_is_no_library_of_nvidias(packages: Path) -> None:
-    """MATE's wrapper has the name of FlashAttention-3's module: on an NVIDIA GPU it is refused, and
-    not imported.
-    """
+    """On an NVIDIA GPU, MATE's wrapper under FA3's name is refused and not imported."""
     write_mate(packages)
     message = refusal(Settings(kernels="hopper"), CUDA)
     for part in (
@@ -116,9 +114,7 @@ def test_mates_wrapper_is_no_library_of_nvidias(packages: Path) -> None:
 
 
 def test_flash_attention_that_cannot_be_asked_for_lse_is_refused(packages: Path) -> None:
-    """Up to v2.8.3 one release returns two results and the next one, and no argument says which is
-    wanted.
-    """
+    """Up to v2.8.3 releases return two results or one, and no argument says which."""
     varlen = DAO["flash_attn_varlen_func"].removesuffix(" return_attn_probs=False")
     write_flash_attention(packages, DAO | {"flash_attn_varlen_func": varlen})
     message = refusal(Settings(kernels="hopper"), CUDA)
@@ -149,9 +145,7 @@ def test_hopper_serves_the_gpus_of_fa3(
 def test_hopper_refuses_other_gpus(
     packages: Path, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], hip: str | None
 ) -> None:
-    """Older, newer and other vendors' GPUs are refused with what was seen, what is expected and
-    what to do.
-    """
+    """Older, newer and other vendors' GPUs are refused: seen, expected, remedy."""
     write_sgl_kernel(packages)
     set_gpu(monkeypatch, capability, hip)
     message = refusal(Settings(kernels="hopper"), CUDA)
@@ -165,9 +159,7 @@ def test_hopper_refuses_other_gpus(
 
 
 def test_hopper_is_called_with_its_own_names(packages: Path) -> None:
-    """SGLang's library gets its own names for the heads and the padding on the left, and FA3's for
-    the rest.
-    """
+    """SGLang's library gets its own names of heads and left padding, and FA3's for the rest."""
     write_sgl_kernel(packages)
     plan = PLAN | {"cache_leftpad": object()}
     given = vars(hopper_kernels(CUDA).get_scheduler_metadata(**plan))
@@ -180,9 +172,7 @@ def test_hopper_is_called_with_its_own_names(packages: Path) -> None:
 
 
 def test_sglangs_build_plans_no_unequal_queries(packages: Path) -> None:
-    """Its forward bounds splits by the average query where its plan goes by the longest; the others
-    go by one rule.
-    """
+    """Its forward bounds splits by the average query, its plan by the longest; others do not."""
     write_flash_attention(packages)
     assert hopper_kernels(CUDA).plans_unequal_queries
     write_sgl_kernel(packages)
@@ -232,9 +222,7 @@ def test_out_is_written_for_flash_attention(packages: Path) -> None:
 
 
 def test_a_hopper_plan_is_compared_without_padding_and_semaphore() -> None:
-    """NVIDIA's FA3 leaves its vectors' padding unwritten and counts in the last value: neither says
-    anything.
-    """
+    """FA3's unwritten padding and its counter in the last value say nothing."""
     # Three vectors of one request, padded to four, then the semaphore; as two computations of one
     # plan came from a GPU.
     used = torch.tensor([1, 1, 2, 12, 1, 1, 1, 1, 0, 0, 1, 2, 0], dtype=torch.int32)
@@ -247,8 +235,7 @@ def test_a_hopper_plan_is_compared_without_padding_and_semaphore() -> None:
 
 
 def hopper_plan(batch: int, vectors: int, semaphore: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """A plan, and which of its values the computation of a plan decides: the rest is padding and
-    the semaphore.
+    """Return a plan and the mask of its meaningful values, not padding or semaphore.
 
     ``vectors`` is 0 for the earlier layout, whose semaphore, or the place where it would be, comes
     first.
@@ -269,9 +256,7 @@ def hopper_plan(batch: int, vectors: int, semaphore: bool) -> tuple[torch.Tensor
 def test_each_value_of_a_hopper_plan_that_counts_is_compared(
     batch: int, vectors: int, semaphore: bool
 ) -> None:
-    """Two plans differ exactly if they differ in something that computing a plan decides, in either
-    layout.
-    """
+    """Two plans differ exactly if a computed value differs, in either layout."""
     plan, decided = hopper_plan(batch, vectors, semaphore)
     seen = hopper._hopper_plan_contents(plan, batch).flatten()
     assert seen.tolist() == plan[decided].tolist()

@@ -58,9 +58,7 @@ def test_a_missing_mate_is_refused(packages: Path) -> None:
 
 
 def test_a_foreign_mate_is_refused(packages: Path) -> None:
-    """The unrelated project of the same name is named with distribution, version, location and
-    remedy.
-    """
+    """The unrelated project of that name is named with distribution, version, path and remedy."""
     write(packages, {"mate/__init__.py": "class Mate: ...\n", "mate/matchers.py": ""})
     write(packages, {"flash_attn_interface.py": WRAPPER})
     write_distribution(packages, "mate", "0.2.0")
@@ -87,9 +85,7 @@ def test_a_foreign_mate_is_refused(packages: Path) -> None:
 def test_a_foreign_mate_that_cannot_be_imported_is_refused(
     packages: Path, files: dict[str, str]
 ) -> None:
-    """Whatever else is called ``mate`` is refused by name, not with the error that importing it
-    raises.
-    """
+    """Anything else called ``mate`` is refused by name, not by the error of importing it."""
     write(packages, files)
     assert "Moore Threads" in refusal(Settings(), MUSA)
 
@@ -116,9 +112,7 @@ def test_a_wrapper_that_cannot_be_imported_is_refused_with_the_reason(packages: 
     "absent", ["flash_attn_with_kvcache", "flash_attn_varlen_func", "get_scheduler_metadata"]
 )
 def test_a_wrapper_without_a_function_is_refused(packages: Path, absent: str) -> None:
-    """A module of the wrapper's name that lacks a function is named with its file and what it
-    lacks.
-    """
+    """A module of the wrapper's name without a function is named with file and what it lacks."""
     write_mate(packages, WRAPPER + f"\ndel {absent}\n")
     message = refusal(Settings(), MUSA)
     assert f"lacks {absent}" in message
@@ -491,9 +485,7 @@ def test_sinks_in_bfloat16_are_handed_on(release: FA3Kernels) -> None:
 
 
 def test_a_cache_that_would_have_to_be_copied_is_refused(release: FA3Kernels) -> None:
-    """A cache whose rows are not dense is refused: no kernel reads it, and a copy is as large as
-    the cache.
-    """
+    """A cache with sparse rows is refused: no kernel reads it, and a copy is as large as it."""
     cache = half(4, 64, 128, 2).transpose(2, 3)
     with pytest.raises(UnsupportedKernelArgument, match="k_cache has stride 2"):
         release.flash_attn_with_kvcache(**paged(k_cache=cache))
@@ -573,9 +565,7 @@ def test_softmax_lse_of_other_attention_is_untouched(packages: Path) -> None:
     ],
 )  # fmt: skip
 def test_what_a_release_lacks_is_refused_by_name(packages: Path, state: str, name: str) -> None:
-    """A parameter that is there but not read, or not yet served, is refused with the release that
-    has it.
-    """
+    """An argument not read, or not served yet, is refused with the release that has it."""
     kernels = install_mate(packages, state)
     value = 4096 if name == "attention_chunk" else half(2, 2, 128)
     with pytest.raises(

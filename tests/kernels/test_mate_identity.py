@@ -202,9 +202,7 @@ def test_nothing_installed_is_two_problems(site: Path) -> None:
 
 @pytest.mark.parametrize("name", ["mate", "some-other-project"])
 def test_a_foreign_mate_is_named(site: Path, name: str) -> None:
-    """The unrelated project is named with its distribution, version and location, whatever it is
-    called.
-    """
+    """The unrelated project is named with distribution, version and path, whatever its name."""
     install(site, "flash_attn_3", "0.2.7", CURRENT)
     install(site, name, "0.2.0", MATCHERS, "Summary: Matchers for unittest\n")
     problem = only_problem(identify_mate())

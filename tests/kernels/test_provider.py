@@ -181,9 +181,7 @@ def test_any_page_size_is_accepted_without_mla(
 @pytest.mark.parametrize("name", ["mate", "reference"])
 @pytest.mark.parametrize("page_size", [1, 32, 128])
 def test_mla_refuses_other_pages_than_64(packages: Path, name: str, page_size: int) -> None:
-    """MATE's MLA kernels take pages of 64 tokens; the error names the option, its value and the
-    choice.
-    """
+    """MATE's MLA kernels take pages of 64; the error names the option, its value and the choice."""
     with pytest.raises(UnsupportedByKernels) as caught:
         provider(name, packages).require(
             page_size=page_size, kv_cache_dtype=torch.bfloat16, use_mla=True

@@ -142,9 +142,7 @@ def release(*exceptions: ExpectedFailure, version: str = "0.5.21", **expected: s
 def test_a_run_is_judged_by_what_is_expected(
     exceptions: list[ExpectedFailure], run: LevelResult, status: CellStatus, problem: str | None
 ) -> None:
-    """Unexpected failures and unexpected passes are both problems; a level that checked nothing is
-    one too.
-    """
+    """Unexpected failures and passes are problems, and so is a level that checked nothing."""
     verdict = judge(release(*exceptions), "backend", run)
     assert verdict.status is status
     assert verdict.as_expected is (status is CellStatus.PASS)
@@ -319,9 +317,7 @@ def test_every_cell_runs_once(fake: FakeMatrix, capsys: pytest.CaptureFixture[st
 
 
 def test_a_second_run_repeats_nothing_unless_told_to(fake: FakeMatrix) -> None:
-    """Results of the same sources are taken as they are; --fresh and other sources run everything
-    again.
-    """
+    """Results of the same sources are kept; --fresh and other sources run everything again."""
     fake()
     assert fake() == 0
     assert fake.ran == []
@@ -359,9 +355,7 @@ def test_an_interrupted_run_goes_on_where_it_was(
 def test_a_failure_is_shown_and_run_again(
     fake: FakeMatrix, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The exit status says that an expectation broke, the output which; the next run tries that
-    cell alone.
-    """
+    """The exit status says that an expectation broke; the next run tries that cell alone."""
     fake.runs["0.5.21", "engine"] = LevelResult(["a"], {"test_tokens": "other tokens"})
     assert fake() == 1
     out = capsys.readouterr().out
@@ -430,9 +424,7 @@ def test_results_are_written_as_json_and_docs(fake: FakeMatrix) -> None:
 def test_a_fingerprint_is_of_its_levels_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The package and the helpers of tests belong to every level, a test to those levels that run
-    it.
-    """
+    """Package and test helpers belong to every level, a test to the levels that run it."""
     monkeypatch.setattr(matrix_levels, "ROOT", tmp_path)
     files = [
         "sglang_musa_ext/envs.py",
@@ -518,9 +510,7 @@ def test_the_docs_state_the_releases_of_this_package(repository: Path) -> None:
 
 
 def test_a_release_is_unpacked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The wheel is downloaded into a folder that goes away; what it contains stays, and serves the
-    next time.
-    """
+    """The wheel goes, with its folder; its contents stay, and serve the next time."""
     downloads = []
 
     def download(version: str, directory: Path) -> Path:

@@ -1,5 +1,4 @@
-"""Build the simulated GPU: a site folder with the device, its stand-ins and torchada, for a child's
-PYTHONPATH.
+"""Build the simulated GPU: a site folder of device, stand-ins and torchada, for PYTHONPATH.
 
 ``python -m tests.simulated_musa.build`` prints the folder. Everything is kept in
 ``.cache/simulated-musa`` of the checkout, by what it is made from; the device, which takes a
@@ -183,9 +182,7 @@ def _distributions(mate: str) -> list[_Distribution]:
 
 
 def _install_torchada(folder: Path) -> None:
-    """Install the real one, of which this device needs no kernels: it would compile them in every
-    process.
-    """
+    """Install torchada without kernels, which it would compile in every process."""
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     try:
         _run([*command, "--no-deps", "--target", str(folder), TORCHADA], dict(os.environ))

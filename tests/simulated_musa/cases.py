@@ -1,6 +1,4 @@
-"""Engines on the simulated GPU, started as a MUSA user would: no platform, no backend, no page size
-named.
-"""
+"""Engines on the simulated GPU, started as a user would: no platform, backend or page size."""
 
 from __future__ import annotations
 
@@ -26,9 +24,7 @@ three bits less."""
 
 
 def usual(release: tuple[int, ...]) -> dict[str, Any]:
-    """Return arguments of every engine: small, with graphs for decoding, whose names changed in
-    0.5.14.
-    """
+    """Return every engine's arguments: small, with decode graphs, whose names changed in 0.5.14."""
     arguments: dict[str, Any] = {
         "skip_tokenizer_init": True,
         "dtype": "float16",
@@ -113,9 +109,7 @@ def wide(model: TinyModel, **fields: Any) -> TinyModel:
 
 
 class HalfModel(TinyModel):
-    """A checkpoint in float16, for a model whose layers SGLang makes of the dtype that the
-    checkpoint names.
-    """
+    """A float16 checkpoint, for a model whose layers have the dtype of the checkpoint."""
 
     def build(self, directory: Path) -> None:
         """Write the model to ``directory`` as a checkpoint."""
@@ -303,9 +297,7 @@ def installed_release() -> tuple[int, ...]:
 
 
 def worst(musa: EngineServer, case: MusaCase, outputs: list[Output]) -> float:
-    """Return by how much the worst token of ``outputs`` is less probable than transformers' own
-    choice there.
-    """
+    """Return how much less probable the worst token of ``outputs`` is than the best one."""
     model = musa.model(case.model)
     gaps: list[float] = []
     for output, request in zip(outputs, case.requests, strict=True):

@@ -1,6 +1,4 @@
-"""The simulated GPU for the tests of this folder; where it cannot be had, they skip with the
-reason.
-"""
+"""The simulated GPU for this folder's tests, which skip with a reason where it is missing."""
 
 from __future__ import annotations
 
@@ -25,9 +23,7 @@ def musa_environment() -> dict[str, str]:
 def musa(
     tmp_path_factory: pytest.TempPathFactory, musa_environment: dict[str, str]
 ) -> Iterator[EngineServer]:
-    """A process that has imported SGLang on the simulated GPU, and boots engines in forks of
-    itself.
-    """
+    """A process with SGLang on the simulated GPU, which boots engines in forks of itself."""
     server = EngineServer(tmp_path_factory.mktemp("musa"), musa_environment)
     yield server
     server.close()

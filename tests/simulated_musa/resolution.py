@@ -267,8 +267,7 @@ def read_kept(directory: Path) -> dict[str, dict[str, Resolution]]:
 
 
 def table(resolved: Mapping[str, Mapping[str, Mapping[str, Resolution]]]) -> list[str]:
-    """Return a Markdown table: kinds by what the releases resolve to, without and with this
-    package.
+    """Return a Markdown table of what releases resolve kinds to, without and with this package.
 
     Args:
         found: by mode (``off``, ``auto``), release and kind.
@@ -305,9 +304,7 @@ def _span(releases: Sequence[str]) -> str:
 
 
 def main() -> None:
-    """Write the table of docs/simulated-musa.md from the releases in a folder, or print one
-    release's.
-    """
+    """Write docs/simulated-musa.md's table from releases in a folder, or print one release's."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--one", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--releases", type=Path, default=ROOT / ".cache" / "releases")

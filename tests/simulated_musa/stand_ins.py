@@ -11,8 +11,7 @@ from typing import Any
 
 
 def collectives() -> None:
-    """Let SGLang's tensor-parallel groups reduce through the process group that they are attached
-    to.
+    """Let SGLang's tensor-parallel groups reduce through their own process groups.
 
     SGLang finds no ``libmccl`` here, and up to 0.5.23 takes its communicator for a working one all
     the same as soon as a graph is captured.

@@ -35,9 +35,7 @@ def kind(request: pytest.FixtureRequest) -> Kind:
 
 
 def test_defaults(musa: EngineServer, kind: Kind, tmp_path: Path) -> None:
-    """fa3 is chosen where it is right, elsewhere SGLang's choice stays, and no server refuses for a
-    default.
-    """
+    """fa3 is chosen where it is right, else SGLang's choice stays; no default is refused."""
     alone: Resolution = musa.call(resolved, kind, tmp_path, "off")
     ours: Resolution = musa.call(resolved, kind, tmp_path, "auto")
     if kind.name in FA3:

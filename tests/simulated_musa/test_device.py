@@ -46,9 +46,7 @@ def host_and_device_do_not_mix() -> None:
 
 
 def graphs_do_their_work_again() -> None:
-    """A replay reads the inputs' new contents, through views, in-place work and results of their
-    own.
-    """
+    """A replay reads new contents of inputs, through views, in-place work and own results."""
     import torch
 
     given = torch.zeros(4, device="musa")

@@ -56,9 +56,7 @@ def test_tokens_are_transformers(older: tuple[str, EngineServer], name: str) -> 
 def test_nodes_with_two_releases_of_mate_stop(
     older: tuple[str, EngineServer], musa: EngineServer
 ) -> None:
-    """Two nodes of one server that have different releases end before weights are loaded, and both
-    name the releases.
-    """
+    """Two nodes of different releases end before weights are loaded; both name the releases."""
     release, server = older
     with held_port() as port, ThreadPoolExecutor(2) as threads:
         nodes = [

@@ -1,6 +1,4 @@
-"""MATE's stand-in against float64 and against the package's reference kernels, which share no code
-with it.
-"""
+"""MATE's stand-in against float64 and the package's reference kernels, which share no code."""
 
 from __future__ import annotations
 
@@ -41,9 +39,7 @@ CALLS = [
 
 
 def outputs(call: Call) -> dict[str, list[Any]]:
-    """Return what float64, MATE's stand-in and the reference make of a call, and how many splits it
-    has.
-    """
+    """Return a call's results of float64, stand-in and reference, and its number of splits."""
     import torch
 
     from sglang_musa_ext.kernels import provider
@@ -127,9 +123,7 @@ def test_stand_in_and_reference_equal_float64(musa: EngineServer, call: Call) ->
 
 
 def stale_plan(swapped: bool) -> list[list[float]]:
-    """Return MATE's output for two requests on the plan of the same ones, or of them in another
-    order.
-    """
+    """Return MATE's output for two requests, on their plan or on that of swapped ones."""
     import torch
 
     from sglang_musa_ext.kernels import provider
@@ -156,9 +150,7 @@ def stale_plan(swapped: bool) -> list[list[float]]:
 
 
 def test_rows_that_a_plan_leaves_out_are_not_written(musa: EngineServer) -> None:
-    """A plan of other queries leaves memory as it was, which is not a number; its own plan does
-    not.
-    """
+    """A plan of other queries leaves memory at NaN; its own plan does not."""
     right, wrong = musa.call(stale_plan, False), musa.call(stale_plan, True)
     assert all(value == value for row in right for value in row)
     assert any(value != value for row in wrong for value in row)

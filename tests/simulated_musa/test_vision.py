@@ -16,9 +16,7 @@ LENGTHS = (70, 300, 1)
 
 
 def attend(mode: str) -> tuple[list[Any], list[Any]]:
-    """Return what SGLang's layer and what float64 make of three images, with this package in
-    ``mode``.
-    """
+    """Return SGLang's layer's and float64's outputs of three images, in ``mode``."""
     os.environ["SGLANG_MUSA_EXT"] = mode
     import torch
     from sglang.srt.layers.attention import vision

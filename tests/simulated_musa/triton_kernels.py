@@ -1,6 +1,4 @@
-"""A Triton kernel for the tests of the device, in a module of its own: the interpreter reads its
-source.
-"""
+"""A Triton kernel for tests of the device, in a module whose source the interpreter reads."""
 
 import triton
 import triton.language as tl

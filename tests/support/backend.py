@@ -1,5 +1,4 @@
-"""A harness for attention backends: upstream's real backend classes over small models, checked
-against dense float64.
+"""A harness: upstream's backend classes over small models, against dense float64.
 
 A :class:`Model` is layers over one KV cache and one table of requests, with what upstream's
 backends read of a model runner. It makes the batches of a forward pass (:class:`Step`), runs single
@@ -77,9 +76,7 @@ def environment(**values: str) -> Iterator[None]:
 
 
 DEVICE = os.environ.get("FUZZING_DEVICE", "cpu")
-"""Where models and KV caches are: a CPU, or the GPU on which ``scripts/soak --kernels hopper``
-runs.
-"""
+"""The device of models and KV caches: a CPU, or a GPU for ``scripts/soak --kernels hopper``."""
 if DEVICE == "cpu":
     prepare_process()
 else:
@@ -151,8 +148,7 @@ def dense_attention(
 
 
 class KVPool:
-    """The part of upstream's KV pools that its FlashAttention backend uses; each layer has its own
-    shape.
+    """The part of upstream's KV pools that its backend uses; layers may differ in shape.
 
     Slots are filled with ``fill`` until they are written. NaN shows every read of a slot that was
     not written.
@@ -203,9 +199,7 @@ class KVPool:
 
 
 class WindowPool(KVPool, SWAKVPool):  # type: ignore[misc]
-    """A pool like upstream's for hybrid windows: layers with a window have pages of their own, in
-    another order.
-    """
+    """A pool like upstream's for hybrid windows, whose layers have pages of their own."""
 
     swa_layer_nums = 1
 
@@ -289,9 +283,7 @@ class Request:
 
 
 class Draft(SimpleNamespace):
-    """Stands for upstream's ``EagleDraftInput`` or ``EagleVerifyInput``, as far as attention looks
-    at them.
-    """
+    """Stands for upstream's ``EagleDraftInput`` or ``EagleVerifyInput``, as attention sees it."""
 
     def is_draft_input(self) -> bool:
         return True
@@ -299,9 +291,7 @@ class Draft(SimpleNamespace):
 
 @dataclass
 class Model:
-    """Layers over one KV cache. ``arguments`` are fields of ``ServerArgs`` that upstream's backend
-    reads.
-    """
+    """Layers over one KV cache; ``arguments`` are fields of ``ServerArgs`` for the backend."""
 
     layers: Sequence[RadixAttention]
     page_size: int = 64
@@ -378,9 +368,7 @@ class Model:
         )
 
     def _translator(self) -> Any:
-        """The stand-in for upstream's ``KVIndexTranslator`` over a pool that is not of its unified
-        kind.
-        """
+        """The stand-in for upstream's ``KVIndexTranslator`` over an ordinary pool."""
 
         def window_ids(loc: Tensor) -> Tensor | None:
             return (
@@ -462,9 +450,7 @@ class Model:
     def extend(
         self, requests: Sequence[Request], new: Sequence[int], mode: Any = ForwardMode.EXTEND
     ) -> Step:
-        """A prefill, or its continuation: ``new`` tokens of each request after those that are
-        there.
-        """
+        """A prefill, or its continuation: ``new`` tokens of each request after those there."""
         prefixes = [request.length for request in requests]
         for request, count in zip(requests, new, strict=True):
             request.length += count
@@ -483,9 +469,7 @@ class Model:
         return self._step(ForwardMode.DECODE, requests, [1] * len(requests))
 
     def draft_decode(self, requests: Sequence[Request], step: int) -> Step:
-        """Step ``step`` of a chain of draft tokens (topk 1): upstream adds ``step + 1`` to each
-        length itself.
-        """
+        """Step ``step`` of a draft chain: upstream adds ``step + 1`` to each length itself."""
         made = self._step(ForwardMode.DECODE, requests, [1] * len(requests), spec_info=Draft())
         for queries, request in zip(made.queries, requests, strict=True):
             queries.slots = self.slots(request, request.length + step + 1)
@@ -496,8 +480,7 @@ class Model:
     def verify(
         self, requests: Sequence[Request], count: int, trees: Sequence[Tensor] | None = None
     ) -> Step:
-        """Verify ``count`` draft tokens a request; lengths are those before the draft, as upstream
-        counts.
+        """Verify ``count`` draft tokens a request; lengths are those before the draft.
 
         ``trees``: bool ``(count, count)`` for each request, which draft token sees which; ``None``
         for a chain.
@@ -523,8 +506,7 @@ class Model:
         return made
 
     def draft_tree(self, requests: Sequence[Request], topk: int, steps: int, step: int) -> Step:
-        """Step ``step`` of drafting ``topk`` branches a request, each on pages of its own, as
-        upstream lays them out.
+        """Step ``step`` of ``topk`` branches a request, each on its own pages, as upstream has it.
 
         A branch begins with a copy of its request's last, partly filled page. The batch's
         ``out_cache_loc`` is that of all steps, which upstream's metadata wants; :meth:`enter_step`
@@ -544,9 +526,7 @@ class Model:
         return made
 
     def branch(self, request: Request, steps: int) -> Tensor:
-        """Slots for ``steps`` draft tokens after ``request``, behind a copy of its last, partly
-        filled page.
-        """
+        """Slots for ``steps`` draft tokens, behind a copy of the last, partly filled page."""
         pages = self.table[self._free_rows.pop(0)].long()
         last = request.length % self.page_size
         copied = self.slots(request, request.length)[request.length - last :]
@@ -558,9 +538,7 @@ class Model:
 
     @staticmethod
     def enter_step(made: Step) -> None:
-        """Let the batch of a draft step write where this step's tokens go, as upstream's draft
-        worker does.
-        """
+        """Let a draft step's batch write where its tokens go, as upstream's draft worker does."""
         made.batch.out_cache_loc = torch.cat([queries.slots[-1:] for queries in made.queries])
 
     def slots(self, request: Request, length: int) -> Tensor:
@@ -686,9 +664,7 @@ class Model:
         share_kv: bool = False,
         **options: Any,
     ) -> None:
-        """Run one layer and require the right output, and the right log-sum-exp where the layer
-        returns one.
-        """
+        """Run one layer and require the right output, and log-sum-exp if it returns one."""
         inputs = self.inputs(step, layer, share_kv)
         self.require(
             self.forward(backend, step, layer, inputs, **options),
@@ -786,9 +762,7 @@ def recorded(backend: Any) -> list[Call]:
 def replace_kernels(
     backend: Any, wrap: Callable[[str, Callable[..., Any]], Callable[..., Any]]
 ) -> None:
-    """Let ``wrap`` make each kernel function of ``backend`` from its name and the function there
-    was.
-    """
+    """Let ``wrap`` make ``backend``'s kernel functions from their names and the former ones."""
     kernels = backend._kernels
     names = ("flash_attn_with_kvcache", "flash_attn_varlen_func", "get_scheduler_metadata")
     wrapped = {name: wrap(name, getattr(kernels, name)) for name in names}

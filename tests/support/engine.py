@@ -1,5 +1,4 @@
-"""The real SGLang engine for tests: SGLang is imported once, and each case runs in a process forked
-from there.
+"""The SGLang engine for tests: imported once, with each case in a process forked from there.
 
 ``EngineServer`` starts ``python -m tests.support.engine``, which imports SGLang under the CPU
 platform and then forks a process for every task it is sent; the engine's own processes are forked
@@ -88,9 +87,7 @@ class EngineCase:
     """Over ``usual``."""
     environ: Mapping[str, str] = field(default_factory=dict)
     before_boot: Callable[[], None] | None = None
-    """Called in the process that boots the engine, and so inherited by all of its forks; a
-    module-level function.
-    """
+    """Called where the engine boots, and so inherited by all forks; a module-level function."""
     meeting_port: int = 0
     """Of the server that prefills, where one prefills and another decodes."""
     usual: Mapping[str, Any] = field(default_factory=lambda: {**ENGINE_ARGUMENTS, **OURS})
@@ -119,9 +116,7 @@ class EngineRun:
 
     phases: list[list[Output]]
     reports: list[list[dict[str, Any]]]
-    """``musa_fa3_report`` of every backend in every scheduler, before the first phase and after
-    each.
-    """
+    """Every scheduler's backends' ``musa_fa3_report``, before the first phase and after each."""
 
     @property
     def outputs(self) -> list[Output]:
@@ -192,9 +187,7 @@ class EngineServer:
                 _kill_group(task)
 
     def spawn(self, case: EngineCase, *, timeout: float = 300.0) -> EngineRun:
-        """Like :meth:`run`, in a fresh Python whose engine spawns its processes, as outside of
-        tests.
-        """
+        """Run in a fresh Python whose engine spawns its processes, as outside of tests."""
         self._tasks += 1
         question, answer = (
             self._directory / f"{self._tasks}-spawned.{what}" for what in ("case", "run")
@@ -386,9 +379,7 @@ def ask_booted(engine: Any, case: EngineCase) -> EngineRun:
 
 
 def embed(case: EngineCase) -> tuple[list[list[float]], list[dict[str, Any]]]:
-    """The embeddings that the engine of ``case`` gives the prompts of its only phase, and its
-    backends' reports.
-    """
+    """Return the embeddings of the prompts of ``case``'s only phase, and backends' reports."""
     from sglang.srt.managers.io_struct import EmbeddingReqInput
 
     fork_always()
@@ -497,9 +488,7 @@ def _output(answer: dict[str, Any]) -> Output:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Serve at an address, or with ``--spawn`` run the case in one file and leave the result in
-    another.
-    """
+    """Serve at an address, or with ``--spawn`` run one file's case and write the result."""
     if arguments[0] == "--spawn":
         question, answer = map(Path, arguments[1:])
         answer.write_bytes(pickle.dumps(ask_engine(pickle.loads(question.read_bytes()))))

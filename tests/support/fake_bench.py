@@ -20,8 +20,7 @@ WRONG = {"tokens": [[4, 5]], "logprobs": [[-1.0, -2.5]]}
 
 
 class FakeEngine:
-    """An engine that gives the answer it was made with, and whose every pass takes
-    ``milliseconds``.
+    """An engine that gives a fixed answer, and whose every pass takes ``milliseconds``.
 
     ``others`` are answers and times of peers whose backends take turns in it.
     """

@@ -44,9 +44,7 @@ class Graphs(Protocol):
 
 @dataclass
 class Recorded:
-    """One operation: a function of PyTorch or a kernel, its arguments, and the tensors that its
-    result went to.
-    """
+    """One operation: a function of PyTorch or a kernel, its arguments and result tensors."""
 
     name: str
     function: Callable[..., Any]
@@ -79,9 +77,7 @@ class CpuGraph:
 
 
 class _Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Writes down each operation of PyTorch that runs, except while a kernel does, which is one
-    operation itself.
-    """
+    """Notes PyTorch's operations, but those within a kernel, which is one operation itself."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -214,8 +210,7 @@ def prepare(backend: Any, batch: Any, capturing: bool) -> None:
 
 
 class GraphRunner:
-    """Captures a model's decode or verify pass for several batch sizes, as upstream does, and
-    replays them.
+    """Captures a model's pass for several batch sizes, as upstream does, and replays it.
 
     Two warm-up runs, then the capture, from the largest batch to the smallest, with all lengths 1
     and all static buffers shared by the graphs.

@@ -31,9 +31,7 @@ PAGE_SIZE, SPECULATIVE_STEPS, TOPK = 64, 3, 1
 
 
 class _Anything(type):
-    """A class whose attributes are such classes too: enough for what modules do with a library at
-    import.
-    """
+    """A class whose attributes are such classes too, as modules need them at import."""
 
     def __getattr__(cls, name: str) -> Any:
         if name.startswith("_"):
@@ -124,9 +122,7 @@ def pretend_hopper(torch: Any) -> None:
 
 
 def runner(torch: Any) -> Any:
-    """A stand-in of upstream's model runner, as far as its FA3 backends read it when they are
-    built.
-    """
+    """A stand-in of upstream's model runner, as its FA3 backends read it when built."""
     from sglang.srt.configs.model_config import AttentionArch
     from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
     from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
@@ -193,9 +189,7 @@ def described_object(thing: Any) -> dict[str, Any]:
 
 
 def described(value: Any, depth: int = 3) -> Any:
-    """A value so that it compares across processes: functions by their code, classes by name, plain
-    data as it is.
-    """
+    """Describe a value across processes: functions by code, classes by name, data as it is."""
     value = getattr(value, "__func__", value)
     if isinstance(value, str | int | float | None):
         return re.sub(r" at 0x[0-9a-f]+", "", repr(value))  # Generated docstrings show addresses.

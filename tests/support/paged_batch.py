@@ -1,6 +1,4 @@
-"""Batches over a paged cache, of FA3 and of MLA, with float64 attention to compare the kernels
-with.
-"""
+"""Batches over a paged cache, of FA3 and MLA, with float64 attention to compare with."""
 
 from __future__ import annotations
 
@@ -22,9 +20,7 @@ from sglang_musa_ext.validation.attention_float64 import attention
 
 @dataclass
 class Batch:
-    """A paged batch: ``rows`` new queries of each request over ``keys`` cached tokens, in shuffled
-    pages.
-    """
+    """A batch of ``rows`` new queries a request over ``keys`` tokens in shuffled pages."""
 
     rows: list[int]
     keys: list[int]

@@ -12,9 +12,7 @@ from typing import Any
 
 VOCABULARY = 512
 WIDE = 0.15
-"""Standard deviation of the weights: with the usual 0.02 every token repeats, and a test sees
-nothing.
-"""
+"""Standard deviation of weights: with the usual 0.02 tokens repeat, and tests see nothing."""
 SMALL: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -67,9 +65,7 @@ class TinyModel:
 
 @dataclass(frozen=True)
 class EagleDraft(TinyModel):
-    """An EAGLE head of one random layer, for a Llama of the same fields; ``architecture`` is
-    SGLang's name of it.
-    """
+    """An EAGLE head of one random layer, for a Llama; ``architecture`` is SGLang's name."""
 
     def build(self, directory: Path) -> None:
         """Write the head to ``directory`` as a checkpoint."""
@@ -218,9 +214,7 @@ def _tell_apart(model: Any) -> None:
 def greedy(
     model: Path, prompts: Sequence[Sequence[int]], new_tokens: int
 ) -> list[tuple[list[int], list[float]]]:
-    """Tokens and their log-probabilities that transformers' own greedy search gives each prompt, in
-    float32.
-    """
+    """Return transformers' greedy tokens and log-probabilities of each prompt, in float32."""
     import torch
 
     torch.set_num_threads(1)

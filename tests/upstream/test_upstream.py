@@ -1,5 +1,4 @@
-"""Tests of the upstream contract: against the installed SGLang, edited copies of it, and all
-releases.
+"""The upstream contract against the installed SGLang, edited copies, and all releases.
 
 The tests over all releases read sources only. They look for ``<version>/sglang`` below the
 directory that ``SGLANG_RELEASES`` names, and are skipped for the releases that are not there.
@@ -263,9 +262,7 @@ EDITS = {
 def test_one_upstream_change_is_one_violation(
     copy: SourceCopy, edit: tuple[str, str, str], expected: tuple[str, str], seen: str
 ) -> None:
-    """Each kind of upstream change is found, as exactly one violation that says what the source
-    has.
-    """
+    """Each kind of upstream change is one violation, which says what the source has."""
     copy.edit(*edit)
     (violation,) = check_upstream(copy.root, copy.version)
     assert (violation.requirement.symbol, violation.requirement.kind) == expected
@@ -344,9 +341,7 @@ def test_unparsable_module_is_a_violation(copy: SourceCopy) -> None:
 
 
 def test_draft_class_imported_from_elsewhere_violates_both_rows(copy: SourceCopy) -> None:
-    """A factory that imports another class misses the one that is needed and takes one that is not
-    provided.
-    """
+    """A factory of another class lacks the one needed and has one that is not provided."""
     copy.edit(
         "sglang.srt.speculative.draft_utils", r"MusaFlashAttentionBackend as", "MusaBackend as"
     )
@@ -372,9 +367,7 @@ def test_rows_of_other_users_are_left_out(copy: SourceCopy) -> None:
 def test_newer_sglang_runs_with_a_warning(
     copy: SourceCopy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where the contract holds, a newer release than tested is taken, and the warning names the
-    tested range.
-    """
+    """A newer release that meets the contract is taken; the warning names the range."""
     monkeypatch.setattr(releases, "NEWEST", releases.OLDEST)
     support = require_upstream(copy.root, copy.version)
     assert support.standing is Standing.NEWER
@@ -482,9 +475,7 @@ def test_row_is_complete(row: Requirement) -> None:
 
 @pytest.mark.parametrize("row", [row for row in REQUIREMENTS if row.since], ids=row_id)
 def test_row_begins_after_the_oldest_release(row: Requirement) -> None:
-    """A row that holds in every supported release needs no beginning, and what serves the time
-    before it can go.
-    """
+    """A row of every supported release has no beginning, and none that ended is left."""
     assert not row.holds_in(SUPPORTED_RELEASES[0].version)
 
 
@@ -595,9 +586,7 @@ def test_every_exception_has_a_reason() -> None:
 
 
 def test_importing_loads_neither_torch_nor_sglang() -> None:
-    """The contract can be checked before anything heavy is imported, and checking imports nothing
-    either.
-    """
+    """Checking the contract imports nothing heavy, and comes before anything that does."""
     code = (
         "import sys; from sglang_musa_ext.upstream import check; check.check_upstream(); "
         "sys.exit(any(name.partition('.')[0] in ('torch', 'sglang') for name in sys.modules))"

@@ -1,6 +1,4 @@
-"""The validation kit: it passes on the reference kernels, it fails on broken ones, and it reports
-whatever happens.
-"""
+"""The validation kit passes on the reference, fails on broken kernels, and always reports."""
 
 from __future__ import annotations
 
@@ -138,9 +136,7 @@ def test_verdict_and_exit_code(
 
 
 def test_the_report_says_what_was_never_seen_and_where_it_failed(tmp_path: Path) -> None:
-    """Markdown and JSON carry the notice, versions, settings, and each case with reason and
-    numbers.
-    """
+    """Markdown and JSON have notice, versions, settings, and cases with reason and numbers."""
     outcome = Outcome(
         "numerics", "decode | window", FAIL, "rows\nare wrong", {"error": 0.5, "in": "output"}
     )
@@ -238,9 +234,7 @@ sys.exit(command.main())
     ids=["ignores windows", "dies of windows"],
 )
 def test_a_broken_provider_is_reported(tmp_path: Path, fault: str, reason: str) -> None:
-    """Wrong numbers and a dead process fail their own case, with exit status 1; the other cases
-    still run.
-    """
+    """Wrong numbers and a dead process fail their own case; the other cases still run."""
     program = tmp_path / "broken.py"
     names = ["prefill", "decode, window", "verify of 4"]
     program.write_text(textwrap.dedent(BROKEN).format(cases=names, fault=fault))
@@ -272,9 +266,7 @@ def test_unknown_parts_are_named(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 class RunAgain:
-    """Stands for a device's graphs: a replay runs the function again, into the tensors of the
-    capture.
-    """
+    """Stands for a device's graphs: a replay runs the function into the capture's tensors."""
 
     def capture(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         function()
@@ -353,9 +345,7 @@ def test_log_probabilities_count_up_to_the_first_other_token(
 
 @pytest.mark.parametrize("name", ["MLA, two slots", "MLA cascade"])
 def test_mla_kernels_that_return_their_plans_are_called_their_way(name: str) -> None:
-    """Without ``(workspace, reuse)`` a plan is a tensor, asked for with the head dimensions of the
-    call's tensors.
-    """
+    """A plan without a workspace is a tensor, asked for with the call's head dimensions."""
     kernels = reference_kernels()
     asked: list[dict[str, Any]] = []
 
@@ -381,9 +371,7 @@ def test_mla_kernels_that_return_their_plans_are_called_their_way(name: str) -> 
 
 
 class StandInEngine:
-    """Answers as an engine does, with the fault of one peer; ``noise`` is what a peer's second
-    answer is off by.
-    """
+    """Answers as an engine with one peer's fault; ``noise`` is between two answers of a peer."""
 
     fault, noise = "", 0.0
 
@@ -506,9 +494,7 @@ def test_each_case_of_a_mode_sees_its_fault(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Unequal answers, an engine that dies, and plans that are not as they should be fail the case
-    that is for them.
-    """
+    """Unequal answers, a dying engine and wrong plans fail the case that is for them."""
     outcomes = mode_outcomes(fault, noise, tmp_path, monkeypatch)
     assert tuple(outcomes[name].status for name in MODE_CASES) == statuses, outcomes
     if "dies" in fault:
@@ -546,9 +532,7 @@ def test_modes_of_an_fp8_cache_ask_for_one() -> None:
 
 
 def test_gpus_are_named_as_the_environment_names_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Engines get GPUs out of those that the user left visible, and one alone if the device has an
-    index.
-    """
+    """Engines get GPUs of those visible, and one alone if the device has an index."""
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert validate_modes.visible_cards(2, "cuda") == ["0", "1"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-a,5")
@@ -559,9 +543,7 @@ def test_gpus_are_named_as_the_environment_names_them(monkeypatch: pytest.Monkey
 def test_an_engine_is_changed_where_its_environment_asks(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """A module of SGLang gets its change when it is imported, keeps its own code, and is not
-    imported before.
-    """
+    """A module of SGLang gets its change when imported, and keeps its own code."""
     monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "upstream_stand_in.py").write_text(
@@ -584,9 +566,7 @@ def test_an_engine_is_changed_where_its_environment_asks(
 
 
 def test_upstreams_calls_are_planned_as_fa3_asks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The plan is asked for with what the call has: heads, dims, lengths, mask, and the room in its
-    page table.
-    """
+    """The plan is asked for with the call's heads, dims, lengths, mask, and table's room."""
     library: Any = ModuleType("sgl_kernel.flash_attn")
     library.get_scheduler_metadata = lambda **arguments: arguments
     monkeypatch.setitem(sys.modules, "sgl_kernel", ModuleType("sgl_kernel"))
@@ -615,9 +595,7 @@ def test_upstreams_calls_are_planned_as_fa3_asks(monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_kit_plans_where_the_backend_does() -> None:
-    """Requests with different numbers of queries are called without a plan where the kernels can
-    plan none for them.
-    """
+    """Requests of unequal queries have no plan where the kernels can plan none for them."""
     kernels = dataclasses.replace(reference_kernels(), plans_unequal_queries=False)
     for rows, planned in (((4, 4), True), ((4, 3), False)):
         batch = validate_numerics.Batch(
@@ -630,9 +608,7 @@ def test_the_kit_plans_where_the_backend_does() -> None:
 
 
 def test_engine_changes_let_attention_show() -> None:
-    """Matrices keep the size of what they multiply, norms are near 1, and a name has the same
-    weights every time.
-    """
+    """Matrices keep sizes, norms are near 1, and a name has the same weights every time."""
     models = [
         torch.nn.ModuleDict({"norm": torch.nn.LayerNorm(256), "lin": torch.nn.Linear(256, 64)})
         for _ in range(2)
@@ -696,9 +672,7 @@ def test_what_the_sanitizer_says_decides(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A case passes if it does and no error is reported; the one that reads beside the cache, if it
-    is.
-    """
+    """A case passes if no error is reported, and the control if one is."""
     monkeypatch.setattr(validate_memcheck, "SECONDS", 1.0 if fault == "slow" else 60.0)
     sanitizer = tmp_path / "compute-sanitizer"
     sanitizer.write_text(SANITIZER.format(python=sys.executable, fault=fault, status=status))

@@ -35,9 +35,7 @@ RAGGED: dict[str, Any] = dict(rows=[1, 37, 0, 13], keys=[70, 37, 5, 150])
 def test_paged_attention_is_attention(
     page: int, heads: tuple[int, int], causal: bool, planned: bool
 ) -> None:
-    """Pages of any size, any grouping of heads, causal or not, planned or not: attention as
-    defined.
-    """
+    """Attention is as defined, for any pages and heads, causal or not, planned or not."""
     batch = Batch(**RAGGED, heads=heads[0], heads_kv=heads[1], page=page)
     plan = batch.plan(causal=causal) if planned else None
     assert_attention(batch, batch.call(causal=causal, scheduler_metadata=plan), causal=causal)
@@ -77,9 +75,7 @@ MASKS = [
 @pytest.mark.parametrize("planned", [False, True])
 @pytest.mark.parametrize("options", MASKS, ids=str)
 def test_masks_and_scores(options: dict[str, Any], planned: bool) -> None:
-    """Windows, chunks, softcap and scale mean what they say, with fewer, equal and more keys than
-    rows.
-    """
+    """Windows, chunks, softcap and scale act for fewer, equal and more keys than rows."""
     batch = Batch([1, 37, 20, 13], [70, 37, 5, 150])
     known = {
         k: v

@@ -52,9 +52,7 @@ def test_metadata_layout() -> None:
 def test_tile_shapes(
     rows: int, ratio: int, dims: tuple[int, int], query: int, packed: bool
 ) -> None:
-    """Query tiles follow rows and heads while these fit 256, then rows alone; large heads have
-    fixed tiles.
-    """
+    """Query tiles follow rows and heads up to 256, then rows; large heads have fixed tiles."""
     assert planning.tile_shape(rows, ratio, *dims) == planning.TileShape(query, 64, packed)
 
 
@@ -72,9 +70,7 @@ def test_four_key_tiles_are_never_split() -> None:
 
 
 def test_splits_stay_within_the_multiprocessors() -> None:
-    """The planned splits of a batch never outnumber the multiprocessors by more than its requests
-    do.
-    """
+    """A batch's planned splits outnumber the multiprocessors at most by its requests."""
     batch = Batch([1] * 20, [1300] * 20, heads=1, heads_kv=1)
     splits = batch.plan()[:20]
     assert splits.sum() <= planning.MULTIPROCESSORS
@@ -176,9 +172,7 @@ def test_tiles_follow_the_batch_table() -> None:
 
 
 def test_stale_lengths_within_the_same_bounds_are_harmless() -> None:
-    """Key lengths only choose how many splits run; the forward reads its own, so the output stays
-    right.
-    """
+    """Key lengths choose splits alone; the forward reads its own, and the output is right."""
     batch = Batch([1, 1], [1500, 64])
     stale = batch.plan(cache_seqlens=int32([64, 1500]))
     assert_attention(batch, batch.call(scheduler_metadata=stale))

@@ -1,6 +1,4 @@
-"""The reference follows MATE's releases; the provider's functions are right where MATE alone is
-not.
-"""
+"""The reference follows MATE's releases; the provider is right where MATE alone is not."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""A stand-in of MATE, Moore Threads' kernels: the same names and rules, in PyTorch on the simulated
-device.
-"""
+"""A stand-in of MATE: its names and rules, in PyTorch, on the simulated device."""
 
 from __future__ import annotations
 

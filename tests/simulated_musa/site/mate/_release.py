@@ -1,6 +1,4 @@
-"""The release that is stood in for; the build of the site folder writes the version of one release
-here.
-"""
+"""The release that is stood in for; the site folder's build writes its version here."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""MLA decode over pages of 64 latent keys. The kernel writes its plan into the workspace it is
-given.
+"""MLA decode over pages of 64 latent keys; the kernel writes its plan into a workspace.
 
 The plan cuts the key tiles of all requests, one after another, into parts of about the same number,
 one for each piece of the GPU: records of eight int32 (request and tile where it begins, request and
@@ -92,9 +91,7 @@ def _write_plan(plan: torch.Tensor, lengths: list[int], parts: int) -> None:
 
 
 def _pieces(records: list[list[int]], batch: int) -> dict[int, list[slice]]:
-    """Return which keys of each request the parts work on; a part that is not meant for this batch
-    raises.
-    """
+    """Return the keys that parts work on, by request; raise for a part of another batch."""
     pieces: dict[int, list[slice]] = {}
     for begin, tile, end, last, *_ in records:
         if not (0 <= begin <= end <= batch and tile >= 0 and last >= 0):

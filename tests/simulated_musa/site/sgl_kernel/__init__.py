@@ -1,5 +1,4 @@
-"""A stand-in of SGLang's kernel library as built for MUSA: what SGLang's MUSA branches import from
-it, in PyTorch.
+"""A stand-in of SGLang's kernel library as built for MUSA, with the names imported there.
 
 No attribute is made up on demand: SGLang probes for optional parts.
 """

@@ -58,9 +58,7 @@ def _argument(value: Any, computed_with: bool) -> Any:
 
 
 def _without_bfloat16(value: Any) -> Any:
-    """Return ``value`` in float32 if it is bfloat16, whose bits the interpreter multiplies as
-    integers.
-    """
+    """Return bfloat16 as float32: the interpreter multiplies bfloat16's bits as integers."""
     import numpy
     import triton.language as tl
 

@@ -11,9 +11,7 @@ from torch_musa import _MUSAC
 
 
 def on_host(value: Any) -> Any:
-    """Return ``value`` with a host tensor over the same memory in place of each tensor of the
-    device.
-    """
+    """Return ``value`` with host tensors over the memory of the device's tensors."""
     if isinstance(value, torch.Tensor):
         return _MUSAC.alias_on_host(value)
     if isinstance(value, list | tuple) and type(value) in (list, tuple):
@@ -22,8 +20,7 @@ def on_host(value: Any) -> Any:
 
 
 def launch(kernel: Callable[..., None], *args: Any, **kwargs: Any) -> None:
-    """Run ``kernel`` on the arguments' memory; a graph that is being captured runs it again at each
-    replay.
+    """Run ``kernel`` on the arguments' memory, also at each replay of a graph in capture.
 
     It returns nothing: what it computes it writes to tensors among its arguments.
     """
