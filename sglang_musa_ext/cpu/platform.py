@@ -234,7 +234,8 @@ def _call_groups_directly() -> None:
 
 
 def _call_of_group(module: Any, method: str) -> Callable[..., None]:
-    def call(output: torch.Tensor, input: torch.Tensor, group_name: str) -> None:  # noqa: A002  # SGLang's name.
+    # SGLang passes them by these names.
+    def call(output: torch.Tensor, input: torch.Tensor, group_name: str) -> None:  # noqa: A002
         getattr(module._groups[group_name](), method)(output, input)
 
     return call

@@ -220,7 +220,8 @@ def serve(arguments: dict[str, Any], descriptor: int) -> None:
 
         try:
             served = _boot(arguments)
-        except Exception as error:  # noqa: BLE001  # Whatever stops an engine is what the other side must hear.
+        # Whatever stops an engine is what the other side must hear.
+        except Exception as error:  # noqa: BLE001
             traceback.print_exc()
             reply({"error": f"{type(error).__name__}: {error}"})
             return

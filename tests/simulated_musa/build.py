@@ -216,9 +216,8 @@ def _register(folder: Path, distribution: _Distribution) -> None:
             digest = base64.urlsafe_b64encode(hashlib.sha256(file.read_bytes()).digest()).rstrip(
                 b"="
             )
-            records.append(
-                f"{file.relative_to(folder).as_posix()},sha256={digest.decode()},{file.stat().st_size}"
-            )
+            relative, size = file.relative_to(folder).as_posix(), file.stat().st_size
+            records.append(f"{relative},sha256={digest.decode()},{size}")
     (info / "RECORD").write_text("\n".join([*records, f"{info.name}/RECORD,,"]) + "\n")
 
 

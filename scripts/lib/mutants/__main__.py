@@ -837,7 +837,8 @@ def start(mutant: Mutant | None, guards: str, tests: Sequence[str], folder: Path
         return process
     try:
         run_guards(guards, tests, folder)
-    except BaseException:  # noqa: BLE001 - a fork must not return into the stack of its parent, whatever happens
+    # A fork must not return into the stack of its parent, whatever happens.
+    except BaseException:  # noqa: BLE001
         traceback.print_exc()
         sys.stderr.flush()
     os._exit(3)

@@ -56,7 +56,9 @@ struct DeviceAllocator final : c10::Allocator {
     }
     return {data, new Block{data, size, this_device}, &free_block, device};
   }
-  void copy_data(void* to, const void* from, size_t size) const override { default_copy_data(to, from, size); }
+  void copy_data(void* to, const void* from, size_t size) const override {
+    default_copy_data(to, from, size);
+  }
 };
 
 std::mutex pinned_mutex;
@@ -78,7 +80,9 @@ struct PinnedAllocator final : c10::Allocator {
     pinned[reinterpret_cast<uintptr_t>(data)] = size;
     return {data, data, &free_pinned, c10::Device(c10::DeviceType::CPU)};
   }
-  void copy_data(void* to, const void* from, size_t size) const override { default_copy_data(to, from, size); }
+  void copy_data(void* to, const void* from, size_t size) const override {
+    default_copy_data(to, from, size);
+  }
 };
 
 DeviceAllocator allocator;
@@ -87,16 +91,22 @@ PinnedAllocator pinned_allocator;
 // --- random numbers ---------------------------------------------------------------------------
 
 struct Generator final : c10::GeneratorImpl {
-  explicit Generator(c10::DeviceIndex index, at::Generator on_host = at::detail::createCPUGenerator())
-      : c10::GeneratorImpl(c10::Device(kMusa, index), c10::DispatchKeySet(c10::DispatchKey::PrivateUse1)),
+  explicit Generator(c10::DeviceIndex index,
+                     at::Generator on_host = at::detail::createCPUGenerator())
+      : c10::GeneratorImpl(c10::Device(kMusa, index),
+                           c10::DispatchKeySet(c10::DispatchKey::PrivateUse1)),
         host(std::move(on_host)) {}
   void set_current_seed(uint64_t seed) override { host.set_current_seed(seed); }
   void set_offset(uint64_t offset) override { host.set_offset(offset); }
   uint64_t get_offset() const override { return host.get_offset(); }
   uint64_t current_seed() const override { return host.current_seed(); }
   uint64_t seed() override { return host.seed(); }
-  void set_state(const c10::TensorImpl& state) override { host.unsafeGetGeneratorImpl()->set_state(state); }
-  c10::intrusive_ptr<c10::TensorImpl> get_state() const override { return host.unsafeGetGeneratorImpl()->get_state(); }
+  void set_state(const c10::TensorImpl& state) override {
+    host.unsafeGetGeneratorImpl()->set_state(state);
+  }
+  c10::intrusive_ptr<c10::TensorImpl> get_state() const override {
+    return host.unsafeGetGeneratorImpl()->get_state();
+  }
   static c10::DeviceType device_type() { return kMusa; }
 
   at::Generator host;
@@ -108,7 +118,8 @@ struct Generator final : c10::GeneratorImpl {
 const at::Generator& default_generator(c10::DeviceIndex index) {
   static std::vector<at::Generator> all = [] {
     std::vector<at::Generator> made;
-    for (int number = 0; number < kMostDevices; ++number) made.push_back(at::make_generator<Generator>(number));
+    for (int number = 0; number < kMostDevices; ++number)
+      made.push_back(at::make_generator<Generator>(number));
     return made;
   }();
   return all.at(index < 0 ? this_device : index);
@@ -129,40 +140,59 @@ struct DeviceGuard final : c10::impl::DeviceGuardImplInterface {
     return before;
   }
   void setDevice(c10::Device device) const override { set_current_device(device.index()); }
-  void uncheckedSetDevice(c10::Device device) const noexcept override { this_device = device.index(); }
+  void uncheckedSetDevice(c10::Device device) const noexcept override {
+    this_device = device.index();
+  }
   c10::DeviceIndex deviceCount() const noexcept override { return device_count(); }
 
-  c10::Stream getStream(c10::Device device) const override { return stream(device, streams[index(device)]); }
+  c10::Stream getStream(c10::Device device) const override {
+    return stream(device, streams[index(device)]);
+  }
   c10::Stream getDefaultStream(c10::Device device) const override { return stream(device, 0); }
-  c10::Stream getStreamFromGlobalPool(c10::Device device, bool) const override { return getNewStream(device, 0); }
-  c10::Stream getNewStream(c10::Device device, int) const override { return stream(device, ++last_stream); }
+  c10::Stream getStreamFromGlobalPool(c10::Device device, bool) const override {
+    return getNewStream(device, 0);
+  }
+  c10::Stream getNewStream(c10::Device device, int) const override {
+    return stream(device, ++last_stream);
+  }
   c10::Stream exchangeStream(c10::Stream next) const override {
     auto before = getStream(next.device());
     streams[next.device_index()] = next.id();
     return before;
   }
-  void* getStreamNativeHandle(const c10::Stream stream) const override { return reinterpret_cast<void*>(stream.id()); }
+  void* getStreamNativeHandle(const c10::Stream stream) const override {
+    return reinterpret_cast<void*>(stream.id());
+  }
   // Work is done by the time its call returns, so a stream is idle whenever one can ask.
   bool queryStream(const c10::Stream&) const override { return true; }
-  void synchronizeStream(const c10::Stream&) const override { refuse_in_capture("synchronizing a stream"); }
-  void synchronizeDevice(const c10::DeviceIndex) const override { refuse_in_capture("synchronizing a device"); }
+  void synchronizeStream(const c10::Stream&) const override {
+    refuse_in_capture("synchronizing a stream");
+  }
+  void synchronizeDevice(const c10::DeviceIndex) const override {
+    refuse_in_capture("synchronizing a device");
+  }
   bool isStreamCapturing(const c10::Stream&) const override { return capturing(); }
 
-  void record(void** event, const c10::Stream&, const c10::DeviceIndex, const c10::EventFlag) const override {
+  void record(void** event, const c10::Stream&, const c10::DeviceIndex,
+              const c10::EventFlag) const override {
     if (*event == nullptr) *event = new Event;
     static_cast<Event*>(*event)->time = std::chrono::steady_clock::now();
   }
   void block(void*, const c10::Stream&) const override {}
   bool queryEvent(void*) const override { return true; }
   void synchronizeEvent(void*) const override { refuse_in_capture("synchronizing an event"); }
-  void destroyEvent(void* event, const c10::DeviceIndex) const noexcept override { delete static_cast<Event*>(event); }
+  void destroyEvent(void* event, const c10::DeviceIndex) const noexcept override {
+    delete static_cast<Event*>(event);
+  }
   double elapsedTime(void* from, void* to, const c10::DeviceIndex) const override {
     auto elapsed = static_cast<Event*>(to)->time - static_cast<Event*>(from)->time;
     return std::chrono::duration<double, std::milli>(elapsed).count();
   }
 
  private:
-  static c10::DeviceIndex index(c10::Device device) { return device.has_index() ? device.index() : this_device; }
+  static c10::DeviceIndex index(c10::Device device) {
+    return device.has_index() ? device.index() : this_device;
+  }
   static c10::Stream stream(c10::Device device, int64_t id) {
     return c10::Stream(c10::Stream::UNSAFE, c10::Device(kMusa, index(device)), id);
   }
@@ -185,11 +215,15 @@ struct Hooks final : at::PrivateUse1HooksInterface {
     set_current_device(index);
     return before;
   }
-  c10::DeviceIndex maybeExchangeDevice(c10::DeviceIndex index) const override { return exchangeDevice(index); }
+  c10::DeviceIndex maybeExchangeDevice(c10::DeviceIndex index) const override {
+    return exchangeDevice(index);
+  }
   bool isPinnedPtr(const void* data) const override { return is_pinned(data); }
   c10::Allocator* getPinnedMemoryAllocator() const override { return &pinned_allocator; }
   c10::Device getDeviceFromPtr(void*) const override { return {kMusa, this_device}; }
-  const at::Generator& getDefaultGenerator(c10::DeviceIndex index) const override { return default_generator(index); }
+  const at::Generator& getDefaultGenerator(c10::DeviceIndex index) const override {
+    return default_generator(index);
+  }
   at::Generator getNewGenerator(c10::DeviceIndex index) const override {
     return at::make_generator<Generator>(index < 0 ? this_device : index);
   }
@@ -214,7 +248,8 @@ const bool registered = [] {
 c10::DeviceIndex device_count() {
   static const c10::DeviceIndex count = [] {
     const char* set = std::getenv("SIMULATED_MUSA_DEVICES");
-    return static_cast<c10::DeviceIndex>(std::min(set == nullptr ? 2 : std::atoi(set), kMostDevices));
+    return static_cast<c10::DeviceIndex>(
+        std::min(set == nullptr ? 2 : std::atoi(set), kMostDevices));
   }();
   return count;
 }
@@ -222,14 +257,19 @@ c10::DeviceIndex device_count() {
 c10::DeviceIndex current_device() { return this_device; }
 
 void set_current_device(c10::DeviceIndex index) {
-  TORCH_CHECK(0 <= index && index < device_count(), "MUSA error: invalid device ordinal ", int(index));
+  TORCH_CHECK(0 <= index && index < device_count(), "MUSA error: invalid device ordinal ",
+              int(index));
   this_device = index;
 }
 
 int64_t current_stream(c10::DeviceIndex index) { return streams[index < 0 ? this_device : index]; }
-void set_current_stream(c10::DeviceIndex index, int64_t stream) { streams[index < 0 ? this_device : index] = stream; }
+void set_current_stream(c10::DeviceIndex index, int64_t stream) {
+  streams[index < 0 ? this_device : index] = stream;
+}
 int64_t allocated_bytes(c10::DeviceIndex index) { return held[index < 0 ? this_device : index]; }
-int64_t most_allocated_bytes(c10::DeviceIndex index) { return most_held[index < 0 ? this_device : index]; }
+int64_t most_allocated_bytes(c10::DeviceIndex index) {
+  return most_held[index < 0 ? this_device : index];
+}
 c10::Allocator* device_allocator() { return &allocator; }
 
 bool is_pinned(const void* data) {
@@ -252,6 +292,8 @@ at::Generator host_generator(const at::Generator& generator) {
   return static_cast<Generator*>(generator.unsafeGetGeneratorImpl())->host;
 }
 
-at::Generator default_host_generator(c10::DeviceIndex index) { return host_generator(default_generator(index)); }
+at::Generator default_host_generator(c10::DeviceIndex index) {
+  return host_generator(default_generator(index));
+}
 
 }  // namespace simulated_musa

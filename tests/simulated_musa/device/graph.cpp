@@ -36,7 +36,8 @@ void record(std::function<void()> step) {
 }
 
 void refuse_in_capture(const std::string& action) {
-  TORCH_CHECK(!capturing(), "MUSA error: operation not permitted when stream is capturing (", action, ")");
+  TORCH_CHECK(!capturing(), "MUSA error: operation not permitted when stream is capturing (",
+              action, ")");
 }
 
 }  // namespace simulated_musa

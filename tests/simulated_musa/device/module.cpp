@@ -1,7 +1,7 @@
 // What Python sees of the device.
-#include "device.h"
-
 #include <torch/csrc/utils/pybind.h>
+
+#include "device.h"
 
 namespace py = pybind11;
 
@@ -33,15 +33,17 @@ PYBIND11_MODULE(_MUSAC, module) {
   module.doc() = "A simulated MUSA device over host memory.";
   module.def("device_count", [] { return int(device_count()); });
   module.def("current_device", [] { return int(current_device()); });
-  module.def("set_device", [](int index) { set_current_device(static_cast<c10::DeviceIndex>(index)); });
-  module.def("current_stream", [](int index) { return current_stream(static_cast<c10::DeviceIndex>(index)); });
+  module.def("set_device",
+             [](int index) { set_current_device(static_cast<c10::DeviceIndex>(index)); });
+  module.def("current_stream",
+             [](int index) { return current_stream(static_cast<c10::DeviceIndex>(index)); });
   module.def("set_stream", [](int index, int64_t stream) {
     set_current_stream(static_cast<c10::DeviceIndex>(index), stream);
   });
-  module.def("allocated_bytes", [](int index) { return allocated_bytes(static_cast<c10::DeviceIndex>(index)); });
-  module.def("most_allocated_bytes", [](int index) {
-    return most_allocated_bytes(static_cast<c10::DeviceIndex>(index));
-  });
+  module.def("allocated_bytes",
+             [](int index) { return allocated_bytes(static_cast<c10::DeviceIndex>(index)); });
+  module.def("most_allocated_bytes",
+             [](int index) { return most_allocated_bytes(static_cast<c10::DeviceIndex>(index)); });
   module.def("alias_on_host", &alias_on_host);
   module.def("set_strict", &set_strict);
   module.def("capturing", &capturing);

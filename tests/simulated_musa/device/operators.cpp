@@ -1,23 +1,25 @@
 // Operators: nearly all run as the host's, over the same memory.
-#include "device.h"
-
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/ivalue.h>
-#include <torch/csrc/distributed/c10d/Work.hpp>
 #include <torch/library.h>
 
 #include <atomic>
 #include <cstring>
 #include <set>
+#include <torch/csrc/distributed/c10d/Work.hpp>
 #include <unordered_map>
+
+#include "device.h"
 
 namespace simulated_musa {
 namespace {
 
 std::atomic<bool> strict{true};
 
-bool is_musa(const at::Tensor& tensor) { return tensor.defined() && tensor.device().type() == kMusa; }
+bool is_musa(const at::Tensor& tensor) {
+  return tensor.defined() && tensor.device().type() == kMusa;
+}
 
 c10::DispatchKeySet device_keys() { return c10::DispatchKeySet(c10::DispatchKey::PrivateUse1); }
 
@@ -26,10 +28,12 @@ c10::Storage host_storage(const c10::Storage& storage) {
   auto release = [](void* context) { delete static_cast<c10::Storage*>(context); };
   c10::DataPtr memory{storage.mutable_data(), kept, release, c10::Device(c10::DeviceType::CPU)};
   auto* allocator = c10::GetAllocator(c10::DeviceType::CPU);
-  return c10::Storage(c10::Storage::use_byte_size_t(), storage.nbytes(), std::move(memory), allocator, true);
+  return c10::Storage(c10::Storage::use_byte_size_t(), storage.nbytes(), std::move(memory),
+                      allocator, true);
 }
 
-at::Tensor tensor_over(const c10::Storage& storage, c10::DispatchKeySet keys, const at::Tensor& like) {
+at::Tensor tensor_over(const c10::Storage& storage, c10::DispatchKeySet keys,
+                       const at::Tensor& like) {
   auto tensor = at::detail::make_tensor<c10::TensorImpl>(c10::Storage(storage), keys, like.dtype());
   auto* impl = tensor.unsafeGetTensorImpl();
   impl->set_sizes_and_strides(like.sizes(), like.strides(), like.storage_offset());
@@ -37,7 +41,8 @@ at::Tensor tensor_over(const c10::Storage& storage, c10::DispatchKeySet keys, co
 }
 
 void take_shape(const at::Tensor& tensor, const at::Tensor& from) {
-  tensor.unsafeGetTensorImpl()->set_sizes_and_strides(from.sizes(), from.strides(), from.storage_offset());
+  tensor.unsafeGetTensorImpl()->set_sizes_and_strides(from.sizes(), from.strides(),
+                                                      from.storage_offset());
 }
 
 // The host's stand-ins for the arguments of one call, and the way back for its results.
@@ -45,7 +50,8 @@ class Crossing {
  public:
   c10::IValue to_host(const c10::IValue& value);
   c10::IValue to_device(const c10::IValue& value);
-  // Hand to the device's tensors what the operator changed about their stand-ins besides the contents.
+  // Hand to the device's tensors what the operator changed about their stand-ins besides the
+  // contents.
   void settle();
   // Whether host tensors took part that an operator on a GPU could not read.
   bool mixed() const { return device_tensors_ > 0 && host_tensors_ > 0; }
@@ -69,7 +75,8 @@ class Crossing {
 
   std::vector<Pair> pairs_;
   std::unordered_map<c10::StorageImpl*, c10::Storage> by_device_;
-  std::unordered_map<c10::StorageImpl*, at::Tensor> by_host_;  // A tensor of the device over the same memory.
+  std::unordered_map<c10::StorageImpl*, at::Tensor>
+      by_host_;  // A tensor of the device over the same memory.
   int device_tensors_ = 0;
   int host_tensors_ = 0;
   c10::DeviceIndex index_ = -1;
@@ -83,9 +90,9 @@ at::Tensor Crossing::tensor_to_host(const at::Tensor& tensor) {
   }
   device_tensors_ += 1;
   if (tensor.dim() > 0 || index_ < 0) {
-    TORCH_CHECK(
-        index_ < 0 || !strict || tensor.device().index() == index_ || tensor.dim() == 0,
-        "Expected all tensors to be on the same device, but found musa:", int(index_), " and ", tensor.device());
+    TORCH_CHECK(index_ < 0 || !strict || tensor.device().index() == index_ || tensor.dim() == 0,
+                "Expected all tensors to be on the same device, but found musa:", int(index_),
+                " and ", tensor.device());
     index_ = tensor.device().index();
   }
   for (const auto& pair : pairs_) {
@@ -118,8 +125,8 @@ at::Tensor Crossing::tensor_to_device(const at::Tensor& tensor) {
     return view;
   }
   auto memory = as_device_memory(tensor.storage(), index());
-  c10::Storage taken(
-      c10::Storage::use_byte_size_t(), tensor.storage().nbytes(), std::move(memory), device_allocator(), true);
+  c10::Storage taken(c10::Storage::use_byte_size_t(), tensor.storage().nbytes(), std::move(memory),
+                     device_allocator(), true);
   auto made = tensor_over(taken, device_keys(), tensor);
   by_host_[storage] = made;
   return made;
@@ -157,7 +164,8 @@ c10::IValue Crossing::to_host(const c10::IValue& value) {
   if (value.isOptionalTensorList()) {
     c10::List<std::optional<at::Tensor>> list;
     for (const std::optional<at::Tensor>& tensor : value.toOptionalTensorVector()) {
-      list.push_back(tensor.has_value() ? std::optional<at::Tensor>(tensor_to_host(*tensor)) : std::nullopt);
+      list.push_back(tensor.has_value() ? std::optional<at::Tensor>(tensor_to_host(*tensor))
+                                        : std::nullopt);
     }
     return list;
   }
@@ -188,13 +196,19 @@ c10::IValue Crossing::to_device(const c10::IValue& value) {
 
 // Operators that take tensors of the host beside those of a device.
 const std::set<std::string> kMixing = {
-    "aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_", "aten::_unsafe_index",
-    "aten::_unsafe_index_put", "aten::set_", "aten::is_set_to"};
+    "aten::index",         "aten::index_put",         "aten::index_put_", "aten::_index_put_impl_",
+    "aten::_unsafe_index", "aten::_unsafe_index_put", "aten::set_",       "aten::is_set_to"};
 
 // Operators whose result's size, or whose result itself, the host must wait for.
-const std::set<std::string> kWaiting = {
-    "aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::unique_dim",
-    "aten::unique_consecutive", "aten::unique_dim_consecutive", "aten::equal", "aten::bincount"};
+const std::set<std::string> kWaiting = {"aten::_local_scalar_dense",
+                                        "aten::nonzero",
+                                        "aten::masked_select",
+                                        "aten::_unique2",
+                                        "aten::unique_dim",
+                                        "aten::unique_consecutive",
+                                        "aten::unique_dim_consecutive",
+                                        "aten::equal",
+                                        "aten::bincount"};
 
 bool has_boolean_index(const c10::IValue& indices) {
   if (!indices.isOptionalTensorList()) return false;
@@ -204,11 +218,12 @@ bool has_boolean_index(const c10::IValue& indices) {
   return false;
 }
 
-void apply_rules(const std::string& name, const torch::jit::Stack& arguments, const Crossing& crossing) {
+void apply_rules(const std::string& name, const torch::jit::Stack& arguments,
+                 const Crossing& crossing) {
   bool collective = name.rfind("c10d::", 0) == 0;
-  TORCH_CHECK(
-      !strict || !crossing.mixed() || collective || kMixing.count(name),
-      "Expected all tensors to be on the same device, but ", name, " got tensors of musa and of cpu");
+  TORCH_CHECK(!strict || !crossing.mixed() || collective || kMixing.count(name),
+              "Expected all tensors to be on the same device, but ", name,
+              " got tensors of musa and of cpu");
   if (!capturing()) return;
   if (kWaiting.count(name)) refuse_in_capture(name);
   bool mask = name == "aten::index" && arguments.size() > 1 && has_boolean_index(arguments[1]);
@@ -237,9 +252,10 @@ std::vector<at::Tensor> tensors_of(const torch::jit::Stack& values) {
 }
 
 // Do it again at each replay, and put the results where the first ones are.
-void record_call(
-    const c10::OperatorHandle& op, torch::jit::Stack arguments, const torch::jit::Stack& results, const Crossing& crossing) {
-  std::vector<at::Tensor> kept;  // Undefined where a result is memory of an argument's, and so in place already.
+void record_call(const c10::OperatorHandle& op, torch::jit::Stack arguments,
+                 const torch::jit::Stack& results, const Crossing& crossing) {
+  std::vector<at::Tensor>
+      kept;  // Undefined where a result is memory of an argument's, and so in place already.
   for (const auto& tensor : tensors_of(results)) {
     bool in_place = !tensor.defined() || crossing.over_known_memory(tensor);
     kept.push_back(in_place ? at::Tensor() : tensor);
@@ -252,8 +268,8 @@ void record_call(
     auto again = tensors_of(stack);
     for (size_t number = 0; number < kept.size(); ++number) {
       if (!kept[number].defined()) continue;
-      TORCH_CHECK(
-          kept[number].sizes() == again[number].sizes(), op.operator_name().name, " gave a tensor of another shape at a replay");
+      TORCH_CHECK(kept[number].sizes() == again[number].sizes(), op.operator_name().name,
+                  " gave a tensor of another shape at a replay");
       kept[number].copy_(again[number]);
     }
   });
@@ -267,7 +283,8 @@ void run_on_host(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   torch::jit::Stack arguments;
   arguments.reserve(count);
   const auto first = stack->size() - count;
-  for (size_t number = 0; number < count; ++number) arguments.push_back(crossing.to_host((*stack)[first + number]));
+  for (size_t number = 0; number < count; ++number)
+    arguments.push_back(crossing.to_host((*stack)[first + number]));
   for (size_t number = 0; number < count; ++number) {
     bool unset = arguments[number].isNone() && schema.arguments()[number].name() == "generator";
     if (unset) arguments[number] = default_host_generator(crossing.index());
@@ -299,20 +316,22 @@ at::Tensor poisoned_at_replay(at::Tensor tensor) {
   return tensor;
 }
 
-at::Tensor empty(
-    at::IntArrayRef size, std::optional<at::ScalarType> dtype, std::optional<at::Layout>, std::optional<at::Device> device,
-    std::optional<bool>, std::optional<at::MemoryFormat> format) {
+at::Tensor empty(at::IntArrayRef size, std::optional<at::ScalarType> dtype,
+                 std::optional<at::Layout>, std::optional<at::Device> device, std::optional<bool>,
+                 std::optional<at::MemoryFormat> format) {
   c10::DeviceGuard guard(c10::Device(kMusa, index_of(device)));
   auto type = c10::dtype_or_default(dtype);
-  return poisoned_at_replay(at::detail::empty_generic(size, device_allocator(), device_keys(), type, format));
+  return poisoned_at_replay(
+      at::detail::empty_generic(size, device_allocator(), device_keys(), type, format));
 }
 
-at::Tensor empty_strided(
-    at::IntArrayRef size, at::IntArrayRef stride, std::optional<at::ScalarType> dtype, std::optional<at::Layout>,
-    std::optional<at::Device> device, std::optional<bool>) {
+at::Tensor empty_strided(at::IntArrayRef size, at::IntArrayRef stride,
+                         std::optional<at::ScalarType> dtype, std::optional<at::Layout>,
+                         std::optional<at::Device> device, std::optional<bool>) {
   c10::DeviceGuard guard(c10::Device(kMusa, index_of(device)));
   auto type = c10::dtype_or_default(dtype);
-  return poisoned_at_replay(at::detail::empty_strided_generic(size, stride, device_allocator(), device_keys(), type));
+  return poisoned_at_replay(
+      at::detail::empty_strided_generic(size, stride, device_allocator(), device_keys(), type));
 }
 
 void require_pinned_in_capture(const at::Tensor& tensor) {
@@ -335,14 +354,16 @@ at::Tensor copy_from(const at::Tensor& self, const at::Tensor& dst, bool) {
   return dst;
 }
 
-const at::Tensor& resize_(const at::Tensor& self, at::IntArrayRef size, std::optional<at::MemoryFormat>) {
+const at::Tensor& resize_(const at::Tensor& self, at::IntArrayRef size,
+                          std::optional<at::MemoryFormat>) {
   auto* impl = self.unsafeGetTensorImpl();
   impl->set_sizes_contiguous(size);
   auto needed = (self.storage_offset() + self.numel()) * self.element_size();
   if (needed > self.storage().nbytes()) {
     c10::DeviceGuard guard(self.device());
     auto memory = device_allocator()->allocate(needed);
-    if (self.storage().nbytes() > 0) std::memcpy(memory.get(), self.storage().data(), self.storage().nbytes());
+    if (self.storage().nbytes() > 0)
+      std::memcpy(memory.get(), self.storage().data(), self.storage().nbytes());
     auto* storage = self.storage().unsafeGetStorageImpl();
     storage->set_data_ptr_noswap(std::move(memory));
     storage->set_nbytes(needed);
@@ -355,8 +376,8 @@ at::Tensor copy_from_and_resize(const at::Tensor& self, const at::Tensor& dst) {
   return copy_from(self, dst, false);
 }
 
-at::Tensor& set_storage(
-    at::Tensor& self, at::Storage source, int64_t offset, at::IntArrayRef size, at::IntArrayRef stride) {
+at::Tensor& set_storage(at::Tensor& self, at::Storage source, int64_t offset, at::IntArrayRef size,
+                        at::IntArrayRef stride) {
   auto* impl = self.unsafeGetTensorImpl();
   impl->set_storage_keep_dtype(std::move(source));
   if (stride.empty() && !size.empty()) {
@@ -379,7 +400,8 @@ void record_stream(at::Tensor&, at::Stream) {}
 
 at::Tensor alias_on_host(const at::Tensor& tensor) {
   if (!is_musa(tensor)) return tensor;
-  return tensor_over(host_storage(tensor.storage()), c10::DispatchKeySet(c10::DispatchKey::CPU), tensor);
+  return tensor_over(host_storage(tensor.storage()), c10::DispatchKeySet(c10::DispatchKey::CPU),
+                     tensor);
 }
 
 void set_strict(bool value) { strict = value; }
@@ -399,17 +421,34 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, library) {
   library.impl("record_stream", TORCH_FN(record_stream));
 }
 
-// PyTorch has kernels of its own for collectives on PrivateUse1, which ask for a process group of that device.
+// PyTorch has kernels of its own for collectives on PrivateUse1, which ask for a process group of
+// that device.
 void route_collectives() {
-  static torch::Library library(torch::Library::IMPL, "c10d", c10::DispatchKey::PrivateUse1, __FILE__, __LINE__);
-  static const char* names[] = {
-      "send", "recv_", "recv_any_source_", "reduce_", "broadcast_", "allreduce_", "allreduce_coalesced_", "allgather_",
-      "_allgather_base_", "allgather_coalesced_", "allgather_into_tensor_coalesced_", "reduce_scatter_",
-      "_reduce_scatter_base_", "reduce_scatter_tensor_coalesced_", "gather_", "scatter_", "alltoall_", "alltoall_base_",
-      "barrier"};
+  static torch::Library library(torch::Library::IMPL, "c10d", c10::DispatchKey::PrivateUse1,
+                                __FILE__, __LINE__);
+  static const char* names[] = {"send",
+                                "recv_",
+                                "recv_any_source_",
+                                "reduce_",
+                                "broadcast_",
+                                "allreduce_",
+                                "allreduce_coalesced_",
+                                "allgather_",
+                                "_allgather_base_",
+                                "allgather_coalesced_",
+                                "allgather_into_tensor_coalesced_",
+                                "reduce_scatter_",
+                                "_reduce_scatter_base_",
+                                "reduce_scatter_tensor_coalesced_",
+                                "gather_",
+                                "scatter_",
+                                "alltoall_",
+                                "alltoall_base_",
+                                "barrier"};
   for (const char* name : names) {
     auto known = c10::Dispatcher::singleton().findSchema({std::string("c10d::") + name, ""});
-    if (known.has_value()) library.impl(name, torch::CppFunction::makeFromBoxedFunction<&run_on_host>());
+    if (known.has_value())
+      library.impl(name, torch::CppFunction::makeFromBoxedFunction<&run_on_host>());
   }
 }
 
