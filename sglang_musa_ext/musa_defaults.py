@@ -15,6 +15,7 @@ from typing import Any
 
 from sglang_musa_ext import patching, policy
 from sglang_musa_ext.announce import announce
+from sglang_musa_ext.upstream.check import installed_version
 from sglang_musa_ext.upstream.limits import Configuration
 
 logger = logging.getLogger(__name__)
@@ -65,7 +66,7 @@ def _preferring_fa3(original: Callable[..., Any]) -> Callable[..., Any]:
     def choose(server_args: Any, use_mla_backend: bool, model_config: Any) -> Any:
         chosen = original(server_args, use_mla_backend, model_config)
         asked = _configuration(server_args, use_mla_backend, model_config)
-        return _settle(chosen, asked, policy.reasons_against_fa3(asked))
+        return _settle(chosen, asked, policy.reasons_against_fa3(asked, _sglang_version()))
 
     return choose
 
@@ -81,6 +82,11 @@ def _configuration(server_args: Any, use_mla_backend: bool, model_config: Any) -
         mate=_mate_release(),
         other_platform=platforms.current_platform.is_out_of_tree(),
     )
+
+
+@functools.cache
+def _sglang_version() -> str | None:
+    return installed_version()
 
 
 @functools.cache
@@ -191,7 +197,8 @@ def _in_place_of(named: str, server_args: Any) -> str:
 
         use_mla, model_config = use_mla_backend(server_args), model_config_of(server_args)
     asked = _configuration(server_args, use_mla, model_config)
-    return _settle(named, asked, policy.reasons_against_fa3_in_place_of(named, asked))
+    reasons = policy.reasons_against_fa3_in_place_of(named, asked, _sglang_version())
+    return _settle(named, asked, reasons)
 
 
 # --- what came too late ---------------------------------------------------------------------------

@@ -82,7 +82,7 @@ FP8_CACHE: dict[str, Any] = {"kv_cache_dtype": "fp8_e4m3", "mate": (0, 2, 7)}
         ({"has_sinks": True}, "sinks"),
         ({"head_dims": frozenset({(640, 640)})}, "640/640"),
         ({"head_dims": frozenset({(192, 192)}), "mate": (0, 1, 3)}, "192/192"),
-        ({"is_encoder_decoder": True}, "encoder-decoder"),
+        ({"is_encoder_decoder": True, "max_running_requests": 1}, "encoder-decoder"),
         ({"has_sliding_windows": True, "topk": 4}, "sliding windows"),
         ({"dtype": "float16", "kv_cache_dtype": "bfloat16"}, "float16"),
         ({"architectures": ("Gemma3ForConditionalGeneration",)}, "both ways"),
@@ -100,7 +100,7 @@ def test_a_rule_against_fa3_names_what_it_is_about(asked: dict[str, Any], word: 
     [
         {},
         {"page_size": 1},
-        {"page_size": 1, "is_encoder_decoder": True},
+        {"page_size": 1, "is_encoder_decoder": True, "max_running_requests": 1},
         {"page_size": 1, "has_sliding_windows": True, "topk": 4},
         {"has_sliding_windows": True},
         {"head_dims": frozenset({(192, 192), (80, 80)}), "mate": (0, 2, 0)},

@@ -11,8 +11,8 @@ from typing import Any
 
 from sglang_musa_ext import policy
 from sglang_musa_ext.doctor.results import CheckResult, failed, passed, warned
-from sglang_musa_ext.doctor.surroundings import Surroundings
-from sglang_musa_ext.upstream.limits import Configuration
+from sglang_musa_ext.doctor.surroundings import Surroundings, installed_versions
+from sglang_musa_ext.upstream.limits import Configuration, limits_of
 
 SGLANGS_CHOICE = "SGLang's choice"
 UNKNOWABLE = "Not known here: what SGLang sets for a model's architecture, and what --config holds."
@@ -50,6 +50,9 @@ def _server_parser() -> argparse.ArgumentParser:
     parser.add_argument("--kv-cache-dtype", default="auto")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--speculative-eagle-topk", type=int)
+    parser.add_argument("--speculative-algorithm")
+    parser.add_argument("--enable-mixed-chunk", action="store_true")
+    parser.add_argument("--max-running-requests", type=int)
     return parser
 
 
@@ -84,7 +87,9 @@ def _attention(options: argparse.Namespace, s: Surroundings) -> tuple[str, str]:
         return SGLANGS_CHOICE, "this package would stay idle"
     if not s.has_our_defaults:
         return SGLANGS_CHOICE, "this package has defaults on MUSA and on its CPU platform alone"
-    reasons = policy.reasons_against_fa3(_configuration(options)) if s.kernels == "mate" else ()
+    reasons: tuple[str, ...] = ()
+    if s.kernels == "mate":
+        reasons = policy.reasons_against_fa3(_configuration(options), _sglang_version())
     if reasons:
         return SGLANGS_CHOICE, "; ".join(reasons)
     return "fa3", "the default while this package serves"
@@ -100,6 +105,9 @@ def _configuration(options: argparse.Namespace) -> Configuration:
         kv_cache_dtype=options.kv_cache_dtype,
         page_size=options.page_size,
         topk=options.speculative_eagle_topk,
+        speculative_algorithm=options.speculative_algorithm,
+        mixed_chunk=options.enable_mixed_chunk,
+        max_running_requests=options.max_running_requests,
         mate=identify_mate().known_release,
     )
 
@@ -122,6 +130,7 @@ def _problems_of_command(
         )
         return [*problems, warned("This package would not be used.", step)]
     problems += _problems_of_cache(options, kernels)
+    problems += _limits_of_upstream(options, resolved["page size"][0])
     if (
         _is_mla(options.model_path)
         and kernels != "hopper"
@@ -144,6 +153,24 @@ def _problems_of_cache(options: argparse.Namespace, kernels: str) -> list[CheckR
     reasons = policy.reasons_against_cache(_configuration(options))
     step = "Leave --kv-cache-dtype at auto, or take another --attention-backend."
     return [failed(f"It is refused: {'; '.join(reasons)}.", step)] if reasons else []
+
+
+def _limits_of_upstream(options: argparse.Namespace, page_size: Any) -> list[CheckResult]:
+    """Return what SGLang's own ``fa3`` cannot serve of a command line, what is refused first."""
+    asked = _configuration(options)
+    if isinstance(page_size, int):
+        asked = replace(asked, page_size=page_size)
+    limits = sorted(limits_of(asked, _sglang_version()), key=lambda limit: not limit.is_fatal)
+    problems = []
+    for limit in limits:
+        say = failed if limit.is_fatal else warned
+        seen = f"SGLang's fa3 does not serve {limit.condition}: {limit.happens}."
+        problems.append(say(seen, f"{limit.instead}."))
+    return problems
+
+
+def _sglang_version() -> str | None:
+    return installed_versions("sglang").get("sglang")
 
 
 def _is_mla(model_path: str | None) -> bool:

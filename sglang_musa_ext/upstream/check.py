@@ -127,6 +127,15 @@ def find_package(source_root: Path | None = None) -> Path | None:
     return next((Path(location) for location in locations or ()), None)
 
 
+def installed_version() -> str | None:
+    """Return the version of the SGLang that this process would import; ``None``: not known."""
+    try:
+        package = find_package()
+    except ValueError:  # A module without a spec stands in for SGLang.
+        return None
+    return None if package is None else read_version(package)
+
+
 def read_version(package: Path) -> str:
     """Return the version of the SGLang in ``package``, from its source before any metadata.
 

@@ -536,6 +536,37 @@ def test_a_command_line_that_cannot_serve(
     assert part in result.finding
 
 
+LIMITS = [
+    ({}, ["--speculative-algorithm", "NGRAM"], CheckStatus.WARN, "leak of its pool"),
+    (
+        {"sliding_window": 64},
+        ["--speculative-eagle-topk", "4"],
+        CheckStatus.FAIL,
+        "draft tree",
+    ),
+    (
+        {"architectures": ["Llama4ForCausalLM"]},
+        ["--enable-mixed-chunk"],
+        CheckStatus.FAIL,
+        "attention in chunks",
+    ),
+    ({"sliding_window": 64}, ["--speculative-eagle-topk", "1"], CheckStatus.PASS, "fa3"),
+]
+
+
+@pytest.mark.parametrize(("config", "options", "status", "part"), LIMITS)
+def test_a_command_line_that_sglangs_own_fa3_cannot_serve(
+    musa: Machine, config: dict[str, Any], options: list[str], status: CheckStatus, part: str
+) -> None:
+    """The doctor says what would end the server later, and what to set instead."""
+    musa.write("model/config.json", json.dumps(config))
+    named = ["--attention-backend", "fa3", "--model-path", str(musa.folder / "model")]
+    result = musa.ask("command", *named, *options)
+    assert result.status is status
+    assert part in result.finding
+    assert bool(result.next_step) == (status is not CheckStatus.PASS)
+
+
 @pytest.mark.parametrize(
     ("rank", "options", "status"),
     [
