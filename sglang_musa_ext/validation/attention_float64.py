@@ -42,12 +42,14 @@ def attention(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
     dtype: torch.dtype = torch.float64,
+    weights_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output ``(rows, heads, dim_v)`` and natural log-sum-exp ``(heads, rows)`` in ``dtype``.
 
     ``q`` is ``(rows, heads, dim)``, ``k`` and ``v`` ``(keys, heads_kv, dim)``, ``sinks``
     ``(heads,)``. A row that sees nothing has output 0 and LSE -inf, or its sink where there are
-    keys at all.
+    keys at all. ``weights_dtype`` is what the exponentials of the scores, at most 1, are rounded to
+    before they multiply the values, as kernels that read fp8 do.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     (rows, heads), keys = q.shape[:2], k.shape[0]
@@ -63,4 +65,7 @@ def attention(
         )
     # The softmax of nothing at all is 0 / 0; such a row takes nothing of any value.
     weights = torch.softmax(logits, dim=-1).nan_to_num(0.0)[..., :keys]
+    if weights_dtype is not None and keys:
+        largest = weights.amax(-1, keepdim=True).clamp_min(torch.finfo(dtype).tiny)
+        weights = (weights / largest).to(weights_dtype).to(dtype) * largest
     return torch.einsum("hqk,khd->qhd", weights, v), torch.logsumexp(logits, dim=-1)

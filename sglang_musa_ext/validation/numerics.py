@@ -357,6 +357,70 @@ def cascade(setting: Setting, shape: Shape, options: dict[str, Any]) -> list[Com
     return compare(merged(parts), sequences, setting.dtype, scale=batch.scale)
 
 
+# --- fp8 ------------------------------------------------------------------------------------------
+
+
+class ScaledBatch(Batch):
+    """A batch in fp8, whose keys and values count ``key_scale`` and ``value_scale`` times."""
+
+    key_scale = value_scale = 1.0
+
+    def cached(self, values: Sequence[Tensor]) -> Tensor:
+        """Return ``values`` in pages, as bytes until the end: not every PyTorch indexes fp8."""
+        table, page = self.page_table.cpu().long(), self.shape.page
+        unwritten = torch.tensor(UNWRITTEN).to(self.dtype).view(torch.uint8)
+        size = (int(table.max()) + 1, page, *values[0].shape[1:])
+        cache = unwritten.expand(size).contiguous()
+        for row, tokens in zip(table, values, strict=True):
+            at = torch.arange(len(tokens))
+            cache[row[at // page], at % page] = tokens.view(torch.uint8)
+        return cache.to(self.device).view(self.dtype)
+
+    def scales(self) -> dict[str, Tensor]:
+        """Return the scales of a layer as upstream passes them; none where they are 1."""
+        if self.key_scale == self.value_scale == 1.0:
+            return {}
+        shape = len(self.shape.rows), self.shape.heads_kv
+        values = {"k_descale": self.key_scale, "v_descale": self.value_scale}
+        return {
+            name: torch.tensor(value, device=self.device).expand(shape)
+            for name, value in values.items()
+        }
+
+    @property
+    def sequences(self) -> Sequences:
+        """q, k and v of each request, as they count."""
+        return [
+            (q.float(), k.float() * self.key_scale, v.float() * self.value_scale)
+            for q, k, v in super().sequences
+        ]
+
+
+def fp8(setting: Setting, shape: Shape, options: dict[str, Any]) -> list[Comparison]:
+    """Two planned calls over a KV cache in fp8, on one plan; outputs are bfloat16.
+
+    They may be off by what rounding the weights to fp8 makes, as PyTorch computes it.
+    """
+    options = dict(options)
+    batch = ScaledBatch(shape, setting.dtype, setting.device)
+    batch.key_scale, batch.value_scale = options.pop("scales", (1.0, 1.0))
+    plan, comparisons = batch.plan(setting.kernels, **options), []
+    exact_options = float64_options(batch, options)
+    rounded = {"dtype": torch.float32, "weights_dtype": setting.dtype}
+    ways = [exact_options | {"dtype": torch.float64}, exact_options | rounded]
+    for _ in range(2):
+        result = setting.kernels.flash_attn_with_kvcache(
+            **batch.arguments(**options), **batch.scales(), scheduler_metadata=plan
+        )
+        outputs: list[Tensor] = []
+        for how in ways:
+            parts = [attention(q, k, v, **how)[0] for q, k, v in batch.sequences]
+            outputs.append(torch.cat(parts))
+        seen = result.detach().cpu()
+        comparisons.append(Comparison("output", seen, outputs[0], outputs[1], torch.bfloat16))
+    return comparisons
+
+
 # --- MLA ------------------------------------------------------------------------------------------
 
 
@@ -599,6 +663,21 @@ def _mla() -> Iterator[Case]:
     )
 
 
+def fp8_cases() -> list[Case]:
+    """Every case over a KV cache in fp8."""
+    kinds = {"": CAUSAL, ", window": WINDOW, ", softcap": SOFTCAP}
+    found = [
+        Case(mode + kind, fp8, shape, options)
+        for mode, shape in SHAPES.items()
+        for kind, options in kinds.items()
+    ]
+    for mode, shape in SHAPES.items():
+        found.append(Case(f"{mode}, scales", fp8, shape, CAUSAL | {"scales": (0.5, 3.0)}))
+    for dim in (64, 256):
+        found.append(Case(f"decode, head dim {dim}", fp8, replace(DECODE, dim=dim, dim_v=dim)))
+    return [*found, Case("long decode with splits", fp8, LONG, CAUSAL)]
+
+
 def dtypes(kernels: FA3Kernels) -> list[torch.dtype]:
     """The dtypes that the kernels take, bfloat16 first."""
     return [
@@ -607,9 +686,13 @@ def dtypes(kernels: FA3Kernels) -> list[torch.dtype]:
 
 
 def named_cases(kernels: FA3Kernels, quick: bool) -> dict[str, tuple[Case, torch.dtype]]:
-    """Every case by a name that says its dtype too; ``quick``: bfloat16 alone."""
+    """Every case by a name that says its dtype too; ``quick``: bfloat16 and fp8 alone."""
     chosen = dtypes(kernels)[: 1 if quick else None]
-    return {f"{_short(dtype)}: {case.name}": (case, dtype) for dtype in chosen for case in cases()}
+    named = {f"{_short(dtype)}: {case.name}": (case, dtype) for dtype in chosen for case in cases()}
+    e4m3 = torch.float8_e4m3fn
+    if e4m3 in kernels.dtypes:
+        named |= {f"{_short(e4m3)}: {case.name}": (case, e4m3) for case in fp8_cases()}
+    return named
 
 
 def run_case(name: str, case: Case, setting: Setting) -> Outcome:

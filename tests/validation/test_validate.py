@@ -73,6 +73,43 @@ def test_kernels_that_ignore_an_argument_fail(argument: str, case: str) -> None:
     assert outcome.numbers["error"] > outcome.numbers["allowed"]
 
 
+FP8 = torch.float8_e4m3fn
+
+
+def fp8_outcome_of(name: str, kernels: FA3Kernels) -> Outcome:
+    [case] = [case for case in validate_numerics.fp8_cases() if case.name == name]
+    return validate_numerics.run_case(name, case, validate_numerics.Setting(kernels, CPU, FP8))
+
+
+@pytest.mark.parametrize(
+    ("argument", "case"),
+    [
+        ("window_size", "decode, window"),
+        ("softcap", "verify of 4, softcap"),
+        ("causal", "chunked prefill with prefix"),
+        ("softmax_scale", "decode"),
+        ("k_descale", "decode, scales"),
+        ("v_descale", "prefill, scales"),
+    ],
+)
+def test_kernels_that_ignore_an_argument_over_an_fp8_cache_fail(argument: str, case: str) -> None:
+    """What rounding to fp8 explains hides no argument that kernels drop."""
+    torch.set_num_threads(1)
+    assert fp8_outcome_of(case, reference_kernels()).status == PASS
+    outcome = fp8_outcome_of(case, without(argument))
+    assert outcome.status == FAIL
+    assert outcome.numbers["error"] > outcome.numbers["allowed"]
+
+
+@pytest.mark.parametrize(("release", "served"), [((0, 2, 2), False), ((0, 2, 3), True)])
+def test_an_fp8_cache_is_checked_where_kernels_read_one(
+    release: tuple[int, ...], served: bool
+) -> None:
+    """Older kernels have no such cases, so that nothing is reported as skipped."""
+    names = validate_numerics.named_cases(reference_kernels(release=release), quick=True)
+    assert any(name.startswith("float8_e4m3fn: ") for name in names) == served
+
+
 def test_kernels_that_share_one_workspace_fail() -> None:
     """MLA plans that land in each other's slot show."""
     kernels = reference_kernels()
