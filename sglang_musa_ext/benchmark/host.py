@@ -1,17 +1,24 @@
 """The time that the host takes for a layer's attention, measured without a GPU.
 
 Every backend runs over kernels that return at once, so what remains is Python: upstream's own
-forward, and what this package or SGLang's in-tree MUSA backend adds to it. The backends take turns,
-pass by pass, on one core, and each time is compared with upstream's of the same turn.
+forward, and the time that this package or SGLang's in-tree MUSA backend adds to it. The backends
+take turns, pass by pass, on one core, and each time is compared with upstream's of the same turn.
+
+Upstream is measured bare: its forward calls the library's functions, without the two Python
+functions that upstream has between them, and without its own plans. The KV pool is SGLang's, but
+for the kernel that stores; ``--pool none`` has one that does nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
+import platform
 import statistics
 import sys
 import time
+import timeit
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,6 +33,9 @@ MATE_RELEASE = (0, 2, 7)
 """The release of MATE whose rules the adapter applies: the newest known one."""
 IN_TREE = "sglang.srt.hardware_backend.musa.attention.flashattention_backend"
 KERNEL_NAMES = ("flash_attn_with_kvcache", "flash_attn_varlen_func")
+UPSTREAM = "upstream"
+WARM_UP = 20
+"""Passes of each backend that are not timed."""
 PASS_KINDS = ("decode", "prefill with a prefix", "prefill without a prefix")
 
 
@@ -153,8 +163,8 @@ def _module(name: str, state: _NoKernels, *functions: Callable[..., Any]) -> Any
 # --- what upstream's backends read ----------------------------------------------------------------
 
 
-class _Pool:
-    """A KV pool that writes nothing."""
+class _NoPool:
+    """A KV pool that does nothing at all."""
 
     dtype = torch.bfloat16
 
@@ -170,7 +180,29 @@ class _Pool:
         """Write nothing."""
 
 
-def _runner() -> Any:
+def _sglang_pool() -> Any:
+    """Return SGLang's own KV pool, whose kernel for storing does nothing from here on."""
+    from sglang.srt.mem_cache import memory_pool
+
+    from sglang_musa_ext import patching
+
+    patching.replace(memory_pool, "_set_kv_buffer_impl", lambda *_, **__: None)
+    return memory_pool.MHATokenToKVPool(
+        size=7 * PAGE_SIZE,
+        page_size=PAGE_SIZE,
+        dtype=torch.bfloat16,
+        head_num=KV_HEADS,
+        head_dim=HEAD_DIM,
+        layer_num=LAYERS,
+        device="cpu",
+        enable_memory_saver=False,
+    )
+
+
+POOLS: dict[str, Callable[[], Any]] = {"sglang": _sglang_pool, "none": _NoPool}
+
+
+def _runner(pool: str = "sglang") -> Any:
     """Return what upstream's backends read of a ``ModelRunner``."""
     from sglang.srt.configs.model_config import AttentionArch
     from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
@@ -198,7 +230,7 @@ def _runner() -> Any:
         server_args=arguments,
         model_config=config,
         req_to_token_pool=SimpleNamespace(req_to_token=table, size=16),
-        token_to_kv_pool=_Pool(),
+        token_to_kv_pool=POOLS[pool](),
         token_to_kv_pool_allocator=SimpleNamespace(),
         kv_index_translator=SimpleNamespace(
             is_translating=False,
@@ -285,7 +317,7 @@ class HostPeer:
     """The module globals of upstream's module through which its forwards call FA3."""
 
 
-def _upstream_peer(name: str, runner: Any, *, wrappers: bool) -> HostPeer:
+def _upstream_peer(name: str, runner: Any, *, wrappers: bool = False) -> HostPeer:
     """Return upstream's own backend over do-nothing kernels.
 
     Between its forwards and the library stand two Python functions of upstream's, ``wrappers``,
@@ -383,16 +415,24 @@ def _module_named(name: str, module: ModuleType) -> Iterator[None]:
 
 @dataclass
 class Times:
-    """Microseconds of the host a layer's forward, of each peer and turn."""
+    """Microseconds of the host for a pass of each peer, turn by turn."""
 
-    by_peer: dict[str, list[float]] = field(default_factory=dict)
+    first: dict[str, list[float]] = field(default_factory=dict)
+    """Of the first layer's forward, which plans the pass."""
+    further: dict[str, list[float]] = field(default_factory=dict)
+    """Of all the others'."""
+
+    def forward(self, peer: str) -> list[float]:
+        """Return the time of a layer's forward, the mean over a pass."""
+        both = zip(self.first[peer], self.further[peer], strict=True)
+        return [(first + further) / LAYERS for first, further in both]
 
     def ratio(self, peer: str) -> tuple[float, float]:
         """Return the median of a peer's times over upstream's of the same turns, and the spread.
 
         The spread is half the distance between the quartiles.
         """
-        pairs = zip(self.by_peer[peer], self.by_peer["upstream"], strict=True)
+        pairs = zip(self.forward(peer), self.forward(UPSTREAM), strict=True)
         ratios = sorted(time / upstream for time, upstream in pairs)
         low, _, high = statistics.quantiles(ratios, n=4)
         return statistics.median(ratios), (high - low) / 2
@@ -405,18 +445,21 @@ def measure(peers: Sequence[HostPeer], mode: str, runner: Any, turns: int) -> Ti
     layers = [
         RadixAttention(HEADS, HEAD_DIM, HEAD_DIM**-0.5, KV_HEADS, index) for index in range(LAYERS)
     ]
-    times = Times({peer.name: [] for peer in peers})
+    names = [peer.name for peer in peers]
+    times = Times({name: [] for name in names}, {name: [] for name in names})
     made = _pass(mode, runner)
-    for turn in range(-20, turns):
+    for turn in range(-WARM_UP, turns):
         start = turn % len(peers)
         for peer in [*peers[start:], *peers[:start]]:
-            seconds = _time_pass(peer, made, layers)
+            first, further = _time_pass(peer, made, layers)
             if turn >= 0:
-                times.by_peer[peer.name].append(1e6 * seconds / LAYERS)
+                times.first[peer.name].append(1e6 * first)
+                times.further[peer.name].append(1e6 * further)
     return times
 
 
-def _time_pass(peer: HostPeer, made: _Pass, layers: Sequence[Any]) -> float:
+def _time_pass(peer: HostPeer, made: _Pass, layers: Sequence[Any]) -> tuple[float, float]:
+    """Return the seconds of the first layer's forward, and of all others'."""
     from sglang.srt.layers.attention import flashattention_backend as upstream
 
     peer.library.state.output = made.q.view(-1, HEADS, HEAD_DIM)
@@ -426,44 +469,123 @@ def _time_pass(peer: HostPeer, made: _Pass, layers: Sequence[Any]) -> float:
         backend, q, k, v, batch = peer.backend, made.q, made.k, made.v, made.batch
         backend.init_forward_metadata(batch)
         began = time.perf_counter()
-        for layer in layers:
+        backend.forward(q, k, v, layers[0], batch, True)
+        planned = time.perf_counter()
+        for layer in layers[1:]:
             backend.forward(q, k, v, layer, batch, True)
-        return time.perf_counter() - began
+        return planned - began, time.perf_counter() - planned
     finally:
         vars(upstream).update(before)
 
 
+# --- where the time goes --------------------------------------------------------------------------
+
+
+def parts(peer: HostPeer, made: _Pass) -> dict[str, float]:
+    """Return the microseconds of each step of a further call of ours in a decode, one by one."""
+    from sglang.srt.layers.radix_attention import RadixAttention
+
+    layer = RadixAttention(HEADS, HEAD_DIM, HEAD_DIM**-0.5, KV_HEADS, 0)
+    _time_pass(peer, made, [layer])
+    backend, library = peer.backend, peer.library.flash_attn_with_kvcache
+    plans = backend._plans
+    (known,) = plans.current.known
+    q = made.q.view(-1, HEADS, HEAD_DIM)
+    k, v = (
+        buffer.view(-1, PAGE_SIZE, KV_HEADS, HEAD_DIM)
+        for buffer in backend.token_to_kv_pool.get_kv_buffer(0)
+    )
+    lengths = known.page_table, known.cache_seqlens, known.cu_seqlens_q, known.max_seqlen_q
+
+    def begin_call() -> None:
+        plans.role = -1
+        plans.current.layers.clear()
+        plans.begin_call()
+
+    steps: dict[str, Callable[[], object]] = {
+        "which pass and layer": lambda: plans.begin_layer(
+            layer, made.batch, plans._forward_metadata
+        ),
+        "which call of the layer": begin_call,
+        "is it like one before": lambda: known.matches(q, k, v, *lengths, known.options, None),
+        "  of which dtypes, shapes and layouts": lambda: _facts(q, k, v),
+        "the library's function": lambda: library(q, k, v, **known.keywords),
+    }
+    nothing = _quickest(lambda: None)
+    return {name: _quickest(step) - nothing for name, step in steps.items()}
+
+
+def _facts(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[object, ...]:
+    facts = (q.dtype, k.dtype, v.dtype, q.shape, k.shape, v.shape, q.device)
+    return *facts, k.is_contiguous(), v.is_contiguous()
+
+
+def _quickest(step: Callable[[], object]) -> float:
+    """Return the microseconds of a step in the quickest of many runs of it."""
+    return 1e6 * min(timeit.repeat(step, number=200, repeat=200)) / 200
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, and print a table."""
+    """Measure, and print tables in Markdown."""
     parser = argparse.ArgumentParser(prog="sglang-musa-ext bench host", description=__doc__)
     parser.add_argument("--turns", type=int, default=300, help="passes of each backend")
+    parser.add_argument(
+        "--pool", choices=sorted(POOLS), default="sglang", help="what keys and values go to"
+    )
     options = parser.parse_args(arguments)
     from sglang_musa_ext.cpu.stand_ins import prepare_process
 
     prepare_process()
     torch.set_num_threads(1)
-    import os
-
     os.environ.setdefault("SGLANG_PLATFORM", "musa_reference")
+    with torch.inference_mode():
+        runner = _runner(options.pool)
+        peers = _peers(runner)
+        _print_head(options)
+        for mode in PASS_KINDS:
+            _print_times(mode, measure(peers, mode, runner, options.turns))
+        _print_parts(parts(peers[1], _pass("decode", runner)))
+    return 0
+
+
+def _peers(runner: Any) -> list[HostPeer]:
+    """Return what is measured; ours over MATE is the second."""
+    peers = [_upstream_peer(UPSTREAM, runner), _our_peer("mate", runner)]
+    peers += [_our_peer("hopper", runner), _upstream_peer(f"{UPSTREAM} again", runner)]
+    try:
+        peers.append(_in_tree_peer(runner))
+    except ImportError as error:
+        print(f"in-tree: {error}", file=sys.stderr)
+    # Last, because it has upstream's wrappers call its kernels from here on.
+    return [*peers, _upstream_peer(f"{UPSTREAM} with its wrappers", runner, wrappers=True)]
+
+
+def _print_head(options: argparse.Namespace) -> None:
     import sglang
 
-    with torch.inference_mode():
-        runner = _runner()
-        peers = [_upstream_peer("upstream", runner, wrappers=True)]
-        peers += [_our_peer("mate", runner), _our_peer("hopper", runner)]
-        peers += [_upstream_peer("upstream again", runner, wrappers=True)]
-        peers += [_upstream_peer("upstream without its wrappers", runner, wrappers=False)]
-        try:
-            peers.append(_in_tree_peer(runner))
-        except ImportError as error:
-            print(f"in-tree: {error}")
-        print(f"SGLang {sglang.__version__}")
-        for mode in PASS_KINDS:
-            times = measure(peers, mode, runner, options.turns)
-            for name, each in times.by_peer.items():
-                ratio, spread = times.ratio(name)
-                print(
-                    f"{mode:26s} {name:30s} {statistics.median(each):6.1f} us {ratio:.2f} ± "
-                    f"{spread:.2f}"
-                )
-    return 0
+    pool = {"sglang": "SGLang's KV pool", "none": "a KV pool that does nothing"}[options.pool]
+    print(
+        f"SGLang {sglang.__version__}, torch {torch.__version__}, Python "
+        f"{platform.python_version()}, {LAYERS} layers, {pool}, {options.turns} passes, CPU.\n"
+    )
+    print("| Pass | Backend | A forward, us | / upstream | ± | First, us | Further, us |")
+    print("|---|---|---|---|---|---|---|")
+
+
+def _print_times(mode: str, times: Times) -> None:
+    for name in times.first:
+        ratio, spread = times.ratio(name)
+        forward, first, further = (
+            statistics.median(each)
+            for each in (times.forward(name), times.first[name], times.further[name])
+        )
+        print(
+            f"| {mode} | {name} | {forward:.1f} | {ratio:.2f} | {spread:.2f} | {first:.1f} | "
+            f"{further / (LAYERS - 1):.2f} |"
+        )
+
+
+def _print_parts(steps: dict[str, float]) -> None:
+    print("\n| Step of a further call over MATE, decode | us |\n|---|---|")
+    for name, microseconds in steps.items():
+        print(f"| {name} | {microseconds:.2f} |")

@@ -34,6 +34,8 @@ ROWS = (
         for module, name in (
             ("sglang.srt.configs.model_config", "AttentionArch"),
             ("sglang.srt.layers.radix_attention", "RadixAttention"),
+            ("sglang.srt.mem_cache.memory_pool", "MHATokenToKVPool"),
+            ("sglang.srt.mem_cache.memory_pool", "_set_kv_buffer_impl"),
             ("sglang.srt.model_executor.forward_batch_info", "ForwardBatch"),
             ("sglang.srt.server_args", "set_global_server_args_for_scheduler"),
             ("sglang.srt.speculative.spec_info", "SpeculativeAlgorithm"),
