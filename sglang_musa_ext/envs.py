@@ -107,9 +107,8 @@ class Settings:
     """Prefill prompts without a prefix over the layers' own keys instead of the paged cache."""
 
     plans: str = "auto"
-    """``auto``: plan where the kernels would not do as well alone; ``captured``: of kernels that
-    plan for themselves, plan the calls of graphs alone; ``always``: plan every call that takes a
-    plan.
+    """``auto``: plan where the kernels would not do as well alone, which those that plan for
+    themselves do outside of graphs; ``always``: plan every call that takes a plan.
     """
 
     force_update_metadata: bool = False
@@ -143,7 +142,7 @@ class Settings:
             mla_workspace_mb=_positive_int(source, MLA_WORKSPACE_MB, cls.mla_workspace_mb),
             check=_check(source),
             raw_prefill=_choice(source, RAW_PREFILL, ("on", "off")) == "on",
-            plans=_choice(source, PLANS, ("auto", "captured", "always")),
+            plans=_choice(source, PLANS, ("auto", "always")),
             force_update_metadata=_flag(source, FORCE_UPDATE_METADATA),
             platform=platform,
         )

@@ -30,7 +30,7 @@ CHOICES = {
     "SGLANG_MUSA_EXT": ("auto", "on", "off"),
     "SGLANG_MUSA_EXT_KERNELS": ("auto", "mate", "hopper", "reference"),
     "SGLANG_MUSA_EXT_CHECK": ("off", "metadata", "output"),
-    "SGLANG_MUSA_EXT_PLANS": ("auto", "captured", "always"),
+    "SGLANG_MUSA_EXT_PLANS": ("auto", "always"),
 }
 RAW = "SGLANG_MUSA_EXT_RAW_PREFILL"
 FLAG = "SGLANG_MUSA_FA3_FORCE_UPDATE_METADATA"

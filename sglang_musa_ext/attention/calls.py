@@ -160,7 +160,6 @@ class CallSite:
         "settle_raw",
         "tensor_facts",
         "tensor_options",
-        "unsplit",
     )
 
     def __init__(self, arguments: Arguments, geometry: CallGeometry) -> None:
@@ -180,8 +179,6 @@ class CallSite:
         """
         self.raw_dims: Any = None
         """The heads and head dimensions of the raw keys and values of that call."""
-        self.unsplit: dict[tuple[int, ...], bool] = {}
-        """True for counts of calls that the kernels leave in one piece."""
         self.tensor_facts = _tensor_facts(arguments)
         options = options_of(arguments)
         self._pass_facts = _pass_facts(arguments)
@@ -202,6 +199,8 @@ class CallSite:
 
     def has_options(self, options: tuple[Any, ...]) -> bool:
         """Tell whether these are this kind's options, and tensors among them look alike."""
+        if self.options is not None:
+            return options == self.options
         return tuple([_fact(value) for value in options]) == self._option_facts
 
     def geometry_of(self, arguments: Arguments) -> tuple[CallGeometry, dict[str, Any]]:
@@ -281,6 +280,7 @@ class KnownCall:
         "q_dtype",
         "q_shape",
         "role",
+        "unsplit",
         "uses",
         "v_dense",
         "v_dtype",
@@ -307,6 +307,8 @@ class KnownCall:
         """For a plan in a workspace: the entry that says that the workspace still holds it."""
         self.role = -1
         """For a plan in a workspace: the call role whose slot that is."""
+        self.unsplit = False
+        """True if the kernels would not split such calls, so that they have no plan."""
         self.uses = 0
         """Calls that were served as this one and are not in the statistics yet."""
         self.q_shape, self.max_seqlen_q = arguments["q"].shape, arguments["max_seqlen_q"]

@@ -329,7 +329,7 @@ class MusaFA3Mixin:
         if geometry.has_qv and self._workspace is not None:
             return self._mla_plan(geometry, tensors, arguments)
         if self._is_unsplit(keywords):
-            self._plans.statistics.unsplit_calls += 1
+            self._plans.count_unsplit()
             return None
         compute = functools.partial(self._compute_plan, keywords, tensors)
         plan, reused = self._plans.plan(geometry, tensors, compute)
@@ -347,13 +347,11 @@ class MusaFA3Mixin:
         """
         if self._kernels.drops_plan(arguments):
             return False
-        if self._settings.plans != "always" and self._kernels.plans_for_itself:
-            # A draft model of one layer, say: nothing would reuse a plan, and the host takes long
-            # to compute one.
-            if self._plans.most_calls == 1:
-                return False
-            if self._settings.plans == "captured" and not self._plans.capturing:
-                return False
+        alone = self._settings.plans != "always" and self._kernels.plans_for_itself
+        # Outside of graphs the host takes longer to plan than the device does. And in a draft model
+        # of one layer, say, nothing would reuse a plan.
+        if alone and (not self._plans.capturing or self._plans.most_calls == 1):
+            return False
         return self._kernels.plans_unequal_queries or has_equal_queries(arguments)
 
     def _is_unsplit(self, keywords: dict[str, Any]) -> bool:

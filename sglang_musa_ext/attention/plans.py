@@ -190,6 +190,8 @@ class SchedulerMetadataCache:
         self._forward_metadata: object = None
         self._state: tuple[int, bool] = (0, False)
         self._ended = True
+        self._unsplit = False
+        """True from when a call got no plan because it is not split until it is remembered."""
 
     @property
     def statistics(self) -> PlanStatistics:
@@ -254,6 +256,12 @@ class SchedulerMetadataCache:
         """
         self._statistics.calls += 1
         self._statistics.raw_calls += raw
+        self._unsplit = False
+
+    def count_unsplit(self) -> None:
+        """Count a call that gets no plan because it is not split, and those that are like it."""
+        self._statistics.unsplit_calls += 1
+        self._unsplit = True
 
     def _count_uses(self) -> None:
         """Bring calls that were served as known ones into the statistics."""
@@ -264,6 +272,8 @@ class SchedulerMetadataCache:
                 statistics.raw_calls += known.uses
             elif known.plan is not None:
                 statistics.reuses += known.uses
+            elif known.unsplit:
+                statistics.unsplit_calls += known.uses
             known.uses = 0
 
     def _holds(self, known: KnownCall) -> bool:
@@ -313,7 +323,8 @@ class SchedulerMetadataCache:
             plan: what calls like it get as ``scheduler_metadata``; ``None``: no plan.
             in_place: the plan is in the slot of the running call role.
         """
-        known.plan = plan
+        known.plan, known.unsplit = plan, self._unsplit
+        self._unsplit = False
         if in_place:
             known.role, known.in_place = self.role, self.current.in_place[self.role]
         self.current.known.append(known)

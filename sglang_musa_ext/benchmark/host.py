@@ -481,20 +481,17 @@ def _time_pass(peer: HostPeer, made: _Pass, layers: Sequence[Any]) -> tuple[floa
 # --- where the time goes --------------------------------------------------------------------------
 
 
-def parts(peer: HostPeer, made: _Pass) -> dict[str, float]:
+def parts(peer: HostPeer, made: _Pass, pool: Any) -> dict[str, float]:
     """Return the microseconds of each step of a further call of ours in a decode, one by one."""
     from sglang.srt.layers.radix_attention import RadixAttention
 
     layer = RadixAttention(HEADS, HEAD_DIM, HEAD_DIM**-0.5, KV_HEADS, 0)
     _time_pass(peer, made, [layer])
-    backend, library = peer.backend, peer.library.flash_attn_with_kvcache
-    plans = backend._plans
+    library, plans = peer.library.flash_attn_with_kvcache, peer.backend._plans
+    metadata = plans._forward_metadata
     (known,) = plans.current.known
     q = made.q.view(-1, HEADS, HEAD_DIM)
-    k, v = (
-        buffer.view(-1, PAGE_SIZE, KV_HEADS, HEAD_DIM)
-        for buffer in backend.token_to_kv_pool.get_kv_buffer(0)
-    )
+    k, v = (buffer.view(-1, PAGE_SIZE, KV_HEADS, HEAD_DIM) for buffer in pool.get_kv_buffer(0))
     lengths = known.page_table, known.cache_seqlens, known.cu_seqlens_q, known.max_seqlen_q
 
     def begin_call() -> None:
@@ -503,9 +500,7 @@ def parts(peer: HostPeer, made: _Pass) -> dict[str, float]:
         plans.begin_call()
 
     steps: dict[str, Callable[[], object]] = {
-        "which pass and layer": lambda: plans.begin_layer(
-            layer, made.batch, plans._forward_metadata
-        ),
+        "which pass and layer": lambda: plans.begin_layer(layer, made.batch, metadata),
         "which call of the layer": begin_call,
         "is it like one before": lambda: known.matches(q, k, v, *lengths, known.options, None),
         "  of which dtypes, shapes and layouts": lambda: _facts(q, k, v),
@@ -544,7 +539,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _print_head(options)
         for mode in PASS_KINDS:
             _print_times(mode, measure(peers, mode, runner, options.turns))
-        _print_parts(parts(peers[1], _pass("decode", runner)))
+        _print_parts(parts(peers[1], _pass("decode", runner), runner.token_to_kv_pool))
     return 0
 
 

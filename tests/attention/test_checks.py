@@ -162,10 +162,11 @@ def test_unequal_queries_get_no_plan_where_kernels_plan_none(
 
 @pytest.mark.parametrize("by_itself", [True, False])
 def test_a_plan_that_nothing_reuses_is_left_to_kernels_that_make_it(by_itself: bool) -> None:
-    """With one call a pass, kernels that plan for themselves do so from the second pass on."""
+    """With one captured call a pass, kernels that plan for themselves do so from the second on."""
     model = Model(uniform_layers(3))
     backend = model.backend()
     backend._kernels = dataclasses.replace(backend._kernels, plans_for_itself=by_itself)
+    backend._plans._stream_state = lambda: (0, True)
     plans = []
     for layers in (model.layers[:1], model.layers[:1], model.layers, model.layers[:1]):
         with counted(backend) as counts:
@@ -173,6 +174,69 @@ def test_a_plan_that_nothing_reuses_is_left_to_kernels_that_make_it(by_itself: b
         plans.append(counts.plans)
     # The third pass shows that there are more layers, and from then on every pass has its plan.
     assert plans == ([1, 0, 0, 1] if by_itself else [1, 1, 1, 1])
+
+
+@pytest.mark.parametrize(
+    ("by_itself", "setting", "capturing", "planned"),
+    [
+        (True, "auto", False, False),
+        (True, "auto", True, True),
+        (True, "always", False, True),
+        (True, "always", True, True),
+        (False, "auto", False, True),
+        (False, "auto", True, True),
+        (False, "always", False, True),
+    ],
+)
+def test_kernels_that_plan_for_themselves_get_plans_in_graphs_alone(
+    by_itself: bool,
+    setting: str,
+    capturing: bool,
+    planned: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Outside of graphs the host takes longer to plan than it spares; MATE would split nothing."""
+    monkeypatch.setenv(envs.PLANS, setting)
+    model = Model(uniform_layers(3))
+    backend = model.backend()
+    backend._kernels = dataclasses.replace(backend._kernels, plans_for_itself=by_itself)
+    backend._plans._stream_state = lambda: (0, capturing)
+    with counted(backend) as counts:
+        model.run_pass(backend, model.decode(model.requests(70)))
+    expected = (1, 2) if planned else (0, 0)
+    assert (counts.plans, counts.reuses) == expected
+
+
+@pytest.mark.parametrize(
+    ("combines", "setting", "splits", "planned"),
+    [
+        (True, "auto", 1, False),
+        (True, "auto", 2, True),
+        (True, "auto", None, True),
+        (True, "always", 1, True),
+        (False, "auto", 1, True),
+    ],
+)
+def test_a_call_that_is_not_split_gets_no_plan_where_that_costs_a_kernel(
+    combines: bool,
+    setting: str,
+    splits: int | None,
+    planned: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is asked of the record, once a pass, and counted; an unknown number is planned."""
+    monkeypatch.setenv(envs.PLANS, setting)
+    model = Model(uniform_layers(3))
+    backend = model.backend()
+    asked = Mock(return_value=splits)
+    backend._kernels = dataclasses.replace(
+        backend._kernels, combines_unsplit=combines, static_num_splits=asked
+    )
+    with counted(backend) as counts:
+        model.run_pass(backend, model.decode(model.requests(70)))
+    assert (counts.calls, counts.plans, counts.reuses) == ((3, 1, 2) if planned else (3, 0, 0))
+    assert backend.musa_fa3_report()["statistics"]["unsplit_calls"] == (0 if planned else 3)
+    assert asked.call_count == (combines and setting == "auto")
 
 
 def test_queries_are_counted_once_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:

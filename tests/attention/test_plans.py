@@ -79,7 +79,7 @@ class Alike:
         self.plan: Any = None
         self.in_place: Any = None
         self.role = -1
-        self.raw, self.uses = False, 0
+        self.raw, self.unsplit, self.uses = False, False, 0
 
 
 @dataclass

@@ -19,7 +19,9 @@ PEERS = (
 def test_every_backend_is_measured_in_every_mode(pool: str) -> None:
     """The command runs anywhere, and compares each backend with upstream's own bare forward."""
     command = (sys.executable, "-m", "sglang_musa_ext", "bench", "host", "--turns", "4")
-    ran = subprocess.run((*command, "--pool", pool), capture_output=True, text=True, timeout=300)
+    ran = subprocess.run(
+        (*command, "--pool", pool), capture_output=True, text=True, timeout=300, check=False
+    )
     assert ran.returncode == 0, ran.stderr
     rows = [line.strip("| ").split(" | ") for line in ran.stdout.splitlines()]
     seen = {(row[0], row[1]): row for row in rows if row[0] in host.PASS_KINDS}

@@ -185,7 +185,7 @@ def signature_mutants() -> Iterator[Mutant]:
 
 
 PLANNED = "return self._kernels.plans_unequal_queries or has_equal_queries(arguments)"
-ALONE = 'if self._settings.plans != "always" and self._kernels.plans_for_itself:'
+ALONE = 'self._settings.plans != "always" and self._kernels.plans_for_itself'
 PASS_RULES = (
     Mutant(
         "end_pass does nothing",
@@ -261,9 +261,68 @@ PASS_RULES = (
         "return has_equal_queries(arguments)",
         "plan_all",
     ),
-    Mutant("plans that nothing reuses are computed", BACKEND, ALONE, "if False:", "nothing_reuses"),
     Mutant(
-        "kernels that plan nothing are left alone", BACKEND, ALONE, "if True:", "nothing_reuses"
+        "plans that nothing reuses are computed",
+        BACKEND,
+        " or self._plans.most_calls == 1):",
+        "):",
+        "nothing_reuses",
+    ),
+    Mutant(
+        "kernels that plan nothing are left alone",
+        BACKEND,
+        ALONE,
+        'self._settings.plans != "always"',
+        "nothing_reuses",
+    ),
+    Mutant(
+        "kernels that plan for themselves are planned for outside of graphs",
+        BACKEND,
+        "(not self._plans.capturing or self._plans.most_calls",
+        "(self._plans.most_calls",
+        "in_graphs_alone",
+    ),
+    Mutant(
+        "plans for every call are not asked for",
+        BACKEND,
+        ALONE,
+        "self._kernels.plans_for_itself",
+        "in_graphs_alone",
+    ),
+    Mutant(
+        "unsplit calls are planned",
+        BACKEND,
+        "return self._kernels.static_num_splits(**keywords) == 1",
+        "return False",
+        "not_split",
+    ),
+    Mutant(
+        "unsplit calls are counted once a pass",
+        CACHE,
+        "elif known.unsplit:",
+        "elif False:",
+        "not_split",
+    ),
+    Mutant(
+        "unknown splits are taken for one",
+        BACKEND,
+        "return self._kernels.static_num_splits(**keywords) == 1",
+        "return self._kernels.static_num_splits(**keywords) in (1, None)",
+        "not_split",
+    ),
+    Mutant(
+        "unsplit calls are known in spite of the setting",
+        BACKEND,
+        'if self._settings.plans == "always" or not self._kernels.combines_unsplit:',
+        "if not self._kernels.combines_unsplit:",
+        "not_split",
+    ),
+    Mutant(
+        "unsplit calls get no plan where it costs nothing",
+        BACKEND,
+        'if self._settings.plans == "always" or not self._kernels.combines_unsplit:',
+        'if self._settings.plans == "always":',
+        "not_split",
     ),
     Mutant(
         "one pass of one call is for ever",
