@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -239,10 +240,15 @@ def verify(trees: list[Tree], choices: list[Choice], most: int) -> Verified:
     """Verify ``trees`` of paths' last choices, against a target that chooses by path."""
     n = len(trees[0].paths)
     links = Links.empty(len(trees), n)
-    mask = torch.tensor([tree.sees(i, j) for tree in trees for i in range(n) for j in range(n)])
+    pairs = list(itertools.product(range(n), repeat=2))
+    mask = torch.tensor([tree.sees(*pair) for tree in trees for pair in pairs])
     cpu_trees.reconstruct_indices_from_tree_mask(
         mask, torch.zeros(len(trees), dtype=torch.long), *links.arguments(), len(trees), n
     )
+    candidates, targets = [], []
+    for tree, choose in zip(trees, choices, strict=True):
+        candidates.append([path[-1] if path else 99 for path in tree.paths])
+        targets.append([choose(path) for path in tree.paths])
     result = Verified(
         torch.full((len(trees) * n + 1,), -9, dtype=torch.int32),
         torch.full((len(trees), most), -1, dtype=torch.int32),
@@ -252,18 +258,11 @@ def verify(trees: list[Tree], choices: list[Choice], most: int) -> Verified:
         predicts=result.predicts,
         accept_index=result.accepted,
         accept_token_num=result.count,
-        candidates=torch.tensor(
-            [[path[-1] if path else 99 for path in tree.paths] for tree in trees]
-        ),
+        candidates=torch.tensor(candidates),
         retrive_index=links.index,
         retrive_next_token=links.first_child,
         retrive_next_sibling=links.next_sibling,
-        target_predict=torch.tensor(
-            [
-                [choose(path) for path in tree.paths]
-                for tree, choose in zip(trees, choices, strict=True)
-            ]
-        ),
+        target_predict=torch.tensor(targets),
     )
     return result
 

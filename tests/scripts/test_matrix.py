@@ -495,15 +495,20 @@ def test_levels_that_are_nowhere_are_asked_for(
 def test_the_docs_state_the_releases_of_this_package(repository: Path) -> None:
     """docs/releases.md has a row for each supported release, with what is expected of it."""
     lines = (repository / "docs" / "releases.md").read_text().splitlines()
-    cells = [[x.strip().partition(" (")[0] for x in line.strip("|").split("|")] for line in lines]
+    cells = [page_cells(line) for line in lines]
     (levels,) = [row[3:] for row in cells if row[0] == "SGLang"]
     expected = {row.version: row.expected for row in read_rows(matrix.RELEASES)}
     assert {"contract", "backend", "engine"} <= set(levels)
-    assert [row for row in cells if row[0].startswith("0.")] == [
-        [release.version, release.requires_python, release.torch]
-        + [expected[release.version][level] for level in levels]
-        for release in SUPPORTED_RELEASES
-    ]
+    rows = {row[0]: row[1:] for row in cells if row[0].startswith("0.")}
+    assert list(rows) == [release.version for release in SUPPORTED_RELEASES]
+    for release in SUPPORTED_RELEASES:
+        claims = [expected[release.version][level] for level in levels]
+        assert rows[release.version] == [release.requires_python, release.torch, *claims]
+
+
+def page_cells(line: str) -> list[str]:
+    """Return the cells of a table's row, without the counts in parentheses."""
+    return [cell.strip().partition(" (")[0] for cell in line.strip("|").split("|")]
 
 
 # --- sources --------------------------------------------------------------------------------------

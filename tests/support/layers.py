@@ -77,4 +77,5 @@ def in_threads(jobs: list[Callable[[], Any]]) -> list[Any]:
     from concurrent.futures import ThreadPoolExecutor
 
     with ThreadPoolExecutor(len(jobs)) as pool:
-        return [future.result() for future in [pool.submit(job) for job in jobs]]
+        futures = [pool.submit(job) for job in jobs]
+        return [future.result() for future in futures]
