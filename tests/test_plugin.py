@@ -340,7 +340,7 @@ def test_a_refusal_is_taken_back_when_the_cause_is_gone(
     set_environment: Callable[[dict[str, str]], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Registering again after the environment was mended serves, drafts included."""
+    """Registering again after the environment was corrected serves, drafts included."""
     set_environment(OURS[0] | {"SGLANG_MUSA_EXT": "maybe"})
     register()
     refused(lambda: sglang.backends["fa3"](None))

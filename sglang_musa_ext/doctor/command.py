@@ -54,9 +54,7 @@ def _guarded(check: Check, surroundings: Surroundings) -> CheckResult:
         return check.probe(surroundings)
     except (Exception, SystemExit) as error:
         finding = f"This could not be found out: {type(error).__name__}: {error}"
-        return failed(
-            finding, "Mend what it names; if it names nothing of yours, please report it."
-        )
+        return failed(finding, "Fix what it names; if it names nothing of yours, please report it.")
 
 
 def worst(results: Sequence[CheckResult]) -> CheckStatus:

@@ -95,7 +95,7 @@ def probe_driver(s: Surroundings) -> CheckResult:
     if done.returncode != 0:
         return failed(
             f"{tool} exits with status {done.returncode}.",
-            "Run it, and mend the driver's installation.",
+            "Run it, and repair the driver's installation.",
         )
     version = re.search(r"driver[ _]version\s*:?\s*([\w.+-]+)", done.stdout, re.IGNORECASE)
     return passed(f"Driver {version.group(1) if version else 'of unknown version'}.", tool=tool)

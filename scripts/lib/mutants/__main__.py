@@ -866,6 +866,16 @@ def all_mutants() -> list[Mutant]:
     ]
 
 
+def selected(names: Sequence[str]) -> list[Mutant]:
+    """Return the mutants with one of ``names`` in theirs; without any, all."""
+    mutants = all_mutants()
+    return [mutant for mutant in mutants if not names or _has_one(mutant, names)]
+
+
+def _has_one(mutant: Mutant, names: Sequence[str]) -> bool:
+    return any(name in mutant.name for name in names)
+
+
 class BrokenRun(RuntimeError):
     """The run says nothing about the tests, because it cannot be made as written."""
 
@@ -1004,11 +1014,7 @@ def main() -> int:
         "names", nargs="*", metavar="NAME", help="only mutants whose name contains one of these"
     )
     options = parser.parse_args()
-    mutants = [
-        mutant
-        for mutant in all_mutants()
-        if not options.names or any(name in mutant.name for name in options.names)
-    ]
+    mutants = selected(options.names)
     began = time.monotonic()
     import_once()
     try:

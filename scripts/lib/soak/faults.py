@@ -37,11 +37,7 @@ class Verdict:
 def run(names: Sequence[str], jobs: int, seconds: float) -> int:
     """Fuzz the mutants with one of ``names`` in theirs (none: all); return 1 if one survives."""
     command: Any = mutant_command
-    mutants = [
-        each
-        for each in command.all_mutants()
-        if not names or any(name in each.name for name in names)
-    ]
+    mutants = command.selected(names)
     verdicts = []
     for verdict in _fuzzed(command, mutants, jobs, seconds):
         verdicts.append(verdict)
