@@ -20,6 +20,7 @@ PAGES = sorted(
 TRANSLATED = sorted(name for name in PAGES if name.replace(".md", ".zh-CN.md") in PAGES)
 USERS_PAGES = (
     "README.md",
+    "docs/cluster.md",
     "docs/from-in-tree.md",
     "docs/installing.md",
     "docs/mate.md",
