@@ -7,6 +7,7 @@ what reaches the library, or the refusal, must be that of a backend that has see
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -189,10 +190,15 @@ def base(own_keys: bool) -> Made:
     return BASE | tensors, (zeros(*OWN), zeros(*OWN)) if own_keys else None
 
 
+@functools.cache
+def _model() -> Model:
+    return Model(uniform_layers(1))
+
+
 def outcomes(kernels: str, calls: Sequence[Made]) -> list[Any]:
     """Make ``calls`` as layers of one pass; return what each came to, as a library sees it."""
     library, record = KERNELS[kernels]()
-    backend = Model(uniform_layers(1)).backend()
+    backend = _model().backend()
     backend._kernels, backend._new_rows = record, ROWS
     backend.forward_metadata = SimpleNamespace(cu_seqlens_q=OFFSETS, cache_seqlens_int32=LENGTHS)
     batch, layers = SimpleNamespace(), []
