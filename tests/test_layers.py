@@ -44,7 +44,9 @@ LAYERS = {
     "patching": layer(),
     "upstream": layer(),
     "kernels": layer("envs policy torch", lazy="*"),
-    "attention": layer("torch sglang envs policy kernels patching upstream"),
+    "attention": layer(
+        "torch sglang envs policy kernels patching upstream", lazy="prometheus_client"
+    ),
     "cpu": layer(
         "sglang torch numpy psutil patching", lazy="policy kernels upstream transformers triton"
     ),

@@ -37,6 +37,7 @@ from sglang_musa_ext.attention.calls import (
     planned_tensors,
 )
 from sglang_musa_ext.attention.dispatch import RUNNING
+from sglang_musa_ext.attention.metrics import export
 from sglang_musa_ext.attention.plans import SchedulerMetadataCache, Tensors, stream_probe
 from sglang_musa_ext.attention.raw_keys import new_rows, raw_arguments
 from sglang_musa_ext.attention.sampling import OutputSampler
@@ -132,6 +133,8 @@ class MusaFA3Mixin:
         self._sampler: OutputSampler | None = None
         if self._settings.check_share:
             self._sample_outputs(self._settings.check_share)
+        if model_runner.server_args.enable_metrics:
+            export().add(self)
         BACKENDS.add(self)
         logger.info("sglang_musa_ext serves attention: %s", self._configuration())
 

@@ -25,6 +25,7 @@ from typing import Any
 import aiohttp
 import psutil
 
+from sglang_musa_ext.attention import metrics
 from tests.support import tiny_models
 from tests.support.engine import EngineFailed, EngineServer, started
 from tests.support.ports import held_port
@@ -34,6 +35,7 @@ HOST = "127.0.0.1"
 CONTEXT = 512
 LARGEST_GROWTH = 1.05
 """Resident memory after the third wave, as a share of that after the second."""
+COUNTER = f"{metrics.PREFIX}calls_total"
 SECONDS_TO_SETTLE = 60.0
 """For a server to notice that its clients have gone."""
 
@@ -75,6 +77,8 @@ class LoadReport:
     before: Kept | None = None
     after: list[Kept] = field(default_factory=list)
     """One of each wave."""
+    counted_calls: float = 0.0
+    """Attention calls by this package's counter among SGLang's Prometheus metrics."""
 
     def require_nothing_lost(self) -> None:
         """Raise with everything that is wrong."""
@@ -89,6 +93,8 @@ class LoadReport:
             second, third = self.after[1].resident, self.after[2].resident
             if third > second * LARGEST_GROWTH:
                 faults.append(f"resident memory grew from {second:,} to {third:,} bytes")
+        if not self.counted_calls:
+            faults.append(f"/metrics has no {COUNTER} above 0")
         for kind, status in self.statuses.items():
             if not status.startswith("4") and kind != "unknown model":
                 faults.append(f"{kind}: the answer was {status}, expected a status from 400 to 499")
@@ -120,6 +126,7 @@ def serving(model: Path, log: Path) -> Iterator[tuple[str, psutil.Process]]:
             "--context-length": CONTEXT, "--max-total-tokens": 8192, "--random-seed": 0,
         }  # fmt: skip
         words = [str(word) for option in options.items() for word in option]
+        words.append("--enable-metrics")
         command = [sys.executable, "-m", "sglang.launch_server", *words]
         with started(command, log) as process:
             while "ready to roll" not in log.read_text(errors="replace"):
@@ -219,7 +226,20 @@ async def run_load(
             *answers, report.statuses = await asyncio.gather(*work, malformed(session, url))
         _compare(report, asks, alone, answers, wave)
         report.after.append(await settled(url, process))
+    report.counted_calls = await counted(url)
     return report
+
+
+async def counted(url: str) -> float:
+    """Return the value of :data:`COUNTER`, as soon as its thread has read one that is no zero."""
+    value, deadline = 0.0, time.monotonic() + 4 * metrics.SECONDS
+    while not value and time.monotonic() < deadline:
+        await asyncio.sleep(0.5)
+        async with aiohttp.ClientSession() as session, session.get(f"{url}/metrics") as response:
+            lines = (await response.text()).splitlines()
+        samples = [line.rpartition(" ")[2] for line in lines if line.startswith(COUNTER)]
+        value = sum(map(float, samples))
+    return value
 
 
 def _compare(
@@ -277,7 +297,7 @@ def main() -> int:
         finally:
             engines.close()
     print(f"{report.asked} requests, {report.finished} finished, {report.left} left early")
-    print(f"malformed ones: {report.statuses}")
+    print(f"malformed ones: {report.statuses}; {COUNTER} {report.counted_calls:,.0f}")
     for name, kept in [("before", report.before), *enumerate(report.after, 1)]:
         print(f"{name}: {kept}")
     try:
