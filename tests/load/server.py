@@ -220,10 +220,14 @@ async def run_load(
             aiohttp.ClientSession(timeout=timeout, connector=connector) as session,
             half_open(url, 8),
         ):
+            # SGLang aborts every request whose id begins with the one that is said.
             work = [
-                answer(session, url, ask, f"wave-{wave}-{index}") for index, ask in enumerate(asks)
+                answer(session, url, ask, f"wave-{wave}-{index:05}")
+                for index, ask in enumerate(asks)
             ]
-            *answers, report.statuses = await asyncio.gather(*work, malformed(session, url))
+            answers, report.statuses = await asyncio.gather(
+                asyncio.gather(*work), malformed(session, url)
+            )
         _compare(report, asks, alone, answers, wave)
         report.after.append(await settled(url, process))
     report.counted_calls = await counted(url)
