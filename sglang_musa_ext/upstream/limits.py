@@ -236,6 +236,8 @@ class UpstreamLimit:
 
 _TWO_WAY_IMAGES = frozenset({"Gemma3ForConditionalGeneration"})
 """Models whose tokens of an image attend to one another both ways."""
+_DRAFTING = frozenset({"EAGLE", "EAGLE3", "NEXTN", "STANDALONE"})
+"""Algorithms in which a model drafts."""
 _PREFILL_AWARE = frozenset({"UnlimitedOCRForCausalLM"})
 """Models whose windows keep what was prefilled."""
 _CHUNKED = frozenset({"Llama4ForConditionalGeneration", "Llama4ForCausalLM"})
@@ -334,6 +336,16 @@ UPSTREAM_LIMITS = (
         "they attend one way only, and answers about images are worse; text alone is right",
         "Start the server with --attention-backend triton to ask about images",
         is_fatal=False,
+    ),
+    UpstreamLimit(
+        "chains of drafts under graphs up to the end of the context",
+        lambda asked: asked.speculative_algorithm in _DRAFTING and not asked.is_tree,
+        "a request that reaches it ends the server with an AssertionError about a page table",
+        "Keep requests shorter than the context by --speculative-num-steps",
+        is_fatal=False,
+        since="0.5.13.post1",
+        until="0.5.14",
+        reported="sgl-project/sglang#29516",
     ),
     UpstreamLimit(
         "--speculative-algorithm NGRAM up to the end of the context",

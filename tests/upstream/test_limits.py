@@ -9,7 +9,12 @@ from typing import Any
 
 import pytest
 
-from sglang_musa_ext.upstream.limits import UPSTREAM_LIMITS, Configuration, limits_of
+from sglang_musa_ext.upstream.limits import (
+    UPSTREAM_LIMITS,
+    Configuration,
+    UpstreamLimit,
+    limits_of,
+)
 from sglang_musa_ext.upstream.names import FLASH_ATTENTION
 from sglang_musa_ext.upstream.releases import SUPPORTED_RELEASES
 from sglang_musa_ext.upstream.requirement import NONE_KNOWN
@@ -51,6 +56,7 @@ MEETING: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"architectures": ("Gemma3ForConditionalGeneration",)},
         {"architectures": ("Gemma3ForCausalLM",)},
     ),
+    "chains of drafts": ({"speculative_algorithm": "EAGLE"}, {"speculative_algorithm": None}),
     "NGRAM": ({"speculative_algorithm": "NGRAM"}, {"speculative_algorithm": None}),
 }
 
@@ -59,9 +65,13 @@ MEETING: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 def test_a_limit_is_met_by_what_it_is_about_and_avoided_by_what_it_says(word: str) -> None:
     """Each limit applies to its configuration alone, and not to the one that it sends people to."""
     meeting, change = MEETING[word]
-    (limit,) = limits_of(Configuration(**meeting))
-    assert word in limit.condition
-    assert limits_of(Configuration(**(meeting | change))) == []
+    assert len(met(word, meeting)) == 1
+    assert met(word, meeting | change) == []
+
+
+def met(word: str, fields: dict[str, Any]) -> list[UpstreamLimit]:
+    """Return the limits with ``word`` in their condition that a configuration meets."""
+    return [limit for limit in limits_of(Configuration(**fields)) if word in limit.condition]
 
 
 def test_every_limit_is_tried() -> None:
@@ -102,6 +112,7 @@ EVIDENCE = {
         ),
     ),
     "no multiple of the page": (FLASH_ATTENTION, r"assert attn_chunk_size % page_size == 0"),
+    "chains of drafts": (FLASH_ATTENTION, r'"FA3 draft-decode page_table"'),
     "several requests": (FLASH_ATTENTION, r"forward_batch\.encoder_lens\.numel\(\) == 1"),
     "Unlimited-OCR": (FLASH_ATTENTION, r"Prefill-aware SWA requires page_size=1"),
     # The mask of images is made for one backend alone.
