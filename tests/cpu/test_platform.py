@@ -430,6 +430,32 @@ def test_a_wait_for_cuda_returns_at_once(engines: EngineServer) -> None:
     engines.call(torch.cuda.synchronize)
 
 
+def rotate_no_tokens() -> tuple[list[list[int]], str]:
+    """Rotate the queries and keys of no tokens: their shapes, and what SGLang's own method says."""
+    from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
+    from sglang.srt.platforms import current_platform
+
+    current_platform.init_backend()
+    embedding = RotaryEmbedding(16, 16, 64, 10000, True, torch.float32)
+    nothing = torch.empty(0, dtype=torch.int64), torch.empty(0, 64), torch.empty(0, 32)
+    rotated = [list(each.shape) for each in embedding.forward_native(*nothing)]
+    own: Any = RotaryEmbedding.forward_native
+    while hasattr(own, "__wrapped__"):
+        own = own.__wrapped__
+    try:
+        own(embedding, *nothing)
+    except RuntimeError as error:
+        return rotated, str(error)
+    return rotated, ""
+
+
+def test_an_idle_rank_rotates_nothing(engines: EngineServer) -> None:
+    """No tokens come back as they are, where SGLang's own method cannot tell how many heads."""
+    rotated, said = engines.call(rotate_no_tokens)
+    assert rotated == [[0, 64], [0, 32]]
+    assert "0 elements" in said
+
+
 def merge_in_both_ways() -> bool:
     """Compare SGLang's merge of states under the platform with its Triton kernel, interpreted.
 
