@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import subprocess
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from scripts.lib.soak import run
+from scripts.lib.soak import engines, run
 from scripts.lib.soak.report import Report, added, final_table, read_report
 from tests.fuzzing.generation import random_case
 from tests.fuzzing.oracle import Totals
 from tests.fuzzing.passes import Case, Operation, case_from
+from tests.support.engine import EngineFailed
 
 
 def fails_with(kind: str, at_least: int) -> object:
@@ -78,3 +80,22 @@ def test_the_command_runs_and_reports(repository: Path, tmp_path: Path) -> None:
     counts = read_report(report).counts
     assert counts["calls"] > 0
     assert f"{counts['calls']:,}" in done.stdout
+
+
+@pytest.mark.parametrize(("said", "runs"), [("EADDRINUSE", 2), ("CUDA error", 1)])
+def test_an_engine_whose_port_was_taken_is_started_again(
+    said: str, runs: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once: it has answered nothing; any other failure is what is looked for."""
+    log, began = tmp_path / "log", list[int]()
+    log.write_text(said)
+
+    def run_workload(*_: object) -> dict[str, int]:
+        began.append(1)
+        raise EngineFailed("The engine died.", log)
+
+    monkeypatch.setattr(engines, "run_workload", run_workload)
+    messages: queue.Queue[tuple[str, object]] = queue.Queue()
+    engines._run_seed(None, 3, tmp_path, messages)  # type: ignore[arg-type]
+    assert len(began) == runs
+    assert messages.get_nowait()[0] == "wrong"
