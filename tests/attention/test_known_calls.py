@@ -303,3 +303,32 @@ def test_calls_like_one_before_are_known(kernels: str) -> None:
         dispatch.RUNNING.stack.pop()
     assert [known.uses for known in backend._plans.current.known] == [2]
     assert len(library.calls) == 3
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_a_layer_with_keys_of_its_own_goes_raw_after_one_without(kernels: str) -> None:
+    """A call is not known by one that had no keys of its layer's own to be served from."""
+    made = [base(own_keys=False), base(own_keys=True)]
+    served = outcomes(kernels, made)
+    assert [each[0] for each in served] == ["flash_attn_with_kvcache", "flash_attn_varlen_func"]
+    assert served == [outcomes(kernels, [each])[0] for each in made]
+
+
+@pytest.mark.parametrize("change", ["own k gaps", "own v gaps"])
+def test_raw_keys_of_another_layout_are_a_call_of_their_own(change: str) -> None:
+    """No rule of an adapter asks for it, but calls that are settled together have one layout."""
+    library, record = _hopper()
+    backend = _model().backend()
+    backend._kernels, backend._new_rows = record, ROWS
+    backend.forward_metadata = SimpleNamespace(cu_seqlens_q=OFFSETS, cache_seqlens_int32=LENGTHS)
+    batch, layers = SimpleNamespace(), [object(), object()]
+    dispatch.RUNNING.stack.append(backend)
+    try:
+        for layer, own_keys in zip(layers, (base(True)[1], RAW_CHANGES[change][1]), strict=True):
+            backend._plans.begin_layer(layer, batch, backend.forward_metadata)
+            backend.own_keys = own_keys
+            upstream.flash_attn_with_kvcache(**base(True)[0])
+    finally:
+        dispatch.RUNNING.stack.pop()
+    assert [known.uses for known in backend._plans.current.known] == [0, 0]
+    assert [name for name, _ in library.calls] == ["flash_attn_varlen_func"] * 2

@@ -158,7 +158,10 @@ RAW_SIGNATURE = (
     "and self.v_dtype is v.dtype is v_cache.dtype",
 )
 """The values that a known call over raw keys is compared by."""
-CHANGED = "as_if_it_were_the_first or differ_in_one_thing or told_apart"
+CHANGED = (
+    "as_if_it_were_the_first or differ_in_one_thing or told_apart or goes_raw_after or "
+    "another_layout"
+)
 
 
 def signature_mutants() -> Iterator[Mutant]:
