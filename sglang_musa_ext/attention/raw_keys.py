@@ -60,7 +60,8 @@ def raw_arguments(
     if not _attends_to_the_batch(arguments, metadata):
         return None
     k, v = own_keys
-    if {k.dtype, v.dtype, arguments["q"].dtype, arguments["k_cache"].dtype} != {k.dtype}:
+    dtypes = {tensor.dtype for tensor in (k, v, arguments["q"])}
+    if dtypes != {arguments["k_cache"].dtype} or dtypes != {arguments["v_cache"].dtype}:
         return None
     raw = over_raw_keys(arguments, k, v)
     if kernels is not None and not (_asks_for_no_more(arguments) and _serves(kernels, raw)):

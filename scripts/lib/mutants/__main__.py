@@ -761,7 +761,20 @@ RAW_KEYS = (
         "return True or kernels.serves_raw_keys(",
         "without_such_a_function",
     ),
-    Mutant("raw in another dtype", RAW, "!= {k.dtype}:", "== set():", "another_dtype"),
+    Mutant(
+        "raw in another dtype",
+        RAW,
+        """dtypes != {arguments["k_cache"].dtype} or""",
+        "",
+        "as_if_it_were_the_first or another_dtype",
+    ),
+    Mutant(
+        "raw in another dtype of values",
+        RAW,
+        """ or dtypes != {arguments["v_cache"].dtype}""",
+        "",
+        "as_if_it_were_the_first",
+    ),
     Mutant("raw over padding", BACKEND, "if rows != {self._new_rows} or", "if", "padded_rows"),
     Mutant(
         "raw in captures",
