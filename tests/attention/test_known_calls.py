@@ -332,3 +332,11 @@ def test_raw_keys_of_another_layout_are_a_call_of_their_own(change: str) -> None
         dispatch.RUNNING.stack.pop()
     assert [known.uses for known in backend._plans.current.known] == [0, 0]
     assert [name for name, _ in library.calls] == ["flash_attn_varlen_func"] * 2
+
+
+@pytest.mark.parametrize("change", ["k_cache dtype", "v_cache dtype", "own k dtype", "own v dtype"])
+def test_keys_and_values_of_another_dtype_than_the_cache_read_the_cache(change: str) -> None:
+    """What the cache rounds, attention must not see in full."""
+    more, own_keys = RAW_CHANGES[change]
+    (served,) = outcomes("hopper", [({**base(True)[0], **more}, own_keys)])
+    assert served[0] == "flash_attn_with_kvcache"

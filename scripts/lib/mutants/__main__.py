@@ -766,14 +766,14 @@ RAW_KEYS = (
         RAW,
         """dtypes != {arguments["k_cache"].dtype} or""",
         "",
-        "as_if_it_were_the_first or another_dtype",
+        "another_dtype",
     ),
     Mutant(
         "raw in another dtype of values",
         RAW,
         """ or dtypes != {arguments["v_cache"].dtype}""",
         "",
-        "as_if_it_were_the_first",
+        "another_dtype",
     ),
     Mutant("raw over padding", BACKEND, "if rows != {self._new_rows} or", "if", "padded_rows"),
     Mutant(
