@@ -385,18 +385,14 @@ class KnownRawCall(KnownCall):
         """Describe a call of the kind ``site`` that ``own_keys`` serve."""
         super().__init__(site, arguments, settled, own_keys)
         k, v = own_keys
-        self.k_dtype, self.k_shape = k.dtype, k.shape
-        self.v_dtype, self.v_shape = v.dtype, v.shape
+        self.k_dtype, self.k_shape, self.k_dense = k.dtype, k.shape, density(k)
+        self.v_dtype, self.v_shape, self.v_dense = v.dtype, v.shape, density(v)
 
     def matches(
         self, q: Any, k_cache: Any, v_cache: Any, page_table: Any, cache_seqlens: Any,
         cu_seqlens_q: Any, max_seqlen_q: Any, options: tuple[Any, ...], own_keys: OwnKeys | None,
     ) -> bool:  # fmt: skip
-        """Tell whether a call is like this one.
-
-        Of the cache it matters only what type it has, and of the keys not how they lie: no library
-        is called another way for that.
-        """
+        """Tell whether a call is like this one. Of the cache it matters only what type it has."""
         if own_keys is None:
             return False
         k, v = own_keys
@@ -411,6 +407,8 @@ class KnownRawCall(KnownCall):
             and self.q_dtype is q.dtype
             and self.k_dtype is k.dtype is k_cache.dtype
             and self.v_dtype is v.dtype is v_cache.dtype
+            and self.k_dense == (k.is_contiguous() or k.stride())
+            and self.v_dense == (v.is_contiguous() or v.stride())
             and self._q_device == q.device
             and (not self._versions or self._has_versions(cache_seqlens, cu_seqlens_q))
         )

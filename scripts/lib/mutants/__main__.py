@@ -156,6 +156,8 @@ RAW_SIGNATURE = (
     "and self.q_dtype is q.dtype",
     "and self.k_dtype is k.dtype is k_cache.dtype",
     "and self.v_dtype is v.dtype is v_cache.dtype",
+    "and self.k_dense == (k.is_contiguous() or k.stride())",
+    "and self.v_dense == (v.is_contiguous() or v.stride())",
 )
 """The values that a known call over raw keys is compared by."""
 CHANGED = (
