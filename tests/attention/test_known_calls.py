@@ -268,17 +268,6 @@ def test_a_changed_call_over_raw_keys_is_made_as_if_it_were_the_first(
         assert each == outcomes(kernels, [made])[0]
 
 
-@pytest.mark.parametrize("kernels", KERNELS)
-def test_own_keys_after_calls_without_serve_as_if_it_were_the_first(kernels: str) -> None:
-    """A call is not taken for one of a layer that had no keys of its own, nor the reverse."""
-    calls = [base(own_keys=own) for own in (False, False, True, False, True)]
-    served = outcomes(kernels, calls)
-    names = ["flash_attn_varlen_func" if own else "flash_attn_with_kvcache" for _, own in calls]
-    assert [each[0] for each in served] == names
-    for each, made in zip(served, calls, strict=True):
-        assert each == outcomes(kernels, [made])[0]
-
-
 REFUSED = {
     "q dtype": "one dtype", "k_cache dtype": "one dtype", "v_cache dtype": "one dtype",
     "k_cache stride 2": "last dimension of k_cache",
