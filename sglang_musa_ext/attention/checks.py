@@ -22,7 +22,7 @@ class WrongOutputError(RuntimeError):
 _OUTPUT_TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 """Relative and absolute; a few units in the last place of each dtype."""
 _FP8_ROUNDING = {torch.float8_e4m3fn: 2.0**-4, torch.float8_e5m2: 2.0**-3}
-"""What kernels that read fp8 may be off by beside that, of the largest value: they round their
+"""The error that kernels reading fp8 may have beside that, of the largest value: they round their
 probabilities to it, which the reference does not.
 """
 

@@ -56,7 +56,7 @@ class Fp8Model(Model):
     scales: tuple[float, float] | None = None
     """Of each layer's keys and values."""
     of_sums: float = OF_SUMS
-    """What outputs may be off by, absolutely."""
+    """The error that outputs may have, absolutely."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

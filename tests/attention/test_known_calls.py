@@ -279,7 +279,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("change", REFUSED)
 def test_mate_refuses_a_change_by_name_between_two_calls(change: str) -> None:
-    """What MATE cannot do is refused in the middle of a pass, too, and the pass goes on."""
+    """A call that MATE cannot do is refused in the middle of a pass, and the pass goes on."""
     first, last = base(own_keys=False), base(own_keys=False)
     changed = {**base(own_keys=False)[0], **CHANGES[change]}, None
     served = outcomes("mate", [first, changed, last])
@@ -336,7 +336,7 @@ def test_raw_keys_of_another_layout_are_a_call_of_their_own(change: str) -> None
 
 @pytest.mark.parametrize("change", ["k_cache dtype", "v_cache dtype", "own k dtype", "own v dtype"])
 def test_keys_and_values_of_another_dtype_than_the_cache_read_the_cache(change: str) -> None:
-    """What the cache rounds, attention must not see in full."""
+    """Attention must not see in full what the cache rounds."""
     more, own_keys = RAW_CHANGES[change]
     (served,) = outcomes("hopper", [({**base(True)[0], **more}, own_keys)])
     assert served[0] == "flash_attn_with_kvcache"

@@ -1,4 +1,4 @@
-"""What SGLang offers beside plain serving, on the CPU platform: adapters, a hierarchical cache,
+"""Features of SGLang beside plain serving, on the CPU platform: adapters, a hierarchical cache,
 DFLASH, data-parallel attention.
 
 Tokens are compared with transformers' own greedy search, which shares no code with SGLang; a model

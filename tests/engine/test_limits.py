@@ -41,7 +41,7 @@ class Limit:
     model: TinyModel
     arguments: Mapping[str, Any]
     error: str
-    """What its log then has."""
+    """A line of its log then."""
     draft: TinyModel | None = None
     requests: tuple[Request, ...] = field(default_factory=lambda: (Request(tokens(70, seed=1)),))
 

@@ -54,7 +54,7 @@ class Ask:
 
 @dataclass
 class Kept:
-    """What a server holds when it has nothing to do."""
+    """The memory that a server holds when it has nothing to do."""
 
     requests: int
     tokens: int
@@ -65,7 +65,7 @@ class Kept:
 
 @dataclass
 class LoadReport:
-    """What was asked, and what was seen."""
+    """The requests, and the observations."""
 
     asked: int = 0
     finished: int = 0

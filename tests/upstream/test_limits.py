@@ -122,7 +122,7 @@ EVIDENCE = {
 }
 
 MENDING = {"no multiple of 32": (EXPERTS, r"# the buffer is padded\. Initialize padding even if")}
-"""What shows that it is no longer there."""
+"""Signs that it is no longer there."""
 
 
 @pytest.mark.parametrize("version", [release.version for release in SUPPORTED_RELEASES])

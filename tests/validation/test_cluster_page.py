@@ -23,7 +23,7 @@ PLACES = (
     "port",
     "disaggregation_bootstrap_port",
 )
-"""What is another on every machine."""
+"""Options that differ on every machine."""
 
 
 def commands(page: str) -> Iterator[tuple[str, int, list[str]]]:

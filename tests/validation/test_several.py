@@ -136,7 +136,7 @@ class MusaEngine(MusaStandIn):
     """An engine on a MUSA device: ours on MATE's kernels, or the in-tree backend."""
 
     def reports(self) -> list[dict[str, Any]]:
-        """What ours says, on MATE's kernels."""
+        """Ours, on MATE's kernels."""
         return [each | {"kernels": "mate"} for each in super().reports()]
 
 

@@ -93,7 +93,7 @@ def fp8_outcome_of(name: str, kernels: FA3Kernels) -> Outcome:
     ],
 )
 def test_kernels_that_ignore_an_argument_over_an_fp8_cache_fail(argument: str, case: str) -> None:
-    """What rounding to fp8 explains hides no argument that kernels drop."""
+    """Rounding to fp8 hides no argument that kernels drop."""
     torch.set_num_threads(1)
     assert fp8_outcome_of(case, reference_kernels()).status == PASS
     outcome = fp8_outcome_of(case, without(argument))

@@ -863,7 +863,7 @@ OF_MATE = [
         FP8_TESTS,
     ),
 ]  # fmt: skip
-"""What meets MATE's ways: with one request, and with a KV cache in fp8."""
+"""Mutants of MATE's own ways: with one request, and with a KV cache in fp8."""
 
 
 def all_mutants() -> list[Mutant]:
