@@ -21,7 +21,14 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_sta
 from tests.fuzzing.generation import EDGES, random_case
 from tests.fuzzing.oracle import InjectedFault, KernelWatch, Mismatch, Totals, require_own_plan
 from tests.fuzzing.passes import Lane, Operation, World, run_case
-from tests.support.backend import Model, attention_layer, mla_layer, recorded, replace_kernels
+from tests.support.backend import (
+    Model,
+    attention_layer,
+    dispatch,
+    mla_layer,
+    recorded,
+    replace_kernels,
+)
 
 PICKS = st.lists(st.integers(0, 7), min_size=1, max_size=4).map(tuple)
 COUNTS = st.lists(st.sampled_from(EDGES) | st.integers(0, 40), min_size=1, max_size=3).map(tuple)
@@ -155,23 +162,23 @@ def test_another_calls_plan_is_noticed_though_the_output_is_right(mla: bool) -> 
 
 def test_calls_that_need_no_adapter_are_counted_too() -> None:
     """On Hopper a call whose names the library has goes to the library's own function."""
-    model = Model([attention_layer(0), attention_layer(1)])
-    backend, watch = model.backend(), KernelWatch(Totals())
-    requests, calls = model.requests(5), recorded(backend)
-    model.run_pass(backend, model.decode(requests))
+    model, watch = Model([attention_layer(0), attention_layer(1)]), KernelWatch(Totals())
+    backend, reached = model.backend(), []
     adapted = backend._kernels.flash_attn_with_kvcache
+    # The library takes its arguments by position, too.
+    names = dispatch._PAGED
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
 
-    def unadapted(**arguments: Any) -> Any:
-        return adapted(**arguments)
+    def unadapted(*tensors: Any, **arguments: Any) -> Any:
+        reached.append(arguments)
+        return adapted(**dict(zip(names, tensors, strict=False)), **arguments)
 
-    names, kind = calls[0].arguments, inspect.Parameter.KEYWORD_ONLY
     parameters = [inspect.Parameter(name, kind) for name in names]
     unadapted.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    other = model.backend()
-    other._kernels = dataclasses.replace(other._kernels, unadapted=unadapted)
-    watch.serve(other)
-    model.run_pass(other, model.decode(requests))
-    assert watch.totals.calls == 2
+    backend._kernels = dataclasses.replace(backend._kernels, unadapted=unadapted)
+    watch.serve(backend)
+    model.run_pass(backend, model.decode(model.requests(5)))
+    assert (len(reached), watch.totals.calls) == (2, 2)
 
 
 def test_a_kernel_fails_where_it_is_told_to() -> None:

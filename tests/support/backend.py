@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import math
 import os
 import warnings
@@ -767,7 +768,20 @@ def replace_kernels(
     names = ("flash_attn_with_kvcache", "flash_attn_varlen_func", "get_scheduler_metadata")
     wrapped = {name: wrap(name, getattr(kernels, name)) for name in names}
     if kernels.unadapted is not None:
-        # Its signature says which calls reach it.
         wrapper = wrap("flash_attn_with_kvcache", kernels.unadapted)
-        wrapped["unadapted"] = functools.wraps(kernels.unadapted)(wrapper)
+        wrapped["unadapted"] = _as_called(kernels.unadapted, wrapper)
     backend._kernels = dataclasses.replace(kernels, **wrapped)
+
+
+def _as_called(function: Callable[..., Any], wrapper: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``wrapper``, which takes keywords alone, with the signature of ``function``.
+
+    The signature says which calls reach it, and whether they pass queries and keys by position.
+    """
+    names = list(inspect.signature(function).parameters)
+
+    @functools.wraps(function)
+    def called(*tensors: Any, **keywords: Any) -> Any:
+        return wrapper(**dict(zip(names, tensors, strict=False)), **keywords)
+
+    return called
