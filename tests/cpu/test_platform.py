@@ -516,6 +516,9 @@ def defaults_on(machine: str) -> tuple[str, list[str]]:
         mem_fraction_static=0.5,
         max_total_tokens=100,
         disable_hybrid_swa_memory=True,
+        lora_backend="csgmv",
+        hicache_io_backend="kernel",
+        hicache_mem_layout="layer_first",
     )
     current_platform.apply_server_args_defaults(arguments)
     return arguments.attention_backend, said

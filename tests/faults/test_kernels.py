@@ -147,12 +147,12 @@ def kernels_fail_later() -> None:
     function, calls = reference.flash_attn_with_kvcache, 0
 
     @functools.wraps(function)
-    def call(**arguments: Any) -> Any:
+    def call(*tensors: Any, **arguments: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls >= LAST_CALL:
             raise RuntimeError("MUSA error: an illegal memory access was encountered")
-        return function(**arguments)
+        return function(*tensors, **arguments)
 
     patching.replace(reference, "flash_attn_with_kvcache", call)
 

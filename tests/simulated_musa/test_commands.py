@@ -77,7 +77,14 @@ def test_prewarm(command: Command, musa: EngineServer) -> None:
     assert kinds == {"paged cache", "raw keys"}
 
 
-@pytest.mark.parametrize("part", ["numerics", "graphs", "engine"])
+@pytest.mark.parametrize(
+    "part",
+    [
+        "numerics",
+        pytest.param("graphs", marks=pytest.mark.long),
+        pytest.param("engine", marks=pytest.mark.long),
+    ],
+)
 def test_validate(command: Command, tmp_path: Path, part: str) -> None:
     """The validation kit runs to its end, and all that it asks is right."""
     done = command("validate", "--quick", "--only", part, "--out", "report")
