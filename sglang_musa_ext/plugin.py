@@ -134,7 +134,8 @@ def _require_upstream_serves(backend: Any, runner: Any) -> None:
 
     package = check.find_package()
     assert package is not None  # it is what called this
-    limits = limits_of(Configuration.of_backend(backend, runner), check.read_version(package))
+    asked = Configuration.of_backend(backend, runner, on_musa=_on_musa())
+    limits = limits_of(asked, check.read_version(package))
     for limit in limits:
         if not limit.is_fatal:
             logger.warning("SGLang's %s", limit)

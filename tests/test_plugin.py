@@ -583,6 +583,25 @@ def test_what_upstream_cannot_serve_is_said_at_start(
         assert "NGRAM" in caplog.text
 
 
+@pytest.mark.parametrize(("on_musa", "stops"), [(True, True), (False, False)])
+def test_what_upstream_cannot_serve_on_musa_is_refused_there(
+    sglang: Upstream, attention: Any, monkeypatch: pytest.MonkeyPatch, on_musa: bool, stops: bool
+) -> None:
+    """The same model runs where SGLang does not take the device for a MUSA one."""
+    monkeypatch.setattr("sglang.srt.utils.is_musa", lambda: on_musa)
+    monkeypatch.setattr("sglang.srt.utils.get_device_capability", lambda: (3, 1))
+    latent = BACKEND | {"use_mla": True, "kv_cache_dtype": "torch.float16"}
+    attention.MusaFA3Backend = lambda runner: SimpleNamespace(runner=runner, **latent)
+    hf_config = SimpleNamespace(architectures=["DeepseekV3ForCausalLM"])
+    model_config = SimpleNamespace(hf_config=hf_config, dtype="torch.float16")
+    runner = SimpleNamespace(**(vars(RUNNER) | {"model_config": model_config}))
+    if stops:
+        with pytest.raises(PluginError, match="--dtype bfloat16"):
+            create_musa_fa3_backend(runner)
+    else:
+        assert create_musa_fa3_backend(runner).runner is runner
+
+
 # Draft models ------------------------------------------------------------------------------------
 
 

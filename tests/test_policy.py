@@ -64,6 +64,15 @@ FP8_CACHE: dict[str, Any] = {"kv_cache_dtype": "fp8_e4m3", "mate": (0, 2, 7)}
 """A cache that newer releases of MATE read."""
 
 
+LATENT_FLOAT16: dict[str, Any] = {
+    "dtype": "float16",
+    "use_mla": True,
+    "on_musa": True,
+    "architectures": ("DeepseekV3ForCausalLM",),
+}
+"""A model that no backend serves: with ``fa3`` the server says so at start."""
+
+
 @pytest.mark.parametrize(
     ("asked", "word"),
     [
@@ -106,6 +115,7 @@ def test_a_rule_against_fa3_names_what_it_is_about(asked: dict[str, Any], word: 
         {"head_dims": frozenset({(192, 192), (80, 80)}), "mate": (0, 2, 0)},
         {"use_mla": True},
         {"use_mla": True, "page_size": 64, "topk": 1},
+        LATENT_FLOAT16,
         {"topk": 4},
         FP8_CACHE,
         FP8_CACHE | {"head_dims": frozenset({(256, 256)}), "dtype": "bfloat16"},

@@ -49,6 +49,7 @@ def _server_parser() -> argparse.ArgumentParser:
     parser.add_argument("--page-size", type=int)
     parser.add_argument("--kv-cache-dtype", default="auto")
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--quantization")
     parser.add_argument("--speculative-eagle-topk", type=int)
     parser.add_argument("--speculative-algorithm")
     parser.add_argument("--enable-mixed-chunk", action="store_true")
@@ -99,9 +100,11 @@ def _configuration(options: argparse.Namespace) -> Configuration:
     """Return what a command line asks for, beside the MATE that is installed here."""
     from sglang_musa_ext.kernels.mate_identity import identify_mate
 
+    config = _config(options.model_path)
+    quantization = {"quantization": options.quantization} if options.quantization else {}
     return Configuration.of_config(
-        _config(options.model_path),
-        dtype=options.dtype,
+        config,
+        dtype=_dtype(options, config),
         kv_cache_dtype=options.kv_cache_dtype,
         page_size=options.page_size,
         topk=options.speculative_eagle_topk,
@@ -109,7 +112,15 @@ def _configuration(options: argparse.Namespace) -> Configuration:
         mixed_chunk=options.enable_mixed_chunk,
         max_running_requests=options.max_running_requests,
         mate=identify_mate().known_release,
+        **quantization,
     )
+
+
+def _dtype(options: argparse.Namespace, config: Mapping[str, Any]) -> str:
+    """Return ``--dtype``; under ``auto`` a checkpoint in float16 stays in float16."""
+    text = config.get("text_config") or config
+    stored = text.get("dtype") or text.get("torch_dtype")
+    return "float16" if options.dtype == "auto" and stored == "float16" else str(options.dtype)
 
 
 def _problems_of_command(
@@ -130,7 +141,7 @@ def _problems_of_command(
         )
         return [*problems, warned("This package would not be used.", step)]
     problems += _problems_of_cache(options, kernels)
-    problems += _limits_of_upstream(options, resolved["page size"][0])
+    problems += _limits_of_upstream(options, resolved["page size"][0], kernels)
     if (
         _is_mla(options.model_path)
         and kernels != "hopper"
@@ -155,9 +166,11 @@ def _problems_of_cache(options: argparse.Namespace, kernels: str) -> list[CheckR
     return [failed(f"It is refused: {'; '.join(reasons)}.", step)] if reasons else []
 
 
-def _limits_of_upstream(options: argparse.Namespace, page_size: Any) -> list[CheckResult]:
+def _limits_of_upstream(
+    options: argparse.Namespace, page_size: Any, kernels: str
+) -> list[CheckResult]:
     """Return what SGLang's own ``fa3`` cannot serve of a command line, what is refused first."""
-    asked = _configuration(options)
+    asked = replace(_configuration(options), on_musa=kernels == "mate")
     if isinstance(page_size, int):
         asked = replace(asked, page_size=page_size)
     limits = sorted(limits_of(asked, _sglang_version()), key=lambda limit: not limit.is_fatal)

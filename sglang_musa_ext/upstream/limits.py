@@ -72,6 +72,10 @@ class Configuration:
     """``--enable-mixed-chunk``."""
     capability: tuple[int, int] | None = None
     """MP version of the device; ``None``: unknown."""
+    on_musa: bool = False
+    """True if SGLang takes the device for a MUSA one, by whatever name."""
+    quantization: str | None = None
+    """The method by which the model is quantised; ``None``: it is not, or not known."""
     other_platform: bool = False
     """True if another platform plugin serves this process."""
 
@@ -101,6 +105,7 @@ class Configuration:
             "expert_columns": expert_columns(server_args, text),
             "attention_chunk": getattr(text, "attention_chunk_size", None),
             "max_running_requests": getattr(server_args, "max_running_requests", None),
+            "quantization": getattr(model_config, "quantization", None),
         }
         return cls(**(fields | known))
 
@@ -122,16 +127,18 @@ class Configuration:
             "is_encoder_decoder": bool(_ENCODER_DECODERS.intersection(names)),
             "has_sliding_windows": bool(windows),
             "has_sinks": bool(_WITH_SINKS.intersection(names)) or any(map(text.get, _SINK_FLAGS)),
+            "quantization": (config.get("quantization_config") or {}).get("quant_method"),
         }
         return cls(**(fields | known))
 
     @classmethod
-    def of_backend(cls, backend: Any, runner: Any) -> Configuration:
+    def of_backend(cls, backend: Any, runner: Any, **known: Any) -> Configuration:
         """Return the configuration that a backend has been built with.
 
         Args:
             backend: upstream's backend, or one that derives from it.
             runner: SGLang's ``ModelRunner`` that it was built for.
+            known: fields from who knows them better.
         """
         window = getattr(runner, "sliding_window_size", None)
         return cls.of(
@@ -142,6 +149,7 @@ class Configuration:
             topk=backend.topk,
             use_mla=backend.use_mla,
             has_sliding_windows=window is not None and window > -1,
+            **known,
         )
 
     @property
@@ -215,6 +223,9 @@ class UpstreamLimit:
     """The setting to use in its place."""
     is_fatal: bool = True
     """True if nothing useful is served, so that a server is stopped at start, not warned."""
+    others_serve: bool = True
+    """False if no other backend serves it either: ``fa3`` stays the default, and says so at start.
+    """
     since: str | None = None
     until: str | None = None
     """The releases that have it, both included; ``None``: the oldest, and still."""
@@ -242,12 +253,34 @@ _PREFILL_AWARE = frozenset({"UnlimitedOCRForCausalLM"})
 """Models whose windows keep what was prefilled."""
 _CHUNKED = frozenset({"Llama4ForConditionalGeneration", "Llama4ForCausalLM"})
 """Models with attention in chunks."""
+_LATENT_LIKE_DEEPSEEK = frozenset(
+    {
+        "DeepseekV2ForCausalLM",
+        "DeepseekV3ForCausalLM",
+        "DeepseekV3ForCausalLMNextN",
+        "DeepseekVL2ForCausalLM",
+        "DotsVLMForCausalLM",
+        "Glm4MoeLiteForCausalLM",
+        "KimiK25ForConditionalGeneration",
+        "KimiLinearForCausalLM",
+        "KimiVLForConditionalGeneration",
+        "LongcatFlashForCausalLM",
+        "LongcatFlashForCausalLMNextN",
+        "MistralLarge3ForCausalLM",
+    }
+)
+"""Models whose latent attention is SGLang's ``DeepseekV2AttentionMLA``."""
 _FLOAT16 = frozenset({"float16", "fp16", "half"})
 _BFLOAT16 = frozenset({"bfloat16", "bf16"})
 
 
 def _is_one_of(asked: Configuration, architectures: Iterable[str]) -> bool:
     return bool(set(asked.architectures) & set(architectures))
+
+
+def _is_latent_float16(asked: Configuration) -> bool:
+    is_plain = asked.dtype in _FLOAT16 and not asked.quantization
+    return is_plain and asked.use_mla and _is_one_of(asked, _LATENT_LIKE_DEEPSEEK)
 
 
 def _is_mtp(asked: Configuration) -> bool:
@@ -289,6 +322,14 @@ UPSTREAM_LIMITS = (
         lambda asked: asked.dtype in _FLOAT16 and asked.kv_cache_dtype in _BFLOAT16,
         "the first forward ends in an error about dtypes",
         "Start the server with --kv-cache-dtype auto, or with --dtype bfloat16",
+    ),
+    UpstreamLimit(
+        "MLA like DeepSeek's in float16 on MUSA, with weights that are not quantised",
+        lambda asked: asked.on_musa and _is_latent_float16(asked),
+        "SGLang casts what attention returns to bfloat16 there, on any backend, and the first "
+        "decode ends in an error about dtypes",
+        "Start the server with --dtype bfloat16",
+        others_serve=False,
     ),
     UpstreamLimit(
         "attention in chunks (Llama-4) with --enable-mixed-chunk",

@@ -536,6 +536,7 @@ def test_a_command_line_that_cannot_serve(
     assert part in result.finding
 
 
+LATENT = {"architectures": ["DeepseekV2ForCausalLM"], "kv_lora_rank": 512}
 LIMITS = [
     ({}, ["--speculative-algorithm", "NGRAM"], CheckStatus.WARN, "leak of its pool"),
     (
@@ -551,6 +552,10 @@ LIMITS = [
         "attention in chunks",
     ),
     ({"sliding_window": 64}, ["--speculative-eagle-topk", "1"], CheckStatus.PASS, "fa3"),
+    (LATENT, ["--dtype", "float16"], CheckStatus.FAIL, "float16 on MUSA"),
+    (LATENT | {"dtype": "float16"}, [], CheckStatus.FAIL, "float16 on MUSA"),
+    (LATENT | {"dtype": "float16"}, ["--dtype", "bfloat16"], CheckStatus.PASS, "fa3"),
+    (LATENT, ["--dtype", "float16", "--quantization", "fp8"], CheckStatus.PASS, "fa3"),
 ]
 
 

@@ -48,6 +48,15 @@ MEETING: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"dtype": "float16", "kv_cache_dtype": "bfloat16"},
         {"kv_cache_dtype": "auto"},
     ),
+    "in float16 on MUSA": (
+        {
+            "on_musa": True,
+            "use_mla": True,
+            "dtype": "float16",
+            "architectures": ("DeepseekV2ForCausalLM",),
+        },
+        {"dtype": "bfloat16"},
+    ),
     "in chunks (Llama-4) with": (
         {"mixed_chunk": True, "architectures": ("Llama4ForCausalLM",)},
         {"mixed_chunk": False},
@@ -67,6 +76,22 @@ def test_a_limit_is_met_by_what_it_is_about_and_avoided_by_what_it_says(word: st
     meeting, change = MEETING[word]
     assert len(met(word, meeting)) == 1
     assert met(word, meeting | change) == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"on_musa": False},
+        {"use_mla": False},
+        {"dtype": "auto"},
+        {"quantization": "fp8"},
+        {"architectures": ("MiniCPM3ForCausalLM",)},
+    ],
+)
+def test_float16_with_mla_is_served_elsewhere(change: dict[str, Any]) -> None:
+    """Other devices, models with an attention of their own, and quantised weights have no cast."""
+    meeting, _ = MEETING["in float16 on MUSA"]
+    assert met("in float16 on MUSA", meeting | change) == []
 
 
 def met(word: str, fields: dict[str, Any]) -> list[UpstreamLimit]:
@@ -91,6 +116,7 @@ def test_a_limit_says_what_to_do(limit: Any) -> None:
 # shows others in a running server.
 GEMMA_3 = "sglang.srt.models.gemma3_mm"
 UPDATE = "sglang.srt.configs.update_config"
+LATENT = "sglang.srt.models.deepseek_common.attention_forward_methods.forward_mla"
 EXPERTS = "sglang.srt.layers.moe.fused_moe_triton.layer"
 EVIDENCE = {
     "over sliding windows": (
@@ -113,6 +139,13 @@ EVIDENCE = {
     ),
     "no multiple of the page": (FLASH_ATTENTION, r"assert attn_chunk_size % page_size == 0"),
     "chains of drafts": (FLASH_ATTENTION, r'"FA3 draft-decode page_table"'),
+    "in float16 on MUSA": (
+        LATENT,
+        (
+            r"elif _is_musa:\n\s+attn_bmm_output = torch\.bmm\(\n"
+            r"\s+attn_output\.to\(torch\.bfloat16\)\.transpose\(0, 1\), self\.w_vc\n"
+        ),
+    ),
     "several requests": (FLASH_ATTENTION, r"forward_batch\.encoder_lens\.numel\(\) == 1"),
     "Unlimited-OCR": (FLASH_ATTENTION, r"Prefill-aware SWA requires page_size=1"),
     # The mask of images is made for one backend alone.
