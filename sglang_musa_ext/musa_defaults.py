@@ -80,6 +80,7 @@ def _configuration(server_args: Any, use_mla_backend: bool, model_config: Any) -
         use_mla=use_mla_backend,
         capability=device_capability(),
         mate=_mate_release(),
+        on_musa=True,
         other_platform=platforms.current_platform.is_out_of_tree(),
     )
 

@@ -465,6 +465,12 @@ KINDS = {
         "with attention sinks",
     ),
     "MLA": Kind(MLA_FILE, "fa3", CHOSEN),
+    # No backend serves it on MUSA, and the one of this package says so at start.
+    "MLA in float16": Kind(
+        model("DeepseekV3ForCausalLM", "deepseek_v3", **_LATENT | {"torch_dtype": "float16"}),
+        "fa3",
+        CHOSEN,
+    ),
     "MLA, a tree": Kind(MLA_FILE, "", "of an MLA model", _TREE),
     "Gemma-3 with images": Kind(GEMMA_3_IMAGES, "", "both ways"),
     "Llama, fp8, named": Kind(
