@@ -22,7 +22,7 @@ ENTRANCES = frozenset({"plugin", "doctor", "__main__"})
 
 
 @dataclass(frozen=True)
-class Layer:
+class AllowedImports:
     """Imports that a module may have beside the standard library; other packages by their root."""
 
     eager: frozenset[str] = frozenset()
@@ -32,8 +32,8 @@ class Layer:
     """Besides those, inside a function or for annotations alone."""
 
 
-def layer(eager: str = "", lazy: str = "") -> Layer:
-    return Layer(frozenset(eager.split()), frozenset(lazy.split()))
+def layer(eager: str = "", lazy: str = "") -> AllowedImports:
+    return AllowedImports(frozenset(eager.split()), frozenset(lazy.split()))
 
 
 LAYERS = {

@@ -756,7 +756,7 @@ def test_a_broken_contract_of_defaults_costs_them_alone(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """If upstream chooses its backend in another way, fa3 is served to those who ask for it."""
+    """Where upstream chooses its backend in another way, fa3 serves those who ask for it."""
     installed: list[bool] = []
     musa((3, 1))
     monkeypatch.setattr(

@@ -20,7 +20,7 @@ from sglang_musa_ext.benchmark.models import PAGE, Model, engine_arguments
 from sglang_musa_ext.benchmark.peers import FIELDS, Field, Peer, peer_environment
 from sglang_musa_ext.benchmark.probe import FORWARD_MODES, measurements
 from sglang_musa_ext.engines.process import Engine, EngineDied
-from sglang_musa_ext.validation.engine import Answer, deviation
+from sglang_musa_ext.validation.engine import EngineAnswers, deviation
 
 PROMPTS, TOKENS = 9, 24576
 """Tokens of the prompts that a peer prefills in one round, and the most prompts of a round."""
@@ -209,7 +209,7 @@ class Contest:
         self.points += companions.values()
         return companions
 
-    def _answer_in_one_engine(self, name: str, prompts: Sequence[Sequence[int]]) -> Answer:
+    def _answer_in_one_engine(self, name: str, prompts: Sequence[Sequence[int]]) -> EngineAnswers:
         engine = self.engines[self.baseline]
         engine.scheduler("bench_turns", peers=[name], mode=None)
         engine.flush()
@@ -221,7 +221,7 @@ class Contest:
         Each peer answers twice. What the baseline's two answers differ by, in batches that were put
         together otherwise, is what a peer may differ by.
         """
-        answers: dict[str, list[Answer]] = {}
+        answers: dict[str, list[EngineAnswers]] = {}
         for name, point in points.items():
             point.verdict = self.failed.get(name, "")
             if name in self.engines:
@@ -269,11 +269,11 @@ def rows_of(engine: Engine) -> list[dict[str, Any]]:
     return [row for row in rows if not row["draft"]]
 
 
-def answer_of(engine: Engine, prompts: Sequence[Sequence[int]]) -> Answer:
+def answer_of(engine: Engine, prompts: Sequence[Sequence[int]]) -> EngineAnswers:
     """Return the first tokens by which an engine continues prompts, without measuring."""
     reply = engine.ask(prompts, 8)
     rows_of(engine)
-    return Answer(reply["tokens"], reply["logprobs"], [])
+    return EngineAnswers(reply["tokens"], reply["logprobs"], [])
 
 
 def racers(points: Mapping[str, Point]) -> list[str]:

@@ -101,7 +101,7 @@ def booted(variant: Variant, model: Path, device: str) -> Iterator[Engine]:
 
 
 @dataclass
-class Answer:
+class EngineAnswers:
     """The answers of one engine."""
 
     tokens: list[list[int]]
@@ -115,7 +115,7 @@ class EngineCases:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.model = Path(options.scratch) / "model"
-        self.answers: dict[str, Answer] = {}
+        self.answers: dict[str, EngineAnswers] = {}
 
     def cases(self) -> list[tuple[str, Callable[[], Outcome]]]:
         """Every case, in an order in which each finds what it needs."""
@@ -152,7 +152,7 @@ class EngineCases:
             answers = [served.ask(phase, count) for phase in prompts(self.options.quick)]
             reports = served.reports()
         tokens = joined(answers, "tokens")
-        self.answers[variant.name] = Answer(tokens, joined(answers, "logprobs"), reports)
+        self.answers[variant.name] = EngineAnswers(tokens, joined(answers, "logprobs"), reports)
         counts = {"requests": len(tokens), "tokens": sum(map(len, tokens))}
         return Outcome(PART, "", PASS, "", counts)
 
@@ -209,7 +209,7 @@ class EngineCases:
         reason = "" if good else "layers of one geometry need one plan a pass"
         return Outcome(PART, "", PASS if good else FAIL, reason, sums)
 
-    def _answer(self, variant: Variant) -> Answer:
+    def _answer(self, variant: Variant) -> EngineAnswers:
         if variant.name not in self.answers:
             raise Missing(f"{variant.name} gave no answer")
         return self.answers[variant.name]
@@ -238,7 +238,7 @@ def guarded(part: str, name: str, case: Callable[[], Outcome]) -> Outcome:
     )
 
 
-def deviation(ours: Answer, right: Answer) -> tuple[float, int]:
+def deviation(ours: EngineAnswers, right: EngineAnswers) -> tuple[float, int]:
     """Return the largest log-probability error, and the number of tokens before answers differ.
 
     That other token is compared too: where two tokens tie, they are as likely as each other. A
@@ -261,7 +261,7 @@ def deviation(ours: Answer, right: Answer) -> tuple[float, int]:
     return error, same
 
 
-def first_divergence(ours: Answer, right: Answer) -> str:
+def first_divergence(ours: EngineAnswers, right: EngineAnswers) -> str:
     """Where each request's tokens first differ, with both log-probabilities."""
     lines = []
     for index, tokens in enumerate(right.tokens):
@@ -275,7 +275,7 @@ def first_divergence(ours: Answer, right: Answer) -> str:
     return "; ".join(lines)
 
 
-def first_difference(ours: Answer, right: Answer) -> str:
+def first_difference(ours: EngineAnswers, right: EngineAnswers) -> str:
     """From which token on the log-probabilities of each request differ, however little."""
     lines = []
     for index, sides in enumerate(zip(ours.logprobs, right.logprobs, strict=True)):

@@ -118,7 +118,7 @@ def _names_of(module: Any) -> Any:
 
 
 @dataclass
-class Layer:
+class CapturedLayer:
     """Static buffers of one captured layer, and the options of its calls."""
 
     batch: Batch
@@ -141,9 +141,9 @@ LENGTHS: Lengths = ((1, 1, 1, 1), (5000, 3, 64, 700), (10, 8000, 65, 1), (8192, 
 
 def _layer(
     kind: type[Batch], shape: Shape, setting: Setting, options: dict[str, Any], seed: int
-) -> Layer:
+) -> CapturedLayer:
     batch = kind(shape, setting.dtype, setting.device, seed)
-    return Layer(batch, batch.arguments(**options), options)
+    return CapturedLayer(batch, batch.arguments(**options), options)
 
 
 def replayed(
@@ -222,7 +222,7 @@ class _Captured:
         return outputs
 
     @staticmethod
-    def _static(layer: Layer) -> dict[str, Any]:
+    def _static(layer: CapturedLayer) -> dict[str, Any]:
         return {name: layer.arguments[name] for name in ("cache_seqlens", "cu_seqlens_q")}
 
     def replay(self, lengths: tuple[int, ...]) -> list[Comparison]:

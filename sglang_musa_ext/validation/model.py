@@ -17,7 +17,7 @@ from typing import Any
 from sglang_musa_ext.engines.process import Engine, engine
 from sglang_musa_ext.validation.engine import (
     FLOAT32_TOLERANCE,
-    Answer,
+    EngineAnswers,
     Missing,
     deviation,
     first_divergence,
@@ -80,8 +80,8 @@ class OwnModel:
         self.options = options
         self.kind = options.device.partition(":")[0]
         self.comparison = COMPARED_BACKENDS[self.kind]
-        self.together: Answer | None = None
-        self.apart: Answer | None = None
+        self.together: EngineAnswers | None = None
+        self.apart: EngineAnswers | None = None
 
     def cases(self) -> list[tuple[str, Callable[[], Outcome]]]:
         """Return every case; those of this package need the answers of the first."""
@@ -131,9 +131,9 @@ class OwnModel:
         return judged(ours, self.together, max(2 * own, self.comparison.allowed), reports)
 
 
-def answered(served: Engine, quick: bool, *, apart: bool = False) -> Answer:
+def answered(served: Engine, quick: bool, *, apart: bool = False) -> EngineAnswers:
     """Return the greedy continuations of all requests, asked together or one at a time."""
-    answer = Answer([], [], [])
+    answer = EngineAnswers([], [], [])
     for phase in prompts(quick):
         for batch in [[prompt] for prompt in phase] if apart else [phase]:
             reply = served.ask(batch, TOKENS)
@@ -142,7 +142,9 @@ def answered(served: Engine, quick: bool, *, apart: bool = False) -> Answer:
     return answer
 
 
-def judged(ours: Answer, right: Answer, allowed: float, reports: list[dict[str, Any]]) -> Outcome:
+def judged(
+    ours: EngineAnswers, right: EngineAnswers, allowed: float, reports: list[dict[str, Any]]
+) -> Outcome:
     """Return the outcome for our answers: who served, and how far they are from the right ones."""
     error, same = deviation(ours, right)
     seen = sorted({f"{report['backend']} on {report['kernels']}" for report in reports})

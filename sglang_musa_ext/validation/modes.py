@@ -36,7 +36,7 @@ from sglang_musa_ext.engines.models import write_model
 from sglang_musa_ext.engines.process import FORCE_UPDATE, Engine, EngineDied
 from sglang_musa_ext.validation import several
 from sglang_musa_ext.validation.engine import (
-    Answer,
+    EngineAnswers,
     Missing,
     deviation,
     first_difference,
@@ -311,11 +311,11 @@ def _prompt(length: int, step: int, first: int) -> list[int]:
 class Asked:
     """The answers of an engine to the same questions twice, the prefix cache emptied between."""
 
-    answers: list[Answer]
+    answers: list[EngineAnswers]
     reports: list[dict[str, Any]]
 
     @property
-    def both(self) -> tuple[Answer, Answer]:
+    def both(self) -> tuple[EngineAnswers, EngineAnswers]:
         """Its two answers."""
         return self.answers[0], self.answers[1]
 
@@ -427,11 +427,15 @@ class Fleet:
         if choice.check == "output":
             # The reference kernels take their time.
             answer = served.ask([prompt[:70] for prompt in phases(True)[0]], 4)
-            return Asked([Answer(answer["tokens"], answer["logprobs"], [])], served.reports())
+            return Asked(
+                [EngineAnswers(answer["tokens"], answer["logprobs"], [])], served.reports()
+            )
         count, answers = 8 if self.options.quick else 24, []
         for _ in range(2):
             replies = list(self._answers(MODES[name], served, count))
-            answers.append(Answer(joined(replies, "tokens"), joined(replies, "logprobs"), []))
+            answers.append(
+                EngineAnswers(joined(replies, "tokens"), joined(replies, "logprobs"), [])
+            )
             served.flush()
         return Asked(answers, served.reports())
 

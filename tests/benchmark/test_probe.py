@@ -107,7 +107,7 @@ def test_our_backend_reads_its_settings_in_upstreams_engine(
 
 
 def test_a_pass_that_another_backend_served_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """If SGLang did not ask the runner for its backend, a wrong peer's time would be noted."""
+    """A pass that a peer served out of turn raises, as its time would be noted for another."""
     monkeypatch.setattr(bench_probe, "BACKENDS", {"in-tree": lambda runner: object()})
     probe, runner = bench_probe.Probe(), Runner()
     served(probe, runner)

@@ -63,7 +63,7 @@ def meet(meeting: Path, role: str, event: str) -> None:
 
 
 def serve_apart(engines: EngineServer, model: TinyModel, meeting: Path) -> dict[str, EngineRun]:
-    """What a server that prefills and one that decodes answer to the same requests."""
+    """Return the answers of a server that prefills and one that decodes to the same requests."""
     path = engines.model(model)
     with held_port() as port, ThreadPoolExecutor(2) as threads:
 

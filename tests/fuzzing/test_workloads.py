@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from tests.fuzzing.workloads import Answer, WrongTokens, _same_tokens, random_workload, run_workload
+from tests.fuzzing.workloads import (
+    TalkAnswers,
+    WrongTokens,
+    _same_tokens,
+    random_workload,
+    run_workload,
+)
 from tests.support.engine import EngineServer
 
 SEEDS = {"retracted": 40, "drafted": 21, "mixed chunks, aborts, a session": 29}
@@ -29,12 +35,12 @@ def test_the_same_seed_is_the_same_workload() -> None:
 
 def test_another_token_is_wrong_unless_both_are_as_likely() -> None:
     """A near tie ends the comparison of its talk; anything else is an error."""
-    ours = Answer([[4, 5, 6]], [[-1.0, -2.0, -3.0]])
-    assert _same_tokens(ours, Answer([[4, 5, 6, 7]], [[-1.0, -2.0, -3.0, -1.0]]), 0) == 3
-    assert _same_tokens(ours, Answer([[4, 9, 6]], [[-1.0, -2.0001, -3.0]]), 0) == 1
+    ours = TalkAnswers([[4, 5, 6]], [[-1.0, -2.0, -3.0]])
+    assert _same_tokens(ours, TalkAnswers([[4, 5, 6, 7]], [[-1.0, -2.0, -3.0, -1.0]]), 0) == 3
+    assert _same_tokens(ours, TalkAnswers([[4, 9, 6]], [[-1.0, -2.0001, -3.0]]), 0) == 1
     for wrong in (
-        Answer([[4, 9, 6]], [[-1.0, -1.5, -3.0]]),
-        Answer([[4, 5, 6]], [[-1.0, -2.1, -3.0]]),
+        TalkAnswers([[4, 9, 6]], [[-1.0, -1.5, -3.0]]),
+        TalkAnswers([[4, 5, 6]], [[-1.0, -2.1, -3.0]]),
     ):
         with pytest.raises(WrongTokens, match="turn 0, token 1"):
             _same_tokens(ours, wrong, 0)

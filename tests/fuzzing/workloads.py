@@ -65,7 +65,7 @@ class Workload:
 
 
 @dataclass
-class Answer:
+class TalkAnswers:
     """The answers to the turns of a talk."""
 
     tokens: list[list[int]] = field(default_factory=list)
@@ -148,7 +148,7 @@ def _length(chance: random.Random) -> int:
 
 def answers(
     case: EngineCase, talks: Sequence[Talk], at_once: bool
-) -> tuple[list[Answer], list[dict[str, Any]], int]:
+) -> tuple[list[TalkAnswers], list[dict[str, Any]], int]:
     """Boot the engine of ``case`` and have its talks; in turn where they are not ``at_once``.
 
     Returns what they got, the backends' reports, and how many times SGLang retracted requests.
@@ -180,7 +180,7 @@ def _retractions() -> int:
     return log.read_text(errors="replace").count("#retracted_reqs")
 
 
-async def _gathered(work: Sequence[Any]) -> list[Answer]:
+async def _gathered(work: Sequence[Any]) -> list[TalkAnswers]:
     return list(await asyncio.gather(*work))
 
 
@@ -199,7 +199,7 @@ class _Hall:
         self.said = 0
         self.progress = asyncio.Condition()
 
-    async def talk(self, talk: Talk, session: str | None) -> Answer:
+    async def talk(self, talk: Talk, session: str | None) -> TalkAnswers:
         """Have one talk, and give what it got."""
         if talk.begins_after:
             with_others = self.progress.wait_for(lambda: self.said >= talk.begins_after)
@@ -207,7 +207,7 @@ class _Hall:
                 # The others may say less than that.
                 with contextlib.suppress(asyncio.TimeoutError):
                     await asyncio.wait_for(with_others, 2.0)
-        answer, prompt, before = Answer(), list[int](), None
+        answer, prompt, before = TalkAnswers(), list[int](), None
         for number, turn in enumerate(talk.turns):
             last = number == len(talk.turns) - 1
             prompt = [*turn.said] if session else prompt + list(turn.said)
@@ -219,7 +219,7 @@ class _Hall:
         return answer
 
     async def _turn(
-        self, prompt: list[int], new: int, abort: int, answer: Answer, options: dict[str, Any]
+        self, prompt: list[int], new: int, abort: int, answer: TalkAnswers, options: dict[str, Any]
     ) -> tuple[list[int], str]:
         sampling = {"temperature": 0, "max_new_tokens": new, "ignore_eos": True}
         stream = await self.engine.async_generate(
@@ -268,7 +268,7 @@ def run_workload(
 
 
 def _compared(
-    workload: Workload, got: Sequence[Answer], wanted: Sequence[Answer]
+    workload: Workload, got: Sequence[TalkAnswers], wanted: Sequence[TalkAnswers]
 ) -> dict[str, int]:
     counts = dict.fromkeys(
         ("engine_tokens", "engine_calls", "engine_plans", "engine_reuses", "aborted", "near_ties"),
@@ -287,7 +287,7 @@ def _compared(
     return counts
 
 
-def _same_tokens(ours: Answer, native: Answer, number: int) -> int:
+def _same_tokens(ours: TalkAnswers, native: TalkAnswers, number: int) -> int:
     """Return how many tokens of a turn are the same: all, or those before a near tie."""
     pairs = zip(
         ours.tokens[number], native.tokens[number], ours.logprobs[number], native.logprobs[number],

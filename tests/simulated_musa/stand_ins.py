@@ -1,5 +1,5 @@
-"""What engines on the simulated GPU have different from SGLang's own: collectives, for which SGLang
-calls the vendor's ``libmccl`` by raw addresses, and what is compiled.
+"""Replacements in engines on the simulated GPU: collectives, for which SGLang calls the vendor's
+``libmccl`` by raw addresses, and what is compiled.
 """
 
 from __future__ import annotations

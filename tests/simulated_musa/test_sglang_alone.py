@@ -1,5 +1,5 @@
-"""What SGLang by itself answers on the simulated GPU: what this package changes there, and what it
-cannot change. Where a release corrects one of these, its test fails, and the docs can say so.
+"""SGLang by itself on the simulated GPU: what this package changes there, and what it cannot
+change. Where a release corrects one of these, its test fails, and the docs can say so.
 """
 
 from __future__ import annotations

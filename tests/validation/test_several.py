@@ -92,8 +92,8 @@ def test_parts_of_a_server_differ_in_rank_or_role() -> None:
 
 
 def test_ports_of_servers_do_not_meet() -> None:
-    """What engines of a server listen on lies within its own ports, and not where SGLang puts the
-    ports of data-parallel attention of another server: from 233 after its first on.
+    """Engines of a server listen within its own ports, and not where SGLang puts the ports of
+    data-parallel attention of another server: from 233 after its first on.
     """
     own = {several.RENDEZVOUS + more for more in range(8)}
     own |= {0, several.SECOND_ENGINE, several.BOOTSTRAP}

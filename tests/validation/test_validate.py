@@ -374,8 +374,8 @@ def test_log_probabilities_count_up_to_the_first_other_token(
     tokens: list[list[int]], logprobs: list[list[float]], error: float, equal: int
 ) -> None:
     """A token after another token has another context, and says nothing."""
-    right = validate_engine.Answer([[4, 5, 6]], [[-1.0, -1.0, -1.0]], [])
-    ours = validate_engine.Answer(tokens, logprobs, [])
+    right = validate_engine.EngineAnswers([[4, 5, 6]], [[-1.0, -1.0, -1.0]], [])
+    ours = validate_engine.EngineAnswers(tokens, logprobs, [])
     assert validate_engine.deviation(ours, right) == (error, equal)
     assert bool(validate_engine.first_divergence(ours, right)) == (equal < 3)
 

@@ -40,7 +40,7 @@ ENVIRON = {
 
 
 @dataclass(frozen=True)
-class Answer:
+class StreamedAnswer:
     """A streamed answer, and how fast it came."""
 
     text: str
@@ -157,7 +157,7 @@ def chat_request(question: str) -> dict[str, Any]:
     }
 
 
-def ask(server: Server, question: str) -> Answer:
+def ask(server: Server, question: str) -> StreamedAnswer:
     """Print the answer while it streams from the OpenAI-compatible API."""
     import httpx
     import openai
@@ -181,11 +181,15 @@ def ask(server: Server, question: str) -> Answer:
     ended = time.monotonic()
     print("\n")
     rate = (tokens - 1) / (ended - first) if tokens > 1 else 0.0
-    return Answer(text, tokens, (first or ended) - started, rate)
+    return StreamedAnswer(text, tokens, (first or ended) - started, rate)
 
 
 def print_table(
-    server: Server, report: dict[str, Any], counts: dict[str, int], answer: Answer, dtype: str
+    server: Server,
+    report: dict[str, Any],
+    counts: dict[str, int],
+    answer: StreamedAnswer,
+    dtype: str,
 ) -> None:
     """Say which backend served the answer, and what it took."""
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
@@ -206,7 +210,9 @@ def print_table(
     print("\n".join(f"  {name:<{width}}  {value}" for name, value in rows.items()), end="\n\n")
 
 
-def require_composed(report: dict[str, Any], counts: dict[str, int], answer: Answer) -> None:
+def require_composed(
+    report: dict[str, Any], counts: dict[str, int], answer: StreamedAnswer
+) -> None:
     """Raise unless our backend alone gave an answer, with the one plan a pass of uniform layers."""
     if not answer.text.strip():
         raise DemoError("the answer is empty; expected words from an instruction-tuned model")
@@ -225,7 +231,11 @@ def require_composed(report: dict[str, Any], counts: dict[str, int], answer: Ans
 
 
 def self_check(
-    children: ExitStack, server: Server, model: Path, options: argparse.Namespace, answer: Answer
+    children: ExitStack,
+    server: Server,
+    model: Path,
+    options: argparse.Namespace,
+    answer: StreamedAnswer,
 ) -> None:
     """Ask SGLang's own backend the same, and raise unless it gives the same tokens (in float32)."""
     reference = start(children, "torch_native", free_port(None), model, options.dtype)
