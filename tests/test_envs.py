@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import product
 
 import pytest
 
@@ -35,16 +36,25 @@ CHOICES = {
 RAW = "SGLANG_MUSA_EXT_RAW_PREFILL"
 FLAG = "SGLANG_MUSA_FA3_FORCE_UPDATE_METADATA"
 SIZE = "SGLANG_MUSA_EXT_MLA_WORKSPACE_MB"
+WHOLE_NUMBER = ("a whole number of MiB from 1 up",)
 TRUE, FALSE = ("1", "true", "yes", "y"), ("0", "false", "no", "n")
 
+GOOD_CHOICES = [
+    (variable, choice, choice) for variable, choices in CHOICES.items() for choice in choices
+]
+BAD_CHOICES = [
+    (variable, bad, choices)
+    for variable, choices in CHOICES.items()
+    for bad in ("nonsense", "on,off", "1", "offf")
+]
 GOOD = [
-    *((variable, choice, choice) for variable, choices in CHOICES.items() for choice in choices),
+    *GOOD_CHOICES,
     ("SGLANG_MUSA_EXT", "OFF", "off"),
     ("SGLANG_MUSA_EXT_KERNELS", "Reference", "reference"),
     ("SGLANG_MUSA_EXT_CHECK", " metadata\n", "metadata"),
     ("SGLANG_MUSA_EXT_CHECK", " Output:0.01", "output:0.01"),
-    *((FLAG, spelling, True) for spelling in (*TRUE, "True", " YES ")),
-    *((FLAG, spelling, False) for spelling in (*FALSE, "False", " NO ")),
+    *product([FLAG], (*TRUE, "True", " YES "), [True]),
+    *product([FLAG], (*FALSE, "False", " NO "), [False]),
     (RAW, "on", True),
     (RAW, " OFF", False),
     (SIZE, "1", 1),
@@ -52,18 +62,11 @@ GOOD = [
     (SIZE, " 007 ", 7),
 ]
 BAD = [
-    *(
-        (variable, bad, choices)
-        for variable, choices in CHOICES.items()
-        for bad in ("nonsense", "on,off", "1", "offf")
-    ),
+    *BAD_CHOICES,
     ("SGLANG_MUSA_EXT", "true", CHOICES["SGLANG_MUSA_EXT"]),
-    *((RAW, bad, ("on", "off")) for bad in ("1", "true", "nonsense")),
-    *((FLAG, bad, (*TRUE, *FALSE)) for bad in ("maybe", "2", "-1", "on", "off")),
-    *(
-        (SIZE, bad, ("a whole number of MiB from 1 up",))
-        for bad in ("0", "-1", "1.5", "1e3", "1 MB", "0x10", "²", "٣")
-    ),
+    *product([RAW], ("1", "true", "nonsense"), [("on", "off")]),
+    *product([FLAG], ("maybe", "2", "-1", "on", "off"), [(*TRUE, *FALSE)]),
+    *product([SIZE], ("0", "-1", "1.5", "1e3", "1 MB", "0x10", "²", "٣"), [WHOLE_NUMBER]),
 ]
 
 

@@ -194,10 +194,9 @@ def test_a_module_imports_only_its_layer(module: str) -> None:
 
 def test_imports_are_acyclic() -> None:
     """No module needs itself, not even through an import inside a function."""
-    graph = {
-        module: {x.module for x in imports_of(tree) if x.is_ours} - {"__init__"}
-        for module, tree in TREES.items()
-    }
+    graph = {}
+    for module, tree in TREES.items():
+        graph[module] = {x.module for x in imports_of(tree) if x.is_ours} - {"__init__"}
     while leaves := [module for module, needs in graph.items() if not needs & graph.keys()]:
         for leaf in leaves:
             del graph[leaf]

@@ -85,9 +85,8 @@ def test_no_extra_names_a_package_of_the_stack(metadata: Message) -> None:
 def test_the_extras_are_the_documented_ones(metadata: Message) -> None:
     """There are two extras, and both have something in them."""
     assert sorted(metadata.get_all("Provides-Extra") or []) == ["cpu", "dev"]
-    assert all(
-        any(f'extra == "{name}"' in x for x in requirements(metadata)) for name in ("cpu", "dev")
-    )
+    for name in ("cpu", "dev"):
+        assert any(f'extra == "{name}"' in x for x in requirements(metadata)), name
 
 
 @pytest.mark.parametrize(

@@ -446,7 +446,9 @@ def measure(peers: Sequence[HostPeer], mode: str, runner: Any, turns: int) -> Ti
         RadixAttention(HEADS, HEAD_DIM, HEAD_DIM**-0.5, KV_HEADS, index) for index in range(LAYERS)
     ]
     names = [peer.name for peer in peers]
-    times = Times({name: [] for name in names}, {name: [] for name in names})
+    first_times: dict[str, list[float]] = {name: [] for name in names}
+    further_times: dict[str, list[float]] = {name: [] for name in names}
+    times = Times(first_times, further_times)
     made = _pass(mode, runner)
     for turn in range(-WARM_UP, turns):
         start = turn % len(peers)

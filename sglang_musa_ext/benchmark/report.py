@@ -347,11 +347,10 @@ def planned_by(
 
 def traced(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return the models and modes whose kernels were traced."""
-    return [
-        (model, mode)
-        for model, contest in result["models"].items()
-        for mode in dict.fromkeys(trace["mode"] for trace in contest["traces"])
-    ]
+    pairs: dict[tuple[str, str], None] = {}
+    for model, contest in result["models"].items():
+        pairs.update(((model, trace["mode"]), None) for trace in contest["traces"])
+    return list(pairs)
 
 
 def _sums(

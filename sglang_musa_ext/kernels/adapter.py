@@ -215,12 +215,13 @@ class CallAdapter:
                 del wanted[name]
             elif not adapted.takes_any:
                 adapted.refuse(name)
+        dropped = tuple(name for name in arguments if name not in wanted)
+        given = {n: v for n, v in wanted.items() if n not in arguments or arguments[n] is not v}
+        steps = tuple(rule.step for rule in adapted.steps if rule.applies(wanted))
+        renamed = tuple((n, adapted.own_names[n]) for n in wanted if n in adapted.own_names)
+        finishes = tuple(rule.finish for rule in adapted.finishes if rule.applies(wanted))
         return _Translation(
-            dropped=tuple(name for name in arguments if name not in wanted),
-            given={n: v for n, v in wanted.items() if n not in arguments or arguments[n] is not v},
-            steps=tuple(rule.step for rule in adapted.steps if rule.applies(wanted)),
-            renamed=tuple((n, adapted.own_names[n]) for n in wanted if n in adapted.own_names),
-            finishes=tuple(rule.finish for rule in adapted.finishes if rule.applies(wanted)),
+            dropped=dropped, given=given, steps=steps, renamed=renamed, finishes=finishes
         )
 
 

@@ -265,19 +265,15 @@ def call_traits(names: tuple[str, ...]) -> Callable[[Arguments], Any]:
     measured = [] if is_plain else [name for name in ("q", "qv", "v") if name in names]
 
     def plain(arguments: Arguments) -> Any:
-        return (
-            [None if (t := arguments[name]) is None else t.dtype for name in tensors],
-            [None if (t := arguments[name]) is None else t.stride(-1) for name in caches],
-            [arguments[name] for name in options],
-        )
+        dtypes = [None if (t := arguments[name]) is None else t.dtype for name in tensors]
+        strides = [None if (t := arguments[name]) is None else t.stride(-1) for name in caches]
+        return dtypes, strides, [arguments[name] for name in options]
 
     def traits(arguments: Arguments) -> Any:
-        return (
-            plain(arguments),
-            [arguments[name] is None for name in presences],
-            [_head_dim(arguments[name]) for name in measured],
-            type(arguments.get("scheduler_metadata")) is tuple,
-        )
+        is_absent = [arguments[name] is None for name in presences]
+        dims = [_head_dim(arguments[name]) for name in measured]
+        has_workspace = type(arguments.get("scheduler_metadata")) is tuple
+        return plain(arguments), is_absent, dims, has_workspace
 
     return plain if is_plain and not presences else traits
 

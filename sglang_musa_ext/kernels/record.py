@@ -295,7 +295,8 @@ def takes_by_position(function: Callable[..., Any], first: tuple[str, ...]) -> b
     """Tell whether the first parameters of a function are these, and may be passed by position."""
     parameters = list(inspect.signature(function).parameters.values())[: len(first)]
     by_position = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    return [(p.name, p.kind) for p in parameters] == [(name, by_position) for name in first]
+    wanted = [(name, by_position) for name in first]
+    return [(p.name, p.kind) for p in parameters] == wanted
 
 
 def settled_anew(

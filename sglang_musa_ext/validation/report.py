@@ -189,17 +189,21 @@ def merged(reports: Mapping[str, Report]) -> Report:
             case = (outcome.part, outcome.name)
             outcomes[case] = max(outcomes.get(case, outcome), outcome, key=_weight)
     names = sorted({name for other in reports.values() for name in other.settings})
+    settings = {name: _all_values(name, reports.values()) for name in names}
+    broken = {
+        part: f"in {name}: {reason}"
+        for name, other in reports.items()
+        for part, reason in other.broken.items()
+    }
+    started = "; ".join(other.started for other in reports.values())
+    doctor = next((other.doctor for other in reports.values() if other.doctor), None)
     return replace(
         report,
-        started="; ".join(other.started for other in reports.values()),
-        settings={name: _all_values(name, reports.values()) for name in names},
+        started=started,
+        settings=settings,
         outcomes=list(outcomes.values()),
-        broken={
-            part: f"in {name}: {reason}"
-            for name, other in reports.items()
-            for part, reason in other.broken.items()
-        },
-        doctor=next((other.doctor for other in reports.values() if other.doctor), None),
+        broken=broken,
+        doctor=doctor,
     )
 
 

@@ -28,9 +28,9 @@ Tensor = torch.Tensor
 
 
 MODELS: dict[str, Callable[[], Model]] = {
-    "mha": lambda: Model([attention_layer(index) for index in range(2)], context_len=2048),
-    "mla": lambda: Model([mla_layer(index) for index in range(2)], mla=True, context_len=1024),
-    "hybrid": lambda: Model([attention_layer(index) for index in (3, 7)], context_len=2048),
+    "mha": lambda: Model(list(map(attention_layer, range(2))), context_len=2048),
+    "mla": lambda: Model(list(map(mla_layer, range(2))), mla=True, context_len=1024),
+    "hybrid": lambda: Model(list(map(attention_layer, (3, 7))), context_len=2048),
 }
 SIZES = (4, 2, 1)
 
@@ -284,7 +284,8 @@ def test_captures_leave_no_more_than_one_pass_in_the_cache(graphs: CpuGraphs) ->
     assert len(runner.backend._plans.current.plans) == 1
     plans = [graph.kernels("get_scheduler_metadata")[0].result for graph in runner.graphs.values()]
     vectors = [policy.mate_plan_vector(policy.NEWEST_MATE, size) for size in runner.graphs]
-    assert [plan.numel() for plan in plans] == [4 * vector for vector in vectors]
+    sizes = [4 * vector for vector in vectors]
+    assert [plan.numel() for plan in plans] == sizes
 
 
 def test_graphs_of_an_mla_model_share_one_slot(graphs: CpuGraphs) -> None:

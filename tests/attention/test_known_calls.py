@@ -158,25 +158,24 @@ CHANGES: dict[str, dict[str, Any]] = {
     "score_mod": {"score_mod": object()},
     "new keys": {"k": zeros(*OWN), "v": zeros(*OWN), "cu_seqlens_k_new": OFFSETS},
 }
-RAW_CHANGES: dict[str, tuple[dict[str, Any], tuple[torch.Tensor, torch.Tensor] | None]] = {
-    **{name: (change, (zeros(*OWN), zeros(*OWN))) for name, change in CHANGES.items()},
-    **{
-        f"own {name} {what}": ({}, (made, zeros(*OWN)) if name == "k" else (zeros(*OWN), made))
-        for name in ("k", "v")
-        for what, made in {
-            "dtype": zeros(*OWN, dtype=torch.float16),
-            "stride 2": every_other(*OWN),
-            "gaps": with_gaps(*OWN),
-            "heads": zeros(ROWS, 2 * KV_HEADS, DIM),
-            "head dim": zeros(ROWS, KV_HEADS, 128),
-            "rows": zeros(ROWS + 1, KV_HEADS, DIM),
-        }.items()
-    },
-    "none of its own": ({}, None),
-}
-
 Own = tuple[torch.Tensor, torch.Tensor] | None
 Made = tuple[dict[str, Any], Own]
+
+OWN_CHANGES = {
+    "dtype": zeros(*OWN, dtype=torch.float16),
+    "stride 2": every_other(*OWN),
+    "gaps": with_gaps(*OWN),
+    "heads": zeros(ROWS, 2 * KV_HEADS, DIM),
+    "head dim": zeros(ROWS, KV_HEADS, 128),
+    "rows": zeros(ROWS + 1, KV_HEADS, DIM),
+}
+RAW_CHANGES: dict[str, Made] = {}
+for _name, _change in CHANGES.items():
+    RAW_CHANGES[_name] = (_change, (zeros(*OWN), zeros(*OWN)))
+for _name, _tensor in OWN_CHANGES.items():
+    RAW_CHANGES[f"own k {_name}"] = ({}, (_tensor, zeros(*OWN)))
+    RAW_CHANGES[f"own v {_name}"] = ({}, (zeros(*OWN), _tensor))
+RAW_CHANGES["none of its own"] = ({}, None)
 
 
 def test_every_option_is_changed() -> None:

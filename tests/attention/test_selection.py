@@ -53,9 +53,9 @@ def plugin_on(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     places: list[tuple[Any, str]] = [
         (upstream.FlashAttentionBackend, "__init__"), (Scheduler, "get_internal_state"),
         (dflash_utils, "_DFLASH_VERIFY_SKIP_CUSTOM_MASK_BACKENDS"),
-        *((upstream, name) for name in KERNEL_PARAMETERS),
-        *((DraftBackendFactory, name) for name in DRAFT_METHODS),
     ]  # fmt: skip
+    places += [(upstream, name) for name in KERNEL_PARAMETERS]
+    places += [(DraftBackendFactory, name) for name in DRAFT_METHODS]
     finders = [x for x in sys.meta_path if type(x).__module__ != patching.__name__]
     monkeypatch.setattr(sys, "meta_path", finders)
     before = [(place, name, getattr(place, name)) for place, name in places]

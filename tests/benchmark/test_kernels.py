@@ -37,9 +37,8 @@ def test_a_call_is_timed_with_its_plan_and_without() -> None:
     shapes = {"decode": Shape((1,), (70,)), "verify": Shape((4,), (70,))}
     timers = {"graph": timer, "host": lambda function: 10.0 * timer(function)}
     measured = list(bench_kernels.measure(kernels, torch.device("cpu"), timers, shapes))
-    assert [each["call"] for each in measured] == [
-        f"{name}, {window}" for name in shapes for window in bench_kernels.WINDOWS
-    ]
+    calls = [f"{name}, {window}" for name in shapes for window in bench_kernels.WINDOWS]
+    assert [each["call"] for each in measured] == calls
     assert [each["graph"] for each in measured] == [{"without": 1.0, "with": 1.0, "plan": 4.0}] * 4
     assert [each["host"] for each in measured] == [
         {"without": 10.0, "with": 10.0, "plan": 40.0}

@@ -290,9 +290,8 @@ def test_the_longest_way_of_the_target_is_accepted(
         assert result.accepted[request].tolist() == [request * n + node for node in way] + [-1] * (
             most - len(way)
         )
-        assert [int(result.predicts[request * n + node]) for node in way] == [
-            choose(tree.paths[node]) for node in way
-        ]
+        chosen = [choose(tree.paths[node]) for node in way]
+        assert [int(result.predicts[request * n + node]) for node in way] == chosen
 
 
 def test_nothing_is_predicted_off_the_way() -> None:

@@ -7,6 +7,7 @@ with an adapter is compared with one that has the adapter merged into its weight
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -46,10 +47,9 @@ def test_adapters_over_one_shared_prefix(engines: EngineServer) -> None:
     paths = {name: str(engines.model(model) / "adapter") for name, model in ADAPTERS.items()}
     suffix = SHARED + tokens(30, seed=2)
     users = (None, "one", "other")
-    phases = (
-        tuple(Request(SHARED, adapter=user) for user in users),
-        *((Request(suffix, adapter=user),) for user in users),
-    )
+    together = tuple(Request(SHARED, adapter=user) for user in users)
+    apart = [(Request(suffix, adapter=user),) for user in users]
+    phases = (together, *apart)
     run = engines.run(
         EngineCase(
             engines.model(llama()),
@@ -138,13 +138,14 @@ def test_data_parallel_attention_with_idle_and_unequal_ranks(
     engines: EngineServer, model: TinyModel
 ) -> None:
     """One request leaves a rank idle; two of different lengths, and then three, are unequal."""
-    lengths = ((40,), (70, 9), (30, 100, 5))
-    phases = tuple(
-        tuple(Request(tokens(length, seed=length), 6) for length in phase) for phase in lengths
-    )
+
+    def phase(*lengths: int) -> tuple[Request, ...]:
+        return tuple(Request(tokens(length, seed=length), 6) for length in lengths)
+
+    phases = (phase(40), phase(70, 9), phase(30, 100, 5))
     case = EngineCase(engines.model(model), phases, STEPWISE | DP_ATTENTION, TWO_RANKS)
     run = engines.run(case, timeout=240)
-    requests = [request for phase in phases for request in phase]
+    requests = itertools.chain.from_iterable(phases)
     require_tokens_of_transformers(engines, run, [(model, request) for request in requests])
     reports = run.reports[-1]
     assert [report["backend"] for report in reports] == ["MusaFA3Backend"] * 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -558,12 +559,11 @@ def test_softmax_lse_of_other_attention_is_untouched(packages: Path) -> None:
 @pytest.mark.parametrize(
     ("state", "name"),
     [
-        *(("0.1.3", name) for name in ("k", "v", "cache_batch_idx")),
-        *((state, name) for state in ("0.1.3", "0.2.0") for name in
-          ("cache_leftpad", "rotary_cos", "rotary_sin")),
-        *((state, "attention_chunk") for state in ("0.1.3", "0.2.0", "0.2.1")),
+        *product(("0.1.3",), ("k", "v", "cache_batch_idx")),
+        *product(("0.1.3", "0.2.0"), ("cache_leftpad", "rotary_cos", "rotary_sin")),
+        *product(("0.1.3", "0.2.0", "0.2.1"), ("attention_chunk",)),
     ],
-)  # fmt: skip
+)
 def test_what_a_release_lacks_is_refused_by_name(packages: Path, state: str, name: str) -> None:
     """An argument not read, or not served yet, is refused with the release that has it."""
     kernels = install_mate(packages, state)

@@ -80,10 +80,9 @@ def test_mate_takes_every_call(outcomes: dict[str, Any], release: str) -> None:
 @needs_sources(RUNNABLE)
 def test_calls_reach_the_kernels_that_they_are_for(outcomes: dict[str, Any], release: str) -> None:
     """Precompiled kernels serve raw keys without padding and MLA; others read lengths."""
-    reached = {
-        name: [step["function"] for step in seen.get("reached", ())]
-        for name, seen in outcomes[release].items()
-    }
+    reached: dict[str, list[str]] = {}
+    for name, seen in outcomes[release].items():
+        reached[name] = [step["function"] for step in seen.get("reached", ())]
     assert reached["decode"] == ["plan", "fmha"]
     assert reached["sinks"] == ["fmha"]
     assert reached["raw"] == reached["raw with a causal window"] == ["flash_atten_varlen_asm"]

@@ -200,13 +200,12 @@ def resolve_all(directory: Path, names: Sequence[str]) -> dict[str, dict[str, di
     this package's mode (``off``, ``auto``) and kind.
     """
     import_engine()
-    chosen = [kind for kind in KINDS if kind.name in names]
-    return {
-        mode: {
-            kind.name: _in_a_fork(kind, directory / str(KINDS.index(kind)), mode) for kind in chosen
-        }
-        for mode in PLUGIN_MODES
-    }
+    resolved: dict[str, dict[str, dict[str, Any]]] = {mode: {} for mode in PLUGIN_MODES}
+    for mode, by_kind in resolved.items():
+        for number, kind in enumerate(KINDS):
+            if kind.name in names:
+                by_kind[kind.name] = _in_a_fork(kind, directory / str(number), mode)
+    return resolved
 
 
 def _in_a_fork(kind: Kind, directory: Path, mode: str) -> dict[str, Any]:
@@ -260,10 +259,10 @@ def of_release(
 def read_kept(directory: Path) -> dict[str, dict[str, Resolution]]:
     """Return what a former call of :func:`of_release` found, by mode and kind."""
     answer = json.loads((directory / "resolution.json").read_text())
-    return {
-        mode: {kind: Resolution(**values) for kind, values in kinds.items()}
-        for mode, kinds in answer.items()
-    }
+    resolved: dict[str, dict[str, Resolution]] = {}
+    for mode, kinds in answer.items():
+        resolved[mode] = {kind: Resolution(**values) for kind, values in kinds.items()}
+    return resolved
 
 
 def table(resolved: Mapping[str, Mapping[str, Mapping[str, Resolution]]]) -> list[str]:

@@ -452,7 +452,9 @@ async def _phase(engine: Any, case: EngineCase, requests: Sequence[Request]) -> 
         _arguments_of(request, case.logprobs) | _meeting(case, request) for request in requests
     ]
     names = {name for each in arguments for name in each} - {"return_logprob"}
-    batch = {name: [each.get(name) for each in arguments] for name in names}
+    batch: dict[str, list[Any]] = {}
+    for name in names:
+        batch[name] = [each.get(name) for each in arguments]
     answers = await engine.async_generate(**batch, return_logprob=case.logprobs)
     return [_output(answer) for answer in answers]
 

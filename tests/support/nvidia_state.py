@@ -258,20 +258,25 @@ def main(request: Path) -> None:
         pretend_hopper(torch)
     plugins: Any = importlib.import_module("sglang.srt.plugins")
     plugins.load_plugins()  # As in the engine and in the scheduler, before anything else of SGLang.
+    backends = {name: described_object(backend) for name, backend in build(torch).items()}
+    modules = {name: described_module(name) for name in asked["modules"]}
+    finders = [getattr(each, "__qualname__", type(each).__qualname__) for each in sys.meta_path]
+    ours = sorted(name for name in sys.modules if name.startswith("sglang_musa_ext"))
+    changed = {
+        name: os.environ.get(name)
+        for name in sorted({*before, *os.environ})
+        if os.environ.get(name) != before.get(name)
+    }
     answer = {
-        "backends": {name: described_object(backend) for name, backend in build(torch).items()},
-        "modules": {name: described_module(name) for name in asked["modules"]},
-        "meta path": [getattr(finder, "__qualname__", type(finder).__qualname__)
-                      for finder in sys.meta_path],
-        "imported": sorted(name for name in sys.modules if not name.startswith("sglang_musa_ext")),
-        "ours": sorted(name for name in sys.modules if name.startswith("sglang_musa_ext")),
-        "environment": {name: os.environ.get(name) for name in sorted({*before, *os.environ})
-                        if os.environ.get(name) != before.get(name)},
-        "hooks": [
-            described(hook) for hook in (sys.excepthook, sys.displayhook, builtins.__import__)
-        ],
+        "backends": backends,
+        "modules": modules,
+        "meta path": finders,
+        "imported": sorted(set(sys.modules).difference(ours)),
+        "ours": ours,
+        "environment": changed,
+        "hooks": list(map(described, (sys.excepthook, sys.displayhook, builtins.__import__))),
         "log": [type(handler).__qualname__ for handler in logging.getLogger().handlers],
-    }  # fmt: skip
+    }
     Path(asked["output"]).write_text(json.dumps(answer, indent=1, sort_keys=True), encoding="utf-8")
 
 

@@ -92,7 +92,8 @@ class Batch:
             attention(q, k, v, dtype=dtype, **options)
             for q, k, v in zip(self.split_rows(), self.k, self.v, strict=True)
         ]
-        return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts], dim=1)
+        outputs, lses = zip(*parts, strict=True)
+        return torch.cat(outputs), torch.cat(lses, dim=1)
 
 
 def int32(values: list[int]) -> Tensor:
@@ -174,7 +175,8 @@ class Latent:
                 strict=True,
             )
         ]
-        return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts], dim=1)
+        outputs, lses = zip(*parts, strict=True)
+        return torch.cat(outputs), torch.cat(lses, dim=1)
 
     def check(self, result: tuple[Tensor, Tensor], causal: bool) -> None:
         expected = self.expected(torch.float64, causal)

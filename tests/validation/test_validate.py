@@ -430,8 +430,11 @@ class StandInEngine:
     def ask(self, prompts: list[list[int]], new_tokens: int, **_: Any) -> dict[str, Any]:
         blind = self.fault == "blind to attention"
         starts = [len(prompt) if blind else sum(prompt) for prompt in prompts]
-        tokens = [[(start + at) % 97 for at in range(new_tokens)] for start in starts]
-        logprobs = [[-1.0 - start % 89 / 89] * new_tokens for start in starts]
+
+        def tokens_from(start: int) -> list[int]:
+            return [(start + at) % 97 for at in range(new_tokens)]
+
+        tokens = [tokens_from(start) for start in starts]
         stale = self.fault == "reuse is stale" and not self.fresh
         if self.ours and (self.fault == "another token" or stale):
             tokens[-1][-1] += 1
@@ -443,7 +446,8 @@ class StandInEngine:
             else 0.0
         )
         off += 0.03 if self.other_splits else 0.0
-        return {"tokens": tokens, "logprobs": [[value + off for value in row] for row in logprobs]}
+        logprobs = [[-1.0 - start % 89 / 89 + off] * new_tokens for start in starts]
+        return {"tokens": tokens, "logprobs": logprobs}
 
     def flush(self) -> None:
         self.flushed += 1

@@ -142,7 +142,11 @@ def in_order(
     table: dict[str, dict[str, Cell]], rows: Sequence[MatrixRow], levels: Sequence[str]
 ) -> dict[str, dict[str, Cell]]:
     """Return the table in the order of releases and levels, not that of finishing."""
-    return {row.version: {level: table[row.version][level] for level in levels} for row in rows}
+    ordered: dict[str, dict[str, Cell]] = {}
+    for row in rows:
+        cells = table[row.version]
+        ordered[row.version] = {level: cells[level] for level in levels}
+    return ordered
 
 
 def environment() -> dict[str, str]:

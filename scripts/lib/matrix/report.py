@@ -99,10 +99,9 @@ def closing_line(table: Table, seconds: float) -> str:
 
 def as_json(table: Table, environment: Mapping[str, str]) -> str:
     """Return everything, for other programs."""
-    releases = {
-        version: {level: _as_json(cell) for level, cell in cells.items()}
-        for version, cells in table.items()
-    }
+    releases = {}
+    for version, cells in table.items():
+        releases[version] = {level: _as_json(cell) for level, cell in cells.items()}
     return json.dumps({"environment": environment, "releases": releases}, indent=1)
 
 

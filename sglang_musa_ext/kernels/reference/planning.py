@@ -210,7 +210,11 @@ def get_scheduler_metadata(
     nheads = [
         _heads_in_l2(n, headdim + headdim_v, heads, 1 if tile.packed else ratio) for *_, n in plan
     ]
-    columns = [[entry[index] for entry in plan] for index in range(3)] + [nheads]
+
+    def column(index: int) -> list[int]:
+        return [entry[index] for entry in plan]
+
+    columns = [column(0), column(1), column(2), nheads]
     device = next(
         (t.device for t in (cache_seqlens, cu_seqlens_q) if t is not None), torch.device("cpu")
     )

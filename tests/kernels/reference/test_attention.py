@@ -250,7 +250,8 @@ def test_new_keys_are_appended_in_place(ragged: bool, page: int) -> None:
     batch = Batch([3, 3], [20, 40], page=page)
     before = batch.k_cache.clone()
     new = int32([20 - 3, 40 - 3])
-    k, v = (torch.stack([part[-3:] for part in parts]) for parts in (batch.k, batch.v))
+    k = torch.stack([part[-3:] for part in batch.k])
+    v = torch.stack([part[-3:] for part in batch.v])
     for cache in (batch.k_cache, batch.v_cache):
         for index, keys in enumerate(batch.keys):
             for at in range(keys - 3, keys):
