@@ -10,8 +10,7 @@ import time
 def announce(logger: logging.Logger, line: str) -> None:
     """Log ``line``, or print it where the log's level would drop it.
 
-    SGLang loads plugins and settles arguments before it sets its log up, whose level is then still
-    Python's own.
+    SGLang loads plugins and settles arguments before it sets its log's level: Python's until then.
     """
     if logger.isEnabledFor(logging.INFO) and logger.hasHandlers():
         logger.info("%s", line)

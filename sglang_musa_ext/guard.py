@@ -32,8 +32,7 @@ class NotServedByUsError(RuntimeError):
 def arm() -> None:
     """Guard this process and those forked from it, if ``SGLANG_MUSA_EXT=on``; otherwise do nothing.
 
-    Raises nothing: what escaped would be an error of ``import torch``, in every program of the
-    environment.
+    Raises nothing: an error would be one of ``import torch``, in every program of the environment.
     """
     # Any other value than "on" is judged where it is acted on, in the plugin.
     if os.environ.get(envs.MODE, "").strip().lower() == "on":

@@ -120,8 +120,7 @@ def make_plan(
     pip = [options.python, "-m", "pip", "--isolated", "--disable-pip-version-check"]
     wheels = Path(options.wheels)
     download = [*pip, "download", "--no-deps", "--only-binary", ":all:", "--dest", str(wheels)]
-    # Reinstalling matters where another project's package of the same name and version is installed
-    # already.
+    # Reinstalling matters where another project's package of this name and version is there.
     install = [
         *pip,
         "install",
@@ -156,8 +155,7 @@ def require_same_torch(installed: str, pinned: str, options: argparse.Namespace)
     """Refuse to replace a torch: a vendor's may be the only one that fits its driver.
 
     Raises:
-        InstallError: the installed one is not the vendor's, or of another release than the
-            cohort's.
+        InstallError: the installed one is not the vendor's, or not of the cohort's release.
     """
     if "musa" in installed and release(installed) == release(pinned):
         return
@@ -190,8 +188,7 @@ def require_moore_threads(wheels: Path, pins: Mapping[str, str]) -> None:
             ):
                 with zipfile.ZipFile(path) as archive:
                     archive.extractall(folder)
-        # Without site-packages, where this package may stand itself, so that only the wheels can
-        # answer.
+        # Without site-packages, which may have this package: only the wheels can answer.
         Path(alone, PACKAGE.name).symlink_to(PACKAGE)
         command = [sys.executable, "-I", "-S", "-c", IDENTIFY, folder, alone]
         problems = subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -99,8 +99,7 @@ def _nothing() -> None:
 def after_import(name: str, act: Callable[[ModuleType], None]) -> Undo:
     """Call ``act`` with the module ``name`` each time it has been executed, and now if it is there.
 
-    An error that ``act`` raises is an error of the import. Asking twice for the same ``act`` is
-    asking once.
+    An error of ``act`` is an error of the import. Asking twice for the same ``act`` is asking once.
     """
     finder = _the_finder()
     actions = finder.actions.setdefault(name, [])

@@ -326,8 +326,7 @@ def test_settling_again_is_no_settling(musa: Musa) -> None:
 
 # Real releases -----------------------------------------------------------------------------------
 
-# The reference platform lets SGLang be imported without a GPU. Then every module is made to believe
-# in MUSA.
+# The reference platform needs no GPU. Then every module is made to believe in MUSA.
 CHILD = """
 import importlib, json, os, pickle, sys, warnings
 warnings.simplefilter("ignore")

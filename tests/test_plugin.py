@@ -157,8 +157,7 @@ def musa(imported: Upstream, monkeypatch: pytest.MonkeyPatch) -> Callable[[tuple
     def believe(capability: tuple[int, int]) -> None:
         monkeypatch.setattr("sglang.srt.utils.is_musa", lambda: True)
         monkeypatch.setattr("sglang.srt.utils.get_device_capability", lambda: capability)
-        # They reach further into SGLang than a test puts back; tests/test_musa_defaults.py has
-        # their own.
+        # They reach further into SGLang than is undone here: see tests/test_musa_defaults.py.
         monkeypatch.setattr("sglang_musa_ext.musa_defaults.install_defaults", lambda: None)
         monkeypatch.setattr("sglang_musa_ext.ranks.install_agreement", lambda: None)
 

@@ -14,8 +14,7 @@ from tests.support.commands import clean_environment
 
 # SGLang's own loader -----------------------------------------------------------------------------
 
-# One process imports SGLang and forks for each environment, so that each loads plugins for the
-# first time.
+# One process imports SGLang and forks for each environment: each loads plugins afresh.
 LOADER = """
 import json, os, sys
 from sglang_musa_ext.cpu.stand_ins import prepare_process

@@ -385,8 +385,7 @@ class MusaFA3Mixin:
         slot = self._workspace.slot(self, role, size)
         reuse = self._plans.plan_in_place(role, geometry, tensors)
         if reuse and self._checking:
-            # The kernel writes its plan itself, so a fresh one takes a call. Bytes it leaves alone
-            # stay equal.
+            # The kernel writes its plan itself, so a fresh one takes a call. Other bytes are equal.
             fresh = slot.clone()
             self._kernels.flash_attn_with_kvcache(
                 **arguments | {"scheduler_metadata": (fresh, False), "out": None}

@@ -41,8 +41,7 @@ class TensorIdentity(NamedTuple):
     def of(cls, tensor: torch.Tensor) -> TensorIdentity:
         """Return the identity of ``tensor`` now; whoever stores it must keep ``tensor`` alive."""
         version = -1 if tensor.is_inference() else tensor._version
-        # Tensors without storage (meta, empty) all have pointer 0: there the object itself is the
-        # identity.
+        # Tensors without storage (meta, empty) all have pointer 0: the object is the identity.
         return cls(tensor.data_ptr() or id(tensor), tensor.shape, tensor.stride(), version)
 
 
@@ -170,8 +169,7 @@ class SchedulerMetadataCache:
     * a layer comes again for the same call role. Identity of the metadata is not enough: the two
       warm-up runs of a graph and its capture share one metadata object and one forward batch.
 
-    Not thread-safe, as upstream's backend is not: a backend belongs to the thread that runs its
-    model.
+    Not thread-safe, as upstream's backend is not: a backend belongs to its model's thread.
     """
 
     def __init__(self, stream_state: Callable[[], tuple[int, bool]]) -> None:

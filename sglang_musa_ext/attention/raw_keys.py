@@ -31,8 +31,7 @@ _OF_THE_CACHE = (
 def new_rows(forward_batch: Any) -> int | None:
     """Return the number of tokens of a prefill whose requests have no prefix, else ``None``.
 
-    Verifying drafts and extending them are other modes, and so is a batch that mixes prefill and
-    decode.
+    Verifying and extending drafts are other modes, as is a batch that mixes prefill and decode.
     """
     prefixes = forward_batch.extend_prefix_lens_cpu
     lengths = forward_batch.extend_seq_lens_cpu
@@ -95,8 +94,7 @@ def over_raw_keys(arguments: Mapping[str, Any], k: torch.Tensor, v: torch.Tensor
 def _attends_to_the_batch(arguments: Mapping[str, Any], metadata: Any) -> bool:
     """Tell whether a call's queries and keys are the whole batch's.
 
-    Chunked-local layers, ranks of context parallelism and cross attention have lengths of their
-    own.
+    Chunked-local layers, context-parallel ranks and cross attention have lengths of their own.
     """
     return (
         arguments.get("cu_seqlens_q") is metadata.cu_seqlens_q

@@ -86,8 +86,7 @@ def install_class_names() -> Callable[[], None]:
 def install_state_report() -> Callable[[], None]:
     """Add the reports of this process's backends to the scheduler's internal state.
 
-    They are then part of ``/server_info`` and of ``Engine.get_server_info()``, as
-    ``sglang_musa_ext``.
+    They are then in ``/server_info`` and ``Engine.get_server_info()``, as ``sglang_musa_ext``.
 
     Returns:
         What undoes it.

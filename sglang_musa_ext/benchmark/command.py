@@ -167,8 +167,7 @@ def write_report(
 ) -> list[Path]:
     """Write ``README.md`` and, with matplotlib, the plots into ``out``; returns their paths.
 
-    ``planned`` are the kinds of places of each model that the benchmark has: what is missing is
-    named.
+    ``planned`` are the kinds of places that each model should have; missing ones are named.
     """
     out.mkdir(parents=True, exist_ok=True)
     plots = draw(result, out)

@@ -311,8 +311,7 @@ def record(point: Point, rows: Rows) -> None:
     """Add the medians of a round's passes to a point, and the host's time if Python makes calls.
 
     Raises:
-        RuntimeError: there is none, so that later rounds would stand beside other peers' earlier
-            ones.
+        RuntimeError: there is none, so later rounds would stand beside other peers' earlier ones.
     """
     if not rows:
         raise RuntimeError(f"No {point.kind} pass of {point.peer} in a round, batch {point.batch}.")
@@ -416,8 +415,7 @@ def _first_state(peer: Peer, contest: Contest) -> dict[str, Any]:
         usage = state["memory_usage"]
         wanted = contest.model.kv_tokens // PAGE * PAGE
         if usage["token_capacity"] < wanted:
-            # With a smaller cache it would serve the same requests in other batches, and more
-            # slowly.
+            # With a smaller cache it would serve the same requests in other batches, slower.
             raise EngineDied(
                 f"Its KV cache holds {usage['token_capacity']} tokens and not {wanted}: the device "
                 "has too little free memory for all peers. End what else uses it, measure fewer "

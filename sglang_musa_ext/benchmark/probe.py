@@ -410,8 +410,7 @@ def measurements(state: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a scheduler's state says of the forwards since it was last asked.
 
     Raises:
-        RuntimeError: the probe is not in that process; SGLang logs what a plugin raises, and goes
-            on.
+        RuntimeError: the probe is not in that process; SGLang only logs what a plugin raises.
     """
     if "bench" not in state:
         raise RuntimeError(

@@ -32,8 +32,7 @@ DEFAULTS: dict[str, Any] = {
     "attention_backend": "fa3",
     "page_size": 64,
     "disable_cuda_graph": True,
-    # The machine's memory is not ours to fill: a pool for short conversations is enough for a
-    # reference.
+    # Not all of the machine's memory: a pool for short conversations is enough.
     "mem_fraction_static": 0.3,
     "max_total_tokens": 8192,
     "lora_backend": "torch_native",

@@ -34,8 +34,7 @@ ENVIRONMENT = {
     "TRITON_INTERPRET": "1",
     # A reference on the CPU must not be half on a GPU that happens to be there.
     "CUDA_VISIBLE_DEVICES": "",
-    # Accepted drafts are moved in the KV cache by a kernel that reads raw addresses, unless this is
-    # set.
+    # A kernel that reads raw addresses moves accepted drafts in the KV cache, unless this is set.
     "SGLANG_NATIVE_MOVE_KV_CACHE": "1",
     # The library that SGLang loads NCCL from. A torch built for CUDA brings NCCL, and up to 0.5.22
     # SGLang gives ranks a communicator of it wherever it loads, which asks CUDA for a device "cpu".
@@ -167,8 +166,7 @@ def sgl_kernel_modules() -> dict[str, dict[str, Any]]:
             "merge_state_v2": merge_state_v2,
             "build_tree_kernel_efficient": trees.build_tree_kernel_efficient,
             "verify_tree_greedy": trees.verify_tree_greedy,
-            # For sampling among drafts, which upstream imports together with the greedy one up to
-            # 0.5.13.
+            # For sampling among drafts; up to 0.5.13 upstream imports it with the greedy one.
             **_absent(
                 "sgl_kernel",
                 "top_k_renorm_prob",
@@ -241,8 +239,7 @@ def merge_state_v2(
     scores = scores.masked_fill(scores == torch.inf, -torch.inf)
     total = torch.logsumexp(scores, dim=0)
     weights = torch.exp(scores - total).nan_to_num(0.0).unsqueeze(-1)
-    # Rows without keys may hold anything, NaN included, so they are replaced and not multiplied by
-    # zero.
+    # Rows without keys may hold anything, NaN too: they are replaced, not multiplied by zero.
     values = torch.stack([v_a, v_b]).float().masked_fill(weights == 0, 0.0)
     merged = (weights * values).sum(dim=0).to(v_a.dtype)
     return _deliver(merged, v_merged), _deliver(total, s_merged)
@@ -279,8 +276,7 @@ def _reinterpret_standard_library() -> None:
     importlib.reload(tl)
 
 
-# libdevice's names of what the interpreter can compute with NumPy. ``fast_*`` are approximations on
-# a GPU.
+# libdevice's names of what NumPy can compute. ``fast_*`` are approximations on a GPU.
 LIBDEVICE: dict[str, Callable[..., Array]] = {
     "tanh": np.tanh,
     "exp": np.exp,

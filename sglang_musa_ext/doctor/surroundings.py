@@ -107,8 +107,7 @@ def print_devices(kind: str) -> None:
 
     if kind == "musa":
         importlib.import_module("torch_musa")
-        # SGLang takes a device for MUSA only where this imports; it also maps torch.cuda to
-        # torch.musa.
+        # SGLang sees MUSA only where this imports; it also maps torch.cuda to torch.musa.
         importlib.import_module("torchada")
     module: Any = getattr(torch, kind)
     devices = []

@@ -1,7 +1,6 @@
 """Changes to SGLang in engines of the kit and the benchmark, where a variable asks for them.
 
-Each change is made to one module of SGLang, right after it was imported, in every process of an
-engine.
+Each is made to one module of SGLang, right after its import, in every process of an engine.
 """
 
 from __future__ import annotations

@@ -186,8 +186,7 @@ def _import_hopper_candidate(candidate: _Library) -> ModuleType:
     library = import_library(candidate.module, candidate.remedy)
     parameters = inspect.signature(library.flash_attn_varlen_func).parameters
     if not {"return_softmax_lse", "return_attn_probs"} & set(parameters):
-        # Up to v2.8.2 of FlashAttention it returned two results, in v2.8.3 one, and nothing tells
-        # these apart.
+        # FlashAttention up to v2.8.2 returned two results, v2.8.3 one: nothing tells them apart.
         raise KernelsUnavailable(
             f"{candidate.module!r} at {library.__file__} is too old: expected a "
             "flash_attn_varlen_func that can be "

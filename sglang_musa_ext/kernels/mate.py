@@ -92,8 +92,7 @@ def _import_mate() -> tuple[ModuleType, policy.MateRelease]:
     """Import MATE's FA3 wrapper, once what is installed has shown that it is the one.
 
     Raises:
-        KernelsUnavailable: with everything that is wrong: what was seen, where, whose, and the
-            remedy.
+        KernelsUnavailable: with all that is wrong: what was seen, where, whose, and the remedy.
     """
     identity = mate_identity.identify_mate()
     if identity.problems or identity.wrapper_module is None:

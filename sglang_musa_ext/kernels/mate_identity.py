@@ -184,8 +184,7 @@ def _misfits(generation: Generation | None, version: str | None) -> Iterator[Pro
             f"MATE {version} is too old.", f"MATE {_dotted(OLDEST_MATE)} or newer.", INSTALL
         )
     elif generation == LEGACY and release >= (0, 2):
-        # It passes MATE an argument that MATE 0.2 removed, and every call of varlen attention is a
-        # TypeError.
+        # It passes an argument that MATE 0.2 removed: each call of varlen attention is a TypeError.
         yield Problem(
             f"MATE {version} is installed with the wrapper of MATE 0.1, {LEGACY.distribution}.",
             f"the wrapper {CURRENT.distribution}.",
@@ -277,8 +276,7 @@ def _find_wrapper() -> tuple[Generation | None, ModuleSpec | None]:
     """Return the newest generation whose module is there, preferably one over MATE."""
     candidates = [(item, spec) for item in GENERATIONS if (spec := _find(item.module)) is not None]
     ours = [(item, spec) for item, spec in candidates if _is_over_mate(spec)]
-    # NVIDIA's FlashAttention-2 is called flash_attn too: without MATE in it, it says nothing of
-    # MATE.
+    # NVIDIA's FlashAttention-2 is called flash_attn too: without MATE in it, it does not count.
     foreign = [(item, spec) for item, spec in candidates if item != LEGACY]
     return next(iter([*ours, *foreign]), (None, None))
 

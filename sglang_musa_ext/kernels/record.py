@@ -334,8 +334,7 @@ def import_library(name: str, remedy: str) -> ModuleType:
     """Import the module ``name``, which has the three FA3 functions.
 
     Raises:
-        KernelsUnavailable: it cannot be imported, for whatever reason its loading has, or lacks a
-            function.
+        KernelsUnavailable: it cannot be imported, for whatever reason, or lacks a function.
     """
     try:
         library = importlib.import_module(name)

@@ -139,8 +139,7 @@ def installed_version() -> str | None:
 def read_version(package: Path) -> str:
     """Return the version of the SGLang in ``package``, from its source before any metadata.
 
-    Metadata may belong to another copy than the one that is imported, for example under
-    ``PYTHONPATH``.
+    Metadata may belong to another copy than the imported one, for example under ``PYTHONPATH``.
 
     Raises:
         UpstreamVersionError: neither source nor metadata names one.

@@ -126,8 +126,7 @@ MODES: Mapping[str, Mode] = {
     "eagle": Mode(
         "llama", {"page_size": 64, "speculative_algorithm": "EAGLE", **CHAIN}, (1,), draft="eagle"
     ),
-    # Over a tree verify and draft are cascades of two calls with a plan each, and prefill is one
-    # call.
+    # Over a tree verify and draft are cascades of two calls with a plan each; prefill is one.
     "eagle-tree": Mode(
         "llama", {"page_size": 1, "speculative_algorithm": "EAGLE", **TREE}, (1, 2), draft="eagle"
     ),
@@ -137,8 +136,7 @@ MODES: Mapping[str, Mode] = {
         (1,),
         draft="llama",
     ),
-    # SGLang takes the breadth of the search for the width of a tree, so that verify is a cascade
-    # here too.
+    # SGLang takes the search's breadth for a tree's width: verify is a cascade here too.
     "ngram": Mode(
         "llama",
         {"page_size": 1, "speculative_algorithm": "NGRAM", "speculative_num_draft_tokens": 4},
@@ -148,8 +146,7 @@ MODES: Mapping[str, Mode] = {
     "tp2-mla": Mode("deepseek_v3", {"page_size": 64, "tp_size": 2, **UNFUSED}, (1,), gpus=2),
     "pp2": Mode("llama", {"page_size": 64, "pp_size": 2}, (1,), gpus=2),
     "pp2-mla": Mode("deepseek_v3", {"page_size": 64, "pp_size": 2}, (1,), gpus=2),
-    # Without another way to exchange tokens between experts, SGLang overlaps under data-parallel
-    # attention alone.
+    # With no other exchange between experts, SGLang overlaps only with data-parallel attention.
     "two-batch-overlap": Mode("deepseek_v3", {"page_size": 64, **OVERLAP}, changes=EXPERTS, gpus=2),
     "torch-compile": Mode("llama", {"page_size": 64, **COMPILED}, (1,)),
     "mla-mtp": Mode("deepseek_v3", {"page_size": 64, **MTP}, changes=WITH_MTP),
@@ -444,8 +441,7 @@ class Fleet:
     ) -> Iterator[dict[str, list[Any]]]:
         """Yield the answers to every batch of requests, or to every request by itself.
 
-        Of the ranks of data-parallel attention each request has its own, the one that has its
-        prefix.
+        Each request has its own of the ranks of data-parallel attention: the one with its prefix.
         """
         for batch in phases(self.options.quick):
             if not mode.singly:
@@ -692,9 +688,7 @@ def missing(kernels: str, device: str) -> str:
 
 
 def visible_cards(count: int, device: str, visible: str = "CUDA_VISIBLE_DEVICES") -> list[str]:
-    """Return ``count`` cards as the variable ``visible`` names them, or ``device``'s if it has
-    one.
-    """
+    """Return ``count`` cards as variable ``visible`` names them, or ``device``'s if it has one."""
     named = os.environ.get(visible, "")
     cards = named.split(",")[:count] if named else [str(index) for index in range(count)]
     _, _, index = device.partition(":")

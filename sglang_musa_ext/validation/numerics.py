@@ -107,8 +107,7 @@ class Batch:
         self.k = [self.normal(keys, shape.heads_kv, shape.dim) for keys in shape.keys]
         self.v = [self.normal(keys, shape.heads_kv, shape.dim_v) for keys in shape.keys]
         width = max(-(-max(*shape.keys, shape.capacity, 1) // shape.page), 1)
-        # Page 0 belongs to nobody, and the others are dealt out in no order, as after some hours of
-        # serving.
+        # Page 0 belongs to nobody; the others are dealt out in no order, as after hours of serving.
         order = torch.randperm(width * len(shape.keys), generator=self.random) + 1
         self.page_table = order.view(-1, width).to(torch.int32).to(device)
         self.capacity = width * shape.page
@@ -666,16 +665,16 @@ def _mla() -> Iterator[Case]:
 def fp8_cases() -> list[Case]:
     """Every case over a KV cache in fp8."""
     kinds = {"": CAUSAL, ", window": WINDOW, ", softcap": SOFTCAP}
-    found = [
+    cases = [
         Case(mode + kind, fp8, shape, options)
         for mode, shape in SHAPES.items()
         for kind, options in kinds.items()
     ]
     for mode, shape in SHAPES.items():
-        found.append(Case(f"{mode}, scales", fp8, shape, CAUSAL | {"scales": (0.5, 3.0)}))
+        cases.append(Case(f"{mode}, scales", fp8, shape, CAUSAL | {"scales": (0.5, 3.0)}))
     for dim in (64, 256):
-        found.append(Case(f"decode, head dim {dim}", fp8, replace(DECODE, dim=dim, dim_v=dim)))
-    return [*found, Case("long decode with splits", fp8, LONG, CAUSAL)]
+        cases.append(Case(f"decode, head dim {dim}", fp8, replace(DECODE, dim=dim, dim_v=dim)))
+    return [*cases, Case("long decode with splits", fp8, LONG, CAUSAL)]
 
 
 def dtypes(kernels: FA3Kernels) -> list[torch.dtype]:

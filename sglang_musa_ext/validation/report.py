@@ -171,8 +171,7 @@ def read(path: Path) -> Report:
 def merged(reports: Mapping[str, Report]) -> Report:
     """Return one report of several, which have some of the cases each.
 
-    A case that failed in one of them has failed, and a part that could not run in one of them could
-    not run.
+    A case that failed in one of them has failed; a part that could not run in one could not run.
 
     Args:
         reports: by where each was read from; at least one.

@@ -313,8 +313,7 @@ def test_passes_of_a_rank_of_data_parallel_attention(mla: bool) -> None:
     idle = SimpleNamespace(forward_mode=ForwardMode.IDLE, batch_size=0)
     with counted(backend) as counts:
         model.run_pass(backend, model.decode(requests))
-        # An idle rank runs its layers without attention, as RadixAttention's backend does for an
-        # idle batch.
+        # An idle rank runs its layers without attention, as RadixAttention does for an idle batch.
         for layer in model.layers:
             backend.forward(model.normal(0, 4 * layer.head_dim), None, None, layer, idle)
         model.run_pass(backend, _padded(model, requests[:1], 4))

@@ -178,8 +178,7 @@ def upstream_runner(
     config = PretrainedConfig() if config is None else config
     config.num_attention_heads = model.layers[0].tp_q_head_num
     runner.model_config.hf_config = runner.model_config.hf_text_config = config
-    # Upstream's own look-up, kept by its runner or, from 0.5.16 on, by its configuration of a
-    # model.
+    # Upstream's own look-up, of its runner or, from 0.5.16 on, of its model's configuration.
     runner.model_config.linear_attn_registry_result = get_linear_attn_config(config)
     runner.model_config.full_attention_layer_ids = getattr(config, "full_attention_layer_ids", None)
     runner._linear_attn_registry_cache = runner.model_config.linear_attn_registry_result

@@ -114,8 +114,7 @@ def test_a_tree_over_pages_of_a_latent_cache_is_refused() -> None:
 
 def test_draft_extend_without_lengths_on_the_host() -> None:
     """Draft-extend v2: upstream's overlap scheduler leaves the host copies of the lengths unset."""
-    # From 0.5.16 on upstream takes the number of draft tokens where there are no lengths on the
-    # host.
+    # From 0.5.16 on upstream takes the number of draft tokens where the host has no lengths.
     if "GPU-only" not in inspect.getsource(upstream.FlashAttentionBackend.init_forward_metadata):
         pytest.skip("this SGLang reads the host copies of the lengths")
     model = Model(uniform_layers(1), arguments=SPEC)

@@ -253,13 +253,13 @@ def libdevice() -> dict[str, list[float]]:
     """Return eight ``x`` and an interpreted kernel's results; logs and roots take magnitudes."""
     code = """
     x = torch.tensor([-2.5, -1.5, -0.7, 0.5, 0.3, 1.5, 2.5, 3.25])
-    found = {"x": x.tolist()}
+    results = {"x": x.tolist()}
     for name in set(LIBDEVICE) - {"copysign"}:
         argument = x.abs() if name in ("log", "fast_logf", "sqrt", "log1p") else x
         out = torch.empty(8)
         kernels.unary[(1,)](argument, out, name, 8)
-        found[name] = out.tolist()
-    print(json.dumps(found))
+        results[name] = out.tolist()
+    print(json.dumps(results))
     """
     results: dict[str, list[float]] = run_python(KERNELS + textwrap.dedent(code))
     return results

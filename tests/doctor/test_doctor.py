@@ -123,8 +123,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
                 yield distribution
 
     monkeypatch.setattr(importlib.metadata.Distribution, "discover", discover_here)
-    # What other tests have imported would be found where it was imported from, and not on this
-    # machine's path.
+    # What other tests imported would be found where it is, not on this machine's path.
     for name in ("sglang", "triton"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.syspath_prepend(str(tmp_path))

@@ -124,8 +124,7 @@ GEMMA_3N = TinyModel(
         "layer_types": [WINDOW, FULL] * 3,
         # The last two layers read what the two before them wrote.
         "num_kv_shared_layers": 2,
-        # Wider than any request here: SGLang lets this model see one key more than transformers
-        # does.
+        # Wider than any request here: SGLang's window has one key more than transformers'.
         "sliding_window": 512,
         "vocab_size_per_layer_input": tiny_models.VOCABULARY,
         "hidden_size_per_layer_input": 16,
@@ -232,8 +231,7 @@ ENGINE_MODES = [
         geometries=2,
         before_boot=accept_one_intermediate_size_a_layer,
     ),
-    # A prefill without prefix attends over raw keys: two calls without a plan. With a prefix it is
-    # absorbed.
+    # Prefill without prefix attends over raw keys: two calls, no plan. With one it is absorbed.
     mode(
         "MLA",
         MLA_DENSE,
@@ -247,8 +245,7 @@ ENGINE_MODES = [
         "MLA, one-shot prefix",
         MLA,
         phases=LONG_THEN_AGAIN,
-        # Every prefill, three chunks and later one with 256 cached tokens, gathers its prefix into
-        # raw keys.
+        # Each prefill, three chunks and one with 256 cached tokens, gathers its prefix as raw keys.
         passes=7 + 7,
         unplanned_calls=2 * (3 + 1),
         environ={"SGLANG_CHUNKED_PREFIX_CACHE_THRESHOLD": "1"},
@@ -258,8 +255,7 @@ ENGINE_MODES = [
         MLA,
         phases=LONG_THEN_AGAIN,
         passes=7 + 7,
-        # A call for the new keys of each prefill, and one for each 100 of its 0, 128, 256 and 256
-        # prefix keys.
+        # A call for each prefill's new keys, and for each 100 of its 0, 128, 256, 256 prefix keys.
         unplanned_calls=2 * ((1 + 0) + (1 + 2) + (1 + 3) + (1 + 3)),
         environ={
             "SGLANG_CHUNKED_PREFIX_CACHE_THRESHOLD": "1",
@@ -271,8 +267,7 @@ ENGINE_MODES = [
     mode("Qwen3-MoE", TinyModel("Qwen3MoeConfig", tiny_models.SMALL | EXPERTS)),
     mode("OPT", OPT),
     mode("tensor parallel 2", llama(), arguments=CHUNKS | {"tp_size": 2}, environ=TWO_RANKS),
-    # Each of two stages has one of the two layers, and the first one reports. Two requests would be
-    # two batches.
+    # Each of two stages has one layer, and the first reports. Two requests are two batches.
     mode(
         "pipeline parallel 2",
         llama(),
@@ -441,8 +436,7 @@ def test_plans_of_target_and_draft(speculation: Speculation, speculative: Engine
 def test_accepted_drafts_save_rounds(speculation: Speculation, speculative: EngineRun) -> None:
     """A draft model that is the target is believed: only here would its stale plan show."""
     if speculation.draft == speculation.target:
-        # Upstream's draft never sees the first token of a prompt, so not quite every draft is
-        # right.
+        # Upstream's draft never sees a prompt's first token: not quite every draft is right.
         for output in speculative.outputs:
             assert output.verified <= 2 + len(output.tokens) / (1 + speculation.steps) * 1.5
 

@@ -157,9 +157,7 @@ MOE = TinyModel("Qwen3MoeConfig", tiny_models.SMALL | EXPERTS)
 
 
 def test_padded_experts_answer_wrongly(engines: EngineServer) -> None:
-    """Experts of 16 columns on each of two ranks: other log-probabilities than transformers', and
-    no error.
-    """
+    """Experts of 16 columns on each of two ranks: no error, but other log-probabilities."""
     require_release("no multiple of 32")
     request = Request(tokens(60, seed=2))
     case = EngineCase(

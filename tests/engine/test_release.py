@@ -36,8 +36,7 @@ MODELS = {
     "dense": mode("dense", llama()),
     "sliding window": mode("sliding window", UNCAPPED, layers=4, geometries=2),
     "sliding window, softcap": mode("sliding window, softcap", GEMMA_2, layers=4, geometries=2),
-    # A prefill without prefix attends over raw keys, which takes no plan: two calls, in each of two
-    # phases.
+    # Prefill without prefix attends over raw keys, without a plan: two calls in each phase.
     "MLA": mode("MLA", MLA, passes=7 + (2 + 7), unplanned_calls=2 + 2),
 }
 KNOWN_TO_TORCH_NATIVE = ["dense", "sliding window", "MLA"]

@@ -252,8 +252,7 @@ class Served:
             self.model.normal(layer.tp_q_head_num) if options.get("sinks") else None
             for layer, options in zip(self.model.layers, lane.layers, strict=True)
         ]
-        # A GPU's kernels have plans of their own, and a graph is replayed without its kernels'
-        # names.
+        # A GPU's kernels have plans of their own; a graph is replayed without its kernels' names.
         self.watch = KernelWatch(self.totals, compares_plans=not ON_GPU)
         self._model_runner = self.model.runner()
         self._build()

@@ -237,8 +237,7 @@ def test_a_hopper_plan_is_compared_without_padding_and_semaphore() -> None:
 def hopper_plan(batch: int, vectors: int, semaphore: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Return a plan and the mask of its meaningful values, not padding or semaphore.
 
-    ``vectors`` is 0 for the earlier layout, whose semaphore, or the place where it would be, comes
-    first.
+    ``vectors`` is 0 for the earlier layout: its semaphore, or the place for it, comes first.
     """
     if not vectors:
         decided = torch.ones(batch + semaphore, dtype=torch.bool)

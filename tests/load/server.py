@@ -1,5 +1,4 @@
-"""SGLang's HTTP server with this backend under many requests at once: its answers, and what it
-keeps.
+"""SGLang's HTTP server with this backend under many requests: its answers and what it keeps.
 
 ``python -m tests.load.server`` runs the long version, ``scripts/load``. A wave is many streaming
 requests at once, of which some are aborted, beside requests that are malformed. Every answer that

@@ -6,8 +6,7 @@ layers through a backend, and knows what each must return: attention in float64 
 values that it handed out itself, so that neither the KV cache that the backend wrote nor the
 kernels that read it are believed.
 
-Everything is found by what the installed SGLang has, so the same tests run on every supported
-release.
+Everything follows what the installed SGLang has: the same tests run on every release.
 """
 
 from __future__ import annotations
@@ -24,8 +23,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
-# Upstream compiles a metadata helper, which takes longer than all tests together, and is no subject
-# of them.
+# Upstream compiles a metadata helper: this takes longer than all tests, and is not tested.
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 import torch
@@ -151,8 +149,7 @@ def dense_attention(
 class KVPool:
     """The part of upstream's KV pools that its backend uses; layers may differ in shape.
 
-    Slots are filled with ``fill`` until they are written. NaN shows every read of a slot that was
-    not written.
+    Slots are filled with ``fill`` until they are written. NaN shows reads of unwritten ones.
     """
 
     def __init__(

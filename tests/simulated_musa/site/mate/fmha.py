@@ -82,8 +82,7 @@ def attend(
     geometry: Geometry,
     plan: torch.Tensor | None,
 ) -> None:
-    """Write attention's output, ``(total_q, heads, headdim_v)``, and its log-sum-exp, ``(heads,
-    total_q)``.
+    """Write attention's output ``(total_q, heads, headdim_v)`` and lse ``(heads, total_q)``.
 
     Without a plan, and with sinks, every request has one split. Where a plan is another call's,
     this goes wrong as it would on a GPU: query tiles that it does not name are not written, and

@@ -296,9 +296,7 @@ def _lengths(cache_seqlens: Any, k_cache: torch.Tensor, batch: int) -> torch.Ten
 
 
 def _densely(page_table: torch.Tensor | None) -> torch.Tensor | None:
-    """Return the page table as a kernel reads it: rows that follow one another, whatever the
-    strides say.
-    """
+    """Return the page table as a kernel reads it: rows one after another, whatever the strides."""
     if page_table is None or page_table.is_contiguous():
         return page_table
     last = page_table.storage_offset() + page_table.numel()
