@@ -158,7 +158,15 @@ DRAFTS_BEHIND_A_PREFIX = (
 )
 
 
-def prefill_graphs(name: str, model: TinyModel, kind: str = "tc_piecewise") -> MusaCase:
+def prefill_graphs(
+    name: str,
+    model: TinyModel,
+    kind: str = "tc_piecewise",
+    *,
+    phases: tuple[tuple[Request, ...], ...] = LONG,
+    limit: float = LIMIT,
+    **more: Any,
+) -> MusaCase:
     """Return a case whose prefill is captured, as SGLang does on MUSA by default up to 0.5.21."""
     arguments = {
         "disable_prefill_cuda_graph": False,
@@ -168,7 +176,9 @@ def prefill_graphs(name: str, model: TinyModel, kind: str = "tc_piecewise") -> M
     return MusaCase(
         name,
         model,
-        arguments=CHUNKS | arguments,
+        phases,
+        CHUNKS | arguments | more,
+        limit=limit,
         captures_prefill=True,
     )
 
@@ -193,6 +203,8 @@ def shortfalls_over_fp8(model: Path, prompt: Sequence[int], answer: Sequence[int
 
 
 FP8 = BF16 | FA3 | {"kv_cache_dtype": "fp8_e4m3"}
+# Triton's interpreter takes half a minute for 512 tokens of MLA in these graphs.
+SMALL_GRAPHS = {"chunked_prefill_size": 128, "cuda_graph_bs_prefill": [64, 128]}
 NO_OVERLAP = {"disable_overlap_schedule": True}
 
 CASES = [
@@ -208,6 +220,9 @@ CASES = [
     prefill_graphs("Llama, prefill graphs", LLAMA),
     prefill_graphs("Gemma-3, prefill graphs", GEMMA_3),
     prefill_graphs("Llama, breakable prefill graphs", LLAMA, "breakable"),
+    prefill_graphs(
+        "MLA, prefill graphs", MLA_DENSE, phases=EXPERTS, limit=8 * LIMIT, **BF16, **SMALL_GRAPHS
+    ),
     MusaCase("Qwen3-MoE", QWEN_3_MOE, EXPERTS),
     MusaCase("Gemma-2", GEMMA_2),
     MusaCase(

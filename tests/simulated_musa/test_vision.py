@@ -36,6 +36,22 @@ def attend(mode: str) -> tuple[list[Any], list[Any]]:
     return out.float().cpu().tolist(), torch.cat(exact).tolist()
 
 
+def chosen() -> str:
+    """Return SGLang's choice for images where no backend is named."""
+    from types import SimpleNamespace
+
+    from sglang.srt.layers.attention import vision
+
+    vision.get_mm = lambda: SimpleNamespace(mm_attention_backend=None)
+    backend: str = vision.VisionAttention._determine_attention_backend(None, None)
+    return backend
+
+
+def test_sglang_chooses_it_unasked(musa: EngineServer) -> None:
+    """The layer below is that which SGLang takes on this device by itself."""
+    assert musa.call(chosen) == "fa3"
+
+
 def test_images_equal_float64(musa: EngineServer) -> None:
     """With this package the layer attends within each image, both ways."""
     import torch
