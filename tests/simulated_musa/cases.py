@@ -204,7 +204,7 @@ def shortfalls_over_fp8(model: Path, prompt: Sequence[int], answer: Sequence[int
 
 FP8 = BF16 | FA3 | {"kv_cache_dtype": "fp8_e4m3"}
 # Triton's interpreter takes half a minute for 512 tokens of MLA in these graphs.
-SMALL_GRAPHS = {"chunked_prefill_size": 128, "cuda_graph_bs_prefill": [64, 128]}
+SMALL_GRAPHS: Mapping[str, Any] = {"chunked_prefill_size": 128, "cuda_graph_bs_prefill": [64, 128]}
 NO_OVERLAP = {"disable_overlap_schedule": True}
 
 CASES = [
