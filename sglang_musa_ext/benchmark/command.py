@@ -44,7 +44,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_musa_ext import policy
-from sglang_musa_ext.benchmark.contest import contend, entered
+from sglang_musa_ext.benchmark.contest import contend, entered, fewest_steps
 from sglang_musa_ext.benchmark.models import (
     KINDS,
     MODELS,
@@ -81,6 +81,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _measure(options: argparse.Namespace) -> int:
     contenders = _contenders(options)
+    models = chosen_models(options, contenders)
+    try:
+        _require_steps(options, models, contenders)
+    except ValueError as error:
+        sys.exit(str(error))
     out = options.out or Path(f"bench-{datetime.datetime.now().astimezone():%Y%m%d-%H%M%S}")
     out.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {
@@ -93,7 +98,7 @@ def _measure(options: argparse.Namespace) -> int:
     with ExitStack() as stack:
         contests = {
             name: stack.enter_context(entered(model, name, contenders, options, out))
-            for name, model in chosen_models(options, contenders).items()
+            for name, model in models.items()
         }
         for name, contest in contests.items():
             print(f"{name}: {contest.model.title}", flush=True)
@@ -131,10 +136,23 @@ def chosen_models(options: argparse.Namespace, contenders: Field) -> dict[str, M
     return {name: _places(model, options, contenders) for name, model in models.items()}
 
 
+def _require_steps(
+    options: argparse.Namespace, models: Mapping[str, Model], contenders: Field
+) -> None:
+    """Raise ValueError unless every round will have a pass of each peer at each place."""
+    for name, model in models.items():
+        fewest = fewest_steps(model, options.kinds, contenders)
+        if options.steps < fewest:
+            raise ValueError(
+                f"--steps {options.steps} is too few for {name}: with fewer than {fewest}, a round "
+                f"may have no pass of a peer to time. Give --steps {fewest} or more."
+            )
+
+
 def _places(model: Model, options: argparse.Namespace, contenders: Field) -> Model:
     model = shared_among(model, len(contenders.peers))
     if options.quick:
-        return quick(model)
+        model = quick(model)
     return within(model, options.longest) if options.longest else model
 
 

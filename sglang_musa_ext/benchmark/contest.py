@@ -26,6 +26,8 @@ PROMPTS, TOKENS = 9, 24576
 """Tokens of the prompts that a peer prefills in one round, and the most prompts of a round."""
 IN_ONE_ENGINE = ("prefill", "eager")
 """Kinds of places whose passes the peers' backends serve in turn in the baseline's engine."""
+STARTING = 3
+"""Passes of a round that do not count: they still fill the pipeline of the scheduler."""
 
 
 @dataclass
@@ -298,8 +300,20 @@ def passes(rows: Rows, mode: str, batch: int, peer: str) -> Rows:
     kinds = [(row["mode"], row["batch"]) for row in rows]
     pairs = zip(rows[1:], itertools.pairwise(kinds), strict=False)
     chosen = [row for row, (before, own) in pairs if before == own == wanted]
-    # The first ones still fill the pipeline of the scheduler.
-    return [row for row in chosen[3:] if row["peer"] == peer]
+    return [row for row in chosen[STARTING:] if row["peer"] == peer]
+
+
+def fewest_steps(model: Model, kinds: Sequence[str], contenders: Field) -> int:
+    """Return the fewest steps with which each round has a pass of each peer at each place."""
+    racing = len(contenders.peers) + sum(bool(peer.beside) for peer in contenders.peers)
+    # Each round of turns has another order: so many passes hold all turns of one at least.
+    counted = {"decode": 1, "verify": 1, "eager": 2 * racing - 1}
+    passes = [counted[kind] for kind in counted.keys() & {*model.kinds} & {*kinds}]
+    if not passes:
+        return 1
+    # The prefill gives the first token, a verify pass all the drafted ones at most.
+    tokens: int = model.arguments.get("speculative_num_draft_tokens", 1)
+    return 1 + (STARTING + max(passes)) * tokens + 1
 
 
 def prefills(rows: Rows, peer: str) -> Rows:

@@ -60,6 +60,24 @@ def test_runs_are_merged_if_they_are_of_one_device() -> None:
         bench.merged([first, {**second, "device": {"name": "another"}}])
 
 
+@pytest.mark.parametrize("steps", [11, 12])
+def test_too_few_steps_are_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, steps: int
+) -> None:
+    """Before an engine starts, the error names the fewest: two peers and two beside need 12."""
+    monkeypatch.setattr(bench, "_device", lambda kind: sys.exit("past the check"))
+    said = "past the check" if steps == 12 else "Give --steps 12 or more"
+    with pytest.raises(SystemExit, match=said):
+        bench.main(["--device", "cpu", "--steps", str(steps), "--out", str(tmp_path)])
+
+
+def test_longest_acts_beside_quick() -> None:
+    """A quick run leaves out longer contexts and prompts, too."""
+    options = bench._options(["--quick", "--longest", "1024"])
+    model = bench.chosen_models(options, FIELDS["cuda"])["dense-64"]
+    assert (model.batches, model.contexts, model.prefills) == ((1, 8), (1024,), (512,))
+
+
 @pytest.mark.engine
 def test_the_benchmark_runs_without_a_gpu(tmp_path: Path) -> None:
     """Both engines boot with the probe, agree, and give a report that can be drawn again."""
@@ -74,7 +92,7 @@ def test_the_benchmark_runs_without_a_gpu(tmp_path: Path) -> None:
         "--rounds",
         "1",
         "--steps",
-        "10",
+        "12",
     ]
     done = subprocess.run(
         [*command, "--out", str(tmp_path)],

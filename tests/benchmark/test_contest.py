@@ -11,7 +11,8 @@ import pytest
 
 from sglang_musa_ext.benchmark import command, peers
 from sglang_musa_ext.benchmark import contest as bench
-from sglang_musa_ext.benchmark.models import KINDS, PAGE
+from sglang_musa_ext.benchmark.models import KINDS, MODELS, PAGE
+from sglang_musa_ext.benchmark.probe import FORWARD_MODES
 from tests.support.fake_bench import (
     MODEL,
     RIGHT,
@@ -97,6 +98,36 @@ def test_a_round_without_a_pass_is_an_error() -> None:
     """Times stand beside those of the same round, so that none may be missing."""
     with pytest.raises(RuntimeError, match="No prefill pass of ours in a round"):
         bench.record(bench.Point("prefill", 1, 64, "ours", "equal"), [])
+
+
+@pytest.mark.parametrize(
+    ("kind", "tokens", "peer_count"), [("decode", 1, 1), ("eager", 1, 5), ("verify", 4, 1)]
+)
+def test_the_fewest_steps_give_every_peer_a_pass(kind: str, tokens: int, peer_count: int) -> None:
+    """The fewest steps suffice in the worst order of turns, and one fewer do not."""
+    model = MODELS["verify" if kind == "verify" else "dense-128"]
+    mode = FORWARD_MODES[kind]
+    # The worst: the passes that count begin behind the last one's turn, who comes last again.
+    names = [f"peer {index}" for index in range(peer_count)]
+    turns = [*names[:0:-1], *names[1:], names[0], *names] if peer_count > 1 else names * 20
+
+    def seen(steps: int) -> set[str]:
+        """The peers of the passes that count, where every pass gives all the tokens it can."""
+        count = -(-(steps - 1) // tokens)
+        ahead = ["nobody"] * (1 + bench.STARTING)
+        order = [*ahead, *turns][:count]
+        rows = [{"mode": "EXTEND", "batch": 1, "peer": "nobody"}]
+        rows += [{"mode": mode, "batch": 1, "peer": peer} for peer in order]
+        return {name for name in names if bench.passes(rows, mode, 1, name)}
+
+    fewest = bench.fewest_steps(model, [kind], peers.FIELDS["musa"])
+    assert seen(fewest) == {*names}
+    assert seen(fewest - 1) != {*names}
+
+
+def test_prefills_need_no_steps() -> None:
+    """Each prompt of a prefill place is continued by one token, whatever was asked for."""
+    assert bench.fewest_steps(MODELS["dense-64"], ["prefill"], peers.FIELDS["musa"]) == 1
 
 
 def test_answers_are_compared_in_that_engine_too() -> None:
