@@ -223,9 +223,6 @@ class UpstreamLimit:
     """The setting to use in its place."""
     is_fatal: bool = True
     """True if nothing useful is served, so that a server is stopped at start, not warned."""
-    others_serve: bool = True
-    """False if no other backend serves it either: ``fa3`` stays the default, and says so at start.
-    """
     since: str | None = None
     until: str | None = None
     """The releases that have it, both included; ``None``: the oldest, and still."""
@@ -329,7 +326,6 @@ UPSTREAM_LIMITS = (
         "SGLang casts what attention returns to bfloat16 there, on any backend, and the first "
         "decode ends in an error about dtypes",
         "Start the server with --dtype bfloat16",
-        others_serve=False,
     ),
     UpstreamLimit(
         "attention in chunks (Llama-4) with --enable-mixed-chunk",

@@ -35,6 +35,7 @@ def test_the_in_tree_backend_is_right(musa: EngineServer) -> None:
 
 DETERMINISTIC = (cases.LLAMA, {"enable_deterministic_inference": True})
 FLOAT16: tuple[Any, Mapping[str, Any]] = (cases.MLA_DENSE, {})
+FLOAT16_NAMED = (cases.MLA_DENSE, {"attention_backend": "fa3"})
 
 
 @pytest.mark.parametrize(
@@ -43,9 +44,16 @@ FLOAT16: tuple[Any, Mapping[str, Any]] = (cases.MLA_DENSE, {})
         (DETERMINISTIC, OFF, "No supported accelerator"),
         (DETERMINISTIC, {}, "No supported accelerator"),
         (FLOAT16, OFF, "BFloat16"),
-        (FLOAT16, {}, "fa3 does not serve MLA like DeepSeek's in float16 on MUSA"),
+        (FLOAT16, {}, "BFloat16"),
+        (FLOAT16_NAMED, {}, "fa3 does not serve MLA like DeepSeek's in float16 on MUSA"),
     ],
-    ids=["deterministic, alone", "deterministic, with us", "MLA, alone", "MLA, with us"],
+    ids=[
+        "deterministic, alone",
+        "deterministic, with us",
+        "MLA, alone",
+        "MLA, with us",
+        "MLA, fa3 named",
+    ],
 )
 def test_what_sglang_cannot_do(
     musa: EngineServer,
