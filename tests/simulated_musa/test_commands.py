@@ -96,6 +96,7 @@ def test_validate(command: Command, tmp_path: Path, part: str) -> None:
     assert statuses == {"pass"}, report["outcomes"]
 
 
+@pytest.mark.long
 def test_validate_own_model(command: Command, tmp_path: Path, model: Path) -> None:
     """An operator's own model is served as by SGLang's triton."""
     done = command("validate", "--quick", "--only", "model", "--model", str(model), "--out", "own")
