@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +27,27 @@ def probe_command(s: Surroundings) -> CheckResult:
             "to."
         )
     options, unknown = _server_parser().parse_known_args(s.command)
-    resolved = _resolve(options, s)
+    line = CommandLine(options)
+    resolved = _resolve(line, s)
     words = [f"{name} {value} ({why})" for name, (value, why) in resolved.items()]
     finding = "; ".join(words) + f". {UNKNOWABLE}"
     details = {name: {"value": value, "because": why} for name, (value, why) in resolved.items()}
     details["not_looked_at"] = {"value": unknown, "because": UNKNOWABLE}
-    for problem in _problems_of_command(options, resolved, s.kernels):
+    for problem in _problems_of_command(line, resolved, s.kernels):
         return replace(problem, finding=f"{problem.finding} {finding}", details=details)
     return passed(finding, **details)
+
+
+@dataclass(frozen=True)
+class CommandLine:
+    """The options of a server, and what they ask for."""
+
+    options: argparse.Namespace
+
+    @functools.cached_property
+    def asked(self) -> Configuration:
+        """What the options ask for, beside the MATE that is installed here."""
+        return _configuration(self.options)
 
 
 def _server_parser() -> argparse.ArgumentParser:
@@ -57,9 +71,9 @@ def _server_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _resolve(options: argparse.Namespace, s: Surroundings) -> dict[str, tuple[Any, str]]:
+def _resolve(line: CommandLine, s: Surroundings) -> dict[str, tuple[Any, str]]:
     """The attention backends and the page size of a command line, each with the reason for it."""
-    attention = _attention(options, s)
+    options, attention = line.options, _attention(line, s)
     resolved: dict[str, tuple[Any, str]] = {}
     for phase in ("prefill", "decode"):
         named = getattr(options, f"{phase}_attention_backend")
@@ -80,17 +94,17 @@ def _resolve(options: argparse.Namespace, s: Surroundings) -> dict[str, tuple[An
     return resolved
 
 
-def _attention(options: argparse.Namespace, s: Surroundings) -> tuple[str, str]:
+def _attention(line: CommandLine, s: Surroundings) -> tuple[str, str]:
     """The attention backend of both phases where neither is named apart, and the reason for it."""
-    if options.attention_backend:
-        return options.attention_backend, "--attention-backend"
+    if line.options.attention_backend:
+        return line.options.attention_backend, "--attention-backend"
     if not s.kernels:
         return SGLANGS_CHOICE, "this package would stay idle"
     if not s.has_our_defaults:
         return SGLANGS_CHOICE, "this package has defaults on MUSA and on its CPU platform alone"
     reasons: tuple[str, ...] = ()
     if s.kernels == "mate":
-        reasons = policy.reasons_against_fa3(_configuration(options), _sglang_version())
+        reasons = policy.reasons_against_fa3(line.asked, _sglang_version())
     if reasons:
         return SGLANGS_CHOICE, "; ".join(reasons)
     return "fa3", "the default while this package serves"
@@ -124,7 +138,7 @@ def _dtype(options: argparse.Namespace, config: Mapping[str, Any]) -> str:
 
 
 def _problems_of_command(
-    options: argparse.Namespace, resolved: Mapping[str, tuple[Any, str]], kernels: str
+    line: CommandLine, resolved: Mapping[str, tuple[Any, str]], kernels: str
 ) -> list[CheckResult]:
     """Return the problems of a command line, worst first."""
     backends = {name: value for name, (value, _) in resolved.items() if name.endswith("attention")}
@@ -140,37 +154,33 @@ def _problems_of_command(
             else "See the check 'device'."
         )
         return [*problems, warned("This package would not be used.", step)]
-    problems += _problems_of_cache(options, kernels)
-    problems += _limits_of_upstream(options, resolved["page size"][0], kernels)
-    if (
-        _is_mla(options.model_path)
-        and kernels != "hopper"
-        and resolved["page size"][0] != policy.PAGE_SIZE
-    ):
+    page_size = resolved["page size"][0]
+    problems += _problems_of_cache(line, kernels)
+    problems += _limits_of_upstream(line, page_size, kernels)
+    if line.asked.use_mla and kernels != "hopper" and page_size != policy.PAGE_SIZE:
         step = "Leave --page-size unset, or set it to 64."
         problems.append(
-            failed(f"--page-size {options.page_size}: MLA's kernels take 64 alone.", step)
+            failed(f"--page-size {line.options.page_size}: MLA's kernels take 64 alone.", step)
         )
     return problems
 
 
-def _problems_of_cache(options: argparse.Namespace, kernels: str) -> list[CheckResult]:
+def _problems_of_cache(line: CommandLine, kernels: str) -> list[CheckResult]:
     """Return what is wrong with a KV cache's type where ``fa3`` is named."""
+    options = line.options
     if options.attention_backend == "fa3" and options.kv_cache_dtype == "fp8_e5m2":
         seen = "SGLang takes triton in place of fa3 with --kv-cache-dtype fp8_e5m2."
         return [warned(seen, "Use --kv-cache-dtype fp8_e4m3 where MATE serves it, or auto.")]
     if kernels != "mate":
         return []
-    reasons = policy.reasons_against_cache(_configuration(options))
+    reasons = policy.reasons_against_cache(line.asked)
     step = "Leave --kv-cache-dtype at auto, or take another --attention-backend."
     return [failed(f"It is refused: {'; '.join(reasons)}.", step)] if reasons else []
 
 
-def _limits_of_upstream(
-    options: argparse.Namespace, page_size: Any, kernels: str
-) -> list[CheckResult]:
+def _limits_of_upstream(line: CommandLine, page_size: Any, kernels: str) -> list[CheckResult]:
     """Return what SGLang's own ``fa3`` cannot serve of a command line, what is refused first."""
-    asked = replace(_configuration(options), on_musa=kernels == "mate")
+    asked = replace(line.asked, on_musa=kernels == "mate")
     if isinstance(page_size, int):
         asked = replace(asked, page_size=page_size)
     limits = sorted(limits_of(asked, _sglang_version()), key=lambda limit: not limit.is_fatal)
@@ -184,11 +194,6 @@ def _limits_of_upstream(
 
 def _sglang_version() -> str | None:
     return installed_versions("sglang").get("sglang")
-
-
-def _is_mla(model_path: str | None) -> bool:
-    """Return whether a model's configuration on this machine names MLA's latent rank."""
-    return Configuration.of_config(_config(model_path)).use_mla
 
 
 def _config(model_path: str | None) -> dict[str, Any]:
