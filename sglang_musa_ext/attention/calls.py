@@ -383,7 +383,7 @@ class KnownRawCall(KnownCall):
         self, site: CallSite, arguments: Arguments, settled: SettledCall, own_keys: OwnKeys
     ) -> None:
         """Describe a call of the kind ``site`` that ``own_keys`` serve."""
-        super().__init__(site, arguments, settled, own_keys)
+        super().__init__(site, arguments, settled, None)
         k, v = own_keys
         self.k_dtype, self.k_shape, self.k_dense = k.dtype, k.shape, density(k)
         self.v_dtype, self.v_shape, self.v_dense = v.dtype, v.shape, density(v)
