@@ -239,6 +239,14 @@ def _address(tensor: torch.Tensor) -> int | None:
     return tensor.data_ptr() if tensor.numel() > TABLE.numel() * 2 else None
 
 
+def require_each_as_if_first(kernels: str, calls: Sequence[Made]) -> list[Any]:
+    """Compare what comes of calls in one pass with what comes of each alone; return the former."""
+    served = outcomes(kernels, calls)
+    for each, made in zip(served, calls, strict=True):
+        assert each == outcomes(kernels, [made])[0]
+    return served
+
+
 @pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_changed_call_over_a_cache_is_made_as_if_it_were_the_first(
@@ -247,9 +255,7 @@ def test_a_changed_call_over_a_cache_is_made_as_if_it_were_the_first(
     """Dtypes, layouts, shapes, options and lengths: each alone is noticed, and forgotten again."""
     first, second, last = (base(own_keys=False) for _ in range(3))
     changed = {**base(own_keys=False)[0], **CHANGES[change]}, None
-    served = outcomes(kernels, [first, second, changed, last])
-    for each, made in zip(served, (first, second, changed, last), strict=True):
-        assert each == outcomes(kernels, [made])[0]
+    require_each_as_if_first(kernels, [first, second, changed, last])
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
@@ -261,10 +267,8 @@ def test_a_changed_call_over_raw_keys_is_made_as_if_it_were_the_first(
     first, second, last = (base(own_keys=True) for _ in range(3))
     more, own_keys = RAW_CHANGES[change]
     changed = {**base(own_keys=True)[0], **more}, own_keys
-    served = outcomes(kernels, [first, second, changed, last])
+    served = require_each_as_if_first(kernels, [first, second, changed, last])
     assert [each[0] for each in served[:2]] == ["flash_attn_varlen_func"] * 2
-    for each, made in zip(served, (first, second, changed, last), strict=True):
-        assert each == outcomes(kernels, [made])[0]
 
 
 REFUSED = {

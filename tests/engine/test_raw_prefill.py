@@ -13,7 +13,16 @@ import pytest
 
 from sglang_musa_ext import envs
 from tests.engine.test_engine import requests
-from tests.engine.test_engine_modes import BERT, CHUNKS, GEMMA_2, GPT_OSS, ONE_POOL, OPT, STEPWISE
+from tests.engine.test_engine_modes import (
+    BERT,
+    CHUNKS,
+    GEMMA_2,
+    GPT_OSS,
+    LOGPROB_TOLERANCE,
+    ONE_POOL,
+    OPT,
+    STEPWISE,
+)
 from tests.engine.test_release import UNCAPPED
 from tests.support import tiny_models
 from tests.support.engine import (
@@ -28,7 +37,6 @@ from tests.support.tiny_models import TinyModel, llama, tokens
 
 pytestmark = pytest.mark.engine
 
-LOGPROB_TOLERANCE = 1e-3
 SHARED = tokens(200, seed=1)
 PHASES = (
     # One prefill without any prefix, for both: a chunk of 128 is two whole pages to the scheduler.
