@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -149,3 +152,54 @@ def test_security_goes_through_the_host() -> None:
     text = (ROOT / "SECURITY.md").read_text()
     assert "Report a vulnerability" in text
     assert "@" not in text
+
+
+# --- safety ---------------------------------------------------------------------------------------
+
+UNSAFE = {
+    "eval(text)": "S307",
+    "exec(text)": "S102",
+    "import pickle": "TID251",
+    "from pickle import loads": "TID251",
+    "torch.load(text)": "TID251",
+    "yaml.load(text)": "S506",
+    "os.system(text)": "S605",
+    "os.popen(text)": "S605",
+    "subprocess.run(text, shell=True)": "S602",
+    "subprocess.run(['pip'])": "S607",
+    "import urllib.request": "TID251",
+    "from urllib import request": "TID251",
+    "import requests": "TID251",
+    "from huggingface_hub import snapshot_download": "TID251",
+    "torch.hub.load(text)": "TID251",
+}
+"""Lines that must not be in the package, and the rule that says so."""
+
+
+def test_the_linter_finds_what_is_unsafe() -> None:
+    """Where the package's modules are, it refuses code that fetches, or runs what it is given."""
+    imports = ("import os", "import subprocess", "import torch", "import yaml")
+    done = subprocess.run(
+        [sys.executable, "-m", "ruff", "check", "--output-format=json",
+         "--stdin-filename=sglang_musa_ext/unsafe.py"],
+        input="\n".join([*imports, *UNSAFE]), cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    found = {(each["location"]["row"], each["code"]) for each in json.loads(done.stdout)}
+    expected = set(enumerate(UNSAFE.values(), len(imports) + 1))
+    assert expected - found == set()
+
+
+def test_no_module_is_left_out_of_these_rules() -> None:
+    """No line of the package, and no exception for its files, turns one of them off."""
+    rules = set(UNSAFE.values())
+    config = (ROOT / "pyproject.toml").read_text()
+    excepted = re.findall(r'^"sglang_musa_ext[^\]]*\]', config, re.MULTILINE)
+    lines = [
+        line
+        for path in (ROOT / "sglang_musa_ext").rglob("*.py")
+        for line in path.read_text().splitlines()
+        if "noqa" in line
+    ]
+    assert excepted
+    text = "\n".join([*excepted, *lines])
+    assert [rule for rule in rules if rule in text] == []
