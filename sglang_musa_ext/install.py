@@ -2,17 +2,19 @@
 
 1. Download the pinned wheels of a cohort from the vendor's index, without their dependencies.
 2. Look into them: ``mate`` and its wrapper must be Moore Threads', whatever an index calls so.
-3. Install exactly these wheels, without any index.
-4. Install what only a public index has, without its dependencies.
+3. Download what only a public index has, without its dependencies.
+4. Compare the SHA-256 of every wheel with the lock that ``--lock`` names, or write a lock.
+5. Install exactly these wheels, without any index.
 
-Nothing is installed before the second step is passed, and nothing at all over a torch of another
-release. pip's configuration files and variables are left out, because one more index in them would
-be one more answer to ``mate``.
+Nothing is installed before the last step, and nothing at all over a torch of another release. pip's
+configuration files and variables are left out, because one more index in them would be one more
+answer to ``mate``.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import re
@@ -21,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +35,9 @@ TORCH_GROUP = frozenset({"torch", "torch-musa", "torchvision", "torchaudio"})
 """Left alone where installed, once torch is seen to be the vendor's of the same release."""
 SUPERSEDED = "mate-flash-attention"
 """MATE 0.1's wrapper, whose module the newer one shares."""
+
+LOCK = "lock.txt"
+"""The file among the wheels that says what they are, in the form of pip's requirement files."""
 
 CONFIGURATION = {"PIP_CONFIG_FILE": os.devnull}
 
@@ -57,18 +62,20 @@ class InstallError(RuntimeError):
 
 @dataclass(frozen=True)
 class Plan:
-    """The commands, in order; between download and install the wheels are inspected."""
+    """The commands, in order; after a download the wheels are inspected."""
 
     download: list[str]
-    install: list[str]
     public: list[str]
+    install: list[str]
+    pins: Mapping[str, str]
+    """The versions that they install, by normal name."""
     wheels: Path
     notes: tuple[str, ...] = ()
 
     @property
     def commands(self) -> tuple[list[str], ...]:
         """All of it."""
-        return self.download, self.install, self.public
+        return self.download, self.public, self.install
 
 
 def cohorts() -> list[str]:
@@ -116,39 +123,25 @@ def make_plan(
         kept = sorted(TORCH_GROUP & installed.keys())
         notes.append("Left alone: " + ", ".join(f"{name} {installed[name]}" for name in kept) + ".")
         pins = {name: version for name, version in pins.items() if name not in kept}
-    pinned = [f"{name}=={version}" for name, version in pins.items()]
-    pip = [options.python, "-m", "pip", "--isolated", "--disable-pip-version-check"]
+    public_pins = read_pins(CONSTRAINTS / "public.txt")
     wheels = Path(options.wheels)
+    pip = [options.python, "-m", "pip", "--isolated", "--disable-pip-version-check"]
     download = [*pip, "download", "--no-deps", "--only-binary", ":all:", "--dest", str(wheels)]
+    public_index = ("--index-url", options.public_index) if options.public_index else ()
     # Reinstalling matters where another project's package of this name and version is there.
-    install = [
-        *pip,
-        "install",
-        "--no-deps",
-        "--force-reinstall",
-        "--no-index",
-        "--find-links",
-        str(wheels),
-    ]
-    public = [
-        *pip,
-        "install",
-        "--no-deps",
-        *(("--index-url", options.public_index) if options.public_index else ()),
-    ]
+    install = [*pip, "install", "--no-deps", "--force-reinstall", "--no-index"]
     return Plan(
-        download=[*download, "--index-url", options.index, *pinned],
-        install=[*install, *pinned],
-        public=[
-            *public,
-            *(
-                f"{name}=={version}"
-                for name, version in read_pins(CONSTRAINTS / "public.txt").items()
-            ),
-        ],
+        download=[*download, "--index-url", options.index, *_requirements(pins)],
+        public=[*download, *public_index, *_requirements(public_pins)],
+        install=[*install, "--find-links", str(wheels), *_requirements(pins | public_pins)],
+        pins=pins | public_pins,
         wheels=wheels,
         notes=tuple(notes),
     )
+
+
+def _requirements(pins: Mapping[str, str]) -> list[str]:
+    return [f"{name}=={version}" for name, version in pins.items()]
 
 
 def require_same_torch(installed: str, pinned: str, options: argparse.Namespace) -> None:
@@ -179,13 +172,8 @@ def require_moore_threads(wheels: Path, pins: Mapping[str, str]) -> None:
         InstallError: naming the wheel and what it lacks.
     """
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as alone:
-        for path in wheels.glob("*.whl"):
-            name, version = path.name.split("-")[:2]
-            # A pin without a local label stands for any, to pip too.
-            if normal(name) in ("mate", "flash-attn-3") and pins[normal(name)] in (
-                version,
-                version.partition("+")[0],
-            ):
+        for name, path in pinned_wheels(wheels, pins):
+            if name in ("mate", "flash-attn-3"):
                 with zipfile.ZipFile(path) as archive:
                     archive.extractall(folder)
         # Without site-packages, which may have this package: only the wheels can answer.
@@ -198,6 +186,82 @@ def require_moore_threads(wheels: Path, pins: Mapping[str, str]) -> None:
             f"{problems}Delete them, and give the vendor's own index with --index: a public one "
             "has other projects of these names."
         )
+
+
+def pinned_wheels(wheels: Path, pins: Mapping[str, str]) -> Iterator[tuple[str, Path]]:
+    """Yield every wheel in a folder that a pin may install, with its normal name."""
+    for path in sorted(wheels.glob("*.whl")):
+        name, version = path.name.split("-")[:2]
+        # A pin without a local label stands for any, to pip too.
+        if pins.get(normal(name)) in (version, version.partition("+")[0]):
+            yield normal(name), path
+
+
+def settle_lock(plan: Plan, lock: Path | None) -> None:
+    """Compare the wheels with a lock, or write one beside them if none is given.
+
+    Raises:
+        InstallError: the lock cannot be read, or a wheel is not in it; nothing was installed.
+    """
+    seen = [(name, path, _sha256(path)) for name, path in pinned_wheels(plan.wheels, plan.pins)]
+    if lock is None:
+        _write_lock(plan, seen)
+        return
+    locked = read_lock(lock)
+    changed = [
+        f"  {path.name}: seen sha256 {digest}, expected {_expected(locked.get(name, ()))}\n"
+        for name, path, digest in seen
+        if digest not in locked.get(name, ())
+    ]
+    if changed:
+        raise InstallError(
+            f"Wheels in {plan.wheels} are not those of {lock}, so none was installed:\n"
+            f"{''.join(changed)}Ask whoever runs the index what changed there. If the new wheels "
+            "are right, install without --lock, and keep the lock that this writes; otherwise "
+            "delete them, and take those that were locked."
+        )
+
+
+def _write_lock(plan: Plan, seen: Sequence[tuple[str, Path, str]]) -> None:
+    lines = {name: f"{name}=={plan.pins[name]}" for name, _, _ in seen}
+    for name, _, digest in seen:
+        lines[name] += f" --hash=sha256:{digest}"
+    written = plan.wheels / LOCK
+    head = f"# What sglang-musa-ext install --lock {LOCK} compares.\n"
+    written.write_text(head + "".join(f"{line}\n" for line in lines.values()), encoding="utf-8")
+    print(f"# The SHA-256 of {len(seen)} wheels stand in {written}, for --lock.")
+
+
+def read_lock(path: Path) -> dict[str, set[str]]:
+    """The SHA-256 that a lock has for each package, by normal name.
+
+    Raises:
+        InstallError: there is no such file, or it has no line of a lock.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InstallError(f"--lock {path} cannot be read: {error}.") from error
+    lines = re.findall(r"^([\w.-]+)==(\S+ .+)", text.replace("\\\n", " "), re.MULTILINE)
+    locked = {normal(name): set(re.findall(r"sha256:(\w{64})\b", rest)) for name, rest in lines}
+    if not any(locked.values()):
+        raise InstallError(
+            f"--lock {path} has no line such as NAME==VERSION --hash=sha256:DIGEST; expected the "
+            f"{LOCK} that an earlier install has written among its wheels."
+        )
+    return locked
+
+
+def _expected(digests: Iterable[str]) -> str:
+    return " or ".join(sorted(digests)) or "none, as the lock lacks this package"
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def look_at(python: str) -> tuple[dict[str, str], list[int]]:
@@ -268,6 +332,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         default="musa-wheels",
         help="folder for the vendor's wheels (default: %(default)s)",
     )
+    parser.add_argument(
+        "--lock",
+        type=Path,
+        help=f"refuse wheels whose SHA-256 are not in this file, the {LOCK} of an earlier install",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the commands, and run none")
     options = parser.parse_args(arguments)
     if not options.index:
@@ -288,9 +357,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print("\n".join(map(shown, plan.commands)))
             return 0
         run(plan.download)
-        require_moore_threads(plan.wheels, read_pins(CONSTRAINTS / f"musa-{options.cohort}.txt"))
-        run(plan.install)
+        require_moore_threads(plan.wheels, plan.pins)
         run(plan.public)
+        settle_lock(plan, options.lock)
+        run(plan.install)
     except InstallError as error:
         print(f"sglang-musa-ext install: {error}", file=sys.stderr)
         return 1

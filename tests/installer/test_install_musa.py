@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import subprocess
@@ -136,6 +137,8 @@ def test_the_cohort_is_installed_and_nothing_else(
     assert environment.installed() == PINS | {"torchada": TORCHADA}
     assert (environment.packages / "mate/mha_interface.py").is_file()
     assert not (environment.packages / "mate/matchers.py").exists()
+    lock = environment.python.parent / "musa-wheels" / "lock.txt"
+    assert set(lock.read_text().splitlines()[1:]) == set(lock_lines(vendor, public))
 
 
 def test_an_index_that_only_has_the_unrelated_mate(vendor: Index, environment: Environment) -> None:
@@ -209,7 +212,7 @@ def test_an_environment_that_would_be_spoilt(
 
 
 def test_a_dry_run_prints_the_commands_and_runs_none(environment: Environment) -> None:
-    """Three commands of pip, of at most one index and without dependencies; no file is written."""
+    """Three commands of pip, of one index or none and without dependencies; no file is written."""
     before = sorted(environment.python.parent.iterdir())
     done = install(
         environment,
@@ -222,14 +225,101 @@ def test_a_dry_run_prints_the_commands_and_runs_none(environment: Environment) -
     assert done.returncode == 0, done.stderr
     assert [re.findall(r"--index-url (\S+)|(--no-index)", line) for line in commands] == [
         [("URL-OF-A", "")],
-        [("", "--no-index")],
         [("URL-OF-B", "")],
+        [("", "--no-index")],
     ]
     assert all(
         "--no-deps" in line and "--isolated" in line and "PIP_CONFIG_FILE=" in line
         for line in commands
     )
     assert sorted(environment.python.parent.iterdir()) == before
+
+
+def test_a_wheel_that_changed_under_its_version_is_refused(
+    vendor: Index, public: Index, environment: Environment
+) -> None:
+    """Given what an index had, another build of Moore Threads' own keeps all wheels out."""
+    lock = environment.python.parent / "given.txt"
+    lock.write_text("\n".join(lock_lines(vendor, public)))
+    before = digest_of(vendor, "mate")
+    vendor.add("mate", PINS["mate"], MATE | {"mate/more.py": ""})
+    indexes = ("--index", vendor.url, "--public-index", public.url)
+    done = install(environment, *indexes, "--lock", str(lock))
+    assert done.returncode == 1
+    assert f"seen sha256 {digest_of(vendor, 'mate')}, expected {before}\n" in done.stderr
+    assert done.stderr.count("seen sha256") == 1
+    assert environment.installed() == {}
+
+
+def lock_lines(vendor: Index, public: Index) -> list[str]:
+    """The lines of a lock of all wheels that belong on a MUSA machine."""
+    places = [(vendor, name, version) for name, version in PINS.items()]
+    places.append((public, "torchada", TORCHADA))
+    return [
+        f"{name}=={version} --hash=sha256:{digest_of(index, name)}"
+        for index, name, version in places
+    ]
+
+
+def digest_of(index: Index, name: str) -> str:
+    """The SHA-256 of the only wheel that an index has of a package."""
+    (wheel,) = (index.folder / name).glob("*.whl")
+    return hashlib.sha256(wheel.read_bytes()).hexdigest()
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> install_musa.Plan:
+    """The plan to install two wheels, which are in its folder beside another release of one."""
+    pins = {"mate": "1.0", "torch-musa": "2.0+musa"}
+    for name, version in [*pins.items(), ("mate", "0.9")]:
+        make_wheel(tmp_path / "wheels", name, version)
+    return install_musa.Plan([], [], [], pins, tmp_path / "wheels")
+
+
+def test_a_lock_holds_what_is_installed(plan: install_musa.Plan) -> None:
+    """It names each package once, with its version and the SHA-256 of its wheels, as pip does."""
+    other = plan.wheels / "mate-1.0-py2-none-any.whl"
+    other.write_bytes(b"another build")
+    install_musa.settle_lock(plan, None)
+    digests = {
+        path.name.partition("-")[0]: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in plan.wheels.glob("*-py3-*.whl")
+        if "0.9" not in path.name
+    }
+    second = hashlib.sha256(b"another build").hexdigest()
+    assert (plan.wheels / "lock.txt").read_text().splitlines()[1:] == [
+        f"mate==1.0 --hash=sha256:{second} --hash=sha256:{digests['mate']}",
+        f"torch-musa==2.0+musa --hash=sha256:{digests['torch_musa']}",
+    ]
+
+
+def test_wheels_of_the_lock_are_installed(plan: install_musa.Plan) -> None:
+    """Any of a package's digests serves, on one line or as pip-compile breaks it."""
+    install_musa.settle_lock(plan, None)
+    lock = plan.wheels / "lock.txt"
+    lock.write_text(
+        lock.read_text().replace(" --hash", f" --hash=sha256:{'0' * 64} \\\n    --hash")
+    )
+    install_musa.settle_lock(plan, lock)
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        (f"mate==1.0 --hash=sha256:{'0' * 64}\n", f"expected {'0' * 64}\n"),
+        (f"mate==1.0 --hash=sha256:{'0' * 64}\n", "expected none, as the lock lacks this package"),
+        ("mate==1.0\n", "has no line such as NAME==VERSION --hash=sha256:DIGEST"),
+        (None, "cannot be read"),
+    ],
+)
+def test_a_lock_that_does_not_hold(plan: install_musa.Plan, text: str | None, part: str) -> None:
+    """What is seen and expected is named, also where the lock says nothing or is none."""
+    lock = plan.wheels / "given.txt"
+    if text is not None:
+        lock.write_text(text)
+    with pytest.raises(install_musa.InstallError, match=re.escape(part)):
+        install_musa.settle_lock(plan, lock)
+    assert not (plan.wheels / "lock.txt").exists()
 
 
 def test_the_vendors_index_must_be_named(environment: Environment) -> None:
