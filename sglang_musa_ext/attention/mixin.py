@@ -430,8 +430,8 @@ class MusaFA3Mixin:
     def musa_fa3_report(self) -> dict[str, Any]:
         """Return what this backend is and has done, as plain data.
 
-        It is for logs, ``/server_info`` and tests. ``output_check`` is ``None`` unless a share of
-        the outputs is compared.
+        It is for logs, ``/server_info`` and tests. ``held`` is what is kept now; ``output_check``
+        is ``None`` unless a share of the outputs is compared.
         """
         return {
             "backend": type(self).__name__,
@@ -442,8 +442,15 @@ class MusaFA3Mixin:
             "page_size": self.page_size,
             "settings": asdict(self._settings),
             "statistics": self._plans.statistics.report(),
+            "held": self._held(),
             "output_check": None if self._sampler is None else self._sampler.report(),
         }
+
+    def _held(self) -> dict[str, int]:
+        """Return how much this backend keeps: what no number of requests may let grow."""
+        slots = 0 if self._workspace is None else self._workspace.slots_of(self)
+        sites = sum(map(len, self._sites.values()))
+        return self._plans.held() | {"kinds_of_calls": sites, "mla_slots": slots}
 
     def _configuration(self) -> str:
         """Say what this backend serves with, as one line for a log."""

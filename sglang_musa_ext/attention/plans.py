@@ -197,6 +197,11 @@ class SchedulerMetadataCache:
         self._count_uses()
         return self._statistics
 
+    def held(self) -> dict[str, int]:
+        """Return how much of the pass that runs or ran last is held, as plain data."""
+        plans = len(self.current.plans) + len(self.current.in_place)
+        return {"plans": plans, "known_calls": len(self.current.known)}
+
     @property
     def capturing(self) -> bool:
         """Return whether the current layer's calls are being captured into a graph."""

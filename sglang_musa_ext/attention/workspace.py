@@ -89,6 +89,11 @@ class MLAWorkspace:
                 slot = self._slots[key] = self._grown(owner, slot, _aligned(size))
         return self.buffer[slot.start : slot.start + slot.size]
 
+    def slots_of(self, owner: object) -> int:
+        """Return how many slots ``owner`` has, those that it has outgrown among them."""
+        with self._lock:
+            return len(self._taken.get(id(owner), ()))
+
     def _grown(self, owner: object, old: _Slot | None, size: int) -> _Slot:
         """Replace ``old`` by a slot of ``size`` bytes, or of twice as many if there is room."""
         if old is not None and 2 * old.size > size:

@@ -34,6 +34,24 @@ def test_dropping_a_backend_frees_what_it_held(mla: bool) -> None:
     assert workspace is None or workspace() is None
 
 
+@pytest.mark.parametrize("mla", [False, True], ids=["mha", "mla"])
+def test_passes_leave_nothing_behind(mla: bool) -> None:
+    """After many batches a backend keeps the plans, calls and slots of one, and says so."""
+    model = mla_model() if mla else Model(uniform_layers(2))
+    backend = model.backend()
+    requests = model.requests(300, 5, 40)
+    held = []
+    for count in (1, 2, 3) * 4:
+        # Each adds a token, so no two batches have the same lengths.
+        model.run_pass(backend, model.decode(requests[:count]))
+        held.append(backend.musa_fa3_report()["held"])
+    slots = {"mla_slots": 1 if mla else 0}
+    assert held[0] == {"plans": 1, "known_calls": 1, "kinds_of_calls": 1} | slots
+    assert held[-1] | slots == held[0]
+    # A slot that must grow stays reserved, for the graphs that hold its address.
+    assert held[-1]["mla_slots"] <= 2 * slots["mla_slots"]
+
+
 def test_slots_of_a_dropped_backend_serve_the_next() -> None:
     """While another backend keeps the workspace, a reloaded model takes the old one's room."""
     model = mla_model()

@@ -3,7 +3,8 @@
 ``python -m tests.load.server`` runs the long version, ``scripts/load``. A wave is many streaming
 requests at once, of which some are aborted, beside requests that are malformed. Every answer that
 was finished must be the one that the same server gave the request alone. After each wave the server
-must hold no request, no token of the KV cache, and no more open files than before the first.
+must hold no request, no token of the KV cache, and no more open files, plans, known calls and slots
+of the MLA workspace than before the first.
 """
 
 from __future__ import annotations
@@ -60,6 +61,18 @@ class Kept:
     open_files: int
     resident: int
     """Bytes, of all its processes."""
+    backend: dict[str, int] = field(default_factory=dict)
+    """The plans and the like that this package's backends keep, as their reports say."""
+
+    def more_than(self, before: Kept) -> Iterator[str]:
+        """Say what is kept that should not be, or more of than before the first wave."""
+        if self.requests or self.tokens:
+            yield f"{self.requests} requests, {self.tokens} tokens"
+        if self.open_files > before.open_files:
+            yield f"{self.open_files} files open: {before}"
+        for name, count in self.backend.items():
+            if count > before.backend[name]:
+                yield f"{count} {name}: {before}"
 
 
 @dataclass
@@ -84,10 +97,7 @@ class LoadReport:
         assert self.before is not None
         faults = list(self.wrong)
         for number, kept in enumerate(self.after, 1):
-            if kept.requests or kept.tokens:
-                faults.append(f"wave {number} left {kept.requests} requests, {kept.tokens} tokens")
-            if kept.open_files > self.before.open_files:
-                faults.append(f"wave {number} left {kept.open_files} files open: {self.before}")
+            faults += [f"wave {number} left {more}" for more in kept.more_than(self.before)]
         if len(self.after) > 2:
             second, third = self.after[1].resident, self.after[2].resident
             if third > second * LARGEST_GROWTH:
@@ -276,7 +286,17 @@ async def settled(url: str, process: psutil.Process) -> Kept:
         fewest_files = min(files, fewest_files)
         if idle or time.monotonic() > deadline:
             resident = sum(each.memory_info().rss for each in tree)
-            return Kept(requests, load["num_used_tokens"], fewest_files, resident)
+            held = await held_by_backends(url)
+            return Kept(requests, load["num_used_tokens"], fewest_files, resident, held)
+
+
+async def held_by_backends(url: str) -> dict[str, int]:
+    """Return what the backends of all schedulers hold together."""
+    async with aiohttp.ClientSession() as session, session.get(f"{url}/server_info") as response:
+        states = (await response.json())["internal_states"]
+    held = [report["held"] for state in states for report in state["sglang_musa_ext"]]
+    assert held, "no scheduler has a backend of this package"
+    return {name: sum(each[name] for each in held) for name in held[0]}
 
 
 def load_server(directory: Path, engines: EngineServer, requests: int, waves: int) -> LoadReport:

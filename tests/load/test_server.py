@@ -15,14 +15,14 @@ pytest.importorskip("prometheus_client")
 
 @pytest.mark.engine
 def test_a_server_under_load_loses_nothing(engines: EngineServer, tmp_path: Path) -> None:
-    """Every finished answer is that of the request alone; no request, token or file is left."""
+    """Every finished answer is that of the request alone; no request, token, file, plan is left."""
     report = load_server(tmp_path, engines, requests=24, waves=2)
     report.require_nothing_lost()
     assert (report.asked, report.finished + report.left) == (48, 48)
     assert report.left > 0
 
 
-KEPT = Kept(requests=0, tokens=0, open_files=9, resident=1000)
+KEPT = Kept(0, 0, open_files=9, resident=1000, backend={"plans": 1, "mla_slots": 0})
 SOUND = LoadReport(
     statuses={"bad JSON": "400", "unknown model": "200"},
     before=KEPT,
@@ -43,6 +43,10 @@ def test_what_is_sound_raises_nothing() -> None:
         ({"after": [replace(KEPT, tokens=64)]}, "wave 1 left 0 requests, 64 tokens"),
         ({"after": [KEPT, replace(KEPT, requests=1)]}, "wave 2 left 1 requests"),
         ({"after": [replace(KEPT, open_files=10)]}, "wave 1 left 10 files open"),
+        (
+            {"after": [KEPT, replace(KEPT, backend={"plans": 2, "mla_slots": 0})]},
+            r"wave 2 left 2 plans: .*'plans': 1",
+        ),
         ({"after": [KEPT, KEPT, replace(KEPT, resident=1051)]}, "grew from 1,000 to 1,051"),
         ({"statuses": {"bad JSON": "500"}}, "bad JSON: the answer was 500"),
         ({"statuses": {"huge prompt": "200"}}, "huge prompt: the answer was 200"),
