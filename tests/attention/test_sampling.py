@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
+from pathlib import Path
+from types import CodeType, FrameType
 from typing import Any
 
 import pytest
@@ -120,3 +123,40 @@ def test_off_wraps_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     backend = Model([attention_layer(0)]).backend()
     assert not [name for name in vars(backend) if name.startswith("call_")]
     assert backend.musa_fa3_report()["output_check"] is None
+
+
+def code_that_runs(backend: Any, model: Model, requests: Any) -> list[CodeType]:
+    """The functions of this package that one decode calls, in their order."""
+    root = Path(sampling.__file__).parents[1]
+    seen: list[CodeType] = []
+
+    def note(frame: FrameType, event: str, _: object) -> None:
+        if event == "call" and Path(frame.f_code.co_filename).is_relative_to(root):
+            seen.append(frame.f_code)
+
+    step = model.decode(requests)
+    sys.setprofile(note)
+    try:
+        model.run_pass(backend, step)
+    finally:
+        sys.setprofile(None)
+    return [code for code in seen if "kernels" not in Path(code.co_filename).parts]
+
+
+@pytest.mark.parametrize("check", ["off", "output:0.01"])
+def test_a_check_that_is_off_costs_a_call_nothing(
+    monkeypatch: pytest.MonkeyPatch, check: str
+) -> None:
+    """No function on the way of a call is of the check's module or asks for the check."""
+    monkeypatch.setenv(envs.CHECK, check)
+    model = Model([attention_layer(index) for index in range(3)])
+    backend, requests = model.backend(), model.requests(5, 9)
+    model.run_pass(backend, model.decode(requests))
+    codes = code_that_runs(backend, model, requests)
+    assert {"forward_decode", "begin_layer", "matches"} <= {code.co_name for code in codes}
+    of_check = [
+        code.co_name
+        for code in codes
+        if code.co_filename == sampling.__file__ or "_sampler" in code.co_names
+    ]
+    assert bool(of_check) == (check != "off")
