@@ -139,9 +139,8 @@ def _require_upstream_serves(backend: Any, runner: Any) -> None:
     for limit in limits:
         if not limit.is_fatal:
             logger.warning("SGLang's %s", limit)
-    fatal = [limit for limit in limits if limit.is_fatal]
-    if fatal:
-        raise PluginError("\n".join(f"SGLang's {limit}" for limit in fatal))
+    if fatal := [limit for limit in limits if limit.is_fatal]:
+        raise PluginError("\n".join(f"SGLang's {limit.refusal(asked)}" for limit in fatal))
 
 
 def _reason_to_stay_idle(settings: Settings) -> str | None:

@@ -43,7 +43,7 @@ from sglang_musa_ext.attention.raw_keys import new_rows, raw_arguments
 from sglang_musa_ext.attention.sampling import OutputSampler
 from sglang_musa_ext.attention.workspace import MLAWorkspace
 from sglang_musa_ext.envs import Settings
-from sglang_musa_ext.kernels.provider import FA3Kernels, UnsupportedByKernels, select_kernels
+from sglang_musa_ext.kernels.provider import FA3Kernels, select_kernels
 from sglang_musa_ext.upstream.limits import head_dims_of
 from sglang_musa_ext.upstream.names import KERNEL_PARAMETERS
 from sglang_musa_ext.upstream.rows.passes import PASS_METHODS
@@ -76,7 +76,6 @@ class MusaFA3Mixin:
     """Stands for the forward batch of a kernel call that no layer makes."""
 
     use_mla: bool
-    topk: int
     page_size: int
     kv_cache_dtype: torch.dtype
     forward_metadata: Any
@@ -89,8 +88,8 @@ class MusaFA3Mixin:
         Raises:
             UnsupportedAttentionVersion: ``fa_impl_ver`` is not 3.
             KernelsUnavailable: the kernel library is missing, or is another one.
-            UnsupportedByKernels: page size, KV-cache dtype, head dimensions, batches or speculative
-                tree are not for these kernels.
+            UnsupportedByKernels: page size, KV-cache dtype, head dimensions or batches are not for
+                these kernels.
         """
         if fa_impl_ver != 3:
             raise UnsupportedAttentionVersion(
@@ -112,8 +111,6 @@ class MusaFA3Mixin:
             head_dims=head_dims_of(model_runner.model_config, self.use_mla),
             largest_batch=model_runner.req_to_token_pool.size,
         )
-        if not model_runner.is_draft_worker:
-            self._refuse_trees_over_latent_pages()
         self._replace_upstream_kernels()
         self._plans = SchedulerMetadataCache(stream_probe(self._pool_device))
         self.begin_call = self._plans.begin_call
@@ -467,19 +464,6 @@ class MusaFA3Mixin:
             f"device {self._pool_device}, page size {self.page_size}, MLA workspace {workspace}, "
             f"checks {self._settings.check}, plans {plans}, SGLang {sglang.__version__}"
         )
-
-    def _refuse_trees_over_latent_pages(self) -> None:
-        """Refuse what upstream's verify of an MLA model gets wrong.
-
-        It passes a table of tokens where pages hold many of them.
-        """
-        if self.use_mla and self.topk > 1 and self.page_size > 1:
-            raise UnsupportedByKernels(
-                f"--speculative-eagle-topk {self.topk} does not work with an MLA model at "
-                f"--page-size {self.page_size}: to verify a tree, SGLang passes a table of tokens "
-                "for one of pages, and kernels then read elsewhere. "
-                "Start the server with --speculative-eagle-topk 1."
-            )
 
     def _replace_upstream_kernels(self) -> None:
         """Let the methods above be found under upstream's instance attributes; turn off its plans.

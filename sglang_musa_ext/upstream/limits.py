@@ -8,7 +8,7 @@ class as with ours. The defaults on MUSA do not choose ``fa3`` for it, and a ser
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sglang_musa_ext.upstream.releases import version_key
@@ -210,6 +210,20 @@ def _has_sliding_windows(text_config: Any) -> bool:
     return is_used and getattr(text_config, "sliding_window", None) is not None
 
 
+_OPEN = Configuration()
+"""Nothing is chosen."""
+_OPTIONS: Mapping[str, str] = {
+    "page_size": "--page-size {}",
+    "topk": "--speculative-eagle-topk {}",
+    "speculative_algorithm": "--speculative-algorithm {}",
+    "dtype": "--dtype {}",
+    "kv_cache_dtype": "--kv-cache-dtype {}",
+    "mixed_chunk": "--enable-mixed-chunk",
+    "device": "--device {}",
+}
+"""The options that fields of a configuration come from."""
+
+
 @dataclass(frozen=True)
 class UpstreamLimit:
     """A configuration that SGLang's ``fa3`` cannot serve, or not rightly."""
@@ -240,6 +254,15 @@ class UpstreamLimit:
 
     def __str__(self) -> str:
         return f"fa3 does not serve {self.condition}: {self.happens}. {self.instead}."
+
+    def refusal(self, asked: Configuration) -> str:
+        """Return this text, with the options of ``asked`` without which it would not be met."""
+        options = " ".join(
+            option.format(getattr(asked, name))
+            for name, option in _OPTIONS.items()
+            if not self.applies(replace(asked, **{name: getattr(_OPEN, name)}))
+        )
+        return f"{self} This server has {options}." if options else str(self)
 
 
 _TWO_WAY_IMAGES = frozenset({"Gemma3ForConditionalGeneration"})
@@ -303,7 +326,8 @@ UPSTREAM_LIMITS = (
         "a draft tree (--speculative-eagle-topk above 1) of an MLA model at pages of more than one "
         "token",
         lambda asked: asked.is_tree and asked.use_mla and asked.has_large_pages,
-        "its verification has a table of tokens where kernels read one of pages",
+        "to verify a tree, SGLang passes a table of tokens for one of pages, and kernels then read "
+        "elsewhere: tokens are wrong, or the server ends",
         "Start the server with --speculative-eagle-topk 1",
     ),
     UpstreamLimit(

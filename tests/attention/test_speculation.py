@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from sglang_musa_ext.kernels import provider as kernels
 from tests.support.backend import (
     Draft,
     ForwardMode,
@@ -102,14 +101,6 @@ def test_cascade_draft_decode_keeps_prefix_and_suffix_apart(mla: bool, step: int
         for layer in model.layers:
             model.check(child, made, layer)
     assert (counts.passes, counts.planned_calls, counts.plans, counts.reuses) == (1, 6, 2, 4)
-
-
-def test_a_tree_over_pages_of_a_latent_cache_is_refused() -> None:
-    """Upstream's verify of MLA passes tokens where pages are due: only chains can be verified."""
-    with pytest.raises(
-        kernels.UnsupportedByKernels, match=r"--speculative-eagle-topk 2 .* --page-size 64"
-    ):
-        mla_model(1, arguments=TOPK).backend()
 
 
 def test_draft_extend_without_lengths_on_the_host() -> None:
