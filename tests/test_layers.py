@@ -62,7 +62,7 @@ LAYERS = {
     "doctor": layer("envs policy upstream", lazy="*"),
     "install": layer("envs"),
     "engines": layer("patching", lazy="cpu sglang torch sgl_kernel"),
-    "validation": layer("engines policy kernels envs torch", lazy="*"),
+    "validation": layer("engines policy kernels envs torch upstream", lazy="*"),
     "benchmark": layer("engines validation policy envs kernels torch", lazy="*"),
     "prewarm": layer("policy", lazy="envs kernels torch"),
     "__main__": layer(),

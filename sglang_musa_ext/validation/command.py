@@ -7,7 +7,8 @@ It needs the installed stack alone: torch, sglang and sglang-musa-ext. Its parts
   graphs    plans and kernels in the device's graphs, replayed with other lengths, against float64
   memcheck  NVIDIA's compute-sanitizer over each kind of these calls; on NVIDIA GPUs alone
   engine    a tiny random Llama served by SGLang with this package, against SGLang's torch_native
-  modes     models without weights in every mode, against SGLang's own fa3; on NVIDIA GPUs alone
+  modes     models without weights in every mode, against SGLang's own fa3, or on MUSA against this
+            package without reuse of plans; on GPUs alone
   bench     decode step time with plans reused within a pass and without; equal tokens come first
   model     your own model (--model), served with this package and with another backend of SGLang's
 

@@ -11,6 +11,7 @@ import pytest
 from sglang_musa_ext.engines.process import FORCE_UPDATE, Engine
 from sglang_musa_ext.validation import command, modes, several
 from sglang_musa_ext.validation.modes import FIRST_PORT, MODES, PORTS, Mode, _placed, phases
+from sglang_musa_ext.validation.refusals import why_not_on_musa
 from sglang_musa_ext.validation.report import (
     ABSENT,
     FAIL,
@@ -135,11 +136,15 @@ class MusaEngine(MusaStandIn):
 
     def reports(self) -> list[dict[str, Any]]:
         """Ours, on MATE's kernels."""
-        return [each | {"kernels": "mate"} for each in super().reports()]
+        plans = {"plans": 0, "reuses": 0, "passes_by_plans": {}} if self.fault == "no plans" else {}
+        return [
+            each | {"kernels": "mate", "statistics": each["statistics"] | plans}
+            for each in super().reports()
+        ]
 
 
 def musa_outcomes(
-    fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str = "dense-page64"
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Statuses and reasons of a mode's cases on MUSA, with this fault in the engines."""
     monkeypatch.setattr(modes, "Engine", MusaEngine)
@@ -148,11 +153,11 @@ def musa_outcomes(
     peers = modes.PEERS_ON["musa"]
     fleet = modes.Fleet(options, ["0"], 2, lambda _: None, peers.visible)  # type: ignore[arg-type]
     try:
-        cases = modes.ModeCases(fleet, peers).cases(["dense-page64"], ())
+        cases = modes.ModeCases(fleet, peers).cases([mode], ())
         outcomes = [case() for _, case in cases]
     finally:
         fleet.close()
-    names = [outcome.name.removeprefix("dense-page64: ") for outcome in outcomes]
+    names = [outcome.name.removeprefix(f"{mode}: ") for outcome in outcomes]
     statuses = [outcome.status for outcome in outcomes]
     reasons = [outcome.reason for outcome in outcomes]
     return dict(zip(names, statuses, strict=True)), dict(zip(names, reasons, strict=True))
@@ -190,6 +195,68 @@ def test_what_the_in_tree_backend_cannot_serve_is_skipped(
     assert statuses["graphs, beside the in-tree backend"] == SKIP
     assert "the process ended" in reasons["graphs, beside the in-tree backend"]
     assert statuses["graphs"] == PASS
+
+
+@pytest.mark.parametrize(
+    ("mode", "fault", "status"),
+    [
+        ("window-sinks", "no plans", PASS),
+        ("window-softcap", "no plans", FAIL),
+        # A layer of two kinds whose calls are not split takes no plan on MATE.
+        ("window-softcap", "", PASS),
+        ("dense-page64", "two plans", FAIL),
+    ],
+)
+def test_plans_that_mate_takes_are_asked_for(
+    mode: str, fault: str, status: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With sinks MATE ignores plans, and none is computed; elsewhere none is a failure, and so are
+    more than there are geometries.
+    """
+    statuses, _ = musa_outcomes(fault, tmp_path, monkeypatch, mode)
+    assert statuses["who served, and plans a pass"] == status
+    if fault == "no plans":
+        assert statuses["eager, plans checked"] == status
+
+
+NEWEST_MATE = (0, 2, 7)
+
+
+@pytest.mark.parametrize(
+    ("mode", "version", "mate", "words"),
+    [
+        ("ngram", "0.5.11", NEWEST_MATE, "NGRAM"),
+        ("deterministic", "0.5.23", NEWEST_MATE, "deterministic"),
+        ("cp-zigzag", "0.5.19", NEWEST_MATE, ""),
+        ("cp-zigzag", "0.5.20", NEWEST_MATE, "context parallel"),
+        ("cp-interleave", "0.5.23", NEWEST_MATE, "context parallel"),
+        ("fp8", "0.5.21", NEWEST_MATE, ""),
+        ("fp8", "0.5.21", (0, 2, 2), "--kv-cache-dtype fp8_e4m3: MATE"),
+        ("dense-page64", "0.5.21", (0, 2, 2), ""),
+        ("two-nodes", "0.5.21", NEWEST_MATE, ""),
+        ("dp-attention-mtp", "0.5.21", NEWEST_MATE, ""),
+    ],
+)
+def test_what_is_not_served_on_musa_is_skipped(
+    mode: str, version: str, mate: tuple[int, ...], words: str
+) -> None:
+    """A mode that SGLang or MATE refuses there is no failure of ours; the others run."""
+    why = why_not_on_musa(MODES[mode].arguments, version, mate)
+    assert words in why
+    assert bool(words) == bool(why)
+
+
+def test_the_commands_for_two_gpus_run_every_mode_of_several_cards(repository: Path) -> None:
+    """Each mode that takes two cards is in one of CONTRIBUTING's commands, once; all are merged."""
+    text = (repository / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    commands = [line.split() for line in text.splitlines() if "validate --" in line]
+    options = [command._options(words[2:]) for words in commands if words[0] != "-"]
+    named = [name for each in options for name in each.modes]
+    several_cards = {name for name, mode in MODES.items() if mode.gpus > 1}
+    assert len(set(named)) == len(named)
+    assert set(named) == several_cards | {"mla-mtp", "torch-compile"}
+    (merge,) = (each for each in options if each.merge)
+    assert [each.out for each in options if each.modes] == merge.merge
 
 
 # Reports ------------------------------------------------------------------------------------------
