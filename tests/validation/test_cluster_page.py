@@ -51,6 +51,20 @@ def options_of(words: list[str]) -> dict[str, Any]:
 
 
 ALL = [(page, *command) for page in PAGES for command in commands(page)]
+OWN_COMMANDS = {"sglang-musa-ext validate --modes NAME", "sglang-musa-ext doctor -- OPTIONS"}
+"""Commands in the text, which ``test_validate.py`` and ``tests/doctor`` run."""
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_no_command_escapes(page: str) -> None:
+    """Every block of the page is one of those above, and the text names our own commands alone."""
+    text = (DOCS / page).read_text(encoding="utf-8")
+    blocks = re.findall(r"^```([^\n]*)\n.*?^```", text, re.DOTALL | re.MULTILINE)
+    assert blocks == ["sh"] * len(list(commands(page)))
+    assert len(blocks) > 10
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    named = re.findall(r"`((?:sglang-musa-ext|python|sglang)\b[^`]+)`", prose)
+    assert set(named) == OWN_COMMANDS
 
 
 @pytest.mark.parametrize(
