@@ -571,7 +571,7 @@ def test_what_upstream_cannot_serve_is_said_at_start(
 ) -> None:
     """A limit of upstream's stops a server that it would end later, or warns."""
     server_args = SimpleNamespace(**(vars(RUNNER.server_args) | options))
-    hf_config = SimpleNamespace(architectures=["Llama4ForCausalLM"])
+    hf_config = SimpleNamespace(architectures=["Llama4ForConditionalGeneration"])
     changed = {"server_args": server_args, "model_config": SimpleNamespace(hf_config=hf_config)}
     runner = SimpleNamespace(**(vars(RUNNER) | changed))
     if fatal:

@@ -13,7 +13,7 @@ from typing import Any
 from sglang_musa_ext import policy
 from sglang_musa_ext.doctor.results import CheckResult, failed, passed, warned
 from sglang_musa_ext.doctor.surroundings import Surroundings, installed_versions
-from sglang_musa_ext.upstream.limits import Configuration, limits_of
+from sglang_musa_ext.upstream.limits import Configuration, limits_of, skips_cache
 
 SGLANGS_CHOICE = "SGLang's choice"
 UNKNOWABLE = "Not known here: what SGLang sets for a model's architecture, and what --config holds."
@@ -68,6 +68,9 @@ def _server_parser() -> argparse.ArgumentParser:
     parser.add_argument("--speculative-algorithm")
     parser.add_argument("--enable-mixed-chunk", action="store_true")
     parser.add_argument("--max-running-requests", type=int)
+    parser.add_argument("--is-embedding", action="store_true")
+    parser.add_argument("--disable-radix-cache", action="store_true")
+    parser.add_argument("--chunked-prefill-size", type=int)
     return parser
 
 
@@ -125,6 +128,7 @@ def _configuration(options: argparse.Namespace) -> Configuration:
         speculative_algorithm=options.speculative_algorithm,
         mixed_chunk=options.enable_mixed_chunk,
         max_running_requests=options.max_running_requests,
+        skips_cache=skips_cache(options),
         mate=identify_mate().known_release,
         **quantization,
     )

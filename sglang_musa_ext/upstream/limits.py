@@ -70,6 +70,8 @@ class Configuration:
     """``--max-running-requests``; ``None``: what SGLang chooses."""
     mixed_chunk: bool = False
     """``--enable-mixed-chunk``."""
+    skips_cache: bool = False
+    """True if prompts are embedded without a KV cache; see :func:`skips_cache`."""
     capability: tuple[int, int] | None = None
     """MP version of the device; ``None``: unknown."""
     on_musa: bool = False
@@ -101,6 +103,7 @@ class Configuration:
             "has_sinks": getattr(model_config, "has_attention_sinks", False),
             "head_dims": frozenset(head_dims_of(model_config, known.get("use_mla", False))),
             "mixed_chunk": server_args.enable_mixed_chunk,
+            "skips_cache": skips_cache(server_args),
             "device": getattr(server_args, "device", None) or "",
             "expert_columns": expert_columns(server_args, text),
             "attention_chunk": getattr(text, "attention_chunk_size", None),
@@ -161,6 +164,18 @@ class Configuration:
     def has_large_pages(self) -> bool:
         """Return whether a page has more than one token, as far as is known."""
         return self.page_size is not None and self.page_size > 1
+
+
+def skips_cache(server_args: Any) -> bool:
+    """Tell whether SGLang's ``fa3`` neither writes nor reads a KV cache, as it does to embed whole
+    prompts of which no prefix is kept.
+
+    Args:
+        server_args: SGLang's ``ServerArgs``, or a view of it.
+    """
+    embeds = getattr(server_args, "is_embedding", False)
+    keeps_none = getattr(server_args, "disable_radix_cache", False)
+    return bool(embeds and keeps_none and server_args.chunked_prefill_size == -1)
 
 
 def expert_columns(server_args: Any, text_config: Any) -> int | None:
@@ -271,8 +286,8 @@ _DRAFTING = frozenset({"EAGLE", "EAGLE3", "NEXTN", "STANDALONE"})
 """Algorithms in which a model drafts."""
 _PREFILL_AWARE = frozenset({"UnlimitedOCRForCausalLM"})
 """Models whose windows keep what was prefilled."""
-_CHUNKED = frozenset({"Llama4ForConditionalGeneration", "Llama4ForCausalLM"})
-"""Models with attention in chunks."""
+_CHUNKED = frozenset({"Llama4ForConditionalGeneration"})
+"""Models whose attention in chunks SGLang turns on."""
 _LATENT_LIKE_DEEPSEEK = frozenset(
     {
         "DeepseekV2ForCausalLM",
@@ -292,6 +307,7 @@ _LATENT_LIKE_DEEPSEEK = frozenset(
 """Models whose latent attention is SGLang's ``DeepseekV2AttentionMLA``."""
 _FLOAT16 = frozenset({"float16", "fp16", "half"})
 _BFLOAT16 = frozenset({"bfloat16", "bf16"})
+_FP8 = frozenset({"fp8_e4m3", "float8_e4m3fn"})
 
 
 def _is_one_of(asked: Configuration, architectures: Iterable[str]) -> bool:
@@ -345,6 +361,22 @@ UPSTREAM_LIMITS = (
         "Start the server with --kv-cache-dtype auto, or with --dtype bfloat16",
     ),
     UpstreamLimit(
+        "embeddings without a KV cache (--is-embedding, --disable-radix-cache, "
+        "--chunked-prefill-size -1) with --kv-cache-dtype fp8_e4m3",
+        lambda asked: asked.skips_cache and asked.kv_cache_dtype in _FP8 and not asked.use_mla,
+        "queries are cast to fp8 and keys are not, and the first request ends in an error about "
+        "dtypes",
+        "Start the server with --kv-cache-dtype auto",
+    ),
+    UpstreamLimit(
+        "embeddings of an MLA model without a KV cache (--is-embedding, --disable-radix-cache, "
+        "--chunked-prefill-size -1)",
+        lambda asked: asked.skips_cache and asked.use_mla,
+        "the cache is not written, and is read all the same: embeddings are wrong",
+        "Start the server without --disable-radix-cache",
+        until="0.5.11",
+    ),
+    UpstreamLimit(
         "MLA like DeepSeek's in float16 on MUSA, with weights that are not quantised",
         lambda asked: asked.on_musa and _is_latent_float16(asked),
         "SGLang casts what attention returns to bfloat16 there, on any backend, and the first "
@@ -359,9 +391,21 @@ UPSTREAM_LIMITS = (
         "Start the server without --enable-mixed-chunk",
     ),
     UpstreamLimit(
+        "attention in chunks (Llama-4) at pages of more than one token",
+        lambda asked: _is_one_of(asked, _CHUNKED) and asked.has_large_pages,
+        "its layers with chunks have a table of tokens where kernels read one of pages, which ends "
+        "in an error of an index or of memory, or in wrong text",
+        "Start the server with --page-size 1, or with another --attention-backend",
+        until="0.5.19",
+        reported="sgl-project/sglang#32902",
+    ),
+    UpstreamLimit(
         "attention in chunks (Llama-4) whose chunk is no multiple of the page size",
         lambda asked: bool(
-            asked.attention_chunk and asked.page_size and asked.attention_chunk % asked.page_size
+            _is_one_of(asked, _CHUNKED)
+            and asked.attention_chunk
+            and asked.page_size
+            and asked.attention_chunk % asked.page_size
         ),
         "the first prefill ends in an AssertionError",
         "Start the server with a --page-size that divides the model's attention_chunk_size",

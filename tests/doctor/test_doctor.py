@@ -545,7 +545,7 @@ LIMITS = [
         "draft tree",
     ),
     (
-        {"architectures": ["Llama4ForCausalLM"]},
+        {"architectures": ["Llama4ForConditionalGeneration"]},
         ["--enable-mixed-chunk"],
         CheckStatus.FAIL,
         "attention in chunks",

@@ -26,7 +26,18 @@ MEETING: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"page_size": 1},
     ),
     "several requests": ({"is_encoder_decoder": True, "page_size": 1}, {"max_running_requests": 1}),
-    "no multiple of the page": ({"attention_chunk": 96, "page_size": 64}, {"page_size": 32}),
+    "Llama-4) at pages": (
+        {"architectures": ("Llama4ForConditionalGeneration",), "page_size": 64},
+        {"page_size": 1},
+    ),
+    "no multiple of the page": (
+        {
+            "architectures": ("Llama4ForConditionalGeneration",),
+            "attention_chunk": 96,
+            "page_size": 64,
+        },
+        {"page_size": 32},
+    ),
     "Unlimited-OCR": (
         {"architectures": ("UnlimitedOCRForCausalLM",), "page_size": 64},
         {"page_size": 1},
@@ -48,6 +59,11 @@ MEETING: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"dtype": "float16", "kv_cache_dtype": "bfloat16"},
         {"kv_cache_dtype": "auto"},
     ),
+    "embeddings without": (
+        {"skips_cache": True, "kv_cache_dtype": "fp8_e4m3"},
+        {"kv_cache_dtype": "auto"},
+    ),
+    "embeddings of an MLA": ({"skips_cache": True, "use_mla": True}, {"skips_cache": False}),
     "in float16 on MUSA": (
         {
             "on_musa": True,
@@ -58,7 +74,7 @@ MEETING: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"dtype": "bfloat16"},
     ),
     "in chunks (Llama-4) with": (
-        {"mixed_chunk": True, "architectures": ("Llama4ForCausalLM",)},
+        {"mixed_chunk": True, "architectures": ("Llama4ForConditionalGeneration",)},
         {"mixed_chunk": False},
     ),
     "both ways": (
@@ -137,7 +153,20 @@ EVIDENCE = {
             r"\s+self\._maybe_init_local_attn_metadata"
         ),
     ),
+    # Where it is corrected, pages are counted here.
+    "Llama-4) at pages": (
+        FLASH_ATTENTION,
+        r"local_attn_metadata = None\n\s+return\n\n\s+cu_seqlens_q_np = ",
+    ),
     "no multiple of the page": (FLASH_ATTENTION, r"assert attn_chunk_size % page_size == 0"),
+    "embeddings without": (
+        FLASH_ATTENTION,
+        r"\(self\.kv_cache_dtype\)(?s:.)+elif self\.fa_skip_kv_cache:",
+    ),
+    "embeddings of an MLA": (
+        FLASH_ATTENTION,
+        r"self\.fa_skip_kv_cache = \(\n(?:\s+(?:and )?server_args\.\w+(?: == -1)?\n)+\s+\)",
+    ),
     "chains of drafts": (FLASH_ATTENTION, r'"FA3 draft-decode page_table"'),
     "in float16 on MUSA": (
         LATENT,
