@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -20,13 +20,16 @@ from sglang_musa_ext.upstream.releases import version_key
 from tests.engine.test_engine_modes import (
     DEEPSEEK,
     EXPERTS,
+    GEMMA_3,
     LOGPROB_TOLERANCE,
     MLA_DENSE,
+    NO_CACHE,
+    QWEN_2,
     STEPWISE,
     TWO_RANKS,
 )
 from tests.support import tiny_models
-from tests.support.engine import EngineCase, EngineFailed, EngineServer, Request
+from tests.support.engine import EngineCase, EngineFailed, EngineServer, Request, embed
 from tests.support.tiny_models import TinyModel, llama, tokens
 
 pytestmark = pytest.mark.engine
@@ -47,6 +50,7 @@ class Limit:
 
 
 DRAFTS = {"speculative_num_steps": 3, "speculative_num_draft_tokens": 8}
+TREE = DRAFTS | {"speculative_algorithm": "STANDALONE", "speculative_eagle_topk": 4}
 LIMITS = [
     Limit(
         "STANDALONE",
@@ -62,7 +66,16 @@ LIMITS = [
         {"dtype": "float16", "kv_cache_dtype": "bfloat16"},
         "to have the same dtype",
     ),
+    Limit(
+        "over sliding windows",
+        GEMMA_3,
+        TREE,
+        "AssertionError: FlashAttention backend doesn't support topk > 1",
+        llama(),
+    ),
 ]
+OVER_LATENT_PAGES = Limit("of an MLA model at", MLA_DENSE, TREE, "", llama())
+"""A server that answers wrongly, or ends."""
 
 
 def require_release(word: str, since: str = "0.5.11") -> None:
@@ -105,32 +118,23 @@ def test_a_server_ends_in_what_the_row_says(engines: EngineServer, limit: Limit)
     assert limit.error in failure.value.log
 
 
-@pytest.mark.parametrize("limit", LIMITS, ids=lambda limit: limit.word)
+@pytest.mark.parametrize("limit", [LIMITS[1], OVER_LATENT_PAGES], ids=lambda limit: limit.word)
 def test_a_server_is_refused_at_start(engines: EngineServer, limit: Limit) -> None:
-    """It stops before a request, and says the row's condition and what to do."""
+    """It stops before a request, and says the row's condition, what to do, and its options."""
     with pytest.raises(EngineFailed) as failure:
         engines.run(case_of(engines, limit))
     (row,) = (row for row in limits.UPSTREAM_LIMITS if limit.word in row.condition)
-    assert f"SGLang's {row}" in failure.value.log
-
-
-def leave_both_checks_out() -> None:
-    from sglang_musa_ext.attention.mixin import MusaFA3Mixin
-
-    leave_the_check_out()
-    mixin: Any = MusaFA3Mixin
-    mixin._refuse_trees_over_latent_pages = lambda _self: None
+    assert f"SGLang's {row} This server has --" in failure.value.log
+    if limit is OVER_LATENT_PAGES:
+        assert "This server has --page-size 64 --speculative-eagle-topk 4." in failure.value.log
 
 
 def test_a_tree_over_latent_pages_is_verified_wrongly(engines: EngineServer) -> None:
     """Its tokens are others than transformers', where a chain's are equal; or the server ends."""
-    require_release("of an MLA model", "0.5.17")
-    drafts = {"speculative_draft_model_path": str(engines.model(llama()))}
-    tree = DRAFTS | {"speculative_algorithm": "STANDALONE", "speculative_eagle_topk": 4}
+    require_release(OVER_LATENT_PAGES.word, "0.5.17")
     requests = tuple(Request(tokens(length, seed=length), 16) for length in (70, 200))
-    case = EngineCase(
-        engines.model(MLA_DENSE), (requests,), STEPWISE | tree | drafts, {}, leave_both_checks_out
-    )
+    limit = replace(OVER_LATENT_PAGES, requests=requests)
+    case = case_of(engines, limit, before_boot=leave_the_check_out)
     expected = [engines.greedy(case.model, request)[0] for request in requests]
     with contextlib.suppress(EngineFailed):
         assert engines.run(case).tokens != expected
@@ -150,6 +154,20 @@ def test_ngram_at_the_end_of_the_context(engines: EngineServer) -> None:
     with pytest.raises(EngineFailed) as failure:
         engines.run(case)
     assert "leak" in failure.value.log
+
+
+def test_embeddings_over_an_fp8_cache_that_is_not_used(engines: EngineServer) -> None:
+    """Queries are cast to fp8, and keys that no cache holds are not."""
+    require_release("embeddings without")
+    fp8 = {"dtype": "bfloat16", "kv_cache_dtype": "fp8_e4m3", "is_embedding": True}
+    request = Request(tokens(70, seed=1))
+    case = EngineCase(
+        engines.model(QWEN_2), ((request,),), STEPWISE | NO_CACHE | fp8, {}, leave_the_check_out
+    )
+    with pytest.raises(EngineFailed) as failure:
+        engines.call(embed, case)
+    seen = "k.dtype is torch.bfloat16; expected q's own torch.float8_e4m3fn"
+    assert seen in failure.value.log
 
 
 MOE = TinyModel("Qwen3MoeConfig", tiny_models.SMALL | EXPERTS)
