@@ -43,6 +43,9 @@ def pytest_configure(config: pytest.Config) -> None:
     """Forget the settings of the shell that started the tests: a test chooses its own."""
     for variable in _SETTINGS:
         os.environ.pop(variable, None)
+    # Tensors are small, and every core has a process of its own: PyTorch's threads would only wait
+    # for one another, in this process and in those that tests start.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     if check := config.getoption("--engine-check"):
         os.environ[envs.CHECK] = check
 

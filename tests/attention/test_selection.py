@@ -8,9 +8,10 @@ a release with one more violates the contract.
 
 from __future__ import annotations
 
+import functools
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -19,6 +20,7 @@ import pytest
 
 from sglang_musa_ext import patching, plugin, policy
 from sglang_musa_ext.guard import NotServedByUsError
+from sglang_musa_ext.upstream import check
 from sglang_musa_ext.upstream.names import DRAFT_METHODS, KERNEL_PARAMETERS
 from tests.support.backend import (
     LinearStandIn,
@@ -38,8 +40,14 @@ SPEC = {
 }
 
 
+@pytest.fixture(scope="module")
+def contract() -> Callable[..., Any]:
+    """``check_upstream`` with a memory: it reads SGLang's sources, which stay as they are."""
+    return functools.cache(check.check_upstream)
+
+
 @pytest.fixture
-def plugin_on(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def plugin_on(monkeypatch: pytest.MonkeyPatch, contract: Callable[..., Any]) -> Iterator[None]:
     """Register the plugin in this process, and take out afterwards what it put into upstream."""
     with warnings.catch_warnings():
         # From 0.5.22 on its import says that Triton has no driver here.
@@ -50,6 +58,7 @@ def plugin_on(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     from sglang.srt.speculative.draft_utils import DraftBackendFactory
 
     monkeypatch.setenv("SGLANG_PLATFORM", policy.REFERENCE_PLATFORM)
+    monkeypatch.setattr(check, "check_upstream", contract)
     places: list[tuple[Any, str]] = [
         (upstream.FlashAttentionBackend, "__init__"), (Scheduler, "get_internal_state"),
         (dflash_utils, "_DFLASH_VERIFY_SKIP_CUSTOM_MASK_BACKENDS"),

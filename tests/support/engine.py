@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import gc
 import importlib
 import multiprocessing
 import os
@@ -294,6 +295,9 @@ def _kill_group(leader: int) -> None:
 def serve(address: str) -> None:
     """Import SGLang, then fork a process for each connection to ``address``."""
     import_engine()
+    # What was imported stays: a fork's garbage collector neither looks at it nor copies its pages.
+    gc.collect()
+    gc.freeze()
     # Finished tasks are reaped by the kernel.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     with Listener(address) as listener:
@@ -328,10 +332,23 @@ def import_engine() -> None:
     from sglang.srt.models.registry import ModelRegistry
 
     ModelRegistry.get_supported_archs()
+    remember_contract()
     # PyTorch makes its thread pool anew at the first use after a fork, and not under a lock: an
     # engine whose loader threads are that first use now and then dies of "Invalid thread pool!". So
     # it is made while there is one thread.
     os.register_at_fork(after_in_child=functools.partial(torch.set_num_threads, 1))
+
+
+def remember_contract() -> None:
+    """Compare this process's SGLang with the contract here, a second's work for each fork else."""
+    from sglang_musa_ext.upstream import check
+
+    remembered: Any = functools.cache(check.check_upstream)
+    vars(check)["check_upstream"] = remembered
+    # As the plugin asks, of which each question has its own answer.
+    remembered(None, None, used_by=check.SERVING)
+    for module in ("ranks", "musa_defaults", "musa_vision"):
+        remembered(used_by=(module,))
 
 
 def _do_task(connection: Connection[Any, Any]) -> None:
