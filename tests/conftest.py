@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -48,6 +49,19 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     if check := config.getoption("--engine-check"):
         os.environ[envs.CHECK] = check
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that boot engines, and among like files with those of most tests, so
+    that no process is left with a long one when the others have nothing to do.
+    """
+    booting = {item.path for item in items if item.get_closest_marker("engine")}
+    counts = Counter(item.path for item in items)
+
+    def turn(item: pytest.Item) -> tuple[bool, int, Path]:
+        return item.path not in booting, -counts[item.path], item.path
+
+    items.sort(key=turn)
 
 
 @pytest.fixture(scope="session")

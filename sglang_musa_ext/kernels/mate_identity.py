@@ -349,8 +349,9 @@ def _owner(module: str, spec: ModuleSpec | None) -> Distribution | None:
     unlisted = (
         item for item in named if item.read_text("RECORD") is None and _root(item) in path.parents
     )
+    # Most are elsewhere, which is known sooner than their names.
     anybody = (
-        item for item in importlib.metadata.distributions() if _name(item) and _contains(item, path)
+        item for item in importlib.metadata.distributions() if _contains(item, path) and _name(item)
     )
     return next(unlisted, None) or next(anybody, None)
 

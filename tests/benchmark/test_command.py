@@ -93,6 +93,8 @@ def test_the_benchmark_runs_without_a_gpu(tmp_path: Path) -> None:
         "1",
         "--steps",
         "12",
+        "--longest",
+        "64",
     ]
     done = subprocess.run(
         [*command, "--out", str(tmp_path)],

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import subprocess
 import sys
 
-import pytest
-
+from sglang_musa_ext.__main__ import main
 from sglang_musa_ext.benchmark import host
+from tests.support.engine import EngineServer
+
+COMMAND = ("bench", "host", "--turns", "4")
 
 PEERS = (
     "upstream", "ours over mate", "ours over hopper", "upstream again", "in-tree",
@@ -15,15 +19,29 @@ PEERS = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("pool", host.POOLS)
-def test_every_backend_is_measured_in_every_mode(pool: str) -> None:
-    """The command runs anywhere, and compares each backend with upstream's own bare forward."""
-    command = (sys.executable, "-m", "sglang_musa_ext", "bench", "host", "--turns", "4")
-    ran = subprocess.run(
-        (*command, "--pool", pool), capture_output=True, text=True, timeout=300, check=False
-    )
+def test_the_command_runs_anywhere() -> None:
+    """It needs no setting, and has a row for each backend in each mode."""
+    command = (sys.executable, "-m", "sglang_musa_ext", *COMMAND)
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert ran.returncode == 0, ran.stderr
-    rows = [line.strip("| ").split(" | ") for line in ran.stdout.splitlines()]
+    require_every_backend(ran.stdout)
+
+
+def table(*options: str) -> str:
+    """Return what the command prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert main([*COMMAND, *options]) == 0
+    return printed.getvalue()
+
+
+def test_a_pool_that_does_nothing_is_measured_too(engines: EngineServer) -> None:
+    """With ``--pool none`` the table has the same rows."""
+    require_every_backend(engines.call(table, "--pool", "none"))
+
+
+def require_every_backend(printed: str) -> None:
+    """Fail unless each backend was compared with upstream's own bare forward in every mode."""
+    rows = [line.strip("| ").split(" | ") for line in printed.splitlines()]
     seen = {(row[0], row[1]): row for row in rows if row[0] in host.PASS_KINDS}
     assert set(seen) == {(mode, peer) for mode in host.PASS_KINDS for peer in PEERS}
     assert all(seen[mode, "upstream"][3:5] == ["1.00", "0.00"] for mode in host.PASS_KINDS)

@@ -239,18 +239,20 @@ import kernels, torch
     ],
 )
 def test_libdevice_computes_what_torch_computes(
-    libdevice: dict[str, list[float]], name: str, function: Any
+    interpreted: dict[str, Any], name: str, function: Any
 ) -> None:
     """Each function of libdevice that the interpreter lacks equals PyTorch's."""
-    x = torch.tensor(libdevice["x"])
+    x = torch.tensor(interpreted["x"])
     positive = name in ("log", "fast_logf", "sqrt", "log1p")
     expected = function(x.abs() if positive else x)
-    torch.testing.assert_close(torch.tensor(libdevice[name]), expected)
+    torch.testing.assert_close(torch.tensor(interpreted[name]), expected)
 
 
 @pytest.fixture(scope="module")
-def libdevice() -> dict[str, list[float]]:
-    """Return eight ``x`` and an interpreted kernel's results; logs and roots take magnitudes."""
+def interpreted() -> dict[str, Any]:
+    """The results of interpreted kernels: libdevice's functions of eight ``x``, of which logs and
+    roots take the magnitudes, ``total`` of 0 to 7, and the ``block`` of the autotuner.
+    """
     code = """
     x = torch.tensor([-2.5, -1.5, -0.7, 0.5, 0.3, 1.5, 2.5, 3.25])
     results = {"x": x.tolist()}
@@ -259,30 +261,25 @@ def libdevice() -> dict[str, list[float]]:
         out = torch.empty(8)
         kernels.unary[(1,)](argument, out, name, 8)
         results[name] = out.tolist()
+    out = torch.empty(1)
+    kernels.total[(1,)](torch.arange(8.0), out, 8)
+    results["total"] = out.item()
+    kernels.block[(1,)](out)
+    results["block"] = out.item()
     print(json.dumps(results))
     """
-    results: dict[str, list[float]] = run_python(KERNELS + textwrap.dedent(code))
+    results: dict[str, Any] = run_python(KERNELS + textwrap.dedent(code))
     return results
 
 
-def test_tritons_own_functions_are_interpreted() -> None:
+def test_tritons_own_functions_are_interpreted(interpreted: dict[str, Any]) -> None:
     """``tl.sum`` and ``tl.cdiv`` work although Triton was imported before the platform."""
-    code = """
-    out = torch.empty(1)
-    kernels.total[(1,)](torch.arange(8.0), out, 8)
-    print(json.dumps(out.item()))
-    """
-    assert run_python(KERNELS + textwrap.dedent(code)) == 28 + 3
+    assert interpreted["total"] == 28 + 3
 
 
-def test_the_autotuner_takes_its_first_configuration() -> None:
+def test_the_autotuner_takes_its_first_configuration(interpreted: dict[str, Any]) -> None:
     """Without a GPU's clock nothing is timed."""
-    code = """
-    out = torch.empty(1)
-    kernels.block[(1,)](out)
-    print(json.dumps(out.item()))
-    """
-    assert run_python(KERNELS + textwrap.dedent(code)) == 4
+    assert interpreted["block"] == 4
 
 
 # Host and device memory

@@ -411,7 +411,8 @@ def run_speculation(
 def undrafted(engines: EngineServer, speculation: Speculation) -> list[list[int]]:
     """Return the target model's answers without drafts, according to transformers."""
     model = engines.model(speculation.target)
-    return [engines.greedy(model, request)[0] for (request,) in SPECULATIVE_PHASES]
+    asked = [request for (request,) in SPECULATIVE_PHASES]
+    return [tokens for tokens, _ in engines.greedy_all(model, asked)]
 
 
 def test_drafts_change_no_token(
@@ -581,9 +582,8 @@ def test_every_reused_plan_is_right(engines: EngineServer, name: str) -> None:
     (checked,) = (each for each in ENGINE_MODES if each.name == name)
     run = run_mode(engines, checked, {envs.CHECK: "metadata"})
     assert run.report()["settings"]["check"] == "metadata"
-    assert run.tokens == [
-        engines.greedy(engines.model(checked.model), request)[0] for request in checked.requests
-    ]
+    expected = engines.greedy_all(engines.model(checked.model), checked.requests)
+    assert run.tokens == [tokens for tokens, _ in expected]
 
 
 @pytest.mark.parametrize("name", ["EAGLE, topk 4", "MLA, topk 1"])
@@ -622,7 +622,7 @@ def test_blind_kernels_are_noticed(engines: EngineServer, name: str) -> None:
         engines.model(mode.model), mode.phases, mode.arguments, {}, ignore_window_sinks_and_softcap
     )
     answers = engines.run(case).tokens
-    assert answers != [engines.greedy(case.model, request)[0] for request in mode.requests]
+    assert answers != [tokens for tokens, _ in engines.greedy_all(case.model, mode.requests)]
 
 
 def test_page_size_that_mla_refuses(engines: EngineServer) -> None:

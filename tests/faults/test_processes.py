@@ -36,6 +36,14 @@ import types
 from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 from sglang.srt.layers.attention import flashattention_backend
 
+# Reading SGLang's sources takes a second, and sixteen threads that read at once some minutes.
+import functools
+from sglang_musa_ext.upstream import check
+check_upstream = functools.cache(check.check_upstream)
+check_upstream(None, None, used_by=check.SERVING)
+check_upstream(used_by=("ranks",))
+check.check_upstream = check_upstream
+
 runner = types.SimpleNamespace(
     use_mla_backend=False, spec_algorithm=types.SimpleNamespace(is_none=lambda: True)
 )

@@ -183,7 +183,9 @@ def prefill_graphs(
     )
 
 
-def shortfalls_over_fp8(model: Path, prompt: Sequence[int], answer: Sequence[int]) -> list[float]:
+def shortfalls_over_fp8(
+    model: Path, answers: Sequence[tuple[Sequence[int], Sequence[int]]]
+) -> list[float]:
     """Return ``tiny_models.shortfalls`` of a Llama whose queries, keys and values are rounded to
     float8_e4m3fn before they attend.
     """
@@ -199,7 +201,7 @@ def shortfalls_over_fp8(model: Path, prompt: Sequence[int], answer: Sequence[int
 
     transformers.AttentionInterface.register("fp8", attend)
     transformers.AttentionMaskInterface.register("fp8", eager_mask)
-    return tiny_models.shortfalls(model, prompt, answer, "fp8")
+    return tiny_models.shortfalls(model, answers, "fp8")
 
 
 FP8 = BF16 | FA3 | {"kv_cache_dtype": "fp8_e4m3"}
@@ -314,7 +316,8 @@ def installed_release() -> tuple[int, ...]:
 def worst(musa: EngineServer, case: MusaCase, outputs: list[Output]) -> float:
     """Return how much less probable the worst token of ``outputs`` is than the best one."""
     model = musa.model(case.model)
-    gaps: list[float] = []
-    for output, request in zip(outputs, case.requests, strict=True):
-        gaps += musa.call(case.shortfalls, model, request.prompt, output.tokens)
-    return max(gaps, default=0.0)
+    answers = [
+        (request.prompt, output.tokens)
+        for output, request in zip(outputs, case.requests, strict=True)
+    ]
+    return max(musa.call(case.shortfalls, model, answers), default=0.0)

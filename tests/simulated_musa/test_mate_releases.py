@@ -16,8 +16,15 @@ from tests.support.ports import held_port
 
 pytestmark = pytest.mark.engine
 
-RELEASES = ("0.1.3", "0.2.0", "0.2.1", "0.2.2")
-"""Those whose source the stand-in follows where they differ from the newest."""
+RELEASES = (
+    "0.1.3",
+    pytest.param("0.2.0", marks=pytest.mark.long),
+    pytest.param("0.2.1", marks=pytest.mark.long),
+    "0.2.2",
+)
+"""Those whose source the stand-in follows where they differ from the newest. Each takes another
+process with SGLang; how each is called is tested in tests/kernels, too.
+"""
 ASKED = ("Gemma-2", "MLA")
 """Windows and softcap, paged and over raw keys; and plans in a workspace."""
 

@@ -162,7 +162,7 @@ class EngineServer:
         """Of the task that was sent last."""
         self._tasks = 0
         self._models: dict[str, Path] = {}
-        self._known: dict[str, Any] = {}
+        self._known: dict[tuple[str, tuple[int, ...], int], Any] = {}
         self._process = _start([*_THIS_MODULE, self._address], self._log, environment)
 
     def run(self, case: EngineCase, *, timeout: float = 120.0) -> EngineRun:
@@ -216,13 +216,20 @@ class EngineServer:
 
     def greedy(self, model: Path, request: Request) -> tuple[list[int], list[float]]:
         """Tokens and log-probabilities that transformers gives ``request``, computed once."""
-        key = f"{model} {request.prompt} {request.new_tokens}"
-        if key not in self._known:
-            (self._known[key],) = self.call(
-                tiny_models.greedy, model, [request.prompt], request.new_tokens
-            )
-        answer: tuple[list[int], list[float]] = self._known[key]
+        (answer,) = self.greedy_all(model, [request])
         return answer
+
+    def greedy_all(
+        self, model: Path, requests: Sequence[Request]
+    ) -> list[tuple[list[int], list[float]]]:
+        """Return ``greedy`` of each request; those that are not known yet take one process."""
+        asked = [(str(model), request.prompt, request.new_tokens) for request in requests]
+        new = [key for key in dict.fromkeys(asked) if key not in self._known]
+        if new:
+            prompts = [(prompt, new_tokens) for _, prompt, new_tokens in new]
+            answers = self.call(tiny_models.greedy_each, model, prompts)
+            self._known.update(zip(new, answers, strict=True))
+        return [self._known[key] for key in asked]
 
     def close(self) -> None:
         """End the server; every task of it has been ended already."""

@@ -215,11 +215,18 @@ def greedy(
     model: Path, prompts: Sequence[Sequence[int]], new_tokens: int
 ) -> list[tuple[list[int], list[float]]]:
     """Return transformers' greedy tokens and log-probabilities of each prompt, in float32."""
+    return greedy_each(model, [(prompt, new_tokens) for prompt in prompts])
+
+
+def greedy_each(
+    model: Path, prompts: Sequence[tuple[Sequence[int], int]]
+) -> list[tuple[list[int], list[float]]]:
+    """Return ``greedy`` of prompts that each say how many new tokens they get."""
     import torch
 
     torch.set_num_threads(1)
     network = _network(model)
-    return [_greedy(network, list(prompt), new_tokens) for prompt in prompts]
+    return [_greedy(network, list(prompt), new_tokens) for prompt, new_tokens in prompts]
 
 
 def _network(model: Path, attention: str = "eager") -> Any:
@@ -265,15 +272,27 @@ def _greedy(network: Any, prompt: list[int], new_tokens: int) -> tuple[list[int]
 
 
 def shortfalls(
-    model: Path, prompt: Sequence[int], answer: Sequence[int], attention: str = "eager"
+    model: Path,
+    answers: Sequence[tuple[Sequence[int], Sequence[int]]],
+    attention: str = "eager",
 ) -> list[float]:
-    """Return by how much less probable than the best one each token of ``answer`` is according to
-    transformers, in float32, after the same text: differences of log-probabilities, 0 for the best.
+    """Return by how much less probable than the best one each token of the answers to prompts is
+    according to transformers, in float32, after the same text: differences of log-probabilities, 0
+    for the best.
     """
     import torch
 
     torch.set_num_threads(1)
     network = _network(model, attention)
+    gaps: list[float] = []
+    for prompt, answer in answers:
+        gaps += _shortfalls(network, prompt, answer)
+    return gaps
+
+
+def _shortfalls(network: Any, prompt: Sequence[int], answer: Sequence[int]) -> list[float]:
+    import torch
+
     with torch.inference_mode():
         logits = network(torch.tensor([[*prompt, *answer]]), use_cache=False).logits[0]
     scores = logits[len(prompt) - 1 : -1].log_softmax(-1)

@@ -90,6 +90,8 @@ def test_the_part_runs_where_a_model_is_named() -> None:
         command._options(["--only", "model"])
 
 
+# Two engines boot as in test_validate.py's test of a served model.
+@pytest.mark.long
 @pytest.mark.engine
 def test_an_own_model_is_served_on_a_cpu(tmp_path: Path) -> None:
     """The kit serves a model from its folder with torch_native and with this package."""
