@@ -83,7 +83,7 @@ def test_the_last_commit_is_tested_in_a_clone(
     report = SUITE.format(4, status, 0, 1)
     source = repository(
         machine / "source",
-        f'echo \'{report}\' > "${{1#--junitxml=}}"; echo "$2" > "$0.asked"; exit {status}',
+        f'echo \'{report}\' > "${{2#--junitxml=}}"; echo "$1" > "$0.asked"; exit {status}',
     )
     monkeypatch.setattr(pythons, "ROOT", source)
     monkeypatch.setattr(pythons, "CLONES", machine / "clones")
@@ -102,3 +102,18 @@ def test_a_python_that_is_not_there_has_a_row(
     """A part that was not run is mentioned, and is no failure."""
     assert pythons.main(["--only", "3.12"]) == 0
     assert "| 3.12 |" in capsys.readouterr().out
+
+
+def test_other_pythons_run_the_tests_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lint and types are left to this Python, whose verdict is that of all."""
+    asked = []
+
+    def run_under(minor: str, _: Path, arguments: list[str], *, prepare: bool) -> Any:
+        asked.append((minor, arguments, prepare))
+        return pythons.Outcome(minor, "passed")
+
+    monkeypatch.setattr(pythons, "find_python", lambda minor: Path("/nowhere"))
+    monkeypatch.setattr(pythons, "run_under", run_under)
+    assert pythons.main(["--others", "-x"]) == 0
+    others = [minor for minor in pythons.SUPPORTED if minor != pythons.THIS]
+    assert asked == [(minor, ["--tests-only", "-x"], False) for minor in others]
