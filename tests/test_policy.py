@@ -141,7 +141,7 @@ def test_every_reason_is_given() -> None:
         ("triton", "Olmo2ForCausalLM", True),
         ("triton", "Llama4ForCausalLM", True),
         ("flashinfer", "Olmo2ForCausalLM", False),
-        ("triton", "Gemma4ForConditionalGeneration", False),
+        ("triton", "MiniMaxM3SparseForCausalLM", False),
         ("dsa", "DeepseekV32ForCausalLM", False),
     ],
 )

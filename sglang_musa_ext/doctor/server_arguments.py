@@ -27,7 +27,7 @@ def probe_command(s: Surroundings) -> CheckResult:
             "to."
         )
     options, unknown = _server_parser().parse_known_args(s.command)
-    line = CommandLine(options)
+    line = CommandLine(options, s.serves_on_musa)
     resolved = _resolve(line, s)
     words = [f"{name} {value} ({why})" for name, (value, why) in resolved.items()]
     finding = "; ".join(words) + f". {UNKNOWABLE}"
@@ -43,11 +43,13 @@ class CommandLine:
     """The options of a server, and what they ask for."""
 
     options: argparse.Namespace
+    on_musa: bool
+    """True if the server would run on a MUSA device."""
 
     @functools.cached_property
     def asked(self) -> Configuration:
         """What the options ask for, beside the MATE that is installed here."""
-        return _configuration(self.options)
+        return _configuration(self.options, self.on_musa)
 
 
 def _server_parser() -> argparse.ArgumentParser:
@@ -106,14 +108,14 @@ def _attention(line: CommandLine, s: Surroundings) -> tuple[str, str]:
     if not s.has_our_defaults:
         return SGLANGS_CHOICE, "this package has defaults on MUSA and on its CPU platform alone"
     reasons: tuple[str, ...] = ()
-    if s.kernels == "mate":
+    if line.on_musa:
         reasons = policy.reasons_against_fa3(line.asked, _sglang_version())
     if reasons:
         return SGLANGS_CHOICE, "; ".join(reasons)
     return "fa3", "the default while this package serves"
 
 
-def _configuration(options: argparse.Namespace) -> Configuration:
+def _configuration(options: argparse.Namespace, on_musa: bool) -> Configuration:
     """Return what a command line asks for, beside the MATE that is installed here."""
     from sglang_musa_ext.kernels.mate_identity import identify_mate
 
@@ -130,15 +132,21 @@ def _configuration(options: argparse.Namespace) -> Configuration:
         max_running_requests=options.max_running_requests,
         skips_cache=skips_cache(options),
         mate=identify_mate().known_release,
+        on_musa=on_musa,
         **quantization,
     )
 
 
 def _dtype(options: argparse.Namespace, config: Mapping[str, Any]) -> str:
-    """Return ``--dtype``; under ``auto`` a checkpoint in float16 stays in float16."""
+    """Return ``--dtype``; under ``auto`` a checkpoint in float16 stays in float16, and one in
+    float32 is served in float16, or as bfloat16 if it is a Gemma.
+    """
     text = config.get("text_config") or config
     stored = text.get("dtype") or text.get("torch_dtype")
-    return "float16" if options.dtype == "auto" and stored == "float16" else str(options.dtype)
+    if options.dtype != "auto" or stored not in ("float16", "float32"):
+        return str(options.dtype)
+    is_gemma = str(text.get("model_type")).startswith("gemma")
+    return "bfloat16" if stored == "float32" and is_gemma else "float16"
 
 
 def _problems_of_command(
@@ -160,7 +168,7 @@ def _problems_of_command(
         return [*problems, warned("This package would not be used.", step)]
     page_size = resolved["page size"][0]
     problems += _problems_of_cache(line, kernels)
-    problems += _limits_of_upstream(line, page_size, kernels)
+    problems += _limits_of_upstream(line.asked, page_size)
     if line.asked.use_mla and kernels != "hopper" and page_size != policy.PAGE_SIZE:
         step = "Leave --page-size unset, or set it to 64."
         problems.append(
@@ -182,9 +190,8 @@ def _problems_of_cache(line: CommandLine, kernels: str) -> list[CheckResult]:
     return [failed(f"It is refused: {'; '.join(reasons)}.", step)] if reasons else []
 
 
-def _limits_of_upstream(line: CommandLine, page_size: Any, kernels: str) -> list[CheckResult]:
+def _limits_of_upstream(asked: Configuration, page_size: Any) -> list[CheckResult]:
     """Return what SGLang's own ``fa3`` cannot serve of a command line, what is refused first."""
-    asked = replace(line.asked, on_musa=kernels == "mate")
     if isinstance(page_size, int):
         asked = replace(asked, page_size=page_size)
     limits = sorted(limits_of(asked, _sglang_version()), key=lambda limit: not limit.is_fatal)

@@ -16,7 +16,7 @@ from functools import cached_property
 from importlib.metadata import Distribution
 from typing import Any, NamedTuple
 
-from sglang_musa_ext import policy
+from sglang_musa_ext import envs, policy
 from sglang_musa_ext.doctor.results import CheckResult, passed
 from sglang_musa_ext.envs import Settings, SettingsError
 
@@ -59,6 +59,11 @@ class Surroundings:
             return "mate" if self.has_musa_stack else ""
         choice = policy.choose_service(settings, on_musa=self.has_musa_stack)
         return choice.kernels or ""
+
+    @cached_property
+    def serves_on_musa(self) -> bool:
+        """Return whether a server would run on a MUSA device, where MATE's rules are asked."""
+        return self.has_musa_stack and self.environ.get(envs.PLATFORM) != policy.REFERENCE_PLATFORM
 
     @cached_property
     def has_our_defaults(self) -> bool:

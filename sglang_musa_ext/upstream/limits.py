@@ -130,6 +130,8 @@ class Configuration:
             "is_encoder_decoder": bool(_ENCODER_DECODERS.intersection(names)),
             "has_sliding_windows": bool(windows),
             "has_sinks": bool(_WITH_SINKS.intersection(names)) or any(map(text.get, _SINK_FLAGS)),
+            "head_dims": _written_head_dims(text),
+            "attention_chunk": text.get("attention_chunk_size"),
             "quantization": (config.get("quantization_config") or {}).get("quant_method"),
         }
         return cls(**(fields | known))
@@ -216,6 +218,20 @@ def head_dims_of(config: Any, use_mla: bool) -> set[tuple[int, int]]:
     return {(qk, v) for qk, v in pairs if qk and v}
 
 
+def _written_head_dims(text: Mapping[str, Any]) -> frozenset[tuple[int, int]]:
+    """Return the head dimensions that the text part of a ``config.json`` leads to."""
+    plain, rotary = text.get("qk_nope_head_dim"), text.get("qk_rope_head_dim")
+    heads, columns = text.get("num_attention_heads"), text.get("hidden_size")
+    if text.get("kv_lora_rank"):
+        headdim = plain + rotary if plain and rotary else None
+    elif text.get("head_dim"):
+        headdim = text["head_dim"]
+    else:
+        headdim = columns // heads if columns and heads else None
+    headdim_v = text.get("v_head_dim") or headdim
+    return frozenset({(headdim, headdim_v)} if headdim and headdim_v else ())
+
+
 def _name(dtype: Any) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -286,6 +302,14 @@ _DRAFTING = frozenset({"EAGLE", "EAGLE3", "NEXTN", "STANDALONE"})
 """Algorithms in which a model drafts."""
 _PREFILL_AWARE = frozenset({"UnlimitedOCRForCausalLM"})
 """Models whose windows keep what was prefilled."""
+_GEMMA_4 = frozenset(
+    {
+        "Gemma4ForConditionalGeneration",
+        "Gemma4ForCausalLM",
+        "Gemma4UnifiedForConditionalGeneration",
+    }
+)
+"""Models for which SGLang itself has a list of backends."""
 _CHUNKED = frozenset({"Llama4ForConditionalGeneration"})
 """Models whose attention in chunks SGLang turns on."""
 _LATENT_LIKE_DEEPSEEK = frozenset(
@@ -425,6 +449,13 @@ UPSTREAM_LIMITS = (
         "AssertionError says so",
         "Start the server with --page-size 1",
         since="0.5.15.post1",
+    ),
+    UpstreamLimit(
+        "Gemma-4",
+        lambda asked: _is_one_of(asked, _GEMMA_4),
+        "SGLang's own list of its attention backends lacks fa3, and an AssertionError says so",
+        "Leave --attention-backend unset, or set it to triton",
+        since="0.5.13.post1",
     ),
     UpstreamLimit(
         "experts whose columns on a rank are no multiple of 32 on --device cpu",

@@ -536,6 +536,7 @@ def test_a_command_line_that_cannot_serve(
 
 
 LATENT = {"architectures": ["DeepseekV2ForCausalLM"], "kv_lora_rank": 512}
+FLOAT16 = LATENT | {"dtype": "float16"}
 LIMITS = [
     ({}, ["--speculative-algorithm", "NGRAM"], CheckStatus.WARN, "leak of its pool"),
     (
@@ -552,8 +553,9 @@ LIMITS = [
     ),
     ({"sliding_window": 64}, ["--speculative-eagle-topk", "1"], CheckStatus.PASS, "fa3"),
     (LATENT, ["--dtype", "float16"], CheckStatus.FAIL, "float16 on MUSA"),
-    (LATENT | {"dtype": "float16"}, [], CheckStatus.FAIL, "float16 on MUSA"),
-    (LATENT | {"dtype": "float16"}, ["--dtype", "bfloat16"], CheckStatus.PASS, "fa3"),
+    (FLOAT16, [], CheckStatus.FAIL, "float16 on MUSA"),
+    (LATENT | {"dtype": "float32"}, [], CheckStatus.FAIL, "float16 on MUSA"),
+    (FLOAT16, ["--dtype", "bfloat16"], CheckStatus.PASS, "fa3"),
     (LATENT, ["--dtype", "float16", "--quantization", "fp8"], CheckStatus.PASS, "fa3"),
 ]
 
@@ -598,8 +600,21 @@ def test_mla_models_take_one_page_size(
         ({"architectures": ["MllamaForConditionalGeneration"]}, "encoder-decoder"),
         ({"architectures": ["Gemma3ForConditionalGeneration"]}, "both ways"),
         ({"architectures": ["X"], "text_config": {"learnable_sink": True}}, "attention sinks"),
+        ({"architectures": ["Gemma4ForConditionalGeneration"]}, "Gemma-4"),
+        ({"architectures": ["X"], "head_dim": 576}, "head dimensions 576/576"),
+        (FLOAT16, "float16 on MUSA"),
     ],
-    ids=["dense", "sinks", "Whisper", "encoder-decoder", "images", "sinks of a text part"],
+    ids=[
+        "dense",
+        "sinks",
+        "Whisper",
+        "encoder-decoder",
+        "images",
+        "sinks of a text part",
+        "SGLang's own list",
+        "head dimensions",
+        "latent float16",
+    ],
 )
 def test_a_model_that_keeps_sglangs_choice_is_known(
     musa: Machine, config: dict[str, object], reason: str | None
@@ -611,8 +626,16 @@ def test_a_model_that_keeps_sglangs_choice_is_known(
     if reason is None:
         assert chosen["value"] == "fa3"
     else:
+        assert result.status is CheckStatus.WARN
         assert chosen["value"] == "SGLang's choice"
         assert reason in chosen["because"]
+
+
+def test_other_kernels_on_musa_change_no_default(musa: Machine) -> None:
+    """The defaults on MUSA ask the same rules whichever kernels are named."""
+    musa.environ |= {"SGLANG_MUSA_EXT_KERNELS": "reference"}
+    chosen = musa.ask("command", "--dtype", "float32").details["decode attention"]
+    assert chosen["value"] == "SGLang's choice"
 
 
 def test_kernels_on_a_foreign_device_bring_no_defaults(machine: Machine) -> None:
