@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import traceback
@@ -18,11 +19,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sglang_musa_ext.upstream.releases import version_key
 from tests.simulated_musa import build, cases
 from tests.support import tiny_models
 from tests.support.engine import import_engine
 
 ROOT = build.ROOT
+MODULE = "tests.simulated_musa.resolution"
 PAGE = ROOT / "docs" / "simulated-musa.md"
 TABLE_BEGINS, TABLE_ENDS = "<!-- resolution: begin -->", "<!-- resolution: end -->"
 
@@ -233,7 +236,7 @@ def of_release(
     """
     environment = build.environment(first=[sources])
     directory.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "tests.simulated_musa.resolution", "--one", str(directory)]
+    command = [sys.executable, "-m", MODULE, "--one", str(directory)]
     command += ["--kinds", *names]
     log = directory / "log"
     with log.open("w") as stream:
@@ -269,30 +272,35 @@ def table(resolved: Mapping[str, Mapping[str, Mapping[str, Resolution]]]) -> lis
     """Return a Markdown table of what releases resolve kinds to, without and with this package.
 
     Args:
-        found: by mode (``off``, ``auto``), release and kind.
+        resolved: by mode (``off``, ``auto``), release and kind.
     """
     head = ["Kind", "SGLang alone", "with this package", "Graphs, with this package"]
     lines = [f"| {' | '.join(head)} |", "|---|---|---|---|"]
     for kind in KINDS:
-        cells = []
-        for mode in PLUGIN_MODES:
-            settled = {release: of[kind.name] for release, of in resolved[mode].items()}
-            cells.append(_cell({release: str(each) for release, each in settled.items()}))
-        # Where the last mode refuses there is nothing to capture.
-        graphs = {release: each.graphs or "–" for release, each in settled.items()}
-        lines.append(f"| {' | '.join([kind.name, *cells, _cell(graphs)])} |")
+        by_release = {}
+        for release, alone in resolved["off"].items():
+            by_release[release] = cells_of(alone[kind.name], resolved["auto"][release][kind.name])
+        columns = zip(*by_release.values(), strict=True)
+        cells = [_cell(dict(zip(by_release, column, strict=True))) for column in columns]
+        lines.append(f"| {' | '.join([kind.name, *cells])} |")
     return lines
+
+
+def cells_of(alone: Resolution, ours: Resolution) -> list[str]:
+    """Return a release's part of a row: without and with this package, and the graphs with it."""
+    # Where it refuses there is nothing to capture.
+    texts = [str(alone), str(ours), ours.graphs or "–"]
+    return [text.replace("|", "\\|") for text in texts]
 
 
 def _cell(by_release: Mapping[str, str]) -> str:
     """Return the texts of all releases, those in a row that agree as one."""
     runs: list[tuple[str, list[str]]] = []
     for release, said in by_release.items():
-        text = said.replace("|", "\\|")
-        if runs and runs[-1][0] == text:
+        if runs and runs[-1][0] == said:
             runs[-1][1].append(release)
         else:
-            runs.append((text, [release]))
+            runs.append((said, [release]))
     if len(runs) == 1:
         return runs[0][0]
     return "; ".join(f"{_span(releases)}: {text}" for text, releases in runs)
@@ -300,6 +308,34 @@ def _cell(by_release: Mapping[str, str]) -> str:
 
 def _span(releases: Sequence[str]) -> str:
     return releases[0] if len(releases) == 1 else f"{releases[0]} to {releases[-1]}"
+
+
+_SPAN = re.compile(r"(?:^|; )(\d[\w.]*)(?: to (\d[\w.]*))?: ")
+
+
+def documented(kind: str, version: str) -> list[str]:
+    """Return the cells behind ``kind`` in the page's table, as they are for release ``version``.
+
+    Raises:
+        LookupError: the table has no row of this kind, or a cell says nothing of this release.
+    """
+    lines = PAGE.read_text().partition(TABLE_BEGINS)[2].partition(TABLE_ENDS)[0].splitlines()
+    for line in lines:
+        name, *cells = line.strip("| ").split(" | ")
+        if name == kind:
+            return [_said_of(version, cell) for cell in cells]
+    raise LookupError(f"{PAGE} has no row {kind!r}; run python -m {MODULE}.")
+
+
+def _said_of(version: str, cell: str) -> str:
+    """Return what a cell says of a release."""
+    _, *spans = _SPAN.split(cell)
+    if not spans:
+        return cell
+    for first, last, text in zip(spans[::3], spans[1::3], spans[2::3], strict=True):
+        if version_key(first) <= version_key(version) <= version_key(last or first):
+            return str(text)
+    raise LookupError(f"{PAGE} says nothing of SGLang {version}; run python -m {MODULE}.")
 
 
 def main() -> None:
@@ -319,7 +355,7 @@ def main() -> None:
         print(json.dumps(resolve_all(options.one, options.kinds)))
         return
     options.work.mkdir(parents=True, exist_ok=True)
-    versions = sorted((path.name for path in options.releases.iterdir()), key=_numbers)
+    versions = sorted((path.name for path in options.releases.iterdir()), key=version_key)
     resolved: dict[str, dict[str, dict[str, Resolution]]] = {mode: {} for mode in PLUGIN_MODES}
     for version in options.only or versions:
         kept = options.work / version
@@ -335,10 +371,6 @@ def main() -> None:
         before, begin, after_begin = PAGE.read_text().partition(TABLE_BEGINS)
         _, end, after = after_begin.partition(TABLE_ENDS)
         PAGE.write_text(f"{before}{begin}\n\n" + "\n".join(lines) + f"\n\n{end}{after}")
-
-
-def _numbers(version: str) -> list[int]:
-    return [int(part) for part in version.split(".")[:3]]
 
 
 if __name__ == "__main__":
