@@ -20,12 +20,17 @@ class Refusal:
 
     asks_for: Callable[[Arguments], bool]
     why: str
-    since: str = "0.5.11"
-    """The first release that refuses it."""
+    served: tuple[str, str] | None = None
+    """The first and the last release that serve it all the same."""
 
     def holds_for(self, arguments: Arguments, version: str) -> bool:
         """Tell whether SGLang ``version`` refuses an engine's ``arguments``."""
-        return self.asks_for(arguments) and version_key(version) >= version_key(self.since)
+        if not self.asks_for(arguments):
+            return False
+        if self.served is None:
+            return True
+        first, last = map(version_key, self.served)
+        return not first <= version_key(version) <= last
 
 
 REFUSALS = (
@@ -39,8 +44,8 @@ REFUSALS = (
     ),
     Refusal(
         lambda arguments: "enable_prefill_cp" in arguments,
-        "SGLang refuses prefill in context parallel on MUSA from 0.5.20 on",
-        since="0.5.20",
+        "SGLang serves context parallel prefill on MUSA from 0.5.14 to 0.5.19 alone",
+        served=("0.5.14", "0.5.19"),
     ),
     Refusal(
         lambda arguments: (

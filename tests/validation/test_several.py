@@ -227,6 +227,8 @@ NEWEST_MATE = (0, 2, 7)
     [
         ("ngram", "0.5.11", NEWEST_MATE, "NGRAM"),
         ("deterministic", "0.5.23", NEWEST_MATE, "deterministic"),
+        ("cp-zigzag", "0.5.13.post1", NEWEST_MATE, "context parallel"),
+        ("cp-zigzag", "0.5.14", NEWEST_MATE, ""),
         ("cp-zigzag", "0.5.19", NEWEST_MATE, ""),
         ("cp-zigzag", "0.5.20", NEWEST_MATE, "context parallel"),
         ("cp-interleave", "0.5.23", NEWEST_MATE, "context parallel"),
