@@ -413,6 +413,7 @@ UPSTREAM_LIMITS = (
         "a pass of prefills and decodes together attends to the whole context in its layers with "
         "chunks",
         "Start the server without --enable-mixed-chunk",
+        until="0.5.18",
     ),
     UpstreamLimit(
         "attention in chunks (Llama-4) at pages of more than one token",

@@ -28,9 +28,9 @@ from tests.engine.test_engine_modes import (
     STEPWISE,
     TWO_RANKS,
 )
-from tests.support import tiny_models
+from tests.support import images, tiny_models
 from tests.support.engine import EngineCase, EngineFailed, EngineServer, Request, embed
-from tests.support.tiny_models import TinyModel, llama, tokens
+from tests.support.tiny_models import TinyModel, WithoutVision, llama, tokens
 
 pytestmark = pytest.mark.engine
 
@@ -48,6 +48,34 @@ class Limit:
     draft: TinyModel | None = None
     requests: tuple[Request, ...] = field(default_factory=lambda: (Request(tokens(70, seed=1)),))
 
+
+# All layers are dense, because SGLang's experts of Llama-4 do not run on a CPU; the fourth one
+# attends to the whole context.
+LLAMA_4_FIELDS = {
+    "text_config": tiny_models.SMALL
+    | {
+        "num_hidden_layers": 4,
+        "intermediate_size_mlp": 128,
+        "interleave_moe_layer_step": 5,
+        "num_local_experts": 2,
+        "use_qk_norm": False,
+        "attention_chunk_size": 96,
+        "pad_token_id": 0,
+    },
+    "vision_config": {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+        "projector_input_dim": 32,
+        "projector_output_dim": 32,
+        "vision_output_dim": 32,
+    },
+    "tie_word_embeddings": False,
+}
+LLAMA_4 = TinyModel("Llama4Config", LLAMA_4_FIELDS, "Llama4ForConditionalGeneration")
 
 DRAFTS = {"speculative_num_steps": 3, "speculative_num_draft_tokens": 8}
 TREE = DRAFTS | {"speculative_algorithm": "STANDALONE", "speculative_eagle_topk": 4}
@@ -72,6 +100,12 @@ LIMITS = [
         TREE,
         "AssertionError: FlashAttention backend doesn't support topk > 1",
         llama(),
+    ),
+    Limit(
+        "no multiple of the page",
+        LLAMA_4,
+        {},
+        "AssertionError: attn_chunk_size 96 is not divisible by page_size 64",
     ),
 ]
 OVER_LATENT_PAGES = Limit("of an MLA model at", MLA_DENSE, TREE, "", llama())
@@ -168,6 +202,145 @@ def test_embeddings_over_an_fp8_cache_that_is_not_used(engines: EngineServer) ->
         engines.call(embed, case)
     seen = "k.dtype is torch.bfloat16; expected q's own torch.float8_e4m3fn"
     assert seen in failure.value.log
+
+
+LONG_AND_LATER = (Request(tokens(200, seed=1), 24), Request(tokens(300, seed=2), after=5))
+
+
+def answers_in_chunks(engines: EngineServer, **arguments: Any) -> list[list[int]]:
+    """Return two answers of Llama-4, one begun while the other decodes."""
+    chunks = {"page_size": 1, "chunked_prefill_size": 128}
+    case = EngineCase(
+        engines.model(LLAMA_4),
+        (LONG_AND_LATER,),
+        STEPWISE | chunks | arguments,
+        before_boot=leave_the_check_out,
+        # SGLang mixes no requests that ask for them.
+        logprobs=False,
+    )
+    return engines.run(case).tokens
+
+
+def test_mixed_chunks_change_answers(engines: EngineServer) -> None:
+    """A pass of prefill and decode together gives Llama-4 another answer than two passes do, and
+    only to the request that decodes then.
+    """
+    require_release("in chunks (Llama-4) with")
+    apart = answers_in_chunks(engines)
+    mixed = answers_in_chunks(engines, enable_mixed_chunk=True)
+    assert mixed[0][:5] == apart[0][:5]
+    assert mixed[0] != apart[0]
+
+
+def test_chunks_over_pages_change_answers(engines: EngineServer) -> None:
+    """Up to the last release of this limit, pages of 32 give other answers than of 1, or none."""
+    require_release("Llama-4) at pages")
+    apart = answers_in_chunks(engines)
+    with contextlib.suppress(EngineFailed):
+        assert answers_in_chunks(engines, page_size=32) != apart
+
+
+MLLAMA = TinyModel(
+    "MllamaConfig",
+    {
+        "text_config": {
+            **{name: value for name, value in tiny_models.SMALL.items() if name != "head_dim"},
+            "num_hidden_layers": 3,
+            "cross_attention_layers": [1],
+            "pad_token_id": 0,
+        },
+        "vision_config": {
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_global_layers": 1,
+            "attention_heads": 2,
+            "image_size": 28,
+            "patch_size": 14,
+            "vision_output_dim": 64,
+            "intermediate_layers_indices": [0],
+            "max_num_tiles": 4,
+        },
+        "image_token_index": tiny_models.VOCABULARY - 1,
+        "tie_word_embeddings": False,
+    },
+    "MllamaForConditionalGeneration",
+)
+WITH_IMAGE = Request(tokens(20, seed=1), image=images.IMAGE)
+
+
+def look_at_images() -> None:
+    leave_the_check_out()
+    images.prepare()
+
+
+def images_of_mllama(engines: EngineServer, count: int, page_size: int) -> EngineCase:
+    """Ask an encoder-decoder about ``count`` images at once."""
+    # So few pages that a token's place is no page's.
+    arguments = {"page_size": page_size, "max_total_tokens": 2048, "enable_multimodal": True}
+    phases = ((WITH_IMAGE,) * count,)
+    return EngineCase(
+        engines.model(MLLAMA), phases, STEPWISE | arguments, before_boot=look_at_images
+    )
+
+
+def test_cross_attention_over_pages(engines: EngineServer) -> None:
+    """Pages of 64 end in an IndexError, where pages of 1 give an answer."""
+    require_release("encoder-decoder model at")
+    (output,) = engines.run(images_of_mllama(engines, 1, page_size=1)).outputs
+    assert len(output.tokens) == WITH_IMAGE.new_tokens
+    with pytest.raises(EngineFailed) as failure:
+        engines.run(images_of_mllama(engines, 1, page_size=64))
+    assert "IndexError: index out of range" in failure.value.log
+
+
+def test_several_images_at_once(engines: EngineServer) -> None:
+    """Two requests of an encoder-decoder in one batch end in an AssertionError."""
+    require_release("several requests")
+    with pytest.raises(EngineFailed) as failure:
+        engines.run(images_of_mllama(engines, 2, page_size=1))
+    assert "AssertionError" in failure.value.log
+
+
+GEMMA_3_IMAGES = WithoutVision(
+    "Gemma3Config",
+    {
+        "text_config": GEMMA_3.fields,
+        "vision_config": {
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 28,
+            "patch_size": 14,
+        },
+        "image_token_index": images.TOKEN,
+        "boi_token_index": images.TOKEN - 1,
+        "eoi_token_index": images.TOKEN + 1,
+        "tie_word_embeddings": True,
+    },
+    "Gemma3ForConditionalGeneration",
+)
+
+
+def test_images_attend_one_way(engines: EngineServer) -> None:
+    """Log-probabilities are those of transformers where an image's tokens see no later ones, and
+    not those where they do, as the model was trained.
+    """
+    model = engines.model(GEMMA_3_IMAGES)
+    text = tuple(token for token in tokens(30, seed=1) if token > images.TOKEN + 1)
+    prompt = (*text, images.TOKEN - 1, *[images.TOKEN] * 30, images.TOKEN + 1, *text)
+    request = Request(prompt, image=images.IMAGE)
+    arguments = STEPWISE | {"enable_multimodal": True}
+    case = EngineCase(model, ((request,),), arguments, before_boot=images.prepare)
+    (output,) = engines.run(case).outputs
+    one_way, both_ways = (
+        engines.call(images.greedy, model, prompt, request.new_tokens, both)
+        for both in (False, True)
+    )
+    assert output.tokens == one_way[0]
+    assert output.logprobs == pytest.approx(one_way[1], abs=LOGPROB_TOLERANCE)
+    assert output.logprobs != pytest.approx(both_ways[1], abs=10 * LOGPROB_TOLERANCE)
 
 
 MOE = TinyModel("Qwen3MoeConfig", tiny_models.SMALL | EXPERTS)

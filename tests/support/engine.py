@@ -48,6 +48,12 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "PYTHONWARNINGS": "ignore",
 }
+ENDS_AT_ONCE = {
+    "SGLANG_PYSPY_DUMP_BEFORE_CRASH": "0",
+    "SGLANG_CUDA_COREDUMP_BEFORE_CRASH": "0",
+}
+"""From 0.5.17 on, an engine whose scheduler died waits for five seconds before it looks what the
+GPU was doing; here that finds nothing."""
 ENGINE_ARGUMENTS: Mapping[str, Any] = {
     "skip_tokenizer_init": True,
     "dtype": "float32",
@@ -73,6 +79,8 @@ class Request:
     """The name of a LoRA adapter that the engine knows."""
     room: int | None = None
     """Where servers that prefill and decode apart meet for it, at the case's ``meeting_port``."""
+    image: str | None = None
+    """An image that goes with the prompt; see ``images``."""
     after: int = 0
     """Sent when the first request of its phase has produced this many tokens; 0: at once."""
 
@@ -282,7 +290,7 @@ def _start(
         return subprocess.Popen(
             command,
             cwd=ROOT,
-            env={**os.environ, **environment},
+            env={**os.environ, **ENDS_AT_ONCE, **environment},
             stdin=subprocess.DEVNULL,
             stdout=stream,
             stderr=stream,
@@ -485,8 +493,9 @@ async def _phase(engine: Any, case: EngineCase, requests: Sequence[Request]) -> 
 def _arguments_of(request: Request, logprobs: bool) -> dict[str, Any]:
     sampling = {"temperature": 0, "max_new_tokens": request.new_tokens, "ignore_eos": True}
     arguments = {"input_ids": list(request.prompt), "sampling_params": sampling}
-    adapter = {} if request.adapter is None else {"lora_path": request.adapter}
-    return arguments | adapter | {"return_logprob": logprobs}
+    more = {"lora_path": request.adapter, "image_data": request.image}
+    given = {name: value for name, value in more.items() if value is not None}
+    return arguments | given | {"return_logprob": logprobs}
 
 
 def _meeting(case: EngineCase, request: Request) -> dict[str, Any]:

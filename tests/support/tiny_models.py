@@ -104,6 +104,21 @@ class EagleDraft(TinyModel):
 
 
 @dataclass(frozen=True)
+class WithoutVision(TinyModel):
+    """A model of text and images whose checkpoint has no weights of the vision tower."""
+
+    def build(self, directory: Path) -> None:
+        """Write the model to ``directory`` as a checkpoint."""
+        from safetensors.torch import load_file, save_file
+
+        super().build(directory)
+        checkpoint = directory / "model.safetensors"
+        weights = load_file(checkpoint)
+        text = {name: weight for name, weight in weights.items() if "vision" not in name}
+        save_file(text, checkpoint, metadata={"format": "pt"})
+
+
+@dataclass(frozen=True)
 class DFlashDraft(TinyModel):
     """A DFLASH draft of one random layer, for a model of the same fields, which drafts blocks of
     four tokens from the hidden states of the model's first layer.
@@ -225,11 +240,11 @@ def greedy_each(
     import torch
 
     torch.set_num_threads(1)
-    network = _network(model)
+    network = network_of(model)
     return [_greedy(network, list(prompt), new_tokens) for prompt, new_tokens in prompts]
 
 
-def _network(model: Path, attention: str = "eager") -> Any:
+def network_of(model: Path, attention: str = "eager") -> Any:
     """The model in transformers, of the very class that wrote the checkpoint."""
     import torch
     import transformers
@@ -245,7 +260,7 @@ def embeddings(model: Path, prompts: Sequence[Sequence[int]], position: int) -> 
     import torch
 
     torch.set_num_threads(1)
-    network = _network(model)
+    network = network_of(model)
     with torch.inference_mode():
         states = [
             network.base_model(torch.tensor([list(prompt)])).last_hidden_state for prompt in prompts
@@ -283,7 +298,7 @@ def shortfalls(
     import torch
 
     torch.set_num_threads(1)
-    network = _network(model, attention)
+    network = network_of(model, attention)
     gaps: list[float] = []
     for prompt, answer in answers:
         gaps += _shortfalls(network, prompt, answer)
