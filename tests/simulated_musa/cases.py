@@ -256,6 +256,31 @@ CASES = [
 ]  # fmt: skip
 
 
+def engine_case(
+    musa: EngineServer,
+    case: MusaCase,
+    *,
+    environ: Mapping[str, str] | None = None,
+    before_boot: Callable[[], None] | None = None,
+) -> EngineCase:
+    """Return the engine of ``case`` and what to ask of it."""
+    draft = (
+        {} if case.draft is None else {"speculative_draft_model_path": str(musa.model(case.draft))}
+    )
+    usually = stand_ins.collectives
+    if case.captures_prefill:
+        usually = stand_ins.collectives_and_compiled_prefill
+    return EngineCase(
+        musa.model(case.model),
+        case.phases,
+        named_as_in(installed_release(), {**case.arguments, **draft}),
+        {envs.RAW_PREFILL: "on", **case.environ, **(environ or {})},
+        before_boot=before_boot or usually,
+        usual=usual(installed_release()),
+        logprobs=not case.captures_prefill,
+    )
+
+
 def run_case(
     musa: EngineServer,
     case: MusaCase,
@@ -264,24 +289,8 @@ def run_case(
     before_boot: Callable[[], None] | None = None,
 ) -> EngineRun:
     """Boot the engine of ``case`` and ask it."""
-    draft = (
-        {} if case.draft is None else {"speculative_draft_model_path": str(musa.model(case.draft))}
-    )
-    usually = stand_ins.collectives
-    if case.captures_prefill:
-        usually = stand_ins.collectives_and_compiled_prefill
-    run = musa.run(
-        EngineCase(
-            musa.model(case.model),
-            case.phases,
-            named_as_in(installed_release(), {**case.arguments, **draft}),
-            {envs.RAW_PREFILL: "on", **case.environ, **(environ or {})},
-            before_boot=before_boot or usually,
-            usual=usual(installed_release()),
-            logprobs=not case.captures_prefill,
-        ),
-        timeout=300.0,
-    )
+    asked = engine_case(musa, case, environ=environ, before_boot=before_boot)
+    run = musa.run(asked, timeout=300.0)
     if case.captures_prefill:
         in_graphs = re.findall(r"Prefill batch.* graph: (\w+)", musa.last_log.read_text())
         assert set(in_graphs) == {"True"}, "SGLang ran prefill outside of its graphs"

@@ -47,11 +47,24 @@ def collectives() -> None:
             self.all_reduce(total)
             return total
 
+        def reduce_scatter(self, output: Any, tensor: Any, *_: Any, **__: Any) -> None:
+            """Write this rank's part of the sum of ``tensor`` over all ranks to ``output``."""
+            total = self.outplace_all_reduce(tensor)
+            output.copy_(total.chunk(self.world_size)[self.rank])
+
         def all_gather(self, output: Any, tensor: Any, *_: Any, **__: Any) -> None:
             """Write every rank's ``tensor`` to ``output``, one behind another."""
             dist.all_gather_into_tensor(output, tensor, group=self.group)
 
     pynccl.PyNcclCommunicator = Communicator
+
+
+def collectives_and_transfers() -> None:
+    """Let NIXL move this device's memory, which is the host's, between servers."""
+    from sglang_musa_ext.cpu.host_memory import transfer_host_memory
+
+    collectives()
+    transfer_host_memory()
 
 
 def collectives_and_compiled_prefill() -> None:
