@@ -193,7 +193,7 @@ EVIDENCE = {
 SIGNS_OF_A_FIX = {
     # A mixed pass is made a prefill before attention sees it.
     "in chunks (Llama-4) with": (EAGER, r"if mode\.is_mixed\(\) and not is_npu\(\)"),
-    "no multiple of 32": (EXPERTS, r"# the buffer is padded\. Initialize padding even if")
+    "no multiple of 32": (EXPERTS, r"# the buffer is padded\. Initialize padding even if"),
 }
 """Signs that a later release has corrected it."""
 
