@@ -393,14 +393,6 @@ UPSTREAM_LIMITS = (
         "Start the server with --kv-cache-dtype auto",
     ),
     UpstreamLimit(
-        "embeddings of an MLA model without a KV cache (--is-embedding, --disable-radix-cache, "
-        "--chunked-prefill-size -1)",
-        lambda asked: asked.skips_cache and asked.use_mla,
-        "the cache is not written, and is read all the same: embeddings are wrong",
-        "Start the server without --disable-radix-cache",
-        until="0.5.11",
-    ),
-    UpstreamLimit(
         "MLA like DeepSeek's in float16 on MUSA, with weights that are not quantised",
         lambda asked: asked.on_musa and _is_latent_float16(asked),
         "SGLang casts what attention returns to bfloat16 there, on any backend, and the first "

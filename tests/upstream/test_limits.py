@@ -67,7 +67,6 @@ MEETING: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"skips_cache": True, "kv_cache_dtype": "fp8_e4m3"},
         {"kv_cache_dtype": "auto"},
     ),
-    "embeddings of an MLA": ({"skips_cache": True, "use_mla": True}, {"skips_cache": False}),
     "in float16 on MUSA": (
         {
             "on_musa": True,
@@ -168,10 +167,6 @@ EVIDENCE = {
     "embeddings without": (
         FLASH_ATTENTION,
         r"\(self\.kv_cache_dtype\)(?s:.)+elif self\.fa_skip_kv_cache:",
-    ),
-    "embeddings of an MLA": (
-        FLASH_ATTENTION,
-        r"self\.fa_skip_kv_cache = \(\n(?:\s+(?:and )?server_args\.\w+(?: == -1)?\n)+\s+\)",
     ),
     "chains of drafts": (FLASH_ATTENTION, r'"FA3 draft-decode page_table"'),
     "in float16 on MUSA": (
