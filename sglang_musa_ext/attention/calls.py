@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
@@ -151,10 +151,11 @@ class CallSite:
 
     __slots__ = (
         "_option_facts",
-        "_pass_facts",
+        "drops_plan",
         "geometry",
         "keywords",
         "options",
+        "pass_facts",
         "raw_dims",
         "settle",
         "settle_raw",
@@ -162,14 +163,16 @@ class CallSite:
         "tensor_options",
     )
 
-    def __init__(self, arguments: Arguments, geometry: CallGeometry) -> None:
+    def __init__(self, arguments: Arguments, geometry: CallGeometry, *, drops_plan: bool) -> None:
         """Describe a call that :func:`is_upstreams` accepts.
 
         Args:
             arguments: of the call, without a plan.
             geometry: of the call.
+            drops_plan: whether the kernels ignore the plans of such calls.
         """
         self.geometry = geometry
+        self.drops_plan = drops_plan
         self.keywords = geometry.keywords()
         """Those of ``get_scheduler_metadata`` for this call; others of its kind have some else."""
         self.settle: Settle | None = None
@@ -181,7 +184,7 @@ class CallSite:
         """The heads and head dimensions of the raw keys and values of that call."""
         self.tensor_facts = _tensor_facts(arguments)
         options = options_of(arguments)
-        self._pass_facts = _pass_facts(arguments)
+        self.pass_facts = pass_facts(*_get_lengths(arguments))
         self._option_facts = tuple([_fact(value) for value in options])
         """The options, with what is compared of tensors in place of them."""
         named = zip(OPTIONS, options, strict=True)
@@ -193,7 +196,7 @@ class CallSite:
         """Tell whether a call with the names of this kind is of it, in any pass."""
         return (
             _tensor_facts(arguments) == self.tensor_facts
-            and _pass_facts(arguments) == self._pass_facts
+            and pass_facts(*_get_lengths(arguments)) == self.pass_facts
             and self.has_options(options_of(arguments))
         )
 
@@ -236,11 +239,14 @@ def _tensor_facts(arguments: Mapping[str, Any]) -> tuple[Any, ...]:
     return *facts, k.shape, v.shape, density(k), density(v)
 
 
-def _pass_facts(arguments: Arguments) -> tuple[Any, ...] | None:
-    """Return what a library may ask of the page table and the lengths beside their shapes."""
-    page_table, cache_seqlens, cu_seqlens_q = _get_lengths(arguments)
-    if page_table is None or cache_seqlens is None or cu_seqlens_q is None:
-        return None
+def pass_facts(page_table: Any, cache_seqlens: Any, cu_seqlens_q: Any) -> Any:
+    """Return what a library may ask of the page table and the lengths beside their shapes.
+
+    ``None``: not all of them are tensors.
+    """
+    for tensor in (page_table, cache_seqlens, cu_seqlens_q):
+        if not isinstance(tensor, torch.Tensor):
+            return None
     dense = page_table.is_contiguous()
     return page_table.dtype, dense, cache_seqlens.dtype, cu_seqlens_q.dtype
 
@@ -257,13 +263,17 @@ class KnownCall:
     plans are equal, and so is how the kernels are called. Nothing compares dtypes, layouts and
     options after :meth:`matches`; it is what keeps a call in which one of them changed from being
     served as the call before.
+
+    Lifetime: a pass. When that is over, :meth:`release` takes its tensors away, and :meth:`begin`
+    may give it those of a later pass, whose first call is then served without being described anew.
     """
 
     __slots__ = (
+        "_nothing",
         "_own_facts",
+        "_own_names",
         "_q_device",
         "_settled",
-        "_site",
         "_versions",
         "cache_seqlens",
         "cu_seqlens_q",
@@ -280,6 +290,7 @@ class KnownCall:
         "q_dtype",
         "q_shape",
         "role",
+        "site",
         "unsplit",
         "uses",
         "v_dense",
@@ -288,6 +299,8 @@ class KnownCall:
     )
     raw = False
     """True if such calls are served from the layer's own keys instead of the cache."""
+    of_a_pass: ClassVar[tuple[str, ...]] = (*_LENGTHS, "max_seqlen_q", "scheduler_metadata")
+    """FA3's names of the arguments that another pass has others of."""
 
     def __init__(
         self, site: CallSite, arguments: Arguments, settled: SettledCall, own_keys: OwnKeys | None
@@ -300,8 +313,11 @@ class KnownCall:
             settled: how the kernels are called for it.
             own_keys: the layer's own keys and values, where such calls may use them.
         """
-        self._site, self._settled = site, settled
+        self.site, self._settled = site, settled
         self.function, self.keywords = settled.function, settled.keywords
+        own = settled.own_names
+        self._own_names = [(name, own[name]) for name in self.of_a_pass if name in own]
+        self._nothing = dict.fromkeys([own for _, own in self._own_names])
         self.plan: Any = None
         self.in_place: Any = None
         """For a plan in a workspace: the entry that says that the workspace still holds it."""
@@ -312,10 +328,7 @@ class KnownCall:
         self.uses = 0
         """Calls that were served as this one and are not in the statistics yet."""
         self.q_shape, self.max_seqlen_q = arguments["q"].shape, arguments["max_seqlen_q"]
-        # Held, so that no other tensor can take their places.
-        self.page_table, self.cache_seqlens, self.cu_seqlens_q = _get_lengths(arguments)
-        versions = _version(self.cache_seqlens), _version(self.cu_seqlens_q)
-        self._versions = None if versions == (None, None) else versions
+        self._hold(*_get_lengths(arguments))
         self._own_facts = None if own_keys is None else own_key_facts(own_keys)
         (
             _, self.q_dtype, self._q_device, self.k_dtype, self.v_dtype, self.k_shape,
@@ -323,6 +336,60 @@ class KnownCall:
         ) = site.tensor_facts  # fmt: skip
         self.options = site.options
         """``None``: there are tensors among them."""
+
+    def _hold(self, page_table: Any, cache_seqlens: Any, cu_seqlens_q: Any) -> None:
+        """Hold the tensors of a pass, so that no others can take their places."""
+        self.page_table = page_table
+        self.cache_seqlens, self.cu_seqlens_q = cache_seqlens, cu_seqlens_q
+        versions = _version(cache_seqlens), _version(cu_seqlens_q)
+        self._versions = None if versions == (None, None) else versions
+
+    def release(self) -> None:
+        """Let go of the tensors of a pass that is over; no call is like this one from here on."""
+        self.page_table = self.cache_seqlens = self.cu_seqlens_q = ABSENT
+        self.plan = None
+        self.keywords.update(self._nothing)
+
+    def begin(
+        self, q: Any, page_table: Any, cache_seqlens: Any, cu_seqlens_q: Any, max_seqlen_q: Any
+    ) -> bool:
+        """Take over the lengths of another pass, if they are of the same kind.
+
+        Whether the call that has them is like this one is for :meth:`matches` to say.
+        """
+        if max_seqlen_q is ABSENT or q.shape[1:] != self.q_shape[1:]:
+            return False
+        if pass_facts(page_table, cache_seqlens, cu_seqlens_q) != self.site.pass_facts:
+            return False
+        self._hold(page_table, cache_seqlens, cu_seqlens_q)
+        self.q_shape, self.max_seqlen_q = q.shape, max_seqlen_q
+        return True
+
+    def continues(self, q: Any, k: Any, v: Any) -> dict[str, Any] | None:
+        """Return the arguments of a call over the lengths that :meth:`begin` has taken over.
+
+        They are those that a pass has of its own, under FA3's names. ``None``: the call needs a
+        change that those before did not need, and is to be described anew.
+        """
+        arguments = self._arguments_of_pass(q, k, v)
+        return None if self._settled.is_changed_by_steps(arguments) else arguments
+
+    def settle(self, arguments: dict[str, Any]) -> None:
+        """Have the kernels called with what a pass has of its own."""
+        for name, own in self._own_names:
+            self.keywords[own] = arguments[name]
+
+    def _arguments_of_pass(self, q: Any, k: Any, v: Any) -> dict[str, Any]:
+        return {
+            "q": q,
+            "k_cache": k,
+            "v_cache": v,
+            "page_table": self.page_table,
+            "cache_seqlens": self.cache_seqlens,
+            "cu_seqlens_q": self.cu_seqlens_q,
+            "max_seqlen_q": self.max_seqlen_q,
+            "scheduler_metadata": None,
+        }
 
     def matches(
         self, q: Any, k_cache: Any, v_cache: Any, page_table: Any, cache_seqlens: Any,
@@ -349,7 +416,7 @@ class KnownCall:
         )
 
     def _has_options(self, options: tuple[Any, ...]) -> bool:
-        return self.options is None and self._site.has_options(options)
+        return self.options is None and self.site.has_options(options)
 
     def _has_versions(self, cache_seqlens: torch.Tensor, cu_seqlens_q: torch.Tensor) -> bool:
         return self._versions == (_version(cache_seqlens), _version(cu_seqlens_q))
@@ -369,7 +436,7 @@ class KnownCall:
             return False
         if _table_facts(page_table) != _table_facts(self.page_table):
             return False
-        self.page_table = self.keywords[self._settled.table] = page_table
+        self.page_table = self.keywords[self._settled.own_names["page_table"]] = page_table
         return True
 
 
@@ -378,6 +445,17 @@ class KnownRawCall(KnownCall):
 
     __slots__ = ()
     raw = True
+    of_a_pass = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
+
+    def begin(
+        self, q: Any, page_table: Any, cache_seqlens: Any, cu_seqlens_q: Any, max_seqlen_q: Any
+    ) -> bool:
+        """Take over the lengths of another pass, which has as many keys as queries."""
+        if not super().begin(q, page_table, cache_seqlens, cu_seqlens_q, max_seqlen_q):
+            return False
+        rows = q.shape[:1]
+        self.k_shape, self.v_shape = rows + self.k_shape[1:], rows + self.v_shape[1:]
+        return True
 
     def __init__(
         self, site: CallSite, arguments: Arguments, settled: SettledCall, own_keys: OwnKeys
@@ -387,6 +465,17 @@ class KnownRawCall(KnownCall):
         k, v = own_keys
         self.k_dtype, self.k_shape, self.k_dense = k.dtype, k.shape, density(k)
         self.v_dtype, self.v_shape, self.v_dense = v.dtype, v.shape, density(v)
+
+    def _arguments_of_pass(self, q: Any, k: Any, v: Any) -> dict[str, Any]:
+        return {
+            "q": q,
+            "k": k,
+            "v": v,
+            "cu_seqlens_q": self.cu_seqlens_q,
+            "cu_seqlens_k": self.cu_seqlens_q,
+            "max_seqlen_q": self.max_seqlen_q,
+            "max_seqlen_k": self.max_seqlen_q,
+        }
 
     def matches(
         self, q: Any, k_cache: Any, v_cache: Any, page_table: Any, cache_seqlens: Any,

@@ -28,6 +28,9 @@ class Backend(Protocol):
     def begin_call(self) -> Sequence[KnownCall]:
         """Note a call over a paged KV cache, and return those that it may be like."""
 
+    def known_before(self, *call: Any) -> KnownCall | None:
+        """Return a call of a pass that is over that this one is like, made one of this pass."""
+
     def call_unlike_others(self, arguments: dict[str, Any]) -> Any:
         """Serve a call over a paged KV cache that :meth:`begin_call` has noted."""
 
@@ -114,17 +117,25 @@ def _paged_dispatcher(original: Callable[..., Any]) -> Callable[..., Any]:
                 ver, qv, sinks, k_descale, v_descale,
             )  # fmt: skip
             own_keys = backend.own_keys
+            known: KnownCall | None
             for known in backend.begin_call():
-                if known.matches(
+                if not args and known.matches(
                     q, k_cache, v_cache, page_table, cache_seqlens, cu_seqlens_q, max_seqlen_q,
                     options, own_keys,
                 ) and not others:  # fmt: skip
                     known.uses += 1
-                    if known.raw:
-                        k_cache, v_cache = own_keys
-                    if known.options is None:
-                        return known.function(q, k_cache, v_cache, **known.keywords_with(options))
-                    return known.function(q, k_cache, v_cache, **known.keywords)
+                    break
+            else:
+                known = None if others or args else backend.known_before(
+                    q, k_cache, v_cache, page_table, cache_seqlens, cu_seqlens_q, max_seqlen_q,
+                    options, own_keys,
+                )  # fmt: skip
+            if known is not None:
+                if known.raw:
+                    k_cache, v_cache = own_keys
+                if known.options is None:
+                    return known.function(q, k_cache, v_cache, **known.keywords_with(options))
+                return known.function(q, k_cache, v_cache, **known.keywords)
         values = (
             q, k_cache, v_cache, page_table, cache_seqlens, cu_seqlens_q, cu_seqlens_k_new,
             max_seqlen_q, softmax_scale, causal, window_size, softcap, return_softmax_lse,

@@ -39,7 +39,7 @@ from sglang_musa_ext.attention.calls import (
 from sglang_musa_ext.attention.dispatch import RUNNING
 from sglang_musa_ext.attention.metrics import export
 from sglang_musa_ext.attention.plans import SchedulerMetadataCache, Tensors, stream_probe
-from sglang_musa_ext.attention.raw_keys import new_rows, raw_arguments
+from sglang_musa_ext.attention.raw_keys import attends_to_the_batch, new_rows, raw_arguments
 from sglang_musa_ext.attention.sampling import OutputSampler
 from sglang_musa_ext.attention.workspace import MLAWorkspace
 from sglang_musa_ext.envs import Settings
@@ -52,6 +52,10 @@ logger = logging.getLogger(__name__)
 
 _MOST_SITES = 64
 """Kinds of calls with the same names that a backend remembers: a model has a few."""
+_MOST_GEOMETRIES = 1024
+"""Geometries of which a backend remembers whether their calls are split: decodes have few, prompts
+have one for each length.
+"""
 
 CONSTRUCTION = threading.RLock()
 """Held while names of upstream's modules stand for ours: constructors of two threads take turns."""
@@ -119,6 +123,8 @@ class MusaFA3Mixin:
         """The kinds of paged calls that this backend has served, by their names."""
         self._functions: dict[tuple[str, tuple[str, ...]], Attention] = {}
         """The functions that serve calls, by function called and names."""
+        self._unsplit: dict[CallGeometry, bool] = {}
+        """The geometries that were asked for, and whether the kernels do not split their calls."""
         self._new_rows: int | None = None
         """The rows of the running pass, where its layers attend to nothing but their own keys."""
         self.own_keys: OwnKeys | None = None
@@ -226,6 +232,56 @@ class MusaFA3Mixin:
             checks.require_reference_output(result, paged, self._pool_device, self._place())
         return result
 
+    def known_before(
+        self, q: Any, k_cache: Any, v_cache: Any, page_table: Any, cache_seqlens: Any,
+        cu_seqlens_q: Any, max_seqlen_q: Any, options: tuple[Any, ...], own_keys: OwnKeys | None,
+    ) -> KnownCall | None:  # fmt: skip
+        """Return a call of an earlier pass that this one is like, as one of this pass.
+
+        New are its lengths and its plan; all else was settled then, and is compared.
+        """
+        earlier = self._plans.current.earlier
+        lengths = page_table, cache_seqlens, cu_seqlens_q, max_seqlen_q
+        for index, known in enumerate(earlier):
+            if not known.begin(q, *lengths):
+                continue
+            if known.matches(q, k_cache, v_cache, *lengths, options, own_keys):
+                # Here, because one that is not like this call may be like the next one.
+                del earlier[index]
+                is_served = self._settle_raw if known.raw else self._settle_planned
+                return known if is_served(known, q, k_cache, v_cache) else None
+            known.release()
+        return None
+
+    def _settle_raw(self, known: KnownCall, q: Any, *_: Any) -> bool:
+        """Serve a call of an earlier pass from the raw keys of this one, where they do."""
+        assert self.own_keys is not None
+        lengths = {"cu_seqlens_q": known.cu_seqlens_q, "cache_seqlens": known.cache_seqlens}
+        if not self._is_whole_batch(q) or not attends_to_the_batch(lengths, self.forward_metadata):
+            return False
+        arguments = known.continues(q, *self.own_keys)
+        if arguments is None:
+            return False
+        self._plans.count_call(raw=True)
+        known.settle(arguments)
+        self._plans.remember(known, None)
+        return True
+
+    def _settle_planned(self, known: KnownCall, q: Any, k_cache: Any, v_cache: Any) -> bool:
+        """Serve a call of an earlier pass with a plan of this one."""
+        if self.own_keys is not None:
+            # Raw keys may serve it now.
+            return False
+        arguments = known.continues(q, k_cache, v_cache)
+        if arguments is None:
+            return False
+        self._plans.count_call()
+        plan = self._scheduler_metadata(arguments, known.site)
+        arguments["scheduler_metadata"] = plan
+        known.settle(arguments)
+        self._plans.remember(known, plan)
+        return True
+
     def _call_over_raw_keys(
         self, arguments: Arguments, site: CallSite | None, raw: Arguments, own_keys: OwnKeys
     ) -> Any:
@@ -249,11 +305,9 @@ class MusaFA3Mixin:
         """Serve a call with its plan, and have calls like it get both again."""
         self._plans.count_call()
         if site is None:
-            geometry = CallGeometry.of(arguments, self._kernels)
-            plan = self._scheduler_metadata(arguments, geometry, geometry.keywords())
-            arguments["scheduler_metadata"] = plan
+            arguments["scheduler_metadata"] = self._scheduler_metadata(arguments, None)
             return self._prepared("flash_attn_with_kvcache", arguments)(arguments)
-        plan = self._scheduler_metadata(arguments, *site.geometry_of(arguments))
+        plan = self._scheduler_metadata(arguments, site)
         in_place = isinstance(plan, tuple)
         # Whether this call writes the plan of its slot or found it there, those like it find it.
         again = (plan[0], True) if in_place else plan
@@ -285,7 +339,9 @@ class MusaFA3Mixin:
         return self._new_site(names, arguments)
 
     def _new_site(self, names: tuple[str, ...], arguments: Arguments) -> CallSite:
-        site = CallSite(arguments, CallGeometry.of(arguments, self._kernels))
+        geometry = CallGeometry.of(arguments, self._kernels)
+        drops_plan = self._kernels.drops_plan(arguments)
+        site = CallSite(arguments, geometry, drops_plan=drops_plan)
         sites = self._sites.setdefault(names, [])
         if len(sites) >= _MOST_SITES:
             sites.clear()
@@ -296,13 +352,19 @@ class MusaFA3Mixin:
         self, arguments: Arguments, own_keys: OwnKeys, site: CallSite | None
     ) -> Arguments | None:
         """Return the arguments over raw keys that stand for a call, or ``None`` if none do."""
-        rows = {tensor.shape[0] for tensor in (arguments["q"], *own_keys)}
-        # Rows that only pad the batch belong to no request.
-        if rows != {self._new_rows} or self._plans.capturing:
+        if not self._is_whole_batch(arguments["q"]):
             return None
         settled = site is not None and site.raw_dims == dims_of(own_keys)
         kernels = None if settled else self._kernels
         return raw_arguments(arguments, own_keys, self.forward_metadata, kernels)
+
+    def _is_whole_batch(self, q: torch.Tensor) -> bool:
+        """Tell whether queries and the layer's own keys are what a pass without prefixes adds."""
+        assert self.own_keys is not None
+        k, v = self.own_keys
+        # Rows that only pad the batch belong to no request.
+        rows = q.shape[0] == k.shape[0] == v.shape[0] == self._new_rows
+        return rows and not self._plans.capturing
 
     def _prepared(self, function: str, arguments: Arguments) -> Attention:
         """Return what serves calls of ``function`` with the names of this one."""
@@ -314,21 +376,25 @@ class MusaFA3Mixin:
 
     # --- plans ------------------------------------------------------------------------------------
 
-    def _scheduler_metadata(
-        self, arguments: Arguments, geometry: CallGeometry, keywords: dict[str, Any]
-    ) -> Any:
-        """Return the ``scheduler_metadata`` of a call, whose geometry ``keywords`` say, too.
+    def _scheduler_metadata(self, arguments: Arguments, site: CallSite | None) -> Any:
+        """Return the ``scheduler_metadata`` of a call: a tensor, or ``None``.
 
-        That is a tensor, for MLA on MATE ``(workspace, reuse)``, or ``None``.
+        For MLA on MATE it is ``(workspace, reuse)``.
+
+        Args:
+            arguments: of the call; if it has a ``site``, those alone that a pass has of its own.
+            site: the kind of the call, if it is one of upstream's.
         """
-        if not self._takes_plan(arguments):
+        drops_plan = self._kernels.drops_plan(arguments) if site is None else site.drops_plan
+        if drops_plan or not self._takes_plan(arguments):
             return None
+        geometry, keywords = self._geometry_of(arguments, site)
         tensors = planned_tensors(arguments)
         if self._settings.force_update_metadata:
             self._plans.forget_plans()
         if geometry.has_qv and self._workspace is not None:
             return self._mla_plan(geometry, tensors, arguments)
-        if self._is_unsplit(keywords):
+        if self._is_unsplit(geometry, keywords):
             self._plans.count_unsplit()
             return None
         compute = functools.partial(self._compute_plan, keywords, tensors)
@@ -340,13 +406,17 @@ class MusaFA3Mixin:
             checks.require_same_plan(used, fresh, geometry, self._place())
         return plan
 
-    def _takes_plan(self, arguments: Arguments) -> bool:
-        """Tell whether a call gets a plan.
+    def _geometry_of(
+        self, arguments: Arguments, site: CallSite | None
+    ) -> tuple[CallGeometry, dict[str, Any]]:
+        """Return the geometry of a call, and as keywords."""
+        if site is not None:
+            return site.geometry_of(arguments)
+        geometry = CallGeometry.of(arguments, self._kernels)
+        return geometry, geometry.keywords()
 
-        It does where the kernels have one for it, and would not do as well without.
-        """
-        if self._kernels.drops_plan(arguments):
-            return False
+    def _takes_plan(self, arguments: Arguments) -> bool:
+        """Tell whether a call would not do as well without a plan."""
         alone = self._settings.plans != "always" and self._kernels.plans_for_itself
         # Outside of graphs the host takes longer to plan than the device does. And in a draft model
         # of one layer, say, nothing would reuse a plan.
@@ -354,11 +424,17 @@ class MusaFA3Mixin:
             return False
         return self._kernels.plans_unequal_queries or has_equal_queries(arguments)
 
-    def _is_unsplit(self, keywords: dict[str, Any]) -> bool:
+    def _is_unsplit(self, geometry: CallGeometry, keywords: dict[str, Any]) -> bool:
         """Tell whether the kernels are known not to split a call, so that a plan says nothing."""
         if self._settings.plans == "always" or not self._kernels.combines_unsplit:
             return False
-        return self._kernels.static_num_splits(**keywords) == 1
+        unsplit = self._unsplit.get(geometry)
+        if unsplit is None:
+            if len(self._unsplit) >= _MOST_GEOMETRIES:
+                self._unsplit.clear()
+            unsplit = self._kernels.static_num_splits(**keywords) == 1
+            self._unsplit[geometry] = unsplit
+        return unsplit
 
     @property
     def _checking(self) -> bool:

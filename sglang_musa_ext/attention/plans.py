@@ -20,6 +20,9 @@ import torch
 
 from sglang_musa_ext.attention.calls import CallGeometry, KnownCall
 
+_MOST_EARLIER = 4
+"""Calls of passes that are over that the next ones may make again: a model has a few kinds."""
+
 Tensors = dict[str, torch.Tensor]
 """The tensors of a call whose contents its plan depends on, by name."""
 
@@ -141,9 +144,11 @@ class _Plan(NamedTuple):
 class Pass:
     """One forward pass: what its calls over a paged cache have so far, which ends with it."""
 
-    __slots__ = ("computed", "in_place", "known", "layers", "plans")
+    __slots__ = ("computed", "earlier", "in_place", "known", "layers", "plans")
 
-    def __init__(self) -> None:
+    def __init__(self, earlier: list[KnownCall]) -> None:
+        self.earlier = earlier
+        """Calls of passes that are over, without their tensors, that this pass may make again."""
         self.plans: list[_Plan] = []
         """A pass has few of them, and comparing keys takes less time than hashing them."""
         self.known: list[KnownCall] = []
@@ -161,8 +166,9 @@ class Pass:
 class SchedulerMetadataCache:
     """The plans of one backend instance, for its current forward pass only.
 
-    Lifetime: a :class:`Pass` is replaced when the next one begins, and goes with the backend that
-    owns the cache. A pass begins at the first call over a paged cache after any of these:
+    Lifetime: a :class:`Pass` goes when it ends, at the latest when the next one begins, or with the
+    backend that owns the cache. A pass begins at the first call over a paged cache after any of
+    these:
 
     * :meth:`end_pass` was called (upstream prepared new metadata);
     * upstream's metadata object, the forward batch, the stream or the capture state is another one;
@@ -175,7 +181,7 @@ class SchedulerMetadataCache:
     def __init__(self, stream_state: Callable[[], tuple[int, bool]]) -> None:
         """``stream_state`` tells where work is being issued; see :func:`stream_probe`."""
         self._statistics = PlanStatistics()
-        self.current = Pass()
+        self.current = Pass([])
         self.layer: object = None
         """The layer that is running, or ran last; ``None`` where no layer makes the call."""
         self.role = -1
@@ -188,6 +194,7 @@ class SchedulerMetadataCache:
         self._forward_metadata: object = None
         self._state: tuple[int, bool] = (0, False)
         self._ended = True
+        """True if the current pass has made no call yet."""
         self._unsplit = False
         """True from when a call got no plan because it is not split until it is remembered."""
 
@@ -208,7 +215,12 @@ class SchedulerMetadataCache:
         return self._state[1]
 
     def end_pass(self) -> None:
-        """Say that whatever comes next belongs to another pass."""
+        """Say that whatever comes next belongs to another pass; let go of what this one held."""
+        if self._ended:
+            return
+        self._count_uses()
+        self.most_calls = max(self.most_calls, len(self.current.layers))
+        self.current = Pass(self._earlier())
         self._ended = True
 
     @property
@@ -231,7 +243,7 @@ class SchedulerMetadataCache:
         ):
             self._forward_batch, self._forward_metadata = _holder(forward_batch), forward_metadata
             self._state = state
-            self._ended = True
+            self.end_pass()
         return self._ended
 
     def begin_call(self) -> Sequence[KnownCall]:
@@ -244,8 +256,10 @@ class SchedulerMetadataCache:
         role = self.role = self.role + 1
         layer, current = self.layer, self.current
         call = (id(layer), role) if role else id(layer)
-        if self._ended or call in current.layers:
-            current = self._begin_pass()
+        if call in current.layers:
+            self.end_pass()
+            current = self.current
+        self._ended = False
         current.layers[call] = layer
         if current.in_place:
             return [known for known in current.known if self._holds(known)]
@@ -337,6 +351,7 @@ class SchedulerMetadataCache:
         self._count_uses()
         self.current.plans.clear()
         self.current.known.clear()
+        self.current.earlier.clear()
         self.current.in_place.clear()
 
     def _key(self, geometry: CallGeometry, tensors: Tensors) -> PlanKey:
@@ -352,12 +367,12 @@ class SchedulerMetadataCache:
         passes[current.computed] += 1
         return _Plan(key, value, tensors)
 
-    def _begin_pass(self) -> Pass:
-        self._count_uses()
-        self.most_calls = max(self.most_calls, len(self.current.layers))
-        self.current = Pass()
-        self._ended = False
-        return self.current
+    def _earlier(self) -> list[KnownCall]:
+        """Return the calls that the next pass may make again; the slots of others' plans go on."""
+        ended = [known for known in self.current.known if known.in_place is None]
+        for known in ended:
+            known.release()
+        return [*ended, *self.current.earlier][:_MOST_EARLIER]
 
 
 def _holder(batch: object) -> Callable[[], object]:

@@ -56,7 +56,7 @@ def raw_arguments(
         ``None`` where the call attends to something else than these keys, or where the kernels have
         no such function for it.
     """
-    if not _attends_to_the_batch(arguments, metadata):
+    if not attends_to_the_batch(arguments, metadata):
         return None
     k, v = own_keys
     dtypes = {tensor.dtype for tensor in (k, v, arguments["q"])}
@@ -91,7 +91,7 @@ def over_raw_keys(arguments: Mapping[str, Any], k: torch.Tensor, v: torch.Tensor
     return raw
 
 
-def _attends_to_the_batch(arguments: Mapping[str, Any], metadata: Any) -> bool:
+def attends_to_the_batch(arguments: Mapping[str, Any], metadata: Any) -> bool:
     """Tell whether a call's queries and keys are the whole batch's.
 
     Chunked-local layers, context-parallel ranks and cross attention have lengths of their own.

@@ -78,13 +78,17 @@ class OutputSampler:
     def choosing(self, begin_call: Callable[[], Sequence[KnownCall]]) -> Callable[..., Any]:
         """Return what begins calls as ``begin_call`` does, and chooses some to be compared.
 
-        A chosen call is said to be like none before it, so that :meth:`of_chosen` sees it.
+        A chosen call is said to be like none before it, in its pass or in those before, so that
+        :meth:`of_chosen` sees it.
         """
 
         def begin() -> Sequence[KnownCall]:
             known = begin_call()
             self._chosen = self._random.random() < self.share
-            return () if self._chosen else known
+            if self._chosen:
+                self._plans.current.earlier.clear()
+                return ()
+            return known
 
         return begin
 

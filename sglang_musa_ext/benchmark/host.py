@@ -7,6 +7,10 @@ take turns, pass by pass, on one core, and each time is compared with upstream's
 Upstream is measured bare: its forward calls the library's functions, without the two Python
 functions that upstream has between them, and without its own plans. The KV pool is SGLang's, but
 for the kernel that stores; ``--pool none`` has one that does nothing.
+
+Beside them runs a backend that only composes: its forwards note it and run upstream's, and what
+stands under the kernels' names passes each call on as it is. No backend that serves by composing
+takes less, whatever it decides.
 """
 
 from __future__ import annotations
@@ -18,7 +22,6 @@ import platform
 import statistics
 import sys
 import time
-import timeit
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -33,7 +36,14 @@ MATE_RELEASE = (0, 2, 7)
 """The release of MATE whose rules the adapter applies: the newest known one."""
 IN_TREE = "sglang.srt.hardware_backend.musa.attention.flashattention_backend"
 KERNEL_NAMES = ("flash_attn_with_kvcache", "flash_attn_varlen_func")
-UPSTREAM = "upstream"
+UPSTREAM, COMPOSED, OVER_MATE, OVER_HOPPER, UNPLANNED = (
+    "upstream",
+    "composing alone",
+    "ours over MATE",
+    "ours over Hopper",
+    "ours over MATE without plans",
+)
+IN_TREE_NAME, WRAPPED = "in-tree", "upstream with its wrappers"
 WARM_UP = 20
 """Passes of each backend that are not timed."""
 PASS_KINDS = ("decode", "prefill with a prefix", "prefill without a prefix")
@@ -361,17 +371,60 @@ def _in_tree_peer(runner: Any) -> HostPeer:
     group = SimpleNamespace(rank_in_group=0, world_size=1)
     module.get_pp_group = lambda: group
     module.get_parallel = lambda: SimpleNamespace(pp_group=group)
-    return HostPeer("in-tree", backend, library, {})
+    return HostPeer(IN_TREE_NAME, backend, library, {})
 
 
-def _our_peer(kernels: str, runner: Any) -> HostPeer:
+def _composed_peer(runner: Any) -> HostPeer:
+    """Return a backend that runs upstream's forwards and passes their calls on, and no more."""
+    import threading
+
+    from sglang.srt.layers.attention import flashattention_backend as upstream
+
+    class Running(threading.local):
+        def __init__(self) -> None:
+            self.stack: list[Any] = []
+
+    running_layers = Running()
+
+    class Composed(upstream.FlashAttentionBackend):  # type: ignore[misc]
+        def forward_extend(self, *args: Any, **kwargs: Any) -> Any:
+            running = running_layers.stack
+            running.append(library)
+            try:
+                return super().forward_extend(*args, **kwargs)
+            finally:
+                running.pop()
+
+        def forward_decode(self, *args: Any, **kwargs: Any) -> Any:
+            running = running_layers.stack
+            running.append(library)
+            try:
+                return super().forward_decode(*args, **kwargs)
+            finally:
+                running.pop()
+
+    def flash_attn_with_kvcache(**arguments: Any) -> Any:
+        return running_layers.stack[-1].flash_attn_with_kvcache(**arguments)
+
+    def flash_attn_varlen_func(**arguments: Any) -> Any:
+        return running_layers.stack[-1].flash_attn_varlen_func(**arguments)
+
+    library = upstream_kernels_that_do_nothing()
+    with _module_named("sgl_kernel.flash_attn", library):
+        backend = Composed(runner)
+    backend._get_scheduler_metadata = None
+    names = {each.__name__: each for each in (flash_attn_with_kvcache, flash_attn_varlen_func)}
+    return HostPeer(COMPOSED, backend, library, names)
+
+
+def _our_peer(name: str, runner: Any) -> HostPeer:
     from sglang.srt.layers.attention import flashattention_backend as upstream
 
     from sglang_musa_ext import patching
     from sglang_musa_ext.attention import mixin, selection
     from sglang_musa_ext.attention.dispatch import install_kernel_dispatch
 
-    library, record = _record(kernels)
+    library, record = _record(name)
     undo = patching.replace(mixin, "select_kernels", lambda *_: record)
     try:
         backend = selection.MusaFA3Backend(runner)
@@ -380,20 +433,23 @@ def _our_peer(kernels: str, runner: Any) -> HostPeer:
     undo = install_kernel_dispatch()
     names = {name: getattr(upstream, name) for name in KERNEL_NAMES}
     undo()
-    return HostPeer(f"ours over {kernels}", backend, library, names)
+    return HostPeer(name, backend, library, names)
 
 
-def _record(kernels: str) -> tuple[Any, Any]:
+def _record(name: str) -> tuple[Any, Any]:
     from sglang_musa_ext.kernels.hopper import hopper_record
     from sglang_musa_ext.kernels.mate import mate_record
 
-    if kernels == "mate":
-        library = mate_kernels_that_do_nothing()
-        record = mate_record(library, MATE_RELEASE)
-        # The number of splits is a matter of the device, and there is none here.
-        return library, dataclasses.replace(record, combines_unsplit=False)
-    library = upstream_kernels_that_do_nothing()
-    return library, hopper_record(library, plans_unequal_queries=False)
+    if name == OVER_HOPPER:
+        library = upstream_kernels_that_do_nothing()
+        return library, hopper_record(library, plans_unequal_queries=False)
+    library = mate_kernels_that_do_nothing()
+    record = mate_record(library, MATE_RELEASE)
+    # The number of splits is a matter of the device, and there is none here.
+    record = dataclasses.replace(record, static_num_splits=lambda **geometry: 2)
+    if name == UNPLANNED:
+        record = dataclasses.replace(record, drops_plan=lambda arguments: True)
+    return library, record
 
 
 @contextmanager
@@ -427,19 +483,22 @@ class Times:
         both = zip(self.first[peer], self.further[peer], strict=True)
         return [(first + further) / LAYERS for first, further in both]
 
-    def ratio(self, peer: str) -> tuple[float, float]:
-        """Return the median of a peer's times over upstream's of the same turns, and the spread.
+    def ratio(self, peer: str, other: str = UPSTREAM) -> tuple[float, float]:
+        """Return the median of a peer's times over another's of the same turns, and the spread.
 
         The spread is half the distance between the quartiles.
         """
-        pairs = zip(self.forward(peer), self.forward(UPSTREAM), strict=True)
-        ratios = sorted(time / upstream for time, upstream in pairs)
+        pairs = zip(self.forward(peer), self.forward(other), strict=True)
+        ratios = sorted(time / base for time, base in pairs)
         low, _, high = statistics.quantiles(ratios, n=4)
         return statistics.median(ratios), (high - low) / 2
 
 
 def measure(peers: Sequence[HostPeer], mode: str, runner: Any, turns: int) -> Times:
-    """Time ``turns`` passes of every peer, in turns."""
+    """Time ``turns`` passes of every peer, in turns, each after an untimed one of the same peer.
+
+    So each finds its own code in the processor's caches, as a server's only backend does.
+    """
     from sglang.srt.layers.radix_attention import RadixAttention
 
     layers = [
@@ -453,6 +512,7 @@ def measure(peers: Sequence[HostPeer], mode: str, runner: Any, turns: int) -> Ti
     for turn in range(-WARM_UP, turns):
         start = turn % len(peers)
         for peer in [*peers[start:], *peers[:start]]:
+            _time_pass(peer, made, layers)
             first, further = _time_pass(peer, made, layers)
             if turn >= 0:
                 times.first[peer.name].append(1e6 * first)
@@ -483,43 +543,32 @@ def _time_pass(peer: HostPeer, made: _Pass, layers: Sequence[Any]) -> tuple[floa
 # --- where the time goes --------------------------------------------------------------------------
 
 
-def parts(peer: HostPeer, made: _Pass, pool: Any) -> dict[str, float]:
-    """Return the microseconds of each step of a further call of ours in a decode, one by one."""
-    from sglang.srt.layers.radix_attention import RadixAttention
+@dataclass(frozen=True)
+class Part:
+    """A part of a forward, as the difference of two backends that differ in it alone."""
 
-    layer = RadixAttention(HEADS, HEAD_DIM, HEAD_DIM**-0.5, KV_HEADS, 0)
-    _time_pass(peer, made, [layer])
-    library, plans = peer.library.flash_attn_with_kvcache, peer.backend._plans
-    metadata = plans._forward_metadata
-    (known,) = plans.current.known
-    q = made.q.view(-1, HEADS, HEAD_DIM)
-    k, v = (buffer.view(-1, PAGE_SIZE, KV_HEADS, HEAD_DIM) for buffer in pool.get_kv_buffer(0))
-    lengths = known.page_table, known.cache_seqlens, known.cu_seqlens_q, known.max_seqlen_q
-
-    def begin_call() -> None:
-        plans.role = -1
-        plans.current.layers.clear()
-        plans.begin_call()
-
-    steps: dict[str, Callable[[], object]] = {
-        "which pass and layer": lambda: plans.begin_layer(layer, made.batch, metadata),
-        "which call of the layer": begin_call,
-        "is it like one before": lambda: known.matches(q, k, v, *lengths, known.options, None),
-        "  of which dtypes, shapes and layouts": lambda: _facts(q, k, v),
-        "the library's function": lambda: library(q, k, v, **known.keywords),
-    }
-    nothing = _quickest(lambda: None)
-    return {name: _quickest(step) - nothing for name, step in steps.items()}
+    name: str
+    peer: str
+    less: str | None
+    """``None``: all of the time is this part."""
 
 
-def _facts(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[object, ...]:
-    facts = (q.dtype, k.dtype, v.dtype, q.shape, k.shape, v.shape, q.device)
-    return *facts, k.is_contiguous(), v.is_contiguous()
+PARTS = (
+    Part("upstream's forward", UPSTREAM, None),
+    Part("composing alone", COMPOSED, UPSTREAM),
+    Part("recognising the call", OVER_HOPPER, COMPOSED),
+    Part("MATE's adapter", UNPLANNED, OVER_HOPPER),
+    Part("the plan", OVER_MATE, UNPLANNED),
+)
+"""They add up to the time of :data:`OVER_MATE`."""
 
 
-def _quickest(step: Callable[[], object]) -> float:
-    """Return the microseconds of a step in the quickest of many runs of it."""
-    return 1e6 * min(timeit.repeat(step, number=200, repeat=200)) / 200
+def part(times: dict[str, list[float]], part: Part) -> float:
+    """Return the median of the microseconds that a part takes in the same turn."""
+    if part.less is None:
+        return statistics.median(times[part.peer])
+    pairs = zip(times[part.peer], times[part.less], strict=True)
+    return statistics.median([more - less for more, less in pairs])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -538,51 +587,62 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with torch.inference_mode():
         runner = _runner(options.pool)
         peers = _peers(runner)
-        _print_head(options)
-        for mode in PASS_KINDS:
-            _print_times(mode, measure(peers, mode, runner, options.turns))
-        _print_parts(parts(peers[1], _pass("decode", runner), runner.token_to_kv_pool))
+        measured = {mode: measure(peers, mode, runner, options.turns) for mode in PASS_KINDS}
+    _print_tables(measured, options)
     return 0
 
 
 def _peers(runner: Any) -> list[HostPeer]:
-    """Return what is measured; ours over MATE is the second."""
-    peers = [_upstream_peer(UPSTREAM, runner), _our_peer("mate", runner)]
-    peers += [_our_peer("hopper", runner), _upstream_peer(f"{UPSTREAM} again", runner)]
+    """Return what is measured."""
+    peers = [_upstream_peer(UPSTREAM, runner)]
+    peers += [_our_peer(name, runner) for name in (OVER_MATE, OVER_HOPPER, UNPLANNED)]
+    peers += [_composed_peer(runner), _upstream_peer(f"{UPSTREAM} again", runner)]
     try:
         peers.append(_in_tree_peer(runner))
     except ImportError as error:
-        print(f"in-tree: {error}", file=sys.stderr)
+        print(f"{IN_TREE_NAME}: {error}", file=sys.stderr)
     # Last, because it has upstream's wrappers call its kernels from here on.
-    return [*peers, _upstream_peer(f"{UPSTREAM} with its wrappers", runner, wrappers=True)]
+    return [*peers, _upstream_peer(WRAPPED, runner, wrappers=True)]
 
 
-def _print_head(options: argparse.Namespace) -> None:
+# --- tables ---------------------------------------------------------------------------------------
+
+
+def _print_tables(measured: dict[str, Times], options: argparse.Namespace) -> None:
+    """Print tables whose rows begin with the release, so that those of several can be joined."""
     import sglang
 
     pool = {"sglang": "SGLang's KV pool", "none": "a KV pool that does nothing"}[options.pool]
+    release = sglang.__version__
     print(
-        f"SGLang {sglang.__version__}, torch {torch.__version__}, Python "
-        f"{platform.python_version()}, {LAYERS} layers, {pool}, {options.turns} passes, CPU.\n"
+        f"SGLang {release}, torch {torch.__version__}, Python "
+        f"{platform.python_version()}, {LAYERS} layers, {pool}, {options.turns} passes, CPU."
     )
-    print("| Pass | Backend | A forward, us | / upstream | ± | First, us | Further, us |")
-    print("|---|---|---|---|---|---|---|")
+    names = [name for name in measured[PASS_KINDS[0]].first if name != UPSTREAM]
+    print("\nA forward, as ratios to upstream's bare one\n")
+    _print_row("SGLang", "Pass", "upstream, µs", *names)
+    _print_row(*["---"] * (3 + len(names)))
+    for mode, times in measured.items():
+        forward = statistics.median(times.forward(UPSTREAM))
+        ratios = ["{:.2f} ± {:.2f}".format(*times.ratio(name)) for name in names]
+        _print_row(release, mode, f"{forward:.1f}", *ratios)
+    print("\nThe same, as ratios to upstream with its wrappers\n")
+    _print_row("SGLang", "Pass", OVER_MATE, OVER_HOPPER)
+    _print_row(*["---"] * 4)
+    for mode, times in measured.items():
+        ratios = [f"{times.ratio(name, WRAPPED)[0]:.2f}" for name in (OVER_MATE, OVER_HOPPER)]
+        _print_row(release, mode, *ratios)
+    print("\nWhere the time goes, µs: the first forward of a pass, and the mean of the others\n")
+    _print_row("SGLang", "Pass", *[each.name for each in PARTS], OVER_MATE)
+    _print_row(*["---"] * (3 + len(PARTS)))
+    whole = Part("", OVER_MATE, None)
+    for mode, times in measured.items():
+        spent = [
+            f"{part(times.first, each):.1f}, {part(times.further, each) / (LAYERS - 1):.2f}"
+            for each in (*PARTS, whole)
+        ]
+        _print_row(release, mode, *spent)
 
 
-def _print_times(mode: str, times: Times) -> None:
-    for name in times.first:
-        ratio, spread = times.ratio(name)
-        forward, first, further = (
-            statistics.median(each)
-            for each in (times.forward(name), times.first[name], times.further[name])
-        )
-        print(
-            f"| {mode} | {name} | {forward:.1f} | {ratio:.2f} | {spread:.2f} | {first:.1f} | "
-            f"{further / (LAYERS - 1):.2f} |"
-        )
-
-
-def _print_parts(steps: dict[str, float]) -> None:
-    print("\n| Step of a further call over MATE, decode | us |\n|---|---|")
-    for name, microseconds in steps.items():
-        print(f"| {name} | {microseconds:.2f} |")
+def _print_row(*cells: str) -> None:
+    print(f"| {' | '.join(cells)} |")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -51,6 +51,9 @@ class StepRule(NamedTuple):
     applies: Callable[[Arguments], bool]
     """Answers by the call's names and traits alone."""
     step: Step
+    """Changes every call, or decides by queries, keys, values, page table and lengths alone."""
+    by_layout: bool = False
+    """True if it decides by dtypes and layouts alone, which all calls of a kind share."""
 
 
 class FinishRule(NamedTuple):
@@ -128,6 +131,8 @@ class _Translation(NamedTuple):
     given: Arguments
     """Values in place of those of the call, or beside them."""
     steps: tuple[Step, ...]
+    steps_by_lengths: tuple[Step, ...]
+    """Those of the steps that a call may need while another of its kind does not."""
     renamed: tuple[tuple[str, str], ...]
     finishes: tuple[Finish, ...]
 
@@ -182,13 +187,15 @@ class CallAdapter:
         same = tuple(
             [(name, own.get(name, name)) for name in varying if name not in translation.dropped]
         )
-        table = own.get("page_table", "page_table")
+        own_names = dict(names)
+        act = functools.partial(_act, translation.steps)
+        act_by_lengths = functools.partial(_act, translation.steps_by_lengths)
 
         def settle(arguments: Mapping[str, Any]) -> SettledCall:
-            if translation.steps and _act(translation.steps, arguments):
+            if act(arguments):
                 return anew(arguments)
             keywords = {own_name: arguments[name] for name, own_name in names}
-            return SettledCall(self._function, keywords | given, same, table)
+            return SettledCall(self._function, keywords | given, same, own_names, act_by_lengths)
 
         return settle
 
@@ -217,16 +224,23 @@ class CallAdapter:
                 adapted.refuse(name)
         dropped = tuple(name for name in arguments if name not in wanted)
         given = {n: v for n, v in wanted.items() if n not in arguments or arguments[n] is not v}
-        steps = tuple(rule.step for rule in adapted.steps if rule.applies(wanted))
+        rules = [rule for rule in adapted.steps if rule.applies(wanted)]
         renamed = tuple((n, adapted.own_names[n]) for n in wanted if n in adapted.own_names)
         finishes = tuple(rule.finish for rule in adapted.finishes if rule.applies(wanted))
         return _Translation(
-            dropped=dropped, given=given, steps=steps, renamed=renamed, finishes=finishes
+            dropped=dropped,
+            given=given,
+            steps=tuple(rule.step for rule in rules),
+            steps_by_lengths=tuple(rule.step for rule in rules if not rule.by_layout),
+            renamed=renamed,
+            finishes=finishes,
         )
 
 
-def _act(steps: Iterable[Step], arguments: Mapping[str, Any]) -> bool:
+def _act(steps: tuple[Step, ...], arguments: Mapping[str, Any]) -> bool:
     """Tell whether any of these steps changes a call."""
+    if not steps:
+        return False
     call = dict(arguments)
     for step in steps:
         step(call)
@@ -277,7 +291,9 @@ def _make_page_table_dense(arguments: Arguments) -> None:
         arguments["page_table"] = table.contiguous()
 
 
-DENSE_PAGE_TABLE = StepRule(lambda arguments: "page_table" in arguments, _make_page_table_dense)
+DENSE_PAGE_TABLE = StepRule(
+    lambda arguments: "page_table" in arguments, _make_page_table_dense, by_layout=True
+)
 """For functions that read a page table as if its rows followed one another, as MATE does: the table
 is copied where they do not; never the KV cache.
 """

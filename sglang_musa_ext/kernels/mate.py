@@ -231,9 +231,12 @@ def _attention(library: Any, own: str, release: policy.MateRelease) -> AdaptedFu
 def _planning(function: Callable[..., Any], release: policy.MateRelease) -> AdaptedFunction:
     """Adapt ``get_scheduler_metadata``."""
     largest = policy.mate_largest_batch(release)
-    rules = [] if largest is None else [functools.partial(_refuse_large_batch, largest)]
+    if largest is None:
+        return AdaptedFunction(function)
     return AdaptedFunction(
-        function, rules=rules, traits=lambda names: lambda call: call.get("batch_size", 0)
+        function,
+        rules=[functools.partial(_refuse_large_batch, largest)],
+        traits=lambda names: lambda call: call.get("batch_size", 0) > largest,
     )
 
 

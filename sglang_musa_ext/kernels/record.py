@@ -53,8 +53,12 @@ class SettledCall(NamedTuple):
     """The arguments that are the same in all of these calls, under the function's names."""
     varying: tuple[tuple[str, str], ...]
     """FA3's and the function's names of those that are not."""
-    table: str = "page_table"
-    """The function's name of the page table."""
+    own_names: Mapping[str, str]
+    """The function's names of ``keywords``, by FA3's."""
+    is_changed_by_steps: Callable[[Mapping[str, Any]], bool] = lambda arguments: False
+    """Tells of a call of another pass whether it needs a change that these did not need, from its
+    queries, keys, values, page table and lengths under FA3's names.
+    """
 
 
 Settle = Callable[[Mapping[str, Any]], SettledCall]
@@ -286,8 +290,8 @@ class _Plain:
             return functools.partial(settled_anew, self, first, varying)
         left_out = {*first, *varying}
         names = [name for name in arguments if name not in left_out]
-        same = tuple(zip(varying, varying, strict=True))
-        return lambda call: SettledCall(self._function, {n: call[n] for n in names}, same)
+        same, own = tuple(zip(varying, varying, strict=True)), {name: name for name in names}
+        return lambda call: SettledCall(self._function, {n: call[n] for n in names}, same, own)
 
 
 @functools.cache
@@ -312,7 +316,8 @@ def settled_anew(
 
     left_out = {*first, *varying}
     keywords = {name: value for name, value in arguments.items() if name not in left_out}
-    return SettledCall(function, keywords, tuple(zip(varying, varying, strict=True)))
+    own = {name: name for name in keywords}
+    return SettledCall(function, keywords, tuple(zip(varying, varying, strict=True)), own)
 
 
 _SAID: set[tuple[object, ...]] = set()

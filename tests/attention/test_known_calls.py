@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 import torch
 
-from sglang_musa_ext.attention.calls import OPTIONS
+from sglang_musa_ext.attention.calls import ABSENT, OPTIONS
 from sglang_musa_ext.kernels.hopper import hopper_record
 from sglang_musa_ext.kernels.mate import mate_record
 from sglang_musa_ext.kernels.record import FA3Kernels, UnsupportedKernelArgument
-from tests.support.backend import Model, dispatch, upstream
+from tests.support.backend import Model, attention, dispatch, upstream
 from tests.support.layers import uniform_layers
 
 REQUESTS, ROWS, HEADS, KV_HEADS, DIM, PAGE = 3, 6, 8, 2, 64, 64
@@ -190,27 +190,43 @@ def base(own_keys: bool) -> Made:
 
 
 @functools.cache
-def _model() -> Model:
-    return Model(uniform_layers(1))
+def _runner() -> Any:
+    return Model(uniform_layers(1)).runner()
 
 
-def outcomes(kernels: str, calls: Sequence[Made]) -> list[Any]:
-    """Make ``calls`` as layers of one pass; return what each came to, as a library sees it."""
+def new_backend() -> Any:
+    """A backend that has seen no call."""
+    attention.install_kernel_dispatch()
+    return attention.MusaFA3Backend(_runner())
+
+
+def outcomes(
+    kernels: str, calls: Sequence[Made], lengths: Sequence[dict[str, Any]] | None = None
+) -> list[Any]:
+    """Make ``calls`` as layers of one pass; return what each came to, as a library sees it.
+
+    With ``lengths``, each is the only one of a pass over those lengths.
+    """
     library, record = KERNELS[kernels]()
-    backend = _model().backend()
+    backend = new_backend()
     backend._kernels, backend._new_rows = record, ROWS
-    backend.forward_metadata = SimpleNamespace(cu_seqlens_q=OFFSETS, cache_seqlens_int32=LENGTHS)
     batch, layers = SimpleNamespace(), []
     seen: list[Any] = []
     dispatch.RUNNING.stack.append(backend)
     try:
-        for arguments, own_keys in calls:
+        for index, (arguments, own_keys) in enumerate(calls):
             layers.append(object())
+            of_pass = BASE if lengths is None else lengths[index]
+            if lengths is not None or not index:
+                backend.forward_metadata = SimpleNamespace(
+                    cu_seqlens_q=of_pass["cu_seqlens_q"],
+                    cache_seqlens_int32=of_pass["cache_seqlens"],
+                )
             backend._plans.begin_layer(layers[-1], batch, backend.forward_metadata)
             backend.own_keys = own_keys
             try:
                 result = upstream.flash_attn_with_kvcache(**arguments)
-            except UnsupportedKernelArgument as refusal:
+            except (UnsupportedKernelArgument, KeyError) as refusal:
                 seen.append(str(refusal))
                 continue
             name, call = library.calls[-1]
@@ -294,7 +310,7 @@ def test_mate_refuses_a_change_by_name_between_two_calls(change: str) -> None:
 def test_calls_like_one_before_are_known(kernels: str) -> None:
     """The tests above say something only if calls are recognised at all."""
     library, record = KERNELS[kernels]()
-    backend = Model(uniform_layers(1)).backend()
+    backend = new_backend()
     backend._kernels = record
     batch, layers = SimpleNamespace(), [object() for _ in range(3)]
     dispatch.RUNNING.stack.append(backend)
@@ -321,7 +337,7 @@ def test_a_layer_with_keys_of_its_own_goes_raw_after_one_without(kernels: str) -
 def test_raw_keys_of_another_layout_are_a_call_of_their_own(change: str) -> None:
     """No rule of an adapter asks for it, but calls that are settled together have one layout."""
     library, record = _hopper()
-    backend = _model().backend()
+    backend = new_backend()
     backend._kernels, backend._new_rows = record, ROWS
     backend.forward_metadata = SimpleNamespace(cu_seqlens_q=OFFSETS, cache_seqlens_int32=LENGTHS)
     batch, layers = SimpleNamespace(), [object(), object()]
@@ -343,3 +359,216 @@ def test_keys_and_values_of_another_dtype_than_the_cache_read_the_cache(change: 
     more, own_keys = RAW_CHANGES[change]
     (served,) = outcomes("hopper", [({**base(True)[0], **more}, own_keys)])
     assert served[0] == "flash_attn_with_kvcache"
+
+
+# --- the first calls of passes --------------------------------------------------------------------
+
+PASS_CHANGES: dict[str, dict[str, Any]] = {
+    "requests": {
+        "q": zeros(4, HEADS, DIM),
+        "page_table": torch.zeros(2, 2, dtype=torch.int32),
+        "cache_seqlens": LENGTHS[:2],
+        "cu_seqlens_q": OFFSETS[:3],
+    },
+    "one request": {
+        "page_table": torch.zeros(1, 2, dtype=torch.int32),
+        "cache_seqlens": LENGTHS[:1],
+        "cu_seqlens_q": torch.tensor([0, ROWS], dtype=torch.int32),
+        "max_seqlen_q": ROWS,
+    },
+    "one request and padding": {
+        "page_table": torch.zeros(1, 2, dtype=torch.int32),
+        "cache_seqlens": LENGTHS[:1],
+        "cu_seqlens_q": torch.tensor([0, 2], dtype=torch.int32),
+    },
+    "page table dtype": {"page_table": TABLE.long()},
+    "lengths dtype": {"cache_seqlens": LENGTHS.long()},
+    "offsets dtype": {"cu_seqlens_q": OFFSETS.long()},
+    "no longest query": {"max_seqlen_q": ABSENT},
+    "no page table": {"page_table": None},
+}
+"""Changes that come from one pass to the next, beside those within a pass."""
+FIRST_CHANGES = {name: (change, None) for name, change in {**CHANGES, **PASS_CHANGES}.items()}
+FIRST_RAW_CHANGES = RAW_CHANGES | {
+    name: (change, (zeros(*OWN), zeros(*OWN))) for name, change in PASS_CHANGES.items()
+}
+_LENGTHS_OF_PASS = ("page_table", "cache_seqlens", "cu_seqlens_q")
+
+
+def of_new_pass(own_keys: bool, change: Made | None = None) -> tuple[Made, dict[str, Any]]:
+    """A call over lengths of its own, changed, and the lengths that its pass has."""
+    arguments, keys = base(own_keys)
+    lengths = {name: arguments[name].clone() for name in _LENGTHS_OF_PASS}
+    more, keys = ({}, keys) if change is None else change
+    # What replaces the lengths of a whole pass replaces them in what upstream says of it, too.
+    if len(more) > 1:
+        lengths |= {name: value for name, value in more.items() if name in lengths}
+    made = {**arguments, **lengths, **more}
+    return ({name: value for name, value in made.items() if value is not ABSENT}, keys), lengths
+
+
+def require_passes_as_if_first(kernels: str, change: Made, own_keys: bool) -> list[Any]:
+    """Compare what comes of four passes with what comes of each alone; return the former."""
+    passes = [of_new_pass(own_keys), of_new_pass(own_keys)]
+    passes += [of_new_pass(own_keys, change), of_new_pass(own_keys)]
+    calls, lengths = [made for made, _ in passes], [each for _, each in passes]
+    served = outcomes(kernels, calls, lengths)
+    for index, each in enumerate(served):
+        alone = outcomes(kernels, [calls[index]], [lengths[index]])
+        assert each == alone[0]
+    return served
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("change", FIRST_CHANGES)
+def test_the_first_call_of_a_pass_is_made_as_if_there_had_been_none(
+    kernels: str, change: str
+) -> None:
+    """It is known from the pass before, and all that a library can tell apart is compared."""
+    require_passes_as_if_first(kernels, FIRST_CHANGES[change], own_keys=False)
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("change", FIRST_RAW_CHANGES)
+def test_the_first_call_over_raw_keys_is_made_as_if_there_had_been_none(
+    kernels: str, change: str
+) -> None:
+    """The same where the layers' own keys serve."""
+    served = require_passes_as_if_first(kernels, FIRST_RAW_CHANGES[change], own_keys=True)
+    assert [each[0] for each in served[:2]] == ["flash_attn_varlen_func"] * 2
+
+
+def first_calls(
+    monkeypatch: pytest.MonkeyPatch, kernels: str, calls: Sequence[tuple[Made, dict[str, Any]]]
+) -> tuple[Any, list[int]]:
+    """Make each call in two layers of a pass; return the backend, and the passes that began anew.
+
+    Those are the passes with a call that was described anew.
+    """
+    _, record = KERNELS[kernels]()
+    backend = new_backend()
+    backend._kernels = record
+    described: list[int] = []
+    anew = backend.call_unlike_others
+    layers = [object(), object()]
+    dispatch.RUNNING.stack.append(backend)
+    try:
+        for index, ((arguments, own_keys), lengths) in enumerate(calls):
+
+            def noted(call: dict[str, Any], index: int = index) -> Any:
+                described.append(index)
+                return anew(call)
+
+            monkeypatch.setattr(backend, "call_unlike_others", noted)
+            backend._new_rows = arguments["q"].shape[0]
+            backend.forward_metadata = SimpleNamespace(
+                cu_seqlens_q=lengths["cu_seqlens_q"], cache_seqlens_int32=lengths["cache_seqlens"]
+            )
+            for layer in layers:
+                backend._plans.begin_layer(layer, None, backend.forward_metadata)
+                backend.own_keys = own_keys
+                upstream.flash_attn_with_kvcache(**arguments)
+    finally:
+        dispatch.RUNNING.stack.pop()
+        backend.own_keys = None
+    return backend, described
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("own_keys", [False, True], ids=["paged", "raw"])
+@pytest.mark.parametrize("size", ["as many", "other"])
+def test_only_the_first_pass_describes_a_call_anew(
+    monkeypatch: pytest.MonkeyPatch, kernels: str, own_keys: bool, size: str
+) -> None:
+    """The tests above say something only if first calls are recognised; the counts stay right."""
+    change = {} if size == "as many" else PASS_CHANGES["requests"]
+    rows = len(change["q"]) if change else ROWS
+    keys = (zeros(rows, *OWN[1:]), zeros(rows, *OWN[1:])) if own_keys else None
+    calls = [of_new_pass(own_keys), of_new_pass(own_keys, (change, keys)), of_new_pass(own_keys)]
+    backend, described = first_calls(monkeypatch, kernels, calls)
+    assert described == [0]
+    report = backend.musa_fa3_report()["statistics"]
+    assert (report["calls"], report["raw_calls"]) == (6, 6 if own_keys else 0)
+    plans = 3 if kernels == "mate" and not own_keys else 0
+    assert (report["plans"], report["reuses"]) == (plans, plans)
+
+
+def test_a_pass_of_another_kind_between_two_keeps_what_is_known(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Prompts and decodes take turns in a server."""
+    causal = ({"causal": False}, None)
+    kinds = [({}, None), causal, ({}, None), causal, causal, ({}, None)]
+    calls = [of_new_pass(False, kind) for kind in kinds]
+    assert first_calls(monkeypatch, "mate", calls)[1] == [0, 1]
+
+
+def test_a_pass_that_is_over_holds_no_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is known of a pass that the running one is not like outlives its lengths and plan."""
+    first, other = of_new_pass(False), of_new_pass(False, ({"causal": False}, None))
+    backend, _ = first_calls(monkeypatch, "mate", [first, other])
+    (known,) = backend._plans.current.earlier
+    held = [known.page_table, known.cache_seqlens, known.cu_seqlens_q, known.plan]
+    held += [known.keywords[name] for name in (*_LENGTHS_OF_PASS, "scheduler_metadata")]
+    assert not any(isinstance(each, torch.Tensor) for each in held)
+
+
+def test_few_calls_of_earlier_passes_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that changes its options for ever holds no more than a few."""
+    calls = [of_new_pass(False, ({"softmax_scale": index / 10}, None)) for index in range(7)]
+    backend, _ = first_calls(monkeypatch, "mate", calls)
+    assert len(backend._plans.current.earlier) == 4
+
+
+def functions_called(rows: Sequence[int | None]) -> list[str]:
+    """Make a call in a pass for each of these numbers of new rows; return the functions called."""
+    library, record = _mate()
+    backend = new_backend()
+    backend._kernels = record
+    dispatch.RUNNING.stack.append(backend)
+    try:
+        for count in rows:
+            (arguments, own_keys), lengths = of_new_pass(True)
+            backend._new_rows, backend.own_keys = count, None if count is None else own_keys
+            backend.forward_metadata = SimpleNamespace(
+                cu_seqlens_q=lengths["cu_seqlens_q"], cache_seqlens_int32=lengths["cache_seqlens"]
+            )
+            backend._plans.begin_layer(object(), None, backend.forward_metadata)
+            upstream.flash_attn_with_kvcache(**arguments)
+    finally:
+        dispatch.RUNNING.stack.pop()
+        backend.own_keys = None
+    return [name for name, _ in library.calls]
+
+
+@pytest.mark.parametrize("count", [ROWS - 1, None], ids=["padding", "a prefix"])
+def test_raw_keys_of_another_pass_serve_no_pass_that_reads_the_cache(count: int | None) -> None:
+    """Rows that only pad the batch, or a prefix, send a call to the cache, whatever is known."""
+    names = functions_called([ROWS, count])
+    assert names == ["flash_attn_varlen_func", "flash_attn_with_kvcache"]
+
+
+def test_a_pass_after_one_over_padding_reads_raw_keys_again() -> None:
+    """Its call is like that of the pass before, but for what the batch is said to be."""
+    names = functions_called([ROWS - 1, ROWS])
+    assert names == ["flash_attn_with_kvcache", "flash_attn_varlen_func"]
+
+
+@pytest.mark.parametrize("passes", [1, 2], ids=["in a pass", "in the next one"])
+def test_calls_by_position_are_served_as_well(passes: int) -> None:
+    """Upstream names queries, keys and values; another caller may not."""
+    library, record = _mate()
+    backend = new_backend()
+    backend._kernels = record
+    dispatch.RUNNING.stack.append(backend)
+    try:
+        arguments, _ = base(own_keys=False)
+        tensors = [arguments.pop(name) for name in TENSORS]
+        backend._plans.begin_layer(object(), None, None)
+        upstream.flash_attn_with_kvcache(**dict(zip(TENSORS, tensors, strict=True)), **arguments)
+        backend._plans.begin_layer(object(), None, object() if passes == 2 else None)
+        upstream.flash_attn_with_kvcache(*tensors, **arguments)
+    finally:
+        dispatch.RUNNING.stack.pop()
+    (_, named), (_, by_position) = library.calls
+    assert [named[name] is by_position[name] for name in TENSORS] == [True] * 3

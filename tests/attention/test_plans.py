@@ -81,6 +81,10 @@ class Alike:
         self.role = -1
         self.raw, self.unsplit, self.uses = False, False, 0
 
+    def release(self) -> None:
+        """Let go of what it holds."""
+        self.holds = ()
+
 
 @dataclass
 class Server:

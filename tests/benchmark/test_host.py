@@ -14,8 +14,8 @@ from tests.support.engine import EngineServer
 COMMAND = ("bench", "host", "--turns", "4")
 
 PEERS = (
-    "upstream", "ours over mate", "ours over hopper", "upstream again", "in-tree",
-    "upstream with its wrappers",
+    "ours over MATE", "ours over Hopper", "ours over MATE without plans", "composing alone",
+    "upstream again", "in-tree", "upstream with its wrappers",
 )  # fmt: skip
 
 
@@ -42,10 +42,18 @@ def test_a_pool_that_does_nothing_is_measured_too(engines: EngineServer) -> None
 def require_every_backend(printed: str) -> None:
     """Fail unless each backend was compared with upstream's own bare forward in every mode."""
     rows = [line.strip("| ").split(" | ") for line in printed.splitlines()]
-    seen = {(row[0], row[1]): row for row in rows if row[0] in host.PASS_KINDS}
-    assert set(seen) == {(mode, peer) for mode in host.PASS_KINDS for peer in PEERS}
-    assert all(seen[mode, "upstream"][3:5] == ["1.00", "0.00"] for mode in host.PASS_KINDS)
-    assert all(float(row[2]) > 0 for row in seen.values())
+    tables = [row for row in rows if len(row) > 1 and row[1] in host.PASS_KINDS]
+    assert [row[1] for row in tables] == [*host.PASS_KINDS] * 3
+    ratios, wrapped, parts = tables[:3], tables[3:6], tables[6:]
+    assert {len(row) for row in ratios} == {3 + len(PEERS)}
+    assert rows[rows.index(["SGLang", "Pass", "upstream, µs", *PEERS]) + 2] == ratios[0]
+    for row in ratios:
+        assert all(float(cell.split(" ± ")[0]) > 0 for cell in row[2:])
+    assert {len(row) for row in wrapped} == {4}
+    # What upstream's forward takes is the largest part by far, first and further.
+    for row in parts:
+        upstream, *_, whole = [[float(each) for each in cell.split(", ")] for cell in row[2:]]
+        assert all(0 < part < all_of_it for part, all_of_it in zip(upstream, whole, strict=True))
 
 
 def test_a_ratio_is_of_the_same_turn() -> None:
@@ -54,3 +62,17 @@ def test_a_ratio_is_of_the_same_turn() -> None:
     times = host.Times(first, {name: [0.0, 0.0, 0.0] for name in first})
     assert times.forward("ours") == [2.0, 20.0, 2.0]
     assert times.ratio("ours") == (2.0, 0.0)
+
+
+def test_parts_are_differences_within_a_turn_and_add_up() -> None:
+    """A turn in which all were slow moves no part."""
+    times = {
+        host.UPSTREAM: [10.0, 100.0, 10.0],
+        host.COMPOSED: [12.0, 102.0, 12.0],
+        host.OVER_HOPPER: [13.0, 103.0, 13.0],
+        host.UNPLANNED: [13.5, 103.5, 13.5],
+        host.OVER_MATE: [20.0, 110.0, 20.0],
+    }
+    parts = [host.part(times, each) for each in host.PARTS]
+    assert parts == [10.0, 2.0, 1.0, 0.5, 6.5]
+    assert sum(parts) == 20.0

@@ -225,17 +225,16 @@ def keep_plans_for_ever() -> None:
     """Make the mistake that this package avoids: a plan serves every pass of its geometry."""
     from sglang_musa_ext.attention.plans import Pass, SchedulerMetadataCache
 
-    def begin_pass(self: Any) -> Any:
-        former, self.current = self.current, Pass()
+    def end_pass(self: Any) -> None:
+        former, self.current = self.current, Pass([])
         self.current.plans, self.current.in_place = former.plans, former.in_place
-        self._ended = False
-        return self.current
+        self._ended = True
 
     def key(_self: Any, geometry: Any, tensors: Any) -> Any:
         return geometry
 
     cache: Any = SchedulerMetadataCache
-    cache._begin_pass, cache._key = begin_pass, key
+    cache.end_pass, cache._key = end_pass, key
 
 
 def test_stale_plans_are_noticed(engines: EngineServer) -> None:

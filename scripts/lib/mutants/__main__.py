@@ -193,8 +193,8 @@ PASS_RULES = (
     Mutant(
         "end_pass does nothing",
         CACHE,
-        'belongs to another pass."""\n        self._ended = True',
-        'belongs to another pass."""',
+        "        if self._ended:\n            return\n",
+        "        return\n",
         "rewritten_in_place or init_method or outside",
     ),
     Mutant(
@@ -238,8 +238,8 @@ PASS_RULES = (
     Mutant(
         "a layer may come again",
         CACHE,
-        "if self._ended or call in current.layers:",
-        "if self._ended:",
+        "if call in current.layers:",
+        "if False:",
         "reuse_one_metadata_object or the_same_layer_object",
     ),
     Mutant(
@@ -295,7 +295,7 @@ PASS_RULES = (
     Mutant(
         "unsplit calls are planned",
         BACKEND,
-        "return self._kernels.static_num_splits(**keywords) == 1",
+        "unsplit = self._kernels.static_num_splits(**keywords) == 1",
         "return False",
         "not_split",
     ),
@@ -309,8 +309,8 @@ PASS_RULES = (
     Mutant(
         "unknown splits are taken for one",
         BACKEND,
-        "return self._kernels.static_num_splits(**keywords) == 1",
-        "return self._kernels.static_num_splits(**keywords) in (1, None)",
+        "unsplit = self._kernels.static_num_splits(**keywords) == 1",
+        "unsplit = self._kernels.static_num_splits(**keywords) in (1, None)",
         "not_split",
     ),
     Mutant(
@@ -344,15 +344,15 @@ PASS_RULES = (
     Mutant(
         "layers known by their id",
         CACHE,
-        "or call in current.layers:",
-        "or any(x.layer_id == layer.layer_id for x in current.layers.values()):",
+        "if call in current.layers:",
+        "if any(x.layer_id == layer.layer_id for x in current.layers.values()):",
         "share_keys",
     ),
     Mutant(
         "plans survive their pass",
         CACHE,
-        "        self.current = Pass()\n        self._ended = False",
-        "        self.current.layers.clear()\n        self._ended = False",
+        "        self.current = Pass(self._earlier())\n",
+        "        self.current.layers.clear()\n",
         "decode_of_uniform or takes_no_plan or reuse_one_metadata_object",
     ),
     Mutant(
@@ -386,7 +386,7 @@ PASS_RULES = (
     Mutant(
         "everything is recalled",
         DISPATCH,
-        "if known.matches(",
+        "if not args and known.matches(",
         "if known or known.matches(",
         "differ_in_one_thing",
     ),
@@ -777,12 +777,12 @@ RAW_KEYS = (
         "",
         "another_dtype",
     ),
-    Mutant("raw over padding", BACKEND, "if rows != {self._new_rows} or", "if", "padded_rows"),
+    Mutant("raw over padding", BACKEND, " == self._new_rows", "", "padded_rows"),
     Mutant(
         "raw in captures",
         BACKEND,
-        " or self._plans.capturing:\n            return None",
-        ":\n            return None",
+        "return rows and not self._plans.capturing",
+        "return rows",
         "a_capture_reads",
     ),
     Mutant(
@@ -865,6 +865,84 @@ OF_MATE = [
 ]  # fmt: skip
 """Mutants of MATE's own ways: with one request, and with a KV cache in fp8."""
 
+FIRST_CALLS = [
+    Mutant(
+        "first calls over lengths of any type",
+        CALLS_FILE,
+        "if pass_facts(page_table, cache_seqlens, cu_seqlens_q) != self.site.pass_facts:",
+        "if False:",
+        "the_first_call",
+    ),
+    Mutant(
+        "first calls with any heads", CALLS_FILE,
+        "if max_seqlen_q is ABSENT or q.shape[1:] != self.q_shape[1:]:",
+        "if max_seqlen_q is ABSENT:", "the_first_call",
+    ),
+    Mutant(
+        "first calls without a longest query", CALLS_FILE,
+        "if max_seqlen_q is ABSENT or q.shape", "if q.shape", "the_first_call",
+    ),
+    Mutant(
+        "first calls of any kind", BACKEND,
+        "if known.matches(q, k_cache, v_cache, *lengths, options, own_keys):", "if True:",
+        "the_first_call",
+    ),
+    Mutant(
+        "first calls whatever their step does", CALLS_FILE,
+        "return None if self._settled.is_changed_by_steps(arguments) else arguments",
+        "return arguments", "the_first_call_over_raw",
+    ),
+    Mutant(
+        "first calls with arguments that nobody reads", DISPATCH, "None if others or args else",
+        "None if args else", "the_first_call",
+    ),
+    Mutant(
+        "first calls by position", DISPATCH, "None if others or args else", "None if others else",
+        "by_position",
+    ),
+    Mutant("calls by position", DISPATCH, "if not args and known.matches(", "if known.matches(",
+        "by_position",
+    ),
+    Mutant(
+        "first calls without a plan", BACKEND, """arguments["scheduler_metadata"] = plan
+        known.settle""", "known.settle", "the_first_call",
+    ),
+    Mutant("first calls over padding", BACKEND, "if not self._is_whole_batch(q) or not", "if not",
+        "serve_no_pass",
+    ),
+    Mutant(
+        "first calls over other lengths than the batch's", BACKEND,
+        " or not attends_to_the_batch(lengths, self.forward_metadata):", ":",
+        "the_first_call_over_raw",
+    ),
+    Mutant(
+        "first calls read the cache again", BACKEND, "if self.own_keys is not None:\n            #",
+        "if False:\n            #", "reads_raw_keys_again",
+    ),
+    Mutant(
+        "first calls over as many raw keys as before", CALLS_FILE,
+        "        self.k_shape, self.v_shape = rows + self.k_shape[1:], rows + self.v_shape[1:]\n",
+        "", "only_the_first_pass",
+    ),
+    Mutant("a pass that is over keeps its tensors", CACHE, "            known.release()\n",
+        "            pass\n", "holds_no_tensor",
+    ),
+    Mutant("what is known keeps its arguments", CALLS_FILE,
+        "        self.keywords.update(self._nothing)\n", "", "holds_no_tensor",
+    ),
+    Mutant("ever more calls of earlier passes", CACHE, "[:_MOST_EARLIER]", "",
+        "few_calls_of_earlier",
+    ),
+    Mutant("plans in slots of earlier passes", CACHE, " if known.in_place is None]", "]",
+        "mla or latent",
+    ),
+    Mutant("a chosen first call is not compared", "attention/sampling.py",
+        "self._plans.current.earlier.clear()", "pass", "compared or sampl or share",
+        ("attention/test_sampling.py",),
+    ),
+]  # fmt: skip
+"""Mutants of the first call of a pass, which is served as one of an earlier pass."""
+
 
 def all_mutants() -> list[Mutant]:
     """Every mutant, in the order of the run."""
@@ -879,6 +957,7 @@ def all_mutants() -> list[Mutant]:
         *SELECTION,
         *RAW_KEYS,
         *OF_MATE,
+        *FIRST_CALLS,
     ]
 
 
