@@ -25,6 +25,7 @@ from sglang_musa_ext.engines.process import Engine, EngineDied, engine
 from sglang_musa_ext.validation.report import FAIL, PASS, SKIP, Outcome, total
 
 PART = "engine"
+RAW_PREFILL = "SGLANG_MUSA_EXT_RAW_PREFILL"
 VOCABULARY = 512
 FLOAT32_TOLERANCE = 1e-3
 FLOOR = 1e-2
@@ -65,15 +66,21 @@ class Variant:
         return {**ARGUMENTS, **own, **pages, **graphs, "model_path": str(model)}
 
 
-def variants(device: str) -> tuple[Variant, list[Variant], list[Variant]]:
+def variants(device: str, quick: bool) -> tuple[Variant, list[Variant], list[Variant]]:
     """Return the reference, those whose own error sets the limit, and ours."""
     checked = {"SGLANG_MUSA_EXT_CHECK": "metadata"}
+    paged = {**checked, RAW_PREFILL: "off"}
     reference = Variant("torch_native float32", "torch_native", "float32")
     if device.startswith("cpu"):
-        return reference, [], [Variant("fa3", "fa3", "float32", checked)]
-    ours = [Variant("fa3, eager, plans checked", "fa3", "bfloat16", checked)]
-    ours += [Variant("fa3, graphs", "fa3", "bfloat16", graphs=True)]
-    return reference, [Variant("torch_native bfloat16", "torch_native", "bfloat16")], ours
+        fair: list[Variant] = []
+        ours = [Variant("fa3", "fa3", "float32", checked)]
+        more = [Variant("fa3, prompts read the cache", "fa3", "float32", paged)]
+    else:
+        fair = [Variant("torch_native bfloat16", "torch_native", "bfloat16")]
+        ours = [Variant("fa3, eager, plans checked", "fa3", "bfloat16", checked)]
+        ours += [Variant("fa3, graphs", "fa3", "bfloat16", graphs=True)]
+        more = [Variant("fa3, eager, prompts read the cache", "fa3", "bfloat16", paged)]
+    return reference, fair, ours if quick else ours + more
 
 
 def prompts(quick: bool) -> list[list[list[int]]]:
@@ -119,7 +126,7 @@ class EngineCases:
 
     def cases(self) -> list[tuple[str, Callable[[], Outcome]]]:
         """Every case, in an order in which each finds what it needs."""
-        reference, fair, ours = variants(self.options.device)
+        reference, fair, ours = variants(self.options.device, self.options.quick)
         cases = {"a tiny random Llama": self._build}
         for variant in (reference, *fair, *ours):
             cases[f"{variant.name} answers"] = functools.partial(self._ask, variant)
@@ -132,6 +139,7 @@ class EngineCases:
                 compare, variant, reference, fair
             )
             cases[f"{variant.name}: one plan a pass"] = functools.partial(self._plans, variant)
+            cases[f"{variant.name}: prompts over raw keys"] = functools.partial(self._raw, variant)
         return [
             (name, functools.partial(guarded, PART, name, case)) for name, case in cases.items()
         ]
@@ -208,6 +216,13 @@ class EngineCases:
         good = sums["plans"] == sums["passes"] > 0
         reason = "" if good else "layers of one geometry need one plan a pass"
         return Outcome(PART, "", PASS if good else FAIL, reason, sums)
+
+    def _raw(self, variant: Variant) -> Outcome:
+        """Judge that prompts without a prefix went over raw keys, unless that is off."""
+        raw = total(self._answer(variant).reports, "raw_calls")
+        wanted = variant.environ.get(RAW_PREFILL) != "off"
+        reason = "" if (raw > 0) == wanted else f"expected {'some' if wanted else 'none'}"
+        return Outcome(PART, "", FAIL if reason else PASS, reason, {"calls over raw keys": raw})
 
     def _answer(self, variant: Variant) -> EngineAnswers:
         if variant.name not in self.answers:

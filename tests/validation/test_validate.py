@@ -447,6 +447,8 @@ class StandInEngine:
             else 0.0
         )
         off += 0.03 if self.other_splits else 0.0
+        if self.raw_prefill and self.fault[:9] == "raw keys ":
+            off += float(self.fault[9:])
         logprobs = [[-1.0 - start % 89 / 89 + off] * new_tokens for start in starts]
         return {"tokens": tokens, "logprobs": logprobs}
 
@@ -461,7 +463,7 @@ class StandInEngine:
         statistics = {
             "calls": 40, "planned_calls": 10 * (plans + reuses), "plans": 10 * plans,
             "reuses": 10 * reuses,
-            "raw_calls": 10 * (self.raw_prefill and self.fault == "raw keys"),
+            "raw_calls": 10 * (self.raw_prefill and self.fault.startswith("raw keys")),
             "passes_by_plans": {str(plans): 10},
         }  # fmt: skip
         kernels = "reference" if self.fault == "other kernels" else "hopper"
@@ -564,6 +566,25 @@ def test_an_fp8_cache_is_prefilled_from(
     """No layer's own keys are fp8, so that allowing raw keys changes nothing and uses none."""
     outcomes = mode_outcomes(fault, 0.0, tmp_path, monkeypatch, "fp8")
     assert outcomes["graphs, prefill over raw keys allowed"].status == status, outcomes
+
+
+@pytest.mark.parametrize(
+    ("fault", "status"),
+    [
+        ("raw keys", PASS), ("raw keys 0.04", PASS), ("raw keys 0.06", FAIL), ("", FAIL),
+        ("no report", FAIL), ("ours dies", FAIL),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("mode", ["dense-page64", "window-softcap"])
+def test_prefill_over_raw_keys_is_used_and_within_upstreams_tolerance(
+    mode: str, fault: str, status: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sums have another order there; the same mode without it is equal to the last bit."""
+    outcomes = mode_outcomes(fault, 0.0, tmp_path, monkeypatch, mode)
+    assert outcomes["graphs, prefill over raw keys allowed"].status == status, outcomes
+    if fault.startswith("raw keys"):
+        assert outcomes["graphs"].status == PASS
+        assert outcomes["graphs"].numbers["allowed"] == 0
 
 
 def test_modes_of_an_fp8_cache_ask_for_one() -> None:
