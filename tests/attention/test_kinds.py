@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from sglang_musa_ext import envs
+from tests.support import zigzag
 from tests.support.backend import (
     AttentionType,
     Model,
@@ -266,40 +266,12 @@ def test_context_parallel_calls_a_layer_twice(mla: bool, monkeypatch: pytest.Mon
 def _context_parallel(
     model: Model, step: Step, monkeypatch: pytest.MonkeyPatch, piece: int, ends: tuple[int, int]
 ) -> Any:
-    """A backend that believes to be rank 0 of 2; gathering from the other rank is left out,
-    attention is upstream's.
-    """
+    """A backend that believes to be rank 0 of 2."""
     backend = model.backend()
     backend.attn_cp_size = 2
-    offsets = [torch.tensor([0, piece], dtype=torch.int32) for _ in ends]
-    lengths = [torch.tensor([end], dtype=torch.int32) for end in ends]
-    step.batch.attn_cp_metadata = SimpleNamespace(
-        total_q_prev_tokens=piece, total_q_next_tokens=piece, actual_seq_q_prev=piece,
-        actual_seq_q_next=piece,
-        cu_seqlens_q_prev_tensor=offsets[0], cu_seqlens_q_next_tensor=offsets[1],
-        kv_len_prev_tensor=lengths[0], kv_len_next_tensor=lengths[1],
-        max_seqlen_q_prev=piece, max_seqlen_q_next=piece,
-    )  # fmt: skip
-    if not hasattr(upstream, "get_cp_strategy"):
-        write = model.pool.set_kv_buffer
-        monkeypatch.setattr(
-            upstream, "cp_allgather_and_save_kv_cache",
-            lambda batch, layer, k, v, *_, **__: write(layer, batch.out_cache_loc, k, v),
-        )  # fmt: skip
-        return backend
-    from sglang.srt.layers.cp.zigzag import ZigzagCPStrategy
-
-    strategy = ZigzagCPStrategy(2)
-    strategy.materialize_full_kv = lambda batch, layer, k, v, **_: model.pool.set_kv_buffer(
-        layer, batch.out_cache_loc, k, v
-    )
-    strategy.materialize_full_mla_kv = lambda batch, layer, k, k_rope: model.pool.set_mla_kv_buffer(
-        layer, batch.out_cache_loc, k, k_rope
-    )
-    for name in ("is_cp_active", "is_cp_v2_active"):
-        if hasattr(upstream, name):
-            monkeypatch.setattr(upstream, name, lambda _: True)
-    monkeypatch.setattr(upstream, "get_cp_strategy", lambda: strategy)
+    step.batch.attn_cp_metadata = zigzag.metadata(piece, ends)
+    for name, value in zigzag.stand_ins().items():
+        monkeypatch.setattr(upstream, name, value)
     return backend
 
 

@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 
 from sglang_musa_ext import envs
+from sglang_musa_ext.upstream.check import find_package
 from tests.engine.test_engine import requests
 from tests.engine.test_engine_modes import (
     BERT,
     CHUNKS,
     GEMMA_2,
+    GEMMA_3,
     GPT_OSS,
     LOGPROB_TOLERANCE,
     ONE_POOL,
@@ -144,3 +146,31 @@ def test_an_encoder_goes_raw(engines: EngineServer) -> None:
         assert vector == pytest.approx(other, abs=1e-5)
     statistics = report["statistics"]
     assert (statistics["calls"], statistics["raw_calls"], statistics["plans"]) == (2, 2, 0)
+
+
+BOTH_WAYS = TinyModel(
+    "Gemma3TextConfig",
+    {**GEMMA_3.fields, "use_bidirectional_attention": True, "sliding_window": 31},
+    "Gemma3TextModel",
+)
+"""EmbeddingGemma: a decoder's layers, full and windowed, that look both ways."""
+
+
+def test_a_decoder_looking_both_ways_attends_to_its_own_keys(engines: EngineServer) -> None:
+    """Embeddings are transformers'; SGLang gives such a model no cache, so that all calls are raw.
+
+    It calls the function over raw keys itself, and no paged call is replaced.
+    """
+    package = find_package()
+    assert package is not None
+    if "is_embedding_gemma" not in (package / "srt/configs/model_config.py").read_text():
+        pytest.skip("this SGLang serves no decoder that looks both ways")
+    model, prompts = engines.model(BOTH_WAYS), requests(5, 70, 200)
+    case = EngineCase(model, (prompts,), dict(STEPWISE), {envs.RAW_PREFILL: "on"})
+    vectors, (report,) = engines.call(embed, case)
+    asked = [each.prompt for each in prompts]
+    expected = engines.call(tiny_models.embeddings, model, asked, None)
+    for vector, other in zip(vectors, expected, strict=True):
+        assert vector == pytest.approx(other, abs=1e-5)
+    statistics = report["statistics"]
+    assert (statistics["calls"], statistics["planned_calls"], statistics["raw_calls"]) == (4, 0, 0)

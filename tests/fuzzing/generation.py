@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import inspect
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from tests.fuzzing.passes import HAS_PAGED_CHUNKS, ON_GPU, Case, Lane, Operation
+from tests.support import zigzag
 from tests.support.backend import upstream
 
 EDGES = (0, 1, 15, 16, 31, 61, 62, 63, 64, 65, 66, 125, 126, 127, 128, 129, 191, 192, 255)
@@ -16,16 +17,16 @@ KINDS = {
     "decode": 8, "prefill": 5, "extend": 4, "mixed": 3, "verify": 4, "draft": 3, "draft extend": 2,
     "padded": 1,
     "replay": 4, "interleaved": 3, "threads": 3, "again": 1, "fault": 1, "finish": 2, "idle": 1,
-    "reload": 1,
+    "reload": 1, "one shot": 2, "prefix chunks": 2,
 }  # fmt: skip
 """The actions of a server, and their shares."""
 CHECKS = ("off", "off", "off", "off", "metadata", "output")
 
 
-def random_case(seed: int, operations: int = 40) -> Case:
-    """The case of ``seed``."""
+def random_case(seed: int, operations: int = 40, models: Sequence[str] = ()) -> Case:
+    """The case of ``seed``, over the kinds of models that ``models`` names; empty: over all."""
     chance = random.Random(seed)
-    lanes = [random_lane(chance) for _ in range(chance.choice((1, 2)))]
+    lanes = [random_lane(chance, models) for _ in range(chance.choice((1, 2)))]
     if len(lanes) == 2:
         # Upstream reads its server arguments from one place of the process.
         lanes[1] = _beside(lanes[0], lanes[1])
@@ -60,9 +61,11 @@ def random_length(chance: random.Random) -> int:
     return chance.choice(EDGES) if kind < 0.85 else chance.randrange(300)
 
 
-def random_lane(chance: random.Random) -> Lane:
-    """A model of any kind, under any settings."""
-    make = chance.choices(list(MODELS), list(MODELS.values()))[0]
+def random_lane(chance: random.Random, models: Sequence[str] = ()) -> Lane:
+    """A model of any kind, or of those named, under any settings."""
+    names = list(models or MODEL_NAMES)
+    weights = [MODELS[MODEL_NAMES[name]] for name in names]
+    make = MODEL_NAMES[chance.choices(names, weights)[0]]
     lane = make(chance)
     common = {
         "inference_mode": chance.random() < 0.3,
@@ -159,10 +162,35 @@ def _deterministic(chance: random.Random) -> Lane:
     return Lane(tuple(dict(heads) for _ in range(2)), _page_size(chance), deterministic=True)
 
 
+def _encoder(chance: random.Random) -> Lane:
+    heads = _heads(chance)
+    kinds = [chance.random() < 0.5 for _ in range(chance.randint(1, 3))]
+    layers = tuple(heads | {"is_cross_attention": cross} for cross in (False, *kinds))
+    # Upstream reads encoder pages of one token only.
+    return Lane(layers, 1, context_len=256, encoder=True)
+
+
+def _ranks(chance: random.Random) -> Lane:
+    if zigzag.HAS_STRATEGIES and chance.random() < 0.4:
+        return Lane(_latent(chance).layers, 64, context_len=384, mla=True, ranks=2)
+    heads = _heads(chance)
+    return Lane(tuple(dict(heads) for _ in range(chance.randint(1, 3))), 64, ranks=2)
+
+
+def _fp8(chance: random.Random) -> Lane:
+    lane = chance.choice((_uniform, _softcap, _windows))(chance)
+    wanted = {"topk": min(lane.topk, 1), "drafts": False, "window_pages": False, "fp8": True}
+    scales = chance.choice((None, (0.25, 4.0), (0.5, 2.0)))
+    return Lane(**vars(lane) | wanted | {"scales": scales})
+
+
 HAS_BOTH_WAYS = "DECODER_BIDIRECTIONAL" in inspect.getsource(upstream)
 MODELS: dict[Callable[[random.Random], Lane], int] = {
     _uniform: 4, _latent: 4, _windows: 3, _chunks: 2, _softcap: 1, _shapes: 1, _sinks: 1,
     _both_ways: 1,
-    _sharing: 1, _embedding: 1, _deterministic: 1,
+    _sharing: 1, _embedding: 1, _deterministic: 1, _ranks: 1,
+    **({} if "Only encoder size 1" in inspect.getsource(upstream) else {_encoder: 1}),
+    **({} if ON_GPU else {_fp8: 2}),
 }  # fmt: skip
 """Kinds of models, by what their layers differ in, and how often each is taken."""
+MODEL_NAMES = {make.__name__.strip("_").replace("_", "-"): make for make in MODELS}

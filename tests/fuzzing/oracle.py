@@ -8,8 +8,9 @@ is another one's may still give a right output.
 
 from __future__ import annotations
 
+import itertools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +18,15 @@ import torch
 
 from sglang_musa_ext.kernels import reference
 from sglang_musa_ext.kernels.reference import mla
-from tests.support.backend import Model, Step, replace_kernels
+from tests.support.backend import (
+    Model,
+    Queries,
+    Step,
+    attention_layer,
+    dense_attention,
+    replace_kernels,
+)
+from tests.support.fp8 import Fp8Model
 
 Tensor = torch.Tensor
 
@@ -72,10 +81,10 @@ class JudgedModel(Model):
         sinks: Tensor | None = None,
     ) -> None:
         """Compare ``result`` of a layer with float64 over the keys that were handed out."""
-        wanted = padded_attention(self, step, layer, inputs["q"], sinks)
+        wanted = padded_attention(self, step, layer, self.as_read(inputs["q"]), sinks)
         seen = result if isinstance(result, tuple) else (result,)
         self.totals.outputs += 1
-        judged = _padded(step).judged
+        judged = _padded(step, layer.is_cross_attention).judged
         for what, got, exact in zip(("output", "log-sum-exp"), seen, wanted, strict=False):
             if bool(got.isnan().any()):
                 raise Mismatch(f"{what} of layer {layer.layer_id} has rows that nobody wrote")
@@ -88,9 +97,119 @@ class JudgedModel(Model):
                     f"{len(step.queries)} requests, lengths {_lengths(step)}"
                 )
 
+    def as_read(self, q: Tensor) -> Tensor:
+        """Queries as the kernels read them."""
+        return q
 
-def _lengths(step: Step) -> list[int]:
-    return [len(queries.slots) for queries in step.queries]
+    def check_decompressed(
+        self, backend: Any, step: Step, layer: Any, chunk: int | None = None
+    ) -> None:
+        """Run an MLA layer of ``step`` over decompressed keys, as upstream's models may.
+
+        Its cache is written as before, for later passes. ``chunk``: keys of a request's prefix in
+        one call of those over the prefix, beside one over the new keys; ``None``: one call has all.
+        """
+        heads, batch = layer.tp_q_head_num, step.batch
+        wide = attention_layer(layer.layer_id, heads, heads, 192, v_head_dim=128)
+        self.hand_out(layer, batch.out_cache_loc, store=True)
+        rows = [len(queries.positions) for queries in step.queries]
+        prefixes = [
+            len(queries.slots) - count for queries, count in zip(step.queries, rows, strict=True)
+        ]
+        q = self.normal(sum(rows), heads * 192)
+        batch.mha_one_shot, batch.mha_return_lse = chunk is None, True
+        pieces = _Pieces(rows, prefixes, chunk)
+        vars(batch).update(pieces.fields())
+        for index, keys in pieces.calls():
+            batch.attn_attend_prefix_cache = index is not None
+            batch.prefix_chunk_idx = index
+            k, v = (self.normal(sum(keys), heads, dim) for dim in (192, 128))
+            result = backend.forward_extend(q, k, v, wide, batch, save_kv_cache=False)
+            self.totals.outputs += 1
+            pieces.require(result, wide, (q, k, v), keys, causal=index is None)
+        batch.attn_attend_prefix_cache = None
+
+
+@dataclass
+class _Pieces:
+    """The calls of an MLA layer over decompressed keys, and what each must return."""
+
+    rows: list[int]
+    prefixes: list[int]
+    chunk: int | None
+
+    def calls(self) -> Iterator[tuple[int | None, list[int]]]:
+        """The number of the prefix's chunk, ``None`` for the new keys, and keys a request."""
+        if self.chunk is None:
+            yield None, [prefix + new for prefix, new in zip(self.prefixes, self.rows, strict=True)]
+            return
+        yield None, self.rows
+        yield from enumerate(self._chunks())
+
+    def _chunks(self) -> list[list[int]]:
+        if self.chunk is None:
+            return []
+        starts = range(0, max(self.prefixes), self.chunk)
+        return [[min(max(p - start, 0), self.chunk) for p in self.prefixes] for start in starts]
+
+    def fields(self) -> dict[str, Any]:
+        """The batch's, that say where chunks of the prefix end."""
+        chunks = self._chunks()
+        ends = [[0, *itertools.accumulate(keys)] for keys in chunks]
+        return {
+            "prefix_chunk_cu_seq_lens": torch.tensor(ends, dtype=torch.int32),
+            "prefix_chunk_max_seq_lens": [max(keys) for keys in chunks],
+        }
+
+    def require(
+        self, result: Any, layer: Any, tensors: Sequence[Tensor], keys: list[int], causal: bool
+    ) -> None:
+        """Compare the judged rows' output and log-sum-exp with float64, request by request."""
+        heads, (q, k, v) = layer.tp_q_head_num, tensors
+        shapes = (q.view(-1, heads, 192), self.rows), (k, keys), (v, keys)
+        split = [torch.split(tensor.double(), sizes) for tensor, sizes in shapes]
+        start = 0
+        for queries, keys_of, values in zip(*split, strict=True):
+            judged = _judged_rows(len(queries))
+            at = judged + start
+            start += len(queries)
+            if not len(keys_of):
+                continue
+            visible = torch.ones(len(queries), len(keys_of), dtype=torch.bool)
+            visible = visible.tril(len(keys_of) - len(queries)) if causal else visible
+            exact = dense_attention(
+                queries[judged], keys_of, values, visible[judged], layer.scaling
+            )
+            for got, wanted in zip(result, exact, strict=True):
+                error = (got[at].double().view(wanted.shape) - wanted).abs().amax()
+                allowed = UNITS[q.dtype] * torch.finfo(q.dtype).eps * wanted.abs().amax()
+                if not bool(error <= allowed):
+                    raise Mismatch(
+                        f"layer {layer.layer_id} over decompressed keys is off by "
+                        f"{float(error):.3g}, where {float(allowed):.3g} is allowed: rows "
+                        f"{self.rows}, keys {keys}"
+                    )
+
+
+class JudgedFp8Model(JudgedModel, Fp8Model):
+    """The same over a cache in fp8; float64 attends to what fp8 keeps of keys and queries."""
+
+    def as_read(self, q: Tensor) -> Tensor:
+        """Upstream casts them to the cache's type, without a scale."""
+        read: Tensor = self.rounded(q)
+        return read
+
+
+def _lengths(step: Step, cross: bool = False) -> list[int]:
+    return [len(_keys(queries, cross)) for queries in step.queries]
+
+
+def _keys(queries: Queries, cross: bool) -> Tensor:
+    """The slots that a request's rows attend to: the encoder's in cross attention."""
+    if not cross:
+        return queries.slots
+    assert queries.encoder_slots is not None
+    return queries.encoder_slots
 
 
 JUDGED_ROWS = 24
@@ -117,18 +236,17 @@ class _Padded:
     """The mask of draft trees, ``(requests, longest, most keys)``."""
 
 
-def _padded(step: Step) -> _Padded:
-    known: _Padded | None = getattr(step, "padded", None)
-    if known is None:
-        known = _pad(step)
-        step.padded = known  # type: ignore[attr-defined]
-    return known
+def _padded(step: Step, cross: bool) -> _Padded:
+    known: dict[bool, _Padded] = vars(step).setdefault("padded", {})
+    if cross not in known:
+        known[cross] = _pad(step, cross)
+    return known[cross]
 
 
-def _pad(step: Step) -> _Padded:
+def _pad(step: Step, cross: bool) -> _Padded:
     chosen = [_judged_rows(len(queries.positions)) for queries in step.queries]
     counts = [len(rows) for rows in chosen]
-    keys = _lengths(step)
+    keys = _lengths(step, cross)
     shape = len(counts), max(counts), max(keys)
     rows = torch.zeros(shape[:2], dtype=torch.long)
     positions = torch.zeros(shape[:2], dtype=torch.long)
@@ -141,8 +259,8 @@ def _pad(step: Step) -> _Padded:
         count, own = counts[index], chosen[index]
         rows[index, :count] = own + start
         positions[index, :count] = queries.positions[own]
-        slots[index] = queries.slots[0]
-        slots[index, : keys[index]] = queries.slots
+        slots[index] = _keys(queries, cross)[0]
+        slots[index, : keys[index]] = _keys(queries, cross)
         if masks is not None and queries.mask is not None:
             masks[index, :count, : keys[index]] = queries.mask[own]
         start += len(queries.positions)
@@ -161,7 +279,7 @@ def padded_attention(
     model: Model, step: Step, layer: Any, q: Tensor, sinks: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Return the judged rows' ``(rows, heads * dim)`` and LSE ``(rows, heads)``, in float64."""
-    padded = _padded(step)
+    padded = _padded(step, layer.is_cross_attention)
     k_pool, v_pool = model.exact.get_kv_buffer(layer.layer_id)
     k, v = k_pool[padded.slots], v_pool[padded.slots]
     heads, heads_kv = layer.tp_q_head_num, k.shape[2]
@@ -187,6 +305,8 @@ def _visible(model: Model, layer: Any, padded: _Padded) -> Tensor:
     row = padded.positions[..., None]
     both_ways = layer.attn_type.name in ("ENCODER_ONLY", "DECODER_BIDIRECTIONAL")
     seen = padded.there[:, None, :].expand(-1, row.shape[1], -1)
+    if layer.is_cross_attention:
+        return seen
     if not both_ways:
         seen = seen & (key <= row)
     if layer.sliding_window_size > -1:

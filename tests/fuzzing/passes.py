@@ -12,14 +12,15 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from sglang_musa_ext import envs
-from tests.fuzzing.oracle import InjectedFault, JudgedModel, KernelWatch, Totals
+from sglang_musa_ext import envs, patching
+from tests.fuzzing.oracle import InjectedFault, JudgedFp8Model, JudgedModel, KernelWatch, Totals
+from tests.support import zigzag
 from tests.support.backend import (
     DEVICE,
     AttentionType,
@@ -38,6 +39,8 @@ from tests.support.graphs import CpuGraphs, DeviceGraphs, GraphRunner
 DRAFT_TOKENS = 4
 DRAFT_STEPS = 4
 GRAPH_SIZES = (2, 1)
+ENCODER_TOKENS = 30
+"""The most that a request begins with."""
 TREES = tuple(
     torch.tensor(tree, dtype=torch.bool)
     for tree in (
@@ -86,6 +89,14 @@ class Lane:
     deterministic: bool = False
     embedding: bool = False
     """Serves prompts alone, over raw keys and values."""
+    encoder: bool = False
+    """Requests begin with an encoder's tokens, which layers of cross attention read."""
+    ranks: int = 1
+    """Of context parallelism; more than one: prompts are one at a time, and a part is ours."""
+    fp8: bool = False
+    """The KV cache is in fp8."""
+    scales: tuple[float, float] | None = None
+    """Of keys and values in it."""
     drafts: bool = False
     """Is a draft model."""
     inference_mode: bool = False
@@ -152,11 +163,16 @@ class World:
         self.served = [Served(lane, totals) for lane in lanes]
         self._threads = ThreadPoolExecutor(2)
         self._interval = sys.getswitchinterval()
+        self._undo = ExitStack()
+        if any(lane.ranks > 1 for lane in lanes):
+            for name, value in zigzag.stand_ins().items():
+                self._undo.callback(patching.replace(upstream, name, value))
 
     def __enter__(self) -> World:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._undo.close()
         self._threads.shutdown()
         sys.setswitchinterval(self._interval)
         for served in self.served:
@@ -242,11 +258,15 @@ class Served:
         lane = self.lane
         self._busy: list[Request] = []
         """Requests of passes that have not ended; no other pass takes them."""
-        self.model = JudgedModel(
+        fp8 = {"scales": lane.scales} if lane.fp8 else ON_DEVICE
+        self.model: JudgedModel = (JudgedFp8Model if lane.fp8 else JudgedModel)(
             _layers(lane), page_size=lane.page_size, context_len=lane.context_len, table_rows=8,
             mla=lane.mla, window=lane.window, window_pages=lane.window_pages, chunk=lane.chunk,
-            draft_worker=lane.drafts, seed=lane.seed, arguments=lane.arguments(), **ON_DEVICE,
+            encoder_decoder=lane.encoder,
+            draft_worker=lane.drafts, seed=lane.seed, arguments=lane.arguments(), **fp8,
         )  # fmt: skip
+        self._encoders: dict[int, int] = {}
+        """Tokens of the encoder that a row of the table begins with."""
         self.model.totals = self.totals
         self.sinks = [
             self.model.normal(layer.tp_q_head_num) if options.get("sinks") else None
@@ -271,6 +291,7 @@ class Served:
             "finish": self._finish, "reload": self._reload, "idle": self._idle,
             "fault": self._fault,
             "draft": self._draft, "replay": self._replay, "again": self._again,
+            "one shot": self._decompressed, "prefix chunks": self._decompressed,
         }  # fmt: skip
         special = kinds.get(operation.kind)
         if special is not None:
@@ -314,6 +335,8 @@ class Served:
     def _new_backend(self) -> Any:
         with self._environment():
             backend = attention.MusaFA3Backend(self._model_runner)
+        if self.lane.ranks > 1:
+            backend.attn_cp_size = self.lane.ranks
         return self._watched(backend)
 
     def _watched(self, backend: Any) -> Any:
@@ -353,8 +376,10 @@ class Served:
 
     def _check(self, backend: Any, step: Step, index: int) -> None:
         options = {} if self.sinks[index] is None else {"sinks": self.sinks[index]}
-        share = "shares" in self.lane.layers[index]
-        self.model.check(backend, step, self.model.layers[index], share_kv=share, **options)
+        layer = self.model.layers[index]
+        has_no_keys = layer.is_cross_attention and step.batch.encoder_out_cache_loc is None
+        share = "shares" in self.lane.layers[index] or has_no_keys
+        self.model.check(backend, step, layer, share_kv=share, **options)
 
     def _picked(self, picks: Sequence[int], room: int = 1) -> list[Request]:
         """The live requests that ``picks`` names, each once, that have room for more tokens."""
@@ -368,7 +393,7 @@ class Served:
 
     def _drop_full(self, room: int) -> None:
         for request in list(self.live):
-            if request not in self._busy and request.length + room > self.lane.context_len:
+            if request not in self._busy and request.length + room > self._most(request):
                 self._drop(request)
 
     def _drop(self, request: Request) -> None:
@@ -385,7 +410,10 @@ class Served:
             for layer, options in zip(self.model.layers, self.lane.layers, strict=True)
             if "shares" not in options
         ]
-        request = self.model.request(prefix, written)
+        encoder = 1 + (7 * self.lane.seed + 11 * len(self._encoders)) % ENCODER_TOKENS
+        encoder = encoder if self.lane.encoder else 0
+        request = self.model.request(encoder + prefix, written)
+        self._encoders[request.row] = encoder
         self.live.append(request)
         return request
 
@@ -395,7 +423,10 @@ class Served:
         """The step of an operation; ``None`` if it is empty."""
         lengths = {request.row: request.length for request in self.live}
         kind = "prefill" if self.lane.embedding else operation.kind
+        if self.lane.ranks > 1 and kind in ("prefill", "extend", "mixed", "draft extend"):
+            kind = "zigzag"
         makers = {
+            "zigzag": self._zigzag,
             "prefill": self._prefill, "extend": self._extend, "mixed": self._mixed,
             "verify": self._verify,
             "draft extend": self._draft_extend, "padded": self._padded,
@@ -404,8 +435,43 @@ class Served:
         if step is None:
             return None
         rows = step.batch.req_pool_indices.tolist()
+        if self.lane.encoder:
+            self._begin_with_encoders(step, rows, runs=kind == "prefill")
         requests = [request for request in self.live if request.row in rows]
         return _Making(step, requests, lengths)
+
+    def _begin_with_encoders(self, step: Step, rows: Sequence[int], *, runs: bool) -> None:
+        """Have each request's first tokens be its encoder's, as upstream's batch has them.
+
+        Where the encoder ``runs`` in this pass, layers of cross attention have keys to write.
+        """
+        lengths = [self._encoders[row] for row in rows]
+        batch = step.batch
+        for queries, length in zip(step.queries, lengths, strict=True):
+            queries.encoder_slots, queries.slots = queries.slots[:length], queries.slots[length:]
+            queries.positions = queries.positions - length
+        batch.encoder_lens = torch.tensor(lengths)
+        if runs:
+            slots = [queries.encoder_slots for queries in step.queries]
+            batch.encoder_out_cache_loc = torch.cat([each for each in slots if each is not None])
+        batch.seq_lens = batch.seq_lens - batch.encoder_lens
+        batch.seq_lens_cpu = batch.seq_lens.cpu()
+        batch.seq_lens_sum -= sum(lengths)
+        if batch.extend_prefix_lens_cpu is not None:
+            batch.extend_prefix_lens -= batch.encoder_lens.to(torch.int32)
+            batch.extend_prefix_lens_cpu = batch.extend_prefix_lens.tolist()
+
+    def _zigzag(self, operation: Operation) -> Step | None:
+        """More tokens of one request, of which a rank attends with two of four pieces."""
+        counts, picks = list(operation.counts) or [1], list(operation.picks) or [0]
+        piece = 1 + counts[0] % 40
+        chosen = self._picked(picks[:1], 4 * piece) if operation.kind != "prefill" else []
+        request = chosen[0] if chosen else self._new(picks[0] * 37 % self._room(4 * piece))
+        if request is None:
+            return None
+        step = self.model.extend([request], [4 * piece])
+        zigzag.take_part(step, piece, picks[-1] % 2)
+        return step
 
     def _take_back(self, making: _Making) -> None:
         """Have the requests of a pass that did not end be what they were before it."""
@@ -433,17 +499,31 @@ class Served:
             for request in [each for each in self.live if each not in self._busy]:
                 self._drop(request)
         for index, count in enumerate(operation.counts):
-            length = 1 + count % (self.lane.context_len - 2)
+            length = 1 + count % (self._capacity - 2)
             pick = operation.picks[index % len(operation.picks)] if operation.picks else 0
             prefix = 0 if self.lane.embedding or pick % 2 == 0 else pick * 37 % self._room(length)
             made = self._new(prefix)
             if made is not None:
                 requests.append(made)
                 new.append(length)
+        if self.lane.encoder and operation.picks and operation.picks[0] % 2 == 0:
+            # As many rows as the encoders have tokens, but not request by request.
+            new = [self._encoders[request.row] for request in reversed(requests)]
         return self.model.extend(requests, new) if requests else None
 
     def _room(self, length: int) -> int:
-        return max(self.lane.context_len - length - 1, 1)
+        return max(self._capacity - length - 1, 1)
+
+    @property
+    def _capacity(self) -> int:
+        """The most tokens that a request may have beside its encoder's.
+
+        Upstream reads the table from the longest encoder's end on, whatever the request's own is.
+        """
+        return self.lane.context_len - (ENCODER_TOKENS if self.lane.encoder else 0)
+
+    def _most(self, request: Request) -> int:
+        return self._capacity + self._encoders[request.row]
 
     def _extend(self, operation: Operation) -> Step | None:
         """More tokens of live requests: the next chunk of a prompt, or another turn."""
@@ -457,13 +537,14 @@ class Served:
         new = self._counts_for(chosen, operation.counts)
         new = [new[0], *[1] * (len(new) - 1)] if new else []
         # Upstream forgets its local layers where a pass is mixed.
-        mode = ForwardMode.MIXED if self.lane.chunk is None else ForwardMode.EXTEND
+        plain = self.lane.chunk is None and not self.lane.encoder
+        mode = ForwardMode.MIXED if plain else ForwardMode.EXTEND
         return self.model.extend(chosen, new, mode) if chosen else None
 
     def _counts_for(self, requests: Sequence[Request], counts: Sequence[int]) -> list[int]:
         wanted = list(counts) or [1]
         return [
-            1 + wanted[index % len(wanted)] % (self.lane.context_len - request.length)
+            1 + wanted[index % len(wanted)] % (self._most(request) - request.length)
             for index, request in enumerate(requests)
         ]
 
@@ -517,6 +598,20 @@ class Served:
         for layer in self.model.layers:
             q = self.model.normal(0, layer.tp_q_head_num * layer.head_dim)
             self.backend.forward(q, None, None, layer, batch)
+
+    def _decompressed(self, operation: Operation) -> None:
+        """A prefill of an MLA model over decompressed keys, with absorbed layers among others."""
+        kind = "extend" if operation.picks and operation.picks[0] % 3 else "prefill"
+        making = self._step(replace(operation, kind=kind))
+        if making is None:
+            return
+        self.backend.init_forward_metadata(making.step.batch)
+        chunk = None if operation.kind == "one shot" else 16 + 31 * len(operation.counts)
+        for index, layer in enumerate(self.model.layers):
+            if not self.lane.mla or self.lane.ranks > 1 or (index + operation.layers) % 3 == 2:
+                self._check(self.backend, making.step, index)
+            else:
+                self.model.check_decompressed(self.backend, making.step, layer, chunk)
 
     def _again(self, operation: Operation) -> None:
         """The same pass twice over one metadata object, as before a graph's capture."""
@@ -594,7 +689,7 @@ class Served:
         lane = self.lane
         special = any("sinks" in options or "shares" in options for options in lane.layers)
         narrow = lane.chunk is not None and not (HAS_PAGED_CHUNKS or ON_GPU)
-        return not (special or narrow or lane.embedding or lane.topk > 1)
+        return not (special or narrow or lane.embedding or lane.encoder or lane.topk > 1)
 
     def _captured(self) -> GraphRunner:
         if self._runner is None:

@@ -41,13 +41,25 @@ LANES: dict[str, tuple[Lane, ...]] = {
     "tree of drafts": (Lane(({"heads": 4}, {"heads": 2}), mla=True, topk=2, drafts=True),),
     "tree": (Lane((LAYER, LAYER | {"heads": 8}), topk=2),),
     "two models": (Lane((LAYER, LAYER), topk=1), Lane((LAYER | {"heads": 8},) * 3, topk=1)),
+    "cross attention": (
+        Lane(
+            (LAYER, LAYER | {"is_cross_attention": True}),
+            page_size=1,
+            context_len=256,
+            encoder=True,
+        ),
+    ),
+    "context parallel": (Lane((LAYER, LAYER), ranks=2), Lane((LAYER,), seed=3)),
+    "fp8": (Lane((LAYER, WINDOW), window=40, fp8=True, scales=(0.5, 2.0)),),
     "inference": (Lane((LAYER, LAYER), inference_mode=True), Lane((LAYER,), seed=1)),
 }
 ONE_PASS = (
     "decode", "prefill", "extend", "mixed", "verify", "draft extend", "padded", "interleaved",
     "threads",
 )  # fmt: skip
-OTHER = ("draft", "replay", "again", "fault", "finish", "idle", "reload")
+OTHER = (
+    "draft", "replay", "again", "fault", "finish", "idle", "reload", "one shot", "prefix chunks",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -38,7 +38,7 @@ def test_a_failing_case_is_written_with_as_few_operations_as_it_takes(
     pair = (Operation("decode", 1, (2,), (3,)), Operation("decode", 0, (1, 4), (65,), 1))
     others = [operation for operation in case.operations if operation.kind != "decode"]
     case = replace(case, operations=(*others[:10], pair[0], *others[10:], pair[1]))
-    monkeypatch.setattr(run, "random_case", lambda seed: case)
+    monkeypatch.setattr(run, "random_case", lambda seed, models: case)
     monkeypatch.setattr(run, "run_case", fails_with("decode", 2))
     written = Path(run.run_seed(3, Totals(), tmp_path))
     data = json.loads(written.read_text())

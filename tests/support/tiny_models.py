@@ -255,8 +255,13 @@ def network_of(model: Path, attention: str = "eager") -> Any:
     return loaded.eval()
 
 
-def embeddings(model: Path, prompts: Sequence[Sequence[int]], position: int) -> list[list[float]]:
-    """The normalized last hidden state of each prompt's token at ``position``, in float32."""
+def embeddings(
+    model: Path, prompts: Sequence[Sequence[int]], position: int | None
+) -> list[list[float]]:
+    """The normalized last hidden state of each prompt's token at ``position``, in float32.
+
+    ``None``: the mean of all of its tokens'.
+    """
     import torch
 
     torch.set_num_threads(1)
@@ -265,7 +270,8 @@ def embeddings(model: Path, prompts: Sequence[Sequence[int]], position: int) -> 
         states = [
             network.base_model(torch.tensor([list(prompt)])).last_hidden_state for prompt in prompts
         ]
-    return [(state[0, position] / state[0, position].norm()).tolist() for state in states]
+    rows = [state[0].mean(0) if position is None else state[0, position] for state in states]
+    return [(row / row.norm()).tolist() for row in rows]
 
 
 def _greedy(network: Any, prompt: list[int], new_tokens: int) -> tuple[list[int], list[float]]:

@@ -83,6 +83,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=None, help="of the first case (default: from the clock)")
     add("--kernels", choices=("reference", "hopper"), default="reference",
         help="hopper: on an NVIDIA GPU, with its graphs")  # fmt: skip
+    add("--models", nargs="+", default=(), metavar="NAME",
+        help="kinds of models of the backend's cases, as tests/fuzzing/generation.py names them: "
+        "encoder, ranks, fp8, latent, windows, ... (default: all)")  # fmt: skip
     add("--report", type=Path, metavar="FILE", help="write the totals there as JSON")
     add("--failures", type=Path, default=Path(".cache/soak"), metavar="FOLDER",
         help="where cases that went wrong are written (default: %(default)s)")  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import multiprocessing
 import queue
@@ -42,7 +43,8 @@ def soak(options: argparse.Namespace, report: Report) -> Iterator[Report]:
     folder = options.failures.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     work: list[Callable[..., None]] = [engine_job] * engines
-    work += [_backend_job] * (options.jobs - engines)
+    backend_job = functools.partial(_backend_job, options.models)
+    work += [backend_job] * (options.jobs - engines)
     processes = [
         context.Process(
             target=job,
@@ -84,13 +86,15 @@ def _collect(
 # --- backend --------------------------------------------------------------------------------------
 
 
-def _backend_job(first: int, stride: int, deadline: float, folder: Path, messages: Any) -> None:
+def _backend_job(
+    models: Sequence[str], first: int, stride: int, deadline: float, folder: Path, messages: Any
+) -> None:
     began, seed = time.monotonic(), first
     while time.monotonic() < deadline:
         totals = Totals()
         beat = time.monotonic() + BEAT
         while time.monotonic() < min(beat, deadline):
-            failure = run_seed(seed, totals, folder)
+            failure = run_seed(seed, totals, folder, models)
             if failure:
                 totals.mismatches += 1
                 messages.put(("wrong", failure))
@@ -99,9 +103,9 @@ def _backend_job(first: int, stride: int, deadline: float, folder: Path, message
     messages.put(("ended", time.monotonic() - began))
 
 
-def run_seed(seed: int, totals: Totals, folder: Path) -> str:
+def run_seed(seed: int, totals: Totals, folder: Path, models: Sequence[str] = ()) -> str:
     """Run the case of a seed; the file that holds it, made small, if it went wrong."""
-    case = random_case(seed)
+    case = random_case(seed, models=models)
     try:
         run_case(case, totals)
     except Exception:  # noqa: BLE001 - whatever a case raises is what is looked for
