@@ -359,6 +359,23 @@ def test_a_served_model_is_compared_with_torch_native(tmp_path: Path) -> None:
     assert "MusaFA3Backend on reference" in outcomes["fa3: served by this package"]["reason"]
     counts = outcomes["fa3: one plan a pass"]["numbers"]
     assert counts["plans"] == counts["passes"] == counts["reuses"] > 0
+    assert outcomes["fa3: prompts over raw keys"]["numbers"]["calls over raw keys"] > 0
+
+
+@pytest.mark.parametrize("device", ["cpu", "musa"])
+def test_prompts_go_over_raw_keys_unless_that_is_off(device: str) -> None:
+    """One engine has it off, and neither may do what the other does."""
+    cases = validate_engine.EngineCases(SimpleNamespace(scratch="", device=device, quick=False))  # type: ignore[arg-type]
+    *_, ours = validate_engine.variants(device, quick=False)
+    paged = [each for each in ours if each.environ.get(validate_engine.RAW_PREFILL) == "off"]
+    assert (len(paged), paged) == (1, ours[-1:])
+    for variant in ours:
+        for raw in (0, 6):
+            report = {"statistics": {"raw_calls": raw}}
+            answers = validate_engine.EngineAnswers([], [], [report])
+            cases.answers[variant.name] = answers
+            expected = PASS if (raw > 0) != (variant in paged) else FAIL
+            assert cases._raw(variant).status == expected
 
 
 @pytest.mark.parametrize(
