@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.engine.test_engine_modes import CHUNKS, LOGPROB_TOLERANCE, MLA_DENSE
+from tests.engine.test_engine_modes import CHUNKS, MLA_DENSE
+from tests.support.answers import require_tokens_of_transformers
 from tests.support.apart import serve_apart
 from tests.support.engine import EngineCase, EngineServer, Request
 from tests.support.tiny_models import TinyModel, llama, tokens
@@ -43,10 +44,7 @@ def test_what_one_server_prefills_another_decodes(
     """Tokens are transformers'; the one server prefilled and the other did not."""
     runs = serve_apart(engines, EngineCase(engines.model(model), PHASES, CHUNKS), tmp_path)
     requests = [request for phase in PHASES for request in phase]
-    for output, request in zip(runs["decode"].outputs, requests, strict=True):
-        expected, logprobs = engines.greedy(engines.model(model), request)
-        assert output.tokens == expected
-        assert output.logprobs == pytest.approx(logprobs, abs=LOGPROB_TOLERANCE)
+    require_tokens_of_transformers(engines, runs["decode"].outputs, requests, model)
     reports = {role: run.report() for role, run in runs.items()}
     assert {report["backend"] for report in reports.values()} == {"MusaFA3Backend"}
     # Passes of the one server are prefills, and of the other the decodes after the first token.

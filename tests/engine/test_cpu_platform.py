@@ -12,24 +12,15 @@ from typing import Any
 
 import pytest
 
-from tests.engine.test_engine_modes import DEEPSEEK, LOGPROB_TOLERANCE, STEPWISE, TWO_RANKS
+from tests.engine.test_engine_modes import DEEPSEEK, STEPWISE, TWO_RANKS
 from tests.support import tiny_models
-from tests.support.engine import EngineCase, EngineRun, EngineServer, Request
+from tests.support.answers import require_tokens_of_transformers
+from tests.support.engine import EngineCase, EngineServer, Request
 from tests.support.tiny_models import AdaptedModel, DFlashDraft, TinyModel, llama, tokens
 
 pytestmark = pytest.mark.engine
 
 SHARED = tokens(150, seed=1)
-
-
-def require_tokens_of_transformers(
-    engines: EngineServer, run: EngineRun, answers: list[tuple[TinyModel, Request]]
-) -> None:
-    """Compare the tokens and log-probabilities of ``run`` with those that models give requests."""
-    for output, (model, request) in zip(run.outputs, answers, strict=True):
-        expected, logprobs = engines.greedy(engines.model(model), request)
-        assert output.tokens == expected
-        assert output.logprobs == pytest.approx(logprobs, abs=LOGPROB_TOLERANCE)
 
 
 # Adapters -----------------------------------------------------------------------------------------
@@ -59,7 +50,7 @@ def test_adapters_over_one_shared_prefix(engines: EngineServer) -> None:
     )
     requests = [request for phase in phases for request in phase]
     models = [ADAPTERS[request.adapter] if request.adapter else llama() for request in requests]
-    require_tokens_of_transformers(engines, run, list(zip(models, requests, strict=True)))
+    require_tokens_of_transformers(engines, run.outputs, requests, models)
     assert len({tuple(output.tokens) for output in run.phases[0]}) == len(users)
     assert [output.cached_tokens for output in run.phases[0]] == [0, 0, 0]
     assert [phase[0].cached_tokens for phase in run.phases[1:]] == [128, 128, 128]
@@ -87,7 +78,7 @@ def test_a_prefix_leaves_the_device_and_comes_back(engines: EngineServer, model:
     }
     run = engines.run(EngineCase(engines.model(model), phases, STEPWISE | arguments))
     requests = [request for phase in phases for request in phase]
-    require_tokens_of_transformers(engines, run, [(model, request) for request in requests])
+    require_tokens_of_transformers(engines, run.outputs, requests, model)
     assert run.phases[-1][0].cached_tokens == 128
 
 
@@ -112,7 +103,7 @@ def test_blocks_of_drafts_change_no_token(engines: EngineServer) -> None:
     phases = ((Request(tokens(60, 60), 16),), (Request(tokens(12, seed=99) * 6, 16),))
     run = engines.run(EngineCase(engines.model(target), phases, STEPWISE | arguments))
     requests = [request for phase in phases for request in phase]
-    require_tokens_of_transformers(engines, run, [(target, request) for request in requests])
+    require_tokens_of_transformers(engines, run.outputs, requests, target)
     assert all(output.verified for output in run.outputs)
 
 
@@ -145,8 +136,8 @@ def test_data_parallel_attention_with_idle_and_unequal_ranks(
     phases = (phase(40), phase(70, 9), phase(30, 100, 5))
     case = EngineCase(engines.model(model), phases, STEPWISE | DP_ATTENTION, TWO_RANKS)
     run = engines.run(case, timeout=240)
-    requests = itertools.chain.from_iterable(phases)
-    require_tokens_of_transformers(engines, run, [(model, request) for request in requests])
+    requests = list(itertools.chain.from_iterable(phases))
+    require_tokens_of_transformers(engines, run.outputs, requests, model)
     reports = run.reports[-1]
     assert [report["backend"] for report in reports] == ["MusaFA3Backend"] * 2
     assert all(report["statistics"]["passes"] > 0 for report in reports)

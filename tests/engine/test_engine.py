@@ -23,6 +23,7 @@ import pytest
 from sglang_musa_ext import envs
 from tests.engine.test_engine_modes import MLA_DENSE
 from tests.support import tiny_models
+from tests.support.answers import require_tokens_of_another, require_tokens_of_transformers
 from tests.support.engine import (
     OURS,
     TORCH_NATIVE,
@@ -39,7 +40,6 @@ from tests.support.tiny_models import TinyModel, llama, tokens
 
 pytestmark = pytest.mark.engine
 
-LOGPROB_TOLERANCE = 1e-3
 STEPWISE = {"disable_overlap_schedule": True}
 """Without overlap no pass runs whose tokens are dropped, so passes can be counted by hand."""
 
@@ -170,17 +170,12 @@ def torch_native(engines: EngineServer, case: DenseCase) -> EngineRun:
 
 def test_tokens_equal_torch_native(ours: EngineRun, torch_native: EngineRun) -> None:
     """Tokens are those of SGLang's own backend, and log-probabilities are close to its."""
-    assert ours.tokens == torch_native.tokens
-    for output, other in zip(ours.outputs, torch_native.outputs, strict=True):
-        assert output.logprobs == pytest.approx(other.logprobs, abs=LOGPROB_TOLERANCE)
+    require_tokens_of_another(ours, torch_native)
 
 
 def test_tokens_equal_transformers(ours: EngineRun, engines: EngineServer, case: DenseCase) -> None:
     """Tokens are those of transformers' greedy search, and log-probabilities are close to its."""
-    for output, request in zip(ours.outputs, all_requests(case), strict=True):
-        expected, logprobs = engines.greedy(engines.model(case.model), request)
-        assert output.tokens == expected
-        assert output.logprobs == pytest.approx(logprobs, abs=LOGPROB_TOLERANCE)
+    require_tokens_of_transformers(engines, ours.outputs, all_requests(case), case.model)
 
 
 def test_one_plan_per_pass(ours: EngineRun, case: DenseCase) -> None:

@@ -21,7 +21,6 @@ from tests.engine.test_engine_modes import (
     DEEPSEEK,
     EXPERTS,
     GEMMA_3,
-    LOGPROB_TOLERANCE,
     MLA_DENSE,
     NO_CACHE,
     QWEN_2,
@@ -29,6 +28,7 @@ from tests.engine.test_engine_modes import (
     TWO_RANKS,
 )
 from tests.support import images, tiny_models
+from tests.support.answers import LOGPROB_TOLERANCE
 from tests.support.engine import EngineCase, EngineFailed, EngineServer, Request, embed
 from tests.support.tiny_models import TinyModel, WithoutVision, llama, tokens
 

@@ -20,13 +20,13 @@ from tests.engine.test_engine_modes import (
     GEMMA_2,
     GEMMA_3,
     GPT_OSS,
-    LOGPROB_TOLERANCE,
     ONE_POOL,
     OPT,
     STEPWISE,
 )
 from tests.engine.test_release import UNCAPPED
 from tests.support import tiny_models
+from tests.support.answers import require_tokens_of_another, require_tokens_of_transformers
 from tests.support.engine import (
     TORCH_NATIVE,
     EngineCase,
@@ -108,10 +108,7 @@ def ours(engines: EngineServer, kind: Kind) -> EngineRun:
 def test_tokens_equal_transformers(engines: EngineServer, kind: Kind, ours: EngineRun) -> None:
     """Tokens are those of transformers' greedy search, with prefixes before and after."""
     asked = [request for phase in PHASES for request in phase]
-    for output, request in zip(ours.outputs, asked, strict=True):
-        expected, logprobs = engines.greedy(engines.model(kind.model), request)
-        assert output.tokens == expected
-        assert output.logprobs == pytest.approx(logprobs, abs=LOGPROB_TOLERANCE)
+    require_tokens_of_transformers(engines, ours.outputs, asked, kind.model)
 
 
 def test_tokens_equal_torch_native(engines: EngineServer, kind: Kind, ours: EngineRun) -> None:
@@ -120,9 +117,7 @@ def test_tokens_equal_torch_native(engines: EngineServer, kind: Kind, ours: Engi
         pytest.skip("torch_native leaves out what these layers need; transformers is the judge")
     arguments = {**kind.arguments, **TORCH_NATIVE}
     theirs = engines.run(EngineCase(engines.model(kind.model), PHASES, arguments))
-    assert ours.tokens == theirs.tokens
-    for output, other in zip(ours.outputs, theirs.outputs, strict=True):
-        assert output.logprobs == pytest.approx(other.logprobs, abs=LOGPROB_TOLERANCE)
+    require_tokens_of_another(ours, theirs)
 
 
 def test_prefills_without_any_prefix_go_raw(kind: Kind, ours: EngineRun) -> None:

@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 
 from sglang_musa_ext.upstream.check import find_package, read_version
-from tests.engine.test_engine_modes import CHUNKS, GEMMA_2, LOGPROB_TOLERANCE, MLA, Mode, mode
+from tests.engine.test_engine_modes import CHUNKS, GEMMA_2, MLA, Mode, mode
+from tests.support.answers import require_tokens_of_another, require_tokens_of_transformers
 from tests.support.engine import (
     TORCH_NATIVE,
     EngineCase,
@@ -93,10 +94,7 @@ def ask(
 @pytest.mark.engine
 def test_tokens_equal_transformers(engines: EngineServer, each: Mode, ours: EngineRun) -> None:
     """Tokens are those of transformers' greedy search, and log-probabilities are close to its."""
-    for output, request in zip(ours.outputs, each.requests, strict=True):
-        expected, logprobs = engines.greedy(engines.model(each.model), request)
-        assert output.tokens == expected
-        assert output.logprobs == pytest.approx(logprobs, abs=LOGPROB_TOLERANCE)
+    require_tokens_of_transformers(engines, ours.outputs, each.requests, each.model)
 
 
 @pytest.mark.engine
@@ -104,9 +102,7 @@ def test_tokens_equal_transformers(engines: EngineServer, each: Mode, ours: Engi
 def test_tokens_equal_torch_native(engines: EngineServer, each: Mode, ours: EngineRun) -> None:
     """Tokens are those of the release's own backend, and log-probabilities close to its."""
     theirs = ask(engines, each, TORCH_NATIVE, before_boot=absorb_every_prefill)
-    assert ours.tokens == theirs.tokens
-    for output, other in zip(ours.outputs, theirs.outputs, strict=True):
-        assert output.logprobs == pytest.approx(other.logprobs, abs=LOGPROB_TOLERANCE)
+    require_tokens_of_another(ours, theirs)
 
 
 def absorb_every_prefill() -> None:
