@@ -339,6 +339,8 @@ def import_engine() -> None:
         "sglang_musa_ext.attention.selection",
         "sglang_musa_ext.kernels.reference",
         "transformers",
+        # For what forks call in test modules.
+        "pytest",
         "tests.support.engine",
         "tests.support.tiny_models",
     ):
