@@ -85,3 +85,19 @@ def collectives_and_compiled_prefill() -> None:
         return original(model, backend=backend, **options)
 
     vars(torch)["compile"] = compile_pieces
+
+
+def collectives_and_noted_images() -> None:
+    """Write a line to the log for each call of vision's attention that this package serves."""
+    from sglang_musa_ext import musa_vision
+
+    collectives()
+    original = musa_vision._kernels_of
+
+    def noting(device: Any) -> Any:
+        """Return the kernels of ``device``."""
+        kernels = original(device)
+        print(f"vision attention on {kernels.name}, {device}", flush=True)
+        return kernels
+
+    vars(musa_vision)["_kernels_of"] = noting

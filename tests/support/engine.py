@@ -79,8 +79,8 @@ class Request:
     """The name of a LoRA adapter that the engine knows."""
     room: int | None = None
     """Where servers that prefill and decode apart meet for it, at the case's ``meeting_port``."""
-    image: str | None = None
-    """An image that goes with the prompt; see ``images``."""
+    image: str | tuple[str, ...] | None = None
+    """An image that goes with the prompt, or several files; see ``images`` and ``image_models``."""
     after: int = 0
     """Sent when the first request of its phase has produced this many tokens; 0: at once."""
 
@@ -495,7 +495,8 @@ async def _phase(engine: Any, case: EngineCase, requests: Sequence[Request]) -> 
 def _arguments_of(request: Request, logprobs: bool) -> dict[str, Any]:
     sampling = {"temperature": 0, "max_new_tokens": request.new_tokens, "ignore_eos": True}
     arguments = {"input_ids": list(request.prompt), "sampling_params": sampling}
-    more = {"lora_path": request.adapter, "image_data": request.image}
+    image = list(request.image) if isinstance(request.image, tuple) else request.image
+    more = {"lora_path": request.adapter, "image_data": image}
     given = {name: value for name, value in more.items() if value is not None}
     return arguments | given | {"return_logprob": logprobs}
 

@@ -333,20 +333,42 @@ def tokens(count: int, seed: int = 0) -> tuple[int, ...]:
     return tuple(random.Random(seed).choices(range(3, VOCABULARY), k=count))
 
 
-def add_tokenizer(directory: Path) -> None:
-    """Give the checkpoint in ``directory`` a tokenizer of single bytes, and a chat template."""
+_SPECIALS = ("<unk>", "<s>", "</s>")
+
+
+def byte_tokens(more: int = 0) -> dict[str, int]:
+    """Return the number of each letter's token in :func:`add_tokenizer`'s vocabulary, where there
+    are ``more`` special tokens. A letter of ASCII stands for itself, but a space is ``Ġ``.
+    """
+    tokenizers: Any = importlib.import_module("tokenizers")
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    return {letter: number for number, letter in enumerate(alphabet, len(_SPECIALS) + more)}
+
+
+def add_tokenizer(directory: Path, more: Sequence[str] = ()) -> None:
+    """Give the checkpoint in ``directory`` a tokenizer of single bytes, and a chat template.
+
+    Args:
+        directory: of the checkpoint.
+        more: special tokens, from number 3 on.
+    """
     import transformers
 
     tokenizers: Any = importlib.import_module("tokenizers")
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    specials = ["<unk>", "<s>", "</s>"]
-    fillers = [f"<{number}>" for number in range(VOCABULARY - len(specials) - len(alphabet))]
-    vocabulary = {token: number for number, token in enumerate([*specials, *alphabet, *fillers])}
+    specials = [*_SPECIALS, *more]
+    vocabulary = {token: number for number, token in enumerate(specials)} | byte_tokens(len(more))
+    for number in range(VOCABULARY - len(vocabulary)):
+        vocabulary[f"<{number}>"] = len(vocabulary)
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [], unk_token="<unk>"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="</s>",
+        additional_special_tokens=list(more),
     )
     fast.chat_template = (
         "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
