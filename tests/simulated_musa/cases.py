@@ -70,6 +70,8 @@ LONG = (
     (Request(SHARED[:1400] + tokens(100, 5)), Request(tokens(200, 6))),
 )
 """Requests whose contexts are of several splits, the last ones with a prefix that is cached."""
+# A graph of a whole prefill has room for one request in each 512 tokens of a chunk.
+ONE_BY_ONE = (LONG[0][:1], LONG[2], LONG[3][:1])
 PREFIX = SHARED[:192]
 REVERSED = (
     (Request(PREFIX),),
@@ -77,6 +79,8 @@ REVERSED = (
     (Request(PREFIX + tokens(400, 10)), Request(PREFIX + tokens(60, 11))),
 )
 """The last two phases have the same geometries, and neither's plans are right for the other."""
+EXACT_PLANS = {"SIMULATED_MATE_PLANS": "exact"}
+"""Has MATE's stand-in refuse a plan that is not that of its call, whether or not it shows."""
 CHUNKS = {"chunked_prefill_size": 512}
 FA3 = {"attention_backend": "fa3"}
 
@@ -222,6 +226,7 @@ CASES = [
     prefill_graphs("Llama, prefill graphs", LLAMA),
     prefill_graphs("Gemma-3, prefill graphs", GEMMA_3),
     prefill_graphs("Llama, breakable prefill graphs", LLAMA, "breakable"),
+    prefill_graphs("Llama, whole prefill graphs", LLAMA, "full", phases=ONE_BY_ONE),
     prefill_graphs(
         "MLA, prefill graphs", MLA_DENSE, phases=EXPERTS, limit=8 * LIMIT, **BF16, **SMALL_GRAPHS
     ),
@@ -288,8 +293,9 @@ def run_case(
     environ: Mapping[str, str] | None = None,
     before_boot: Callable[[], None] | None = None,
 ) -> EngineRun:
-    """Boot the engine of ``case`` and ask it."""
-    asked = engine_case(musa, case, environ=environ, before_boot=before_boot)
+    """Boot the engine of ``case``, whose kernels refuse stale plans, and ask it."""
+    strict = {**EXACT_PLANS, **(environ or {})}
+    asked = engine_case(musa, case, environ=strict, before_boot=before_boot)
     run = musa.run(asked, timeout=300.0)
     if case.captures_prefill:
         in_graphs = re.findall(r"Prefill batch.* graph: (\w+)", musa.last_log.read_text())

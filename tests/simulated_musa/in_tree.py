@@ -17,12 +17,16 @@ from tests.simulated_musa import build
 from tests.simulated_musa.cases import CASES, FA3, MusaCase, run_case, worst
 from tests.support.engine import EngineFailed, EngineServer
 
+ALONE = {"SGLANG_MUSA_EXT": "off", "SIMULATED_MATE_PLANS": "any"}
+"""The environment of an engine without this package, whose stale plans do what a GPU makes of them.
+"""
+
 
 def verdict(musa: EngineServer, case: MusaCase) -> str:
     """Return what became of ``case``, as a line."""
     named = replace(case, arguments={**case.arguments, **FA3})
     try:
-        run = run_case(musa, named, environ={"SGLANG_MUSA_EXT": "off"})
+        run = run_case(musa, named, environ=ALONE)
     except EngineFailed as failure:
         lines = [line for line in failure.log.splitlines() if "Error" in line]
         return f"fails: {lines[-1].strip()[:160] if lines else str(failure).splitlines()[0]}"

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from mate.geometry import KEY_TILE, Geometry, read_plan
+from mate.geometry import KEY_TILE, Geometry, read_plan, require_exact, write_plan
 
 
 @dataclass(frozen=True)
@@ -96,10 +96,20 @@ def attend(
     launched = 1
     if plan is not None and inputs.sinks is None:
         work, launched = read_plan(plan, batch), geometry.splits
+        require_exact(work, _planned(inputs, geometry, plan))
     for request, splits, tiles in work:
         rows = min(inputs.lengths_q[request], tiles * geometry.query_tile // geometry.ratio)
         if rows > 0:
             _attend_request(out, lse, inputs, options, request, rows, splits, launched)
+
+
+def _planned(inputs: Inputs, geometry: Geometry, plan: torch.Tensor) -> list[tuple[int, int, int]]:
+    """Return the work of a plan that is made now, to be compared with ``plan``."""
+    now = torch.empty_like(plan)
+    before = inputs.leftpad or [0] * geometry.batch
+    lengths = zip(inputs.lengths_k, before, strict=True)
+    write_plan(now, geometry, inputs.lengths_q, [length - left for length, left in lengths])
+    return read_plan(now, geometry.batch)
 
 
 def _attend_request(

@@ -7,6 +7,7 @@ constant here).
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,10 @@ from mate._release import RELEASE
 KEY_TILE = 64
 MULTIPROCESSORS = 56
 MOST_SPLITS = 128
+PLANS = "SIMULATED_MATE_PLANS"
+"""Set to ``exact``, has kernels refuse another plan than that of their call, where a GPU goes on:
+with fewer splits it is only slower, and no output shows it.
+"""
 _FIELDS = 4
 _PAIRS = [(64, 64), (128, 128), (192, 128), (192, 192), (256, 256), (384, 384), (512, 512)]
 
@@ -124,6 +129,16 @@ def write_plan(
         vectors[1, place] = request
         vectors[2, place] = geometry.query_tiles(lengths_q[request])
         vectors[3, place] = 1
+
+
+def require_exact(has: object, needs: object) -> None:
+    """Refuse what a plan ``has`` unless it is what the lengths of its call need.
+
+    Raises:
+        RuntimeError: this process asks for exact plans, and it is not.
+    """
+    if has != needs and os.environ.get(PLANS) == "exact":
+        raise RuntimeError(f"simulated MATE: a plan is not that of its call: {has}, not {needs}")
 
 
 def read_plan(plan: torch.Tensor, batch: int) -> list[tuple[int, int, int]]:

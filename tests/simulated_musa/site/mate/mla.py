@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from mate.fmha import _combined, _partial, _scores
-from mate.geometry import KEY_TILE, MULTIPROCESSORS
+from mate.geometry import KEY_TILE, MULTIPROCESSORS, require_exact
 
 LATENT, ROPE, PAGE = 512, 64, 64
 _RECORD = 8
@@ -44,7 +44,11 @@ def attend_latent(
             f"MUSA error: an illegal memory access (workspace of {workspace.numel()} bytes)"
         )
     plan = workspace[: 4 * size].view(torch.int32)
-    if not reuse:
+    if reuse:
+        now = torch.empty_like(plan)
+        _write_plan(now, lengths, parts)
+        require_exact(plan.tolist(), now.tolist())
+    else:
         _write_plan(plan, lengths, parts)
     bounds = cu_seqlens_q.tolist()
     pieces = _pieces(plan[: parts * _RECORD].view(parts, _RECORD).tolist(), batch)
