@@ -503,9 +503,13 @@ def test_a_pass_of_another_kind_between_two_keeps_what_is_known(
     assert first_calls(monkeypatch, "mate", calls)[1] == [0, 1]
 
 
-def test_a_pass_that_is_over_holds_no_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is known of a pass that the running one is not like outlives its lengths and plan."""
-    first, other = of_new_pass(False), of_new_pass(False, ({"causal": False}, None))
+@pytest.mark.parametrize("change", ["causal", "page table dtype"])
+def test_a_pass_that_is_over_holds_no_tensor(monkeypatch: pytest.MonkeyPatch, change: str) -> None:
+    """What is known of a pass that the running one is not like outlives its lengths and plan.
+
+    Lengths of another type are never taken over, those of a call with other options are given back.
+    """
+    first, other = of_new_pass(False), of_new_pass(False, FIRST_CHANGES[change])
     backend, _ = first_calls(monkeypatch, "mate", [first, other])
     (known,) = backend._plans.current.earlier
     held = [known.page_table, known.cache_seqlens, known.cu_seqlens_q, known.plan]

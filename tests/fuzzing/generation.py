@@ -184,12 +184,14 @@ def _fp8(chance: random.Random) -> Lane:
     return Lane(**vars(lane) | wanted | {"scales": scales})
 
 
+HAS_ENCODERS = "Only encoder size 1" not in inspect.getsource(upstream)
+"""True if this SGLang serves several requests with encoders in one pass."""
 HAS_BOTH_WAYS = "DECODER_BIDIRECTIONAL" in inspect.getsource(upstream)
 MODELS: dict[Callable[[random.Random], Lane], int] = {
     _uniform: 4, _latent: 4, _windows: 3, _chunks: 2, _softcap: 1, _shapes: 1, _sinks: 1,
     _both_ways: 1,
     _sharing: 1, _embedding: 1, _deterministic: 1, _ranks: 1,
-    **({} if "Only encoder size 1" in inspect.getsource(upstream) else {_encoder: 1}),
+    **({_encoder: 1} if HAS_ENCODERS else {}),
     **({} if ON_GPU else {_fp8: 2}),
 }  # fmt: skip
 """Kinds of models, by what their layers differ in, and how often each is taken."""

@@ -777,7 +777,14 @@ RAW_KEYS = (
         "",
         "another_dtype",
     ),
-    Mutant("raw over padding", BACKEND, " == self._new_rows", "", "padded_rows"),
+    Mutant("raw over padding", BACKEND, " == self._new_rows", "", "raw_keys_again"),
+    Mutant(
+        "raw over rows of any number",
+        BACKEND,
+        "rows = q.shape[0] == k.shape[0] == v.shape[0] == self._new_rows",
+        "rows = True",
+        "padded_rows",
+    ),
     Mutant(
         "raw in captures",
         BACKEND,
@@ -926,6 +933,11 @@ FIRST_CALLS = [
     ),
     Mutant("a pass that is over keeps its tensors", CACHE, "            known.release()\n",
         "            pass\n", "holds_no_tensor",
+    ),
+    Mutant(
+        "lengths of a call of another kind are kept", BACKEND,
+        "            known.release()\n        return None", "        return None",
+        "holds_no_tensor",
     ),
     Mutant("what is known keeps its arguments", CALLS_FILE,
         "        self.keywords.update(self._nothing)\n", "", "holds_no_tensor",
