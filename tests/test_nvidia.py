@@ -21,8 +21,6 @@ import json
 import os
 import subprocess
 import sys
-import zipfile
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,9 +32,8 @@ import torch
 from sglang_musa_ext import envs
 from sglang_musa_ext.upstream.rows import REQUIREMENTS
 from tests.support import nvidia_state
-from tests.support.wheels import SOURCES, copy, pip
+from tests.support.isolation import NAME, differences, install_package, link_libraries
 
-NAME = "sglang_musa_ext"
 WITHOUT = "without"
 IDLE = {"unset": {}, "auto": {envs.MODE: "auto"}, "off": {envs.MODE: "off"}}
 """Settings under which NVIDIA's users get upstream."""
@@ -80,45 +77,6 @@ def touched_modules() -> list[str]:
     return sorted(modules | {"sglang.srt.server_args"})
 
 
-def link_libraries(target: Path, repository: Path) -> None:
-    """Link into ``target`` every installed library but this package."""
-    target.mkdir()
-    for folder in map(Path, filter(None, sys.path)):
-        own = folder.resolve() in (repository, repository / "tests")
-        if own or not any(folder.glob("*.dist-info")):
-            continue
-        for entry in folder.iterdir():
-            # Of two releases of one library, the one that would be imported is the first.
-            clash = entry.suffix == ".dist-info" and any(
-                target.glob(f"{entry.name.partition('-')[0]}-*.dist-info")
-            )
-            if (
-                NAME not in entry.name
-                and entry.suffix != ".pth"
-                and not clash
-                and not (target / entry.name).exists()
-            ):
-                (target / entry.name).symlink_to(entry.resolve())
-
-
-def install(target: Path, repository: Path, scratch: Path) -> None:
-    """Unpack this package's wheel into ``target``, which is what installing it does."""
-    for name in SOURCES:
-        copy(repository / name, scratch / name)
-    pip(
-        "wheel",
-        "--no-deps",
-        "--no-index",
-        "--no-build-isolation",
-        "--wheel-dir",
-        scratch / "wheel",
-        scratch,
-    )
-    (wheel,) = (scratch / "wheel").glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(target)
-
-
 def run_process(scratch: Path, path: list[Path], settings: dict[str, str]) -> State:
     """One process that imports from ``path`` alone, under ``settings``."""
     scratch.mkdir()
@@ -147,7 +105,7 @@ def states(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> dict[s
     libraries, ours, nothing = root / "libraries", root / "ours", root / "nothing"
     nothing.mkdir()
     link_libraries(libraries, repository)
-    install(ours, repository, tmp_path_factory.mktemp("sources"))
+    install_package(ours, repository, tmp_path_factory.mktemp("sources"))
     runs = {
         WITHOUT: (nothing, {}),
         "on": (ours, ON),
@@ -159,15 +117,6 @@ def states(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> dict[s
             for name, (package, settings) in runs.items()
         }
         return {name: run.result() for name, run in started.items()}
-
-
-def differences(first: Any, second: Any, path: str = "") -> Iterator[str]:
-    """Where two descriptions differ."""
-    if isinstance(first, dict) and isinstance(second, dict):
-        for key in sorted({*first, *second}):
-            yield from differences(first.get(key), second.get(key), f"{path}/{key}")
-    elif first != second:
-        yield f"{path}: {first} != {second}"
 
 
 def compared(state: State) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import builtins
 import enum
 import importlib
+import inspect
 import json
 import logging
 import os
@@ -190,7 +191,8 @@ def described_object(thing: Any) -> dict[str, Any]:
 
 def described(value: Any, depth: int = 3) -> Any:
     """Describe a value across processes: functions by code, classes by name, data as it is."""
-    value = getattr(value, "__func__", value)
+    if isinstance(value, staticmethod | classmethod | types.MethodType):
+        value = value.__func__
     if isinstance(value, str | int | float | None):
         return re.sub(r" at 0x[0-9a-f]+", "", repr(value))  # Generated docstrings show addresses.
     if isinstance(value, tuple | list | set | frozenset | dict) and depth:
@@ -200,9 +202,11 @@ def described(value: Any, depth: int = 3) -> Any:
             type(value).__name__,
             rows if isinstance(value, tuple | list) else sorted(rows, key=json.dumps),
         ]
-    wrapped = getattr(value, "__wrapped__", None) if callable(value) else None
-    code = getattr(value, "__code__", None)
-    names = [str(getattr(value, name, "")) for name in ("__module__", "__qualname__")]
+    # Lazy objects of libraries would make up whatever is asked of them.
+    wrapped = inspect.getattr_static(value, "__wrapped__", None)
+    code = value.__code__ if isinstance(value, types.FunctionType) else None
+    names = [getattr(value, name, "") for name in ("__module__", "__qualname__")]
+    names = [name for name in names if isinstance(name, str)]
     place = [code.co_filename, code.co_firstlineno] if isinstance(code, types.CodeType) else []
     kind = f"{type(value).__module__}.{type(value).__qualname__}"
     return [kind, *names, *place, *([described(wrapped)] if wrapped is not None else [])]
