@@ -13,6 +13,7 @@ import pytest
 
 from scripts.lib.dev_env import __main__ as dev_env
 from scripts.lib.dev_env.pip import (
+    ChangedPackageError,
     DiskFullError,
     InstallError,
     NoSuchVersionError,
@@ -21,6 +22,7 @@ from scripts.lib.dev_env.pip import (
     explain,
     require_room,
 )
+from scripts.lib.locks.read import OPTIONS, lock_of
 
 NO_CPU_BUILD = f"ERROR: No matching distribution found for torch=={dev_env.TORCH}+cpu"
 SILENCE = (
@@ -108,6 +110,7 @@ def test_a_python_gets_the_newest_sglang_that_it_has(
         # Pip ends with the same words where the index was never reached.
         (SILENCE, SilentIndexError, 4),
         (FULL, DiskFullError, 3),
+        ("ERROR: THESE PACKAGES DO NOT MATCH THE HASHES", ChangedPackageError, 1),
         ("ERROR: [Errno 27] File too large", DiskFullError, 3),
         ("ERROR: [Errno 122] Disk quota exceeded", DiskFullError, 3),
         ("error: metadata-generation-failed", InstallError, 1),
@@ -165,6 +168,25 @@ def test_an_environment_without_pip_is_not_used(tmp_path: Path) -> None:
     assert not Pip(tmp_path / "none").is_usable()
 
 
+# What is installed
+# ---------------------------------------------------------------------------------
+
+
+def test_all_but_torch_is_locked(tmp_path: Path) -> None:
+    """Each call of pip has a lock, but for this package itself and a release that none has."""
+    made = environment(tmp_path, OFFERED, "auto")
+    made.install_lock()
+    made.install_sglang()
+    made.release = "0.5.99"
+    made.install_sglang()
+    options = " ".join(OPTIONS)
+    own = f"--no-deps --no-build-isolation --editable {dev_env.ROOT}"
+    lines = [line for line in calls(tmp_path) if line != own]
+    assert lines[0] == f"{options} {lock_of()}"
+    assert lines[1].startswith(options)
+    assert lines[2:] == ["--no-deps sglang==0.5.99"]
+
+
 # Torch
 # ---------------------------------------------------------------------------------------------
 
@@ -175,8 +197,9 @@ def environment(folder: Path, script: str, build: str) -> dev_env.Environment:
     return dev_env.Environment(folder, "0.5.21", build)
 
 
-OFFERED, NOT_OFFERED = "exit 0", f'case "$*" in *"!="*) ;; *) echo "{NO_CPU_BUILD}"; exit 1;; esac'
-CPU, DEFAULT = f"torch=={dev_env.TORCH}+cpu", f"torch=={dev_env.TORCH},!={dev_env.TORCH}+cpu"
+OFFERED, NOT_OFFERED = "exit 0", f'case "$*" in *+cpu) echo "{NO_CPU_BUILD}"; exit 1;; esac'
+CPU = f"--no-deps torch=={dev_env.TORCH}+cpu"
+DEFAULT = " ".join([*OPTIONS, str(lock_of(part="torch-"))])
 
 
 @pytest.mark.parametrize(
@@ -195,6 +218,16 @@ def test_the_cpu_build_of_torch_is_taken_where_there_is_one(
     monkeypatch.setattr(dev_env, "LARGE", 0)
     environment(tmp_path, script, build).install_torch()
     assert calls(tmp_path) == expected
+
+
+def test_an_index_for_torch_may_have_builds_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a user's index has under the pinned version is taken, though no lock has seen it."""
+    monkeypatch.setattr(dev_env, "LARGE", 0)
+    monkeypatch.setenv("SGLANG_MUSA_EXT_TORCH_INDEX", "URL")
+    environment(tmp_path, OFFERED, "default").install_torch()
+    assert calls(tmp_path) == [f"--index-url URL torch=={dev_env.TORCH},!={dev_env.TORCH}+cpu"]
 
 
 def test_a_cpu_build_that_was_asked_for_is_not_replaced(tmp_path: Path) -> None:

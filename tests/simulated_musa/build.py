@@ -23,10 +23,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from scripts.lib.locks.read import ALONE, OPTIONS, TORCHADA, only
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 CACHE = ROOT / ".cache" / "simulated-musa"
-TORCHADA = "torchada==0.1.103"
 NEWEST_MATE = "0.2.7"
 SOURCES = ("device.cpp", "graph.cpp", "operators.cpp", "module.cpp")
 ENVIRONMENT: Mapping[str, str] = {
@@ -185,7 +186,8 @@ def _install_torchada(folder: Path) -> None:
     """Install torchada without kernels, which it would compile in every process."""
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     try:
-        _run([*command, "--no-deps", "--target", str(folder), TORCHADA], dict(os.environ))
+        with only(ALONE, TORCHADA) as lock:
+            _run([*command, "--target", str(folder), *OPTIONS, str(lock)], dict(os.environ))
     except SimulationUnavailable as error:
         raise SimulationUnavailable(f"{TORCHADA} cannot be installed: {error}") from error
     for source in (folder / "torchada" / "csrc").iterdir():

@@ -1,8 +1,10 @@
 """Make the virtual environment of scripts/test and scripts/demo: .venv, in the root.
 
-It needs a Python from 3.10 to 3.12 and pip, and installs torch, what SGLang's engine imports on a
-CPU, this package (editable, with its tools) and SGLang itself. A second run finds nothing to do, or
-goes on where the first one failed.
+It needs a Python from 3.10 to 3.12 and pip, and installs what SGLang's engine imports on a CPU, the
+tools, torch, this package (editable) and SGLang itself: the very files that scripts/lib/locks names
+by their SHA-256, whatever index they come from. Only torch is not among them where its CPU build is
+taken, or where an index for it is named. A second run finds nothing to do, or goes on where the
+first one failed.
 
 Torch's CPU build is taken where a configured index offers one, else its default build, which may be
 for CUDA and need some GB more. SGLANG_MUSA_EXT_TORCH_INDEX, the URL of an index, is used for torch
@@ -38,6 +40,7 @@ from scripts.lib.dev_env.pip import (
     require_room,
     run,
 )
+from scripts.lib.locks.read import ALONE, lock_of, only
 from sglang_musa_ext.envs import TORCH_BUILD, TORCH_INDEX
 from sglang_musa_ext.upstream.releases import SUPPORTED_RELEASES
 
@@ -131,13 +134,9 @@ class Environment:
         started = time.monotonic()
         self.stamp.unlink(missing_ok=True)
         step(f"virtual environment, Python {PYTHON_VERSION}", self.make_venv)
+        step(f"tools, what SGLang imports, NIXL {NIXL}", self.install_lock)
         step(f"torch {TORCH}", self.install_torch)
-        step("this package, its tools, what SGLang imports", self.install_package)
-        # Without --no-deps SGLang's own requirements, and NIXL's, would bring a CUDA stack.
-        step(
-            f"SGLang {self.release}, NIXL {NIXL}",
-            lambda: self.pip.install("--no-deps", f"sglang=={self.release}", *NIXL_WHEELS),
-        )
+        step(f"this package, SGLang {self.release}", self.install_sglang)
         self.stamp.write_text(inputs)
         seconds = time.monotonic() - started
         print(f"environment: {self.folder.name} is ready after {seconds:.0f} s ({self.contents()})")
@@ -149,6 +148,7 @@ class Environment:
         The root is part of it, because the editable installation holds it.
         """
         sources = [*sorted(Path(__file__).parent.glob("*.py")), ROOT / "setup.cfg"]
+        sources += [lock_of(), lock_of(part="torch-"), ALONE]
         sources.append(ROOT / "sglang_musa_ext" / "__init__.py")
         parts = [self.release, self.build, PYTHON_VERSION, str(ROOT), *torch_index()]
         parts += [path.read_text() for path in sources]
@@ -179,13 +179,19 @@ class Environment:
             shutil.rmtree(self.folder, ignore_errors=True)
             require_room(self.folder.parent, SMALL)
             create_venv(self.folder)
-        self.pip.install(*QUICK, "--upgrade", "setuptools>=77")
+        with only(lock_of(), "setuptools") as lock:
+            self.pip.install_locked(lock, *QUICK)
+
+    def install_lock(self) -> None:
+        """Install the requirements of this package's extras, and of torch, as they are locked."""
+        self.pip.install_locked(lock_of())
 
     def install_torch(self) -> None:
         """Install the CPU build if an index has one, else the default build; or as asked."""
         if self.build != "default":
             try:
-                self.pip.install(*torch_index(), f"torch=={TORCH}+cpu")
+                # It needs nothing but what is locked.
+                self.pip.install(*torch_index(), "--no-deps", f"torch=={TORCH}+cpu")
             except NoSuchVersionError:
                 if self.build == "cpu":
                     raise
@@ -193,12 +199,22 @@ class Environment:
                 return
         if not (self.packages / "torch").is_dir():
             require_room(self.folder.parent, LARGE)
-        self.pip.install(*torch_index(), f"torch=={TORCH},!={TORCH}+cpu")
+        if index := torch_index():
+            self.pip.install(*index, f"torch=={TORCH},!={TORCH}+cpu")
+        else:
+            self.pip.install_locked(lock_of(part="torch-"))
 
-    def install_package(self) -> None:
-        """Install this package, editable, and what its extras name."""
+    def install_sglang(self) -> None:
+        """Install this package, editable, and SGLang, whose requirements bring a CUDA stack."""
         # Isolation would download a second setuptools for the build of an editable installation.
-        self.pip.install("--no-build-isolation", "--editable", f"{ROOT}[cpu,dev]")
+        self.pip.install("--no-deps", "--no-build-isolation", "--editable", str(ROOT))
+        requirement = f"sglang=={self.release}"
+        try:
+            with only(ALONE, requirement) as lock:
+                self.pip.install_locked(lock)
+        except KeyError:
+            print(f"(unlocked: {requirement} is not in {ALONE.name}) ... ", end="")
+            self.pip.install("--no-deps", requirement)
 
 
 def create_venv(folder: Path) -> None:

@@ -8,6 +8,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from scripts.lib.locks.read import OPTIONS
+
 
 class InstallError(Exception):
     """The environment cannot be made; the message is for the person who wanted it."""
@@ -26,6 +28,10 @@ class DiskFullError(InstallError):
     status = 3
 
 
+class ChangedPackageError(InstallError):
+    """A file of an index is not the one that was locked."""
+
+
 class SilentIndexError(InstallError):
     """A package index does not answer."""
 
@@ -37,6 +43,7 @@ SILENT_INDEX = re.compile(
     r"WARNING: Retrying \(|Could not fetch URL|Read timed out|Connection refused"
     r"|Name or service not known|Temporary failure in name resolution"
 )
+CHANGED = re.compile(r"DO NOT MATCH THE HASHES")
 NOT_FOUND = re.compile(r"No matching distribution found for|ResolutionImpossible")
 """Pip says the second where a constraint names a version that no index has either."""
 WRITING = "Installing collected packages"
@@ -57,6 +64,14 @@ class Pip:
             return False
         command = [str(self.python), "-m", "pip", "--version"]
         return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+    def install_locked(self, lock: Path, *options: str) -> None:
+        """Install what a lock of ``scripts/lib/locks`` names: these very files.
+
+        Raises:
+            InstallError: pip failed, or an index has other files.
+        """
+        self.install(*options, *OPTIONS, str(lock))
 
     def install(self, *arguments: str) -> None:
         """Install what ``arguments`` name.
@@ -86,6 +101,12 @@ def explain(output: str, command: str, folder: Path) -> InstallError:
     tail = "\n".join(output.splitlines()[-20:])
     if DISK_FULL.search(output):
         return DiskFullError(f"{command}\n{tail}\n{no_room(folder)}")
+    if CHANGED.search(output):
+        return ChangedPackageError(
+            f"{command}\n{tail}\nAn index has another file than scripts/lib/locks names, so it was "
+            "not installed. Find out which index, by 'pip config list', and why; scripts/locks "
+            "writes the locks anew."
+        )
     if SILENT_INDEX.search(output):
         return SilentIndexError(
             f"{command}\n{tail}\nA package index did not answer. Check the network and "

@@ -15,6 +15,7 @@ import zipfile
 from dataclasses import replace
 from pathlib import Path
 
+from scripts.lib.locks.read import ALONE, OPTIONS, only
 from sglang_musa_ext.upstream.check import check_upstream
 from sglang_musa_ext.upstream.rows import REQUIREMENTS
 
@@ -78,9 +79,10 @@ def fetch(version: str, directory: Path) -> Path:
 def _download(version: str, directory: Path) -> Path:
     """Download the wheel alone, without the dependencies, which would be some GiB."""
     pip = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--quiet"]
-    what = ["--no-deps", "--ignore-requires-python", "--only-binary", ":all:", f"sglang=={version}"]
-    command = [*pip, *what, "--dest", str(directory)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    with only(ALONE, f"sglang=={version}") as lock:
+        what = ["--ignore-requires-python", *OPTIONS, str(lock)]
+        command = [*pip, "--dest", str(directory), *what]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(directory.glob("*.whl"))
     if done.returncode or not wheels:
         raise MatrixError(
