@@ -531,6 +531,12 @@ def test_a_release_is_unpacked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert (downloads, [path.name for path in tmp_path.iterdir()]) == (["0.5.21"], ["0.5.21"])
 
 
+def test_a_release_without_a_lock_is_refused(tmp_path: Path) -> None:
+    """Nothing is downloaded whose digest is not known; the message says which command adds it."""
+    with pytest.raises(matrix_levels.MatrixError, match=r"sglang==9\.9\.9 .* scripts/locks"):
+        matrix_levels.fetch("9.9.9", tmp_path)
+
+
 def test_the_tests_of_each_level_exist() -> None:
     """A test file that was moved or split would leave its level empty."""
     root = Path(matrix_levels.__file__).parents[3]

@@ -79,10 +79,13 @@ def fetch(version: str, directory: Path) -> Path:
 def _download(version: str, directory: Path) -> Path:
     """Download the wheel alone, without the dependencies, which would be some GiB."""
     pip = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--quiet"]
-    with only(ALONE, f"sglang=={version}") as lock:
-        what = ["--ignore-requires-python", *OPTIONS, str(lock)]
-        command = [*pip, "--dest", str(directory), *what]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        with only(ALONE, f"sglang=={version}") as lock:
+            what = ["--ignore-requires-python", *OPTIONS, str(lock)]
+            command = [*pip, "--dest", str(directory), *what]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except KeyError as error:
+        raise MatrixError(f"{error.args[0]}. scripts/locks adds a new release.") from error
     wheels = list(directory.glob("*.whl"))
     if done.returncode or not wheels:
         raise MatrixError(
