@@ -190,8 +190,8 @@ def kept() -> None: ...
 
 @pytest.fixture
 def module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """A module of SGLang's, made on the spot."""
-    made = ModuleType("sglang.made")
+    """A module that is made on the spot, and described as SGLang's are."""
+    made = ModuleType("made")
     cls = type("Kept", (Kept,), dict(vars(Kept)) | {"__module__": made.__name__})
     vars(made).update(kept=kept, Kept=cls, TABLE={"fa3": kept}, NUMBER=3)
     monkeypatch.setitem(sys.modules, made.__name__, made)
@@ -199,22 +199,22 @@ def module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def state() -> State:
-    """Describe this process."""
-    return process_state.describe(nvidia_state.described)
+    """Describe this process, but for SGLang, of which other tests may have loaded all."""
+    return process_state.describe(nvidia_state.described, "made")
 
 
 @pytest.mark.parametrize(
     ("change", "place"),
     [
-        (lambda module: setattr(module, "kept", state), "/modules/sglang.made/kept"),
-        (lambda module: setattr(module, "NUMBER", 4), "/modules/sglang.made/NUMBER"),
-        (lambda module: setattr(module, "more", 1), "/modules/sglang.made/more"),
-        (lambda module: module.TABLE.update(fa3=state), "/modules/sglang.made/TABLE"),
+        (lambda module: setattr(module, "kept", state), "/modules/made/kept"),
+        (lambda module: setattr(module, "NUMBER", 4), "/modules/made/NUMBER"),
+        (lambda module: setattr(module, "more", 1), "/modules/made/more"),
+        (lambda module: module.TABLE.update(fa3=state), "/modules/made/TABLE"),
         (
             lambda module: setattr(module.Kept, "method", state),
-            "/modules/sglang.made/Kept/members/method",
+            "/modules/made/Kept/members/method",
         ),
-        (lambda module: setattr(module.Kept, "more", 1), "/modules/sglang.made/Kept/members/more"),
+        (lambda module: setattr(module.Kept, "more", 1), "/modules/made/Kept/members/more"),
         (lambda _: sys.modules.update({"another": ModuleType("another")}), "/imported"),
         (lambda _: sys.meta_path.append(nvidia_state._StandInFinder()), "/meta path"),
         (lambda _: os.environ.update(ANOTHER="1"), "/environment/ANOTHER"),

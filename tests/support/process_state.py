@@ -45,8 +45,8 @@ def helpers() -> Any:
         sys.path.pop()
 
 
-def describe(described: Any) -> dict[str, Any]:
-    """Describe this process: what it has imported, and everything in the modules of SGLang."""
+def describe(described: Any, package: str = "sglang") -> dict[str, Any]:
+    """Describe this process: what it has imported, and everything in the modules of a package."""
     modules = dict(sys.modules)
     return {
         "imported": sorted(name for name in modules if not name.startswith(OURS)),
@@ -54,7 +54,7 @@ def describe(described: Any) -> dict[str, Any]:
         "modules": {
             name: describe_module(module, described)
             for name, module in modules.items()
-            if name.partition(".")[0] == "sglang"
+            if name.partition(".")[0] == package
         },
         "meta path": [getattr(each, "__qualname__", type(each).__name__) for each in sys.meta_path],
         "hooks": list(map(described, (sys.excepthook, sys.displayhook, builtins.__import__))),
