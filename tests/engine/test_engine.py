@@ -306,16 +306,10 @@ def test_engine_refuses_a_latent_cache_in_fp8(engines: EngineServer) -> None:
 # ------------------------------------------------------------------------------------
 
 
-def test_spawned_engine(engines: EngineServer) -> None:
-    """An engine whose processes start Python anew finds the plugin in each, and answers alike."""
-    model, (request,) = engines.model(llama()), requests(70)
-    run = engines.spawn(EngineCase(model, ((request,),), STEPWISE))
-    assert run.tokens == [engines.greedy(model, request)[0]]
-    assert run.report()["backend"] == "MusaFA3Backend"
-
-
 def test_http_server(engines: EngineServer, tmp_path: Path) -> None:
-    """``sglang.launch_server`` answers a chat request and raw tokens as transformers does."""
+    """``sglang.launch_server``, whose processes start Python anew, finds the plugin in each, and
+    answers a chat request and raw tokens as transformers does.
+    """
     model, (request,) = engines.model(llama()), requests(70)
     engines.call(tiny_models.add_tokenizer, model)
     log = tmp_path / "server.log"
@@ -343,6 +337,10 @@ def test_http_server(engines: EngineServer, tmp_path: Path) -> None:
                 "ignore_eos": True,
             },
         )
+        with urllib.request.urlopen(f"{url}/server_info", timeout=120) as response:
+            (state,) = json.load(response)["internal_states"]
+    (report,) = state["sglang_musa_ext"]
+    assert report["backend"] == "MusaFA3Backend"
     assert raw["output_ids"] == engines.greedy(model, request)[0]
     assert chat["choices"][0]["message"]["content"] == engines.call(
         tiny_models.chat, model, question, 8

@@ -136,7 +136,7 @@ PREPARE = "from sglang_musa_ext.cpu.stand_ins import prepare_process; prepare_pr
 @pytest.mark.engine
 @pytest.mark.skipif(
     EXPECTED_RELEASE not in os.environ,
-    reason="test_engine.py requires the same of the installed release",
+    reason="test_http_server requires the same of the installed release",
 )
 def test_spawned_engine(
     engines: EngineServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -17,7 +17,7 @@ from tests.support.ports import held_port
 pytestmark = pytest.mark.engine
 
 RELEASES = (
-    "0.1.3",
+    pytest.param("0.1.3", marks=pytest.mark.long),
     pytest.param("0.2.0", marks=pytest.mark.long),
     pytest.param("0.2.1", marks=pytest.mark.long),
     "0.2.2",
