@@ -556,10 +556,10 @@ def test_building_a_backend_installs_what_it_needs_first(sglang: Upstream, atten
 
 
 @pytest.mark.parametrize(
-    ("options", "fatal"),
+    ("options", "chunk", "fatal"),
     [
-        ({"speculative_algorithm": "NGRAM"}, False),
-        ({"enable_mixed_chunk": True}, True),
+        ({"speculative_algorithm": "NGRAM"}, 128, False),
+        ({}, 100, True),
     ],
 )
 def test_what_upstream_cannot_serve_is_said_at_start(
@@ -567,11 +567,14 @@ def test_what_upstream_cannot_serve_is_said_at_start(
     attention: Any,
     caplog: pytest.LogCaptureFixture,
     options: dict[str, Any],
+    chunk: int,
     fatal: bool,
 ) -> None:
     """A limit of upstream's stops a server that it would end later, or warns."""
     server_args = SimpleNamespace(**(vars(RUNNER.server_args) | options))
-    hf_config = SimpleNamespace(architectures=["Llama4ForConditionalGeneration"])
+    hf_config = SimpleNamespace(
+        architectures=["Llama4ForConditionalGeneration"], attention_chunk_size=chunk
+    )
     changed = {"server_args": server_args, "model_config": SimpleNamespace(hf_config=hf_config)}
     runner = SimpleNamespace(**(vars(RUNNER) | changed))
     if fatal:

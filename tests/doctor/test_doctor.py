@@ -546,8 +546,8 @@ LIMITS = [
         "draft tree",
     ),
     (
-        {"architectures": ["Llama4ForConditionalGeneration"]},
-        ["--enable-mixed-chunk"],
+        {"architectures": ["Llama4ForConditionalGeneration"], "attention_chunk_size": 100},
+        [],
         CheckStatus.FAIL,
         "attention in chunks",
     ),
