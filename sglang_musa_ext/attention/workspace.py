@@ -92,6 +92,7 @@ class MLAWorkspace:
     def slots_of(self, owner: object) -> int:
         """Return how many slots ``owner`` has, those that it has outgrown among them."""
         with self._lock:
+            self._release_dead()
             return len(self._taken.get(id(owner), ()))
 
     def _grown(self, owner: object, old: _Slot | None, size: int) -> _Slot:
