@@ -19,7 +19,7 @@ from sglang_musa_ext import musa_defaults
 from sglang_musa_ext.kernels.mate_identity import MateIdentity
 from sglang_musa_ext.musa_defaults import install_defaults
 from sglang_musa_ext.upstream.check import find_package, read_version
-from sglang_musa_ext.upstream.releases import SUPPORTED_RELEASES
+from sglang_musa_ext.upstream.releases import NEWEST, OLDEST, SUPPORTED_RELEASES
 
 OVERRIDES = ("sglang.srt.arg_groups.model_override_base", "sglang.srt.arg_groups.overrides")
 LLAMA = SimpleNamespace(hf_config=SimpleNamespace(architectures=["LlamaForCausalLM"]))
@@ -524,7 +524,18 @@ def settled_kinds(version: str, folder: Path) -> tuple[dict[str, Any], dict[str,
     )
 
 
-@pytest.mark.parametrize("version", [release.version for release in SUPPORTED_RELEASES])
+QUICK = (OLDEST, "0.5.17", NEWEST)
+"""Releases that every run of the tests asks, as each imports SGLang anew."""
+
+
+def releases_to_ask() -> Iterator[Any]:
+    """Every release; those that are not ``QUICK`` are asked by ``scripts/test -m long``."""
+    for release in SUPPORTED_RELEASES:
+        marks = [] if release.version in QUICK else [pytest.mark.long]
+        yield pytest.param(release.version, marks=marks)
+
+
+@pytest.mark.parametrize("version", list(releases_to_ask()))
 def test_a_release_gets_the_defaults(version: str, tmp_path: Path) -> None:
     """On MUSA a real release settles each kind of model on what serves it, with pages of 64, says
     so in one line, keeps what was chosen, and carries the mark along.

@@ -7,7 +7,7 @@ after the same text; that a plan is never stale is known from kernels that go wr
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +21,18 @@ from tests.support.engine import EngineFailed, EngineRun, EngineServer
 pytestmark = pytest.mark.engine
 
 
-@pytest.fixture(params=CASES, ids=lambda case: case.name, scope="module")
+SLOW = ("MLA, prefill graphs",)
+"""Cases for ``scripts/test -m long``: this one spends a minute in Triton's interpreter."""
+
+
+def cases_to_ask() -> Iterator[Any]:
+    """Every case, by its name."""
+    for case in CASES:
+        marks = [pytest.mark.long] if case.name in SLOW else []
+        yield pytest.param(case, id=case.name, marks=marks)
+
+
+@pytest.fixture(params=list(cases_to_ask()), scope="module")
 def case(request: pytest.FixtureRequest) -> MusaCase:
     """One of ``CASES``."""
     case: MusaCase = request.param

@@ -1,5 +1,6 @@
 """SGLang by itself on the simulated GPU: what this package changes there, and what it cannot
-change. Where a release corrects one of these, its test fails, and the docs can say so.
+change. Where a release corrects one of these, its test fails, and the docs can say so. What does
+not involve this package changes with SGLang alone, and is run by ``scripts/test -m long``.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ pytestmark = pytest.mark.engine
 OFF = {"SGLANG_MUSA_EXT": "off"}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["Gemma-2", "Gemma-3", "OLMo-3"])
 def test_the_in_tree_backend_is_wrong(musa: EngineServer, name: str) -> None:
     """SGLang's own MUSA backend loses windows and softcap where a prompt has no prefix."""
@@ -27,6 +29,7 @@ def test_the_in_tree_backend_is_wrong(musa: EngineServer, name: str) -> None:
     assert verdict(musa, case).startswith("WRONG")
 
 
+@pytest.mark.long
 def test_the_in_tree_backend_is_right(musa: EngineServer) -> None:
     """It is right for a plain model, so that what it gets wrong is not the simulation's doing."""
     (case,) = (case for case in CASES if case.name == "Llama")
@@ -41,9 +44,9 @@ FLOAT16_NAMED = (cases.MLA_DENSE, {"attention_backend": "fa3"})
 @pytest.mark.parametrize(
     ("asked", "environ", "error"),
     [
-        (DETERMINISTIC, OFF, "No supported accelerator"),
+        pytest.param(DETERMINISTIC, OFF, "No supported accelerator", marks=pytest.mark.long),
         (DETERMINISTIC, {}, "No supported accelerator"),
-        (FLOAT16, OFF, "BFloat16"),
+        pytest.param(FLOAT16, OFF, "BFloat16", marks=pytest.mark.long),
         (FLOAT16, {}, "BFloat16"),
         (FLOAT16_NAMED, {}, "fa3 does not serve MLA like DeepSeek's in float16 on MUSA"),
     ],

@@ -138,6 +138,7 @@ def test_images_and_text_are_served_by_ours(log_and_run: tuple[str, EngineRun]) 
     assert log.count("vision attention on ") == log.count("vision attention on mate, musa:0")
 
 
+@pytest.mark.long
 def test_sglang_alone_answers_nothing_about_images(musa: EngineServer, case: MusaCase) -> None:
     """Without this package the first image ends the server."""
     with pytest.raises(EngineFailed) as failure:
