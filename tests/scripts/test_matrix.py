@@ -533,7 +533,7 @@ def test_a_release_is_unpacked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_a_release_without_a_lock_is_refused(tmp_path: Path) -> None:
     """Nothing is downloaded whose digest is not known; the message says which command adds it."""
-    with pytest.raises(matrix_levels.MatrixError, match=r"sglang==9\.9\.9 .* scripts/locks"):
+    with pytest.raises(MatrixError, match=r"sglang==9\.9\.9 .* scripts/locks"):
         matrix_levels.fetch("9.9.9", tmp_path)
 
 
