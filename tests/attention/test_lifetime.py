@@ -8,6 +8,7 @@ import weakref
 import pytest
 import torch
 
+from sglang_musa_ext import envs
 from sglang_musa_ext.attention.workspace import MLAWorkspace, MLAWorkspaceExhausted
 from tests.support.backend import (
     Model,
@@ -18,8 +19,14 @@ from tests.support.layers import (
 )
 
 
+@pytest.fixture
+def own_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Backends share a workspace of a size that no other test asks for."""
+    monkeypatch.setenv(envs.MLA_WORKSPACE_MB, "7")
+
+
 @pytest.mark.parametrize("mla", [False, True], ids=["mha", "mla"])
-def test_dropping_a_backend_frees_what_it_held(mla: bool) -> None:
+def test_dropping_a_backend_frees_what_it_held(mla: bool, own_workspace: None) -> None:
     """After a model reload the old backend's cache, tensors, batch and slots are gone."""
     model = mla_model() if mla else Model(uniform_layers(2))
     backend = model.backend()
@@ -52,7 +59,7 @@ def test_passes_leave_nothing_behind(mla: bool) -> None:
     assert held[-1]["mla_slots"] <= 2 * slots["mla_slots"]
 
 
-def test_slots_of_a_dropped_backend_serve_the_next() -> None:
+def test_slots_of_a_dropped_backend_serve_the_next(own_workspace: None) -> None:
     """While another backend keeps the workspace, a reloaded model takes the old one's room."""
     # Backends of tests before, which nothing holds any more, would go in the middle of this one.
     gc.collect()
