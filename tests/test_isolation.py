@@ -17,7 +17,6 @@ import os
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,9 +27,10 @@ import pytest
 
 from sglang_musa_ext import envs
 from tests.support import nvidia_state, process_state
-from tests.support.engine import EngineFailed, started
+from tests.support.engine import EngineFailed, post, started
 from tests.support.isolation import NAME, differences, install_package, link_libraries
 from tests.support.ports import held_port
+from tests.support.releases import require_release
 
 INSTALLED = "installed"
 RELEASES = (INSTALLED, "0.5.11", "0.5.17", "0.5.23")
@@ -90,12 +90,7 @@ def states(
 
 def sources_of(release: str) -> list[Path]:
     """The folder to import a release from; none for the installed one."""
-    if release == INSTALLED:
-        return []
-    folder = Path(os.environ.get("SGLANG_RELEASES", "/nonexistent")) / release
-    if not (folder / "sglang").is_dir():
-        pytest.skip(f"SGLANG_RELEASES names no directory with {release}/sglang")
-    return [folder]
+    return [] if release == INSTALLED else [require_release(release)]
 
 
 def run_server(
@@ -134,13 +129,8 @@ def wait_for(event: Callable[[], bool], process: subprocess.Popen[bytes], log: P
 def ask(port: int) -> None:
     """Have the server answer a request."""
     body = {"input_ids": [5, 6, 7], "sampling_params": {"max_new_tokens": 4, "temperature": 0}}
-    request = urllib.request.Request(
-        f"http://127.0.0.1:{port}/generate",
-        json.dumps(body).encode(),
-        {"Content-Type": "application/json"},
-    )
-    with urllib.request.urlopen(request, timeout=SECONDS) as response:
-        assert len(json.load(response)["output_ids"]) == 4
+    answer = post(f"http://127.0.0.1:{port}/generate", body, timeout=SECONDS)
+    assert len(answer["output_ids"]) == 4
 
 
 @pytest.mark.long

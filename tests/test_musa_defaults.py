@@ -20,6 +20,7 @@ from sglang_musa_ext.kernels.mate_identity import MateIdentity
 from sglang_musa_ext.musa_defaults import install_defaults
 from sglang_musa_ext.upstream.check import find_package, read_version
 from sglang_musa_ext.upstream.releases import NEWEST, OLDEST, SUPPORTED_RELEASES
+from tests.support.releases import find_release, require_release
 
 OVERRIDES = ("sglang.srt.arg_groups.model_override_base", "sglang.srt.arg_groups.overrides")
 LLAMA = SimpleNamespace(hf_config=SimpleNamespace(architectures=["LlamaForCausalLM"]))
@@ -487,18 +488,11 @@ KINDS = {
 }
 
 
-def python_path(version: str) -> str | None:
-    """Where the sources of a release are; ``None``: nowhere known."""
-    root = Path(os.environ.get("SGLANG_RELEASES", "/nonexistent")) / version
-    return str(root) if (root / "sglang").is_dir() else None
-
-
 def settled_kinds(version: str, folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """The choices of a release for each kind, and what it logs meanwhile."""
-    path = python_path(version)
     package = find_package()
-    if path is None and (package is None or read_version(package) != version):
-        pytest.skip(f"SGLANG_RELEASES names no directory with {version}/sglang")
+    is_installed = package is not None and read_version(package) == version
+    path = find_release(version) if is_installed else require_release(version)
     asked = []
     for number, (name, kind) in enumerate(KINDS.items()):
         place = folder / str(number)
@@ -507,7 +501,7 @@ def settled_kinds(version: str, folder: Path) -> tuple[dict[str, Any], dict[str,
         draft = {DRAFT: str(place)} if "speculative_algorithm" in kind.given else {}
         asked.append((name, str(place), kind.given | draft))
     environment = {name: value for name, value in os.environ.items() if "MUSA" not in name}
-    environment |= {"PYTHONPATH": path} if path else {}
+    environment |= {"PYTHONPATH": str(path)} if path else {}
     done = subprocess.run(
         [sys.executable, "-c", CHILD, json.dumps(asked)],
         capture_output=True,

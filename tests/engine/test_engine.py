@@ -32,6 +32,7 @@ from tests.support.engine import (
     EngineRun,
     EngineServer,
     Request,
+    post,
     started,
 )
 from tests.support.plan_table import note_plans
@@ -345,10 +346,3 @@ def test_http_server(engines: EngineServer, tmp_path: Path) -> None:
     assert chat["choices"][0]["message"]["content"] == engines.call(
         tiny_models.chat, model, question, 8
     )
-
-
-def post(url: str, body: dict[str, Any]) -> Any:
-    data = json.dumps(body).encode()
-    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=120) as response:
-        return json.load(response)

@@ -16,6 +16,7 @@ import contextlib
 import functools
 import gc
 import importlib
+import json
 import multiprocessing
 import os
 import pickle
@@ -25,6 +26,7 @@ import sys
 import tempfile
 import time
 import traceback
+import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Client, Connection, Listener
@@ -263,6 +265,14 @@ class EngineServer:
                 return Client(self._address)
             time.sleep(0.1)
         raise EngineFailed("The process that imports SGLang did not come up.", self._log)
+
+
+def post(url: str, body: Mapping[str, Any], *, timeout: float = 120.0) -> Any:
+    """Return what a server answers to ``body``, both as JSON; ``timeout`` is in seconds."""
+    data = json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=timeout) as response:
+        return json.load(response)
 
 
 @contextlib.contextmanager

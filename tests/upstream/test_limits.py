@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from sglang_musa_ext.upstream.limits import (
 from sglang_musa_ext.upstream.names import FLASH_ATTENTION
 from sglang_musa_ext.upstream.releases import SUPPORTED_RELEASES
 from sglang_musa_ext.upstream.requirement import NONE_KNOWN
+from tests.support.releases import require_release
 
 # By a word of its condition: a configuration that meets the limit, and the change that avoids it.
 MEETING: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -197,9 +197,7 @@ SIGNS_OF_A_FIX = {
 @pytest.mark.parametrize("word", EVIDENCE)
 def test_a_limit_is_in_the_sources_of_its_releases(word: str, version: str) -> None:
     """A row that upstream has fixed, or that is not in a release it names, is noticed."""
-    root = Path(os.environ.get("SGLANG_RELEASES", "/nonexistent")) / version
-    if not (root / "sglang").is_dir():
-        pytest.skip(f"SGLANG_RELEASES names no directory with {version}/sglang")
+    root = require_release(version)
     (limit,) = (limit for limit in UPSTREAM_LIMITS if word in limit.condition)
     is_there = is_in(root, *EVIDENCE[word])
     is_fixed = word in SIGNS_OF_A_FIX and is_in(root, *SIGNS_OF_A_FIX[word])

@@ -9,7 +9,6 @@ from __future__ import annotations
 import ast
 import importlib.util
 import itertools
-import os
 import re
 import subprocess
 import sys
@@ -44,6 +43,7 @@ from sglang_musa_ext.upstream.requirement import NONE_KNOWN, Requirement
 from sglang_musa_ext.upstream.rows import REQUIREMENTS
 from sglang_musa_ext.upstream.rows.passes import PASS_METHODS
 from sglang_musa_ext.upstream.source import SourceTree
+from tests.support.releases import require_release
 
 PACKAGE = Path(sglang_musa_ext.__file__).parent
 RELEASES: list[dict[str, Any]] = read_toml(Path(__file__).parents[1] / "releases.toml")["release"]
@@ -603,9 +603,7 @@ def release_tree() -> Callable[[str], SourceTree]:
     trees: dict[str, SourceTree] = {}
 
     def tree(version: str) -> SourceTree:
-        root = Path(os.environ.get("SGLANG_RELEASES", "")) / version
-        if not os.environ.get("SGLANG_RELEASES") or not (root / "sglang").is_dir():
-            pytest.skip(f"SGLANG_RELEASES names no directory with {version}/sglang")
+        root = require_release(version)
         return trees.setdefault(version, SourceTree(root))
 
     return tree
