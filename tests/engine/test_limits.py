@@ -49,6 +49,14 @@ class Limit:
     requests: tuple[Request, ...] = field(default_factory=lambda: (Request(tokens(70, seed=1)),))
 
 
+SMALL_VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
 # All layers are dense, because SGLang's experts of Llama-4 do not run on a CPU; the fourth one
 # attends to the whole context.
 LLAMA_4_FIELDS = {
@@ -62,13 +70,8 @@ LLAMA_4_FIELDS = {
         "attention_chunk_size": 96,
         "pad_token_id": 0,
     },
-    "vision_config": {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "image_size": 28,
-        "patch_size": 14,
+    "vision_config": SMALL_VISION
+    | {
         "projector_input_dim": 32,
         "projector_output_dim": 32,
         "vision_output_dim": 32,
@@ -306,14 +309,7 @@ GEMMA_3_IMAGES = WithoutVision(
     "Gemma3Config",
     {
         "text_config": GEMMA_3.fields,
-        "vision_config": {
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "image_size": 28,
-            "patch_size": 14,
-        },
+        "vision_config": SMALL_VISION,
         "image_token_index": images.TOKEN,
         "boi_token_index": images.TOKEN - 1,
         "eoi_token_index": images.TOKEN + 1,
