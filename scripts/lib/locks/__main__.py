@@ -12,15 +12,16 @@ vulnerabilities (--service osv), and fails if there is one, or if a package coul
 from __future__ import annotations
 
 import argparse
+import shutil
 import subprocess
 import sys
 import tempfile
-import venv
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from scripts.lib.dev_env.__main__ import NIXL_WHEELS, TORCH
-from scripts.lib.locks.read import ALONE, FOLDER, OPTIONS, TORCHADA, lock_of
+from scripts.lib.dev_env.__main__ import NIXL_WHEELS, TORCH, create_venv
+from scripts.lib.dev_env.pip import Pip
+from scripts.lib.locks.read import ALONE, FOLDER, TORCHADA, lock_of
 from scripts.lib.matrix.data import read_toml
 from sglang_musa_ext.upstream.releases import SUPPORTED_RELEASES, Release
 
@@ -55,9 +56,9 @@ def make_tools() -> None:
     stamp, lock = ENVIRONMENT / "lock.txt", lock_of(part="tools-")
     if stamp.is_file() and stamp.read_bytes() == lock.read_bytes():
         return
-    venv.create(ENVIRONMENT, clear=True, with_pip=True)
-    pip = [str(ENVIRONMENT / "bin" / "python"), "-m", "pip", "install", "--quiet"]
-    subprocess.run([*pip, *OPTIONS, str(lock)], check=True)
+    shutil.rmtree(ENVIRONMENT, ignore_errors=True)
+    create_venv(ENVIRONMENT)
+    Pip(ENVIRONMENT).install_locked(lock)
     stamp.write_bytes(lock.read_bytes())
 
 
