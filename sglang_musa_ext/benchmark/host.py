@@ -563,11 +563,11 @@ PARTS = (
 """They add up to the time of :data:`OVER_MATE`."""
 
 
-def part(times: dict[str, list[float]], part: Part) -> float:
+def part(times: dict[str, list[float]], which: Part) -> float:
     """Return the median of the microseconds that a part takes in the same turn."""
-    if part.less is None:
-        return statistics.median(times[part.peer])
-    pairs = zip(times[part.peer], times[part.less], strict=True)
+    if which.less is None:
+        return statistics.median(times[which.peer])
+    pairs = zip(times[which.peer], times[which.less], strict=True)
     return statistics.median([more - less for more, less in pairs])
 
 
@@ -619,30 +619,32 @@ def _print_tables(measured: dict[str, Times], options: argparse.Namespace) -> No
         f"{platform.python_version()}, {LAYERS} layers, {pool}, {options.turns} passes, CPU."
     )
     names = [name for name in measured[PASS_KINDS[0]].first if name != UPSTREAM]
-    print("\nA forward, as ratios to upstream's bare one\n")
-    _print_row("SGLang", "Pass", "upstream, µs", *names)
-    _print_row(*["---"] * (3 + len(names)))
+    rows = []
     for mode, times in measured.items():
         forward = statistics.median(times.forward(UPSTREAM))
         ratios = ["{:.2f} ± {:.2f}".format(*times.ratio(name)) for name in names]
-        _print_row(release, mode, f"{forward:.1f}", *ratios)
-    print("\nThe same, as ratios to upstream with its wrappers\n")
-    _print_row("SGLang", "Pass", OVER_MATE, OVER_HOPPER)
-    _print_row(*["---"] * 4)
+        rows.append((release, mode, f"{forward:.1f}", *ratios))
+    columns = ("SGLang", "Pass", "upstream, µs", *names)
+    _print_table("A forward, as ratios to upstream's bare one", columns, rows)
+    rows = []
     for mode, times in measured.items():
         ratios = [f"{times.ratio(name, WRAPPED)[0]:.2f}" for name in (OVER_MATE, OVER_HOPPER)]
-        _print_row(release, mode, *ratios)
-    print("\nWhere the time goes, µs: the first forward of a pass, and the mean of the others\n")
-    _print_row("SGLang", "Pass", *[each.name for each in PARTS], OVER_MATE)
-    _print_row(*["---"] * (3 + len(PARTS)))
-    whole = Part("", OVER_MATE, None)
+        rows.append((release, mode, *ratios))
+    columns = ("SGLang", "Pass", OVER_MATE, OVER_HOPPER)
+    _print_table("The same, as ratios to upstream with its wrappers", columns, rows)
+    rows, parts = [], (*PARTS, Part(OVER_MATE, OVER_MATE, None))
     for mode, times in measured.items():
         spent = [
             f"{part(times.first, each):.1f}, {part(times.further, each) / (LAYERS - 1):.2f}"
-            for each in (*PARTS, whole)
+            for each in parts
         ]
-        _print_row(release, mode, *spent)
+        rows.append((release, mode, *spent))
+    columns = ("SGLang", "Pass", *[each.name for each in parts])
+    heading = "Where the time goes, µs: the first forward of a pass, and the mean of the others"
+    _print_table(heading, columns, rows)
 
 
-def _print_row(*cells: str) -> None:
-    print(f"| {' | '.join(cells)} |")
+def _print_table(heading: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    print(f"\n{heading}\n")
+    for row in (columns, ["---"] * len(columns), *rows):
+        print(f"| {' | '.join(row)} |")

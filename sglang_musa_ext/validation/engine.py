@@ -21,11 +21,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sglang_musa_ext import envs
 from sglang_musa_ext.engines.process import Engine, EngineDied, engine
 from sglang_musa_ext.validation.report import FAIL, PASS, SKIP, Outcome, total
 
 PART = "engine"
-RAW_PREFILL = "SGLANG_MUSA_EXT_RAW_PREFILL"
 VOCABULARY = 512
 FLOAT32_TOLERANCE = 1e-3
 FLOOR = 1e-2
@@ -69,7 +69,7 @@ class Variant:
 def variants(device: str, quick: bool) -> tuple[Variant, list[Variant], list[Variant]]:
     """Return the reference, those whose own error sets the limit, and ours."""
     checked = {"SGLANG_MUSA_EXT_CHECK": "metadata"}
-    paged = {**checked, RAW_PREFILL: "off"}
+    paged = {**checked, envs.RAW_PREFILL: "off"}
     reference = Variant("torch_native float32", "torch_native", "float32")
     if device.startswith("cpu"):
         fair: list[Variant] = []
@@ -220,7 +220,7 @@ class EngineCases:
     def _raw(self, variant: Variant) -> Outcome:
         """Judge that prompts without a prefix went over raw keys, unless that is off."""
         raw = total(self._answer(variant).reports, "raw_calls")
-        wanted = variant.environ.get(RAW_PREFILL) != "off"
+        wanted = variant.environ.get(envs.RAW_PREFILL) != "off"
         reason = "" if (raw > 0) == wanted else f"expected {'some' if wanted else 'none'}"
         return Outcome(PART, "", FAIL if reason else PASS, reason, {"calls over raw keys": raw})
 

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 
+from sglang_musa_ext import envs
 from sglang_musa_ext.engines import changes as engine_changes
 from sglang_musa_ext.engines.process import FORCE_UPDATE, EngineDied
 from sglang_musa_ext.kernels.provider import FA3Kernels, reference_kernels
@@ -367,7 +368,7 @@ def test_prompts_go_over_raw_keys_unless_that_is_off(device: str) -> None:
     """One engine has it off, and neither may do what the other does."""
     cases = validate_engine.EngineCases(SimpleNamespace(scratch="", device=device, quick=False))  # type: ignore[arg-type]
     *_, ours = validate_engine.variants(device, quick=False)
-    paged = [each for each in ours if each.environ.get(validate_engine.RAW_PREFILL) == "off"]
+    paged = [each for each in ours if each.environ.get(envs.RAW_PREFILL) == "off"]
     assert (len(paged), paged) == (1, ours[-1:])
     for variant in ours:
         for raw in (0, 6):
