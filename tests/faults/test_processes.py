@@ -11,6 +11,7 @@ starts, and its scheduler is killed.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -206,10 +207,14 @@ def test_the_guard_works_beside_another_import_hook_and_a_compiler(order: str) -
 
 def ended(case: EngineCase, end: Callable[[int], None]) -> tuple[int, list[str]]:
     """Boot ``case`` in a fork that ``end`` ends; its exit status, and processes that outlive it."""
+    from sglang.srt.utils import kill_itself_when_parent_died
+
     fork_always()
     process = os.fork()
     if process == 0:
         os.setpgid(0, 0)
+        # A group of its own outlives the task where that fails.
+        kill_itself_when_parent_died()
         with booted(case) as engine:
             while True:
                 engine.generate(
@@ -239,26 +244,33 @@ def _group(leader: int) -> list[str]:
     return numbers
 
 
-def terminate_soon(process: int) -> None:
-    """While its scheduler starts."""
-    time.sleep(0.6)
+def _scheduler(leader: int) -> int:
+    """Wait for the group's process that is called a scheduler, its first act."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        for number in _group(leader):
+            with contextlib.suppress(OSError):
+                if "scheduler" in Path(f"/proc/{number}/cmdline").read_text(errors="replace"):
+                    return int(number)
+        time.sleep(0.01)
+    raise TimeoutError("no scheduler started within 60 s")
+
+
+def terminate_at_start(process: int) -> None:
+    """When its scheduler has begun, and loads the model: a server that serves first answers."""
+    _scheduler(process)
     os.kill(process, signal.SIGTERM)
 
 
 def kill_scheduler(process: int) -> None:
-    """Once it answers: the child that is called a scheduler."""
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        time.sleep(0.5)
-        for number in _group(process):
-            if "scheduler" in Path(f"/proc/{number}/cmdline").read_text(errors="replace"):
-                time.sleep(3)
-                os.kill(int(number), signal.SIGKILL)
-                return
+    """While it serves."""
+    number = _scheduler(process)
+    time.sleep(3)
+    os.kill(number, signal.SIGKILL)
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("end", [terminate_soon, kill_scheduler])
+@pytest.mark.parametrize("end", [terminate_at_start, kill_scheduler])
 def test_an_engine_that_is_ended_leaves_no_process_and_the_next_is_right(
     engines: EngineServer, end: Callable[[int], None]
 ) -> None:
