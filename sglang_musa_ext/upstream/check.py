@@ -21,7 +21,7 @@ from sglang_musa_ext.upstream.releases import (
 )
 from sglang_musa_ext.upstream.requirement import Requirement
 from sglang_musa_ext.upstream.rows import PLUGIN_SUPPORT, REQUIREMENTS
-from sglang_musa_ext.upstream.source import SourceTree, Unreadable, listed
+from sglang_musa_ext.upstream.source import SourceTree, Unreadable, collector_paused, listed
 
 SERVING = ("plugin", "attention")
 """Users of the rows that ``fa3`` cannot be served without; others break for themselves."""
@@ -91,7 +91,8 @@ def check_upstream(
     if used_by is not None:
         users = frozenset(used_by)
         rows = [row for row in rows if row.used_by in users]
-    return check_rows(rows, SourceTree(package.parent), version)
+    with collector_paused():
+        return check_rows(rows, SourceTree(package.parent), version)
 
 
 def require_upstream(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import contextlib
+import gc
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -34,7 +36,7 @@ class SourceTree:
         if path is None:
             raise Unreadable(f"no module {name}")
         try:
-            return ast.parse(path.read_text(encoding="utf-8"))
+            return _syntax_tree(path.read_text(encoding="utf-8"))
         except SyntaxError as error:
             raise Unreadable(f"a module {name} that this Python cannot parse ({error})") from error
 
@@ -60,6 +62,26 @@ class SourceTree:
             if needle in path.read_bytes():
                 parts = path.relative_to(self.root).with_suffix("").parts
                 yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def _syntax_tree(text: str) -> ast.Module:
+    return ast.parse(text)
+
+
+@contextlib.contextmanager
+def collector_paused() -> Iterator[None]:
+    """Keep Python's garbage collector from running.
+
+    Syntax trees are so many objects that it would take longer than reading them, and it would find
+    nothing, because they have no cycles.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def bindings(body: Iterable[ast.stmt]) -> Iterator[tuple[str, ast.AST]]:

@@ -7,12 +7,15 @@ directory that ``SGLANG_RELEASES`` names, and are skipped for the releases that 
 from __future__ import annotations
 
 import ast
+import contextlib
+import functools
+import gc
 import importlib.util
 import itertools
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,7 @@ import pytest
 
 import sglang_musa_ext
 from scripts.lib.matrix.data import read_toml
-from sglang_musa_ext.upstream import releases
+from sglang_musa_ext.upstream import releases, source
 from sglang_musa_ext.upstream.allowances import ALLOWANCES
 from sglang_musa_ext.upstream.check import (
     SERVING,
@@ -42,7 +45,7 @@ from sglang_musa_ext.upstream.releases import (
 from sglang_musa_ext.upstream.requirement import NONE_KNOWN, Requirement
 from sglang_musa_ext.upstream.rows import REQUIREMENTS
 from sglang_musa_ext.upstream.rows.passes import PASS_METHODS
-from sglang_musa_ext.upstream.source import SourceTree
+from sglang_musa_ext.upstream.source import SourceTree, collector_paused
 from tests.support.releases import require_release
 
 PACKAGE = Path(sglang_musa_ext.__file__).parent
@@ -71,8 +74,19 @@ def installed() -> Path:
     return package
 
 
+@pytest.fixture(scope="module")
+def parsed_once() -> Iterator[None]:
+    """Parse each text once for the tests that edit a copy: an edit leaves most files as they are.
+
+    There is no garbage collection meanwhile, which would look at all that is kept each time.
+    """
+    with pytest.MonkeyPatch.context() as patch, collector_paused():
+        patch.setattr(source, "_syntax_tree", functools.cache(source._syntax_tree))
+        yield
+
+
 @pytest.fixture
-def copy(installed: Path, tmp_path: Path) -> SourceCopy:
+def copy(installed: Path, tmp_path: Path, parsed_once: None) -> SourceCopy:
     """A copy, to be edited, of the installed SGLang's files that the contract reads."""
     modules = {row.module for row in REQUIREMENTS}
     modules.update(name for row in REQUIREMENTS for name in constructors(row))
@@ -81,11 +95,11 @@ def copy(installed: Path, tmp_path: Path) -> SourceCopy:
             module.replace(".", "/") + ".py",
             module.replace(".", "/") + "/__init__.py",
         ):
-            source = installed.parent / relative
-            if source.is_file():
+            original = installed.parent / relative
+            if original.is_file():
                 target = tmp_path / relative
                 target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_bytes(source.read_bytes())
+                target.write_bytes(original.read_bytes())
     return SourceCopy(tmp_path, read_version(installed))
 
 
@@ -353,6 +367,18 @@ def test_draft_class_imported_from_elsewhere_violates_both_rows(copy: SourceCopy
     assert seen["imports_from"] == "also MusaBackend"
 
 
+@pytest.mark.parametrize("enabled", [True, False])
+def test_reading_leaves_the_collector_as_it_was(enabled: bool) -> None:
+    """The garbage collector rests while sources are read; a failure does not leave it resting."""
+    with collector_paused():
+        (gc.enable if enabled else gc.disable)()
+        with contextlib.suppress(UpstreamVersionError), collector_paused():
+            assert not gc.isenabled()
+            raise UpstreamVersionError("none")
+        assert gc.isenabled() is enabled
+        gc.enable()
+
+
 def test_rows_of_other_users_are_left_out(copy: SourceCopy) -> None:
     """A broken row of the CPU platform does not stop a server that does not use it."""
     copy.edit("sglang.srt.platforms.interface", r"def get_default_attention_backend", "def gone")
@@ -526,9 +552,11 @@ def test_a_fault_of_upstream_says_where_it_is_reported() -> None:
         assert fault == NONE_KNOWN or re.fullmatch(r"[\w.-]+/[\w.-]+#\d+", fault)
 
 
+@functools.cache
 def package_sources() -> list[ast.Module]:
     """The package's own modules, parsed."""
-    return [ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))]
+    with collector_paused():
+        return [ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))]
 
 
 def test_every_import_from_sglang_has_a_row() -> None:
@@ -597,50 +625,46 @@ def test_importing_loads_neither_torch_nor_sglang() -> None:
 # --- all releases ---------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="session")
-def release_tree() -> Callable[[str], SourceTree]:
-    """A function from a version to that release's sources, each file parsed once for all tests."""
-    trees: dict[str, SourceTree] = {}
-
-    def tree(version: str) -> SourceTree:
-        root = require_release(version)
-        return trees.setdefault(version, SourceTree(root))
-
-    return tree
+@pytest.fixture(scope="module", params=VERSIONS)
+def version(request: pytest.FixtureRequest) -> str:
+    """One release; the tests of one come before those of the next."""
+    version: str = request.param
+    return version
 
 
-@pytest.mark.parametrize("version", VERSIONS)
-def test_release_keeps_the_contract(
-    version: str, release_tree: Callable[[str], SourceTree]
-) -> None:
+@pytest.fixture(scope="module")
+def tree(version: str) -> Iterator[SourceTree]:
+    """The sources of a release, each file parsed once for its tests."""
+    root = require_release(version)
+    with collector_paused():
+        yield SourceTree(root)
+
+
+def test_release_keeps_the_contract(version: str, tree: SourceTree) -> None:
     """The release has every symbol that the package touches in it."""
-    tree = release_tree(version)
     assert read_version(tree.root / "sglang") == version
     rows = [row for row in REQUIREMENTS if row.holds_in(version)]
     assert [str(violation) for violation in check_rows(rows, tree, version)] == []
 
 
-@pytest.mark.parametrize("version", VERSIONS)
-def test_need_is_absent_outside_its_bounds(
-    version: str, release_tree: Callable[[str], SourceTree]
-) -> None:
+def test_need_is_absent_outside_its_bounds(version: str, tree: SourceTree) -> None:
     """A need that a release outside its bounds also meets has wrong bounds, or can go."""
     outside = [row for row in REQUIREMENTS if row.kind in NEEDS and not row.holds_in(version)]
-    violated = [
-        violation.requirement for violation in check_rows(outside, release_tree(version), version)
-    ]
+    violated = [violation.requirement for violation in check_rows(outside, tree, version)]
     assert [row_id(row) for row in outside if row not in violated] == []
 
 
-@pytest.mark.parametrize("version", VERSIONS)
-def test_allowance_is_used_inside_its_bounds_only(
-    version: str, release_tree: Callable[[str], SourceTree]
-) -> None:
+def test_allowance_is_used_inside_its_bounds_only(version: str, tree: SourceTree) -> None:
     """Upstream does what a row allows in each release within its bounds, and in no other."""
-    tree = release_tree(version)
+
+    @functools.cache
+    def done(kind: str, module: str, name: str) -> set[str]:
+        """Return all that a part of upstream does, of which several rows allow something."""
+        return ALLOWANCES[kind](tree, module, name)
+
     for row in REQUIREMENTS:
         if row.kind in ALLOWANCES:
-            used = ALLOWANCES[row.kind](tree, row.module, row.name) & set(row.parameters)
+            used = done(row.kind, row.module, row.name) & set(row.parameters)
             assert used == (set(row.parameters) if row.holds_in(version) else set()), row_id(row)
 
 
