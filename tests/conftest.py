@@ -14,6 +14,7 @@ import pytest
 from sglang_musa_ext import envs
 from tests.support.engine import EngineServer
 from tests.support.plan_table import NOTED, PlanCounts, plan_table, replace_table
+from tests.support.warm import WarmPython
 from tests.support.wheels import build_wheel
 
 _SETTINGS = (
@@ -84,6 +85,14 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineServer]:
     server = EngineServer(tmp_path_factory.mktemp("engines"))
     yield server
     server.close()
+
+
+@pytest.fixture(scope="session")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmPython]:
+    """A Python that runs commands without importing SGLang's libraries again for each."""
+    python = WarmPython(tmp_path_factory.mktemp("warm"))
+    yield python
+    python.close()
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

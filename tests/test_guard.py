@@ -15,6 +15,7 @@ import pytest
 from sglang_musa_ext import guard, patching, plugin
 from sglang_musa_ext.guard import NotServedByUsError, arm, guard_class
 from sglang_musa_ext.upstream.names import FLASH_ATTENTION
+from tests.support.warm import WarmPython
 
 # One process imports SGLang, as a scheduler does, and forks for each case, so that each loads
 # plugins for the first time. The device claims to be one that upstream's own factory would serve
@@ -107,7 +108,9 @@ CONFIG = {
 
 
 @pytest.fixture(scope="module")
-def schedulers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
+def schedulers(
+    warm: WarmPython, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, dict[str, str]]:
     """Return the answer of each case's process under ``SGLANG_MUSA_EXT=on``."""
     folder = tmp_path_factory.mktemp("model")
     (folder / "config.json").write_text(json.dumps(CONFIG))
@@ -116,9 +119,7 @@ def schedulers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, 
     }
     environment |= {"SGLANG_MUSA_EXT": "on", "SGLANG_MUSA_EXT_KERNELS": "reference"}
     command = [sys.executable, "-c", SCHEDULERS, json.dumps(list(CASES.values())), str(folder)]
-    done = subprocess.run(
-        command, env=environment, cwd=folder, capture_output=True, text=True, check=False
-    )
+    done = warm.run(command, env=environment, cwd=folder)
     lines = [
         line.removeprefix("RESULT")
         for line in done.stdout.splitlines()

@@ -5,7 +5,6 @@ import json
 import logging
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from sglang_musa_ext.musa_defaults import install_defaults
 from sglang_musa_ext.upstream.check import find_package, read_version
 from sglang_musa_ext.upstream.releases import NEWEST, OLDEST, SUPPORTED_RELEASES
 from tests.support.releases import find_release, require_release
+from tests.support.warm import WarmPython
 
 OVERRIDES = ("sglang.srt.arg_groups.model_override_base", "sglang.srt.arg_groups.overrides")
 LLAMA = SimpleNamespace(hf_config=SimpleNamespace(architectures=["LlamaForCausalLM"]))
@@ -488,7 +488,9 @@ KINDS = {
 }
 
 
-def settled_kinds(version: str, folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
+def settled_kinds(
+    warm: WarmPython, version: str, folder: Path
+) -> tuple[dict[str, Any], dict[str, str]]:
     """The choices of a release for each kind, and what it logs meanwhile."""
     package = find_package()
     is_installed = package is not None and read_version(package) == version
@@ -502,13 +504,7 @@ def settled_kinds(version: str, folder: Path) -> tuple[dict[str, Any], dict[str,
         asked.append((name, str(place), kind.given | draft))
     environment = {name: value for name, value in os.environ.items() if "MUSA" not in name}
     environment |= {"PYTHONPATH": str(path)} if path else {}
-    done = subprocess.run(
-        [sys.executable, "-c", CHILD, json.dumps(asked)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=False,
-    )
+    done = warm.run([sys.executable, "-c", CHILD, json.dumps(asked)], env=environment)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     assert len(lines) == len(KINDS), done.stderr[-2000:]
     logs = re.split(r"^KIND (.*)$", done.stderr, flags=re.MULTILINE)
@@ -530,11 +526,11 @@ def releases_to_ask() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("version", list(releases_to_ask()))
-def test_a_release_gets_the_defaults(version: str, tmp_path: Path) -> None:
+def test_a_release_gets_the_defaults(warm: WarmPython, version: str, tmp_path: Path) -> None:
     """On MUSA a real release settles each kind of model on what serves it, with pages of 64, says
     so in one line, keeps what was chosen, and carries the mark along.
     """
-    results, logs = settled_kinds(version, tmp_path)
+    results, logs = settled_kinds(warm, version, tmp_path)
     assert results["Llama"] == ["fa3", 64, True]
     assert results["Llama, named"] == ["triton", 32, True]
     for name, kind in KINDS.items():

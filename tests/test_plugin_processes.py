@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.support.commands import clean_environment
+from tests.support.warm import WarmPython
 
 # SGLang's own loader -----------------------------------------------------------------------------
 
@@ -53,13 +53,11 @@ LOADED: dict[str, dict[str, str]] = {
 
 
 @pytest.fixture(scope="module")
-def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def loaded(warm: WarmPython, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Return what the installed entry point did in ``load_plugins``, by case of ``LOADED``."""
     command = [sys.executable, "-c", LOADER, json.dumps(list(LOADED.values()))]
     folder = tmp_path_factory.mktemp("loader")  # so that the checkout is not importable by chance
-    done = subprocess.run(
-        command, env=clean_environment(), cwd=folder, capture_output=True, text=True, check=True
-    )
+    done = warm.run(command, env=clean_environment(), cwd=folder, check=True)
     lines = [
         line.removeprefix("RESULT")
         for line in done.stdout.splitlines()
@@ -156,7 +154,12 @@ BAD_SERVERS = [
 @pytest.mark.engine
 @pytest.mark.parametrize(("variables", "options", "parts"), BAD_SERVERS)
 def test_a_server_with_bad_input_exits_before_it_serves(
-    model: Path, tmp_path: Path, variables: dict[str, str], options: list[str], parts: list[str]
+    warm: WarmPython,
+    model: Path,
+    tmp_path: Path,
+    variables: dict[str, str],
+    options: list[str],
+    parts: list[str],
 ) -> None:
     """SGLang's server exits with an error that says what is wrong, and answers nothing."""
     command = [
@@ -179,15 +182,7 @@ def test_a_server_with_bad_input_exits_before_it_serves(
         *options,
     ]
     environment = clean_environment(SGLANG_PLATFORM="musa_reference", **variables)
-    done = subprocess.run(
-        command,
-        env=environment,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=240,
-    )
+    done = warm.run(command, env=environment, cwd=tmp_path, timeout=240)
     output = done.stdout + done.stderr
     assert done.returncode != 0
     for part in parts:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from itertools import product
 from pathlib import Path
@@ -17,6 +16,7 @@ from sglang_musa_ext.benchmark import command as bench
 from sglang_musa_ext.benchmark.models import engine_arguments
 from sglang_musa_ext.benchmark.peers import FIELDS
 from tests.support.fake_bench import point, result
+from tests.support.warm import WarmPython
 
 
 def test_a_gpu_in_use_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,7 +79,7 @@ def test_longest_acts_beside_quick() -> None:
 
 
 @pytest.mark.engine
-def test_the_benchmark_runs_without_a_gpu(tmp_path: Path) -> None:
+def test_the_benchmark_runs_without_a_gpu(warm: WarmPython, tmp_path: Path) -> None:
     """Both engines boot with the probe, agree, and give a report that can be drawn again."""
     environ = {name: value for name, value in os.environ.items() if not name.startswith("SGLANG_")}
     command = [
@@ -96,14 +96,7 @@ def test_the_benchmark_runs_without_a_gpu(tmp_path: Path) -> None:
         "--longest",
         "64",
     ]
-    done = subprocess.run(
-        [*command, "--out", str(tmp_path)],
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=400,
-        env=environ,
-    )
+    done = warm.run([*command, "--out", str(tmp_path)], env=environ)
     assert done.returncode == 0, done.stdout + done.stderr
     measured = json.loads((tmp_path / "bench.json").read_text())["models"]["tiny"]
     assert not measured["failed"]

@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import platform as system
-import subprocess
 import sys
 import textwrap
 from types import SimpleNamespace
@@ -23,21 +22,17 @@ import torch
 
 from sglang_musa_ext.cpu import host_memory, stand_ins
 from tests.support.engine import EngineServer
+from tests.support.warm import WarmPython
 
 UNDER_THE_PLATFORM = {"SGLANG_PLATFORM": "musa_reference"}
 
 
-def run_python(code: str, environment: dict[str, str] | None = None) -> Any:
-    """Run ``code`` in a fresh interpreter; returns what its last line of output says in JSON."""
+def run_python(warm: WarmPython, code: str, environment: dict[str, str] | None = None) -> Any:
+    """Run ``code`` in a process of its own; returns what its last line of output says in JSON."""
     dropped = (*stand_ins.ENVIRONMENT, "SGLANG_PLATFORM", "SGLANG_MUSA_EXT")
     inherited = {name: value for name, value in os.environ.items() if name not in dropped}
-    result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        env=inherited | (environment or {}),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    result = warm.run(command, env=inherited | (environment or {}))
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout.splitlines()[-1])
 
@@ -156,9 +151,10 @@ def test_an_absent_function_says_what_to_do() -> None:
         transfer(1, page=2)
 
 
-def test_nothing_is_replaced_unless_the_platform_is_asked_for() -> None:
+def test_nothing_is_replaced_unless_the_platform_is_asked_for(warm: WarmPython) -> None:
     """Importing SGLang with the package installed leaves the process as it was."""
     assert run_python(
+        warm,
         """
         import json, os, sys
         import sglang_musa_ext.plugin
@@ -168,13 +164,14 @@ def test_nothing_is_replaced_unless_the_platform_is_asked_for() -> None:
             "TRITON_INTERPRET" in os.environ,
             any("Stand-in" in (module.__doc__ or "") for module in list(sys.modules.values())),
         ]))
-        """
+        """,
     ) == [False, False, False]
 
 
-def test_preparing_twice_changes_nothing_more() -> None:
+def test_preparing_twice_changes_nothing_more(warm: WarmPython) -> None:
     """The second call leaves every module and every patched function as the first one made it."""
     assert run_python(
+        warm,
         """
         import json, sys
         from sglang_musa_ext.cpu.stand_ins import prepare_process
@@ -188,7 +185,7 @@ def test_preparing_twice_changes_nothing_more() -> None:
         first = state()
         prepare_process()
         print(json.dumps(first == state()))
-        """
+        """,
     )
 
 
@@ -249,7 +246,7 @@ def test_libdevice_computes_what_torch_computes(
 
 
 @pytest.fixture(scope="module")
-def interpreted() -> dict[str, Any]:
+def interpreted(warm: WarmPython) -> dict[str, Any]:
     """The results of interpreted kernels: libdevice's functions of eight ``x``, of which logs and
     roots take the magnitudes, ``total`` of 0 to 7, and the ``block`` of the autotuner.
     """
@@ -268,7 +265,7 @@ def interpreted() -> dict[str, Any]:
     results["block"] = out.item()
     print(json.dumps(results))
     """
-    results: dict[str, Any] = run_python(KERNELS + textwrap.dedent(code))
+    results: dict[str, Any] = run_python(warm, KERNELS + textwrap.dedent(code))
     return results
 
 
@@ -321,7 +318,7 @@ from sglang.srt.platforms import current_platform as platform
 
 
 @pytest.fixture(scope="module")
-def platform_facts() -> dict[str, Any]:
+def platform_facts(warm: WarmPython) -> dict[str, Any]:
     """The platform that SGLang finds under ``SGLANG_PLATFORM=musa_reference``."""
     code = """
     open_ = dict(attention_backend="intel_amx", page_size=None, disable_cuda_graph=False,
@@ -363,7 +360,7 @@ def platform_facts() -> dict[str, Any]:
         "trees": [module.sgl_build_tree_kernel_efficient.__module__ for module in modules],
     }))
     """
-    facts: dict[str, Any] = run_python(PLATFORM + textwrap.dedent(code), UNDER_THE_PLATFORM)
+    facts: dict[str, Any] = run_python(warm, PLATFORM + textwrap.dedent(code), UNDER_THE_PLATFORM)
     return facts
 
 

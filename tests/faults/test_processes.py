@@ -26,6 +26,7 @@ import pytest
 
 from tests.support.engine import EngineCase, EngineServer, Request, booted, fork_always
 from tests.support.tiny_models import llama, tokens
+from tests.support.warm import WarmPython
 
 ON = {"SGLANG_MUSA_EXT": "on", "SGLANG_MUSA_EXT_KERNELS": "reference"}
 # One process imports SGLang and forks for each case, so that each loads the plugin anew.
@@ -113,20 +114,17 @@ CASES = ("imported_twice", "in_threads", "another_class", "claimed_before")
 
 
 def run_script(
-    script: str, *arguments: str, **environment: str
+    warm: WarmPython, script: str, *arguments: str, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """Run a script under these settings alone."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("SGLANG")}
-    return subprocess.run(
-        [sys.executable, "-c", script, *arguments], env=inherited | environment,
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    return warm.run([sys.executable, "-c", script, *arguments], env=inherited | environment)
 
 
 @pytest.fixture(scope="module")
-def processes() -> dict[str, dict[str, Any]]:
+def processes(warm: WarmPython) -> dict[str, dict[str, Any]]:
     """Return the answer of each case's process."""
-    done = run_script(PROCESSES, json.dumps(CASES), **ON)
+    done = run_script(warm, PROCESSES, json.dumps(CASES), **ON)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
     assert len(lines) == len(CASES), done.stdout + done.stderr
     return dict(json.loads(line.removeprefix("RESULT")) for line in lines)
@@ -170,12 +168,10 @@ class Hook(importlib.abc.MetaPathFinder):
         self.seen.append(name)
         return None
 
-hook = Hook()
-sys.meta_path.insert(0, hook)
 import torch
-if sys.argv[1] == "after":
-    sys.meta_path.remove(hook)
-    sys.meta_path.insert(0, hook)
+ours = [finder for finder in sys.meta_path if type(finder).__module__ == "sglang_musa_ext.patching"]
+hook, places = Hook(), [sys.meta_path.index(finder) for finder in ours]
+sys.meta_path.insert(min(places) if sys.argv[1] == "ahead" else max(places) + 1, hook)
 from sglang_musa_ext.cpu.stand_ins import prepare_process
 prepare_process()
 double = torch.compile(lambda x: x + x, backend="eager")
@@ -190,10 +186,12 @@ print("compiled", double(torch.ones(2)).tolist())
 """
 
 
-@pytest.mark.parametrize("order", ["before", "after"])
-def test_the_guard_works_beside_another_import_hook_and_a_compiler(order: str) -> None:
+@pytest.mark.parametrize("order", ["ahead", "behind"])
+def test_the_guard_works_beside_another_import_hook_and_a_compiler(
+    warm: WarmPython, order: str
+) -> None:
     """The other hook sees every import, Dynamo compiles as ever, and FA3 is refused."""
-    done = run_script(GUARDED, order, **ON)
+    done = run_script(warm, GUARDED, order, **ON)
     assert done.stdout.splitlines() == [
         "compiled [2.0, 2.0]",
         "seen True",

@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ from sglang_musa_ext.validation import command, model
 from sglang_musa_ext.validation.engine import build_model
 from sglang_musa_ext.validation.modes import PEERS, BackendChoice
 from sglang_musa_ext.validation.report import FAIL, PASS, SKIP
+from tests.support.warm import WarmPython
 
 
 class FakeEngine:
@@ -93,17 +93,14 @@ def test_the_part_runs_where_a_model_is_named() -> None:
 # Two engines boot as in test_validate.py's test of a served model.
 @pytest.mark.long
 @pytest.mark.engine
-def test_an_own_model_is_served_on_a_cpu(tmp_path: Path) -> None:
+def test_an_own_model_is_served_on_a_cpu(warm: WarmPython, tmp_path: Path) -> None:
     """The kit serves a model from its folder with torch_native and with this package."""
     build_model(tmp_path / "own", layers=2, hidden=128)
     options = ("--only", "model", "--model", str(tmp_path / "own"), "--kernels", "reference")
-    done = subprocess.run(
+    done = warm.run(
         [sys.executable, "-m", "sglang_musa_ext", "validate", *options, "--quick", "--out", "out"],
         cwd=tmp_path,
         env=os.environ | {"OMP_NUM_THREADS": "1", "SGLANG_PLATFORM": "musa_reference"},
-        capture_output=True,
-        text=True,
-        check=False,
         timeout=600,
     )
     assert done.returncode == 0, done.stdout + done.stderr

@@ -28,6 +28,7 @@ from sglang_musa_ext.validation import memcheck as validate_memcheck
 from sglang_musa_ext.validation import modes as validate_modes
 from sglang_musa_ext.validation import numerics as validate_numerics
 from sglang_musa_ext.validation.report import ABSENT, FAIL, PASS, SKIP, Outcome, Report
+from tests.support.warm import WarmPython
 
 CPU = torch.device("cpu")
 
@@ -200,7 +201,10 @@ def test_the_report_says_what_was_never_seen_and_where_it_failed(tmp_path: Path)
 
 
 def run_kit(
-    out: Path, *arguments: str, program: Sequence[str] = ("-m", "sglang_musa_ext", "validate")
+    warm: WarmPython,
+    out: Path,
+    *arguments: str,
+    program: Sequence[str] = ("-m", "sglang_musa_ext", "validate"),
 ) -> tuple[subprocess.CompletedProcess[str], Any]:
     """The kit as a user runs it, and its report."""
     command = [
@@ -212,21 +216,14 @@ def run_kit(
         str(out),
     ]
     environ = os.environ | {"OMP_NUM_THREADS": "1", "SGLANG_PLATFORM": "musa_reference"}
-    done = subprocess.run(
-        [*command, *arguments],
-        check=False,
-        capture_output=True,
-        text=True,
-        env=environ,
-        timeout=600,
-    )
+    done = warm.run([*command, *arguments], env=environ, timeout=600)
     assert (out / "report.md").is_file(), done.stderr
     return done, json.loads((out / "report.json").read_text())
 
 
-def test_one_command_passes_on_the_reference_kernels(tmp_path: Path) -> None:
+def test_one_command_passes_on_the_reference_kernels(warm: WarmPython, tmp_path: Path) -> None:
     """Doctor and kernels pass, and a CPU says that it captures no graphs."""
-    done, report = run_kit(tmp_path, "--quick", "--only", "doctor,numerics,graphs")
+    done, report = run_kit(warm, tmp_path, "--quick", "--only", "doctor,numerics,graphs")
     assert done.returncode == 0, done.stdout + done.stderr
     assert {
         outcome["status"] for outcome in report["outcomes"] if outcome["part"] == "numerics"
@@ -272,13 +269,15 @@ sys.exit(command.main())
     ],
     ids=["ignores windows", "dies of windows"],
 )
-def test_a_broken_provider_is_reported(tmp_path: Path, fault: str, reason: str) -> None:
+def test_a_broken_provider_is_reported(
+    warm: WarmPython, tmp_path: Path, fault: str, reason: str
+) -> None:
     """Wrong numbers and a dead process fail their own case; the other cases still run."""
     program = tmp_path / "broken.py"
     names = ["prefill", "decode, window", "verify of 4"]
     program.write_text(textwrap.dedent(BROKEN).format(cases=names, fault=fault))
     done, report = run_kit(
-        tmp_path / "out", "--quick", "--only", "numerics", program=[str(program)]
+        warm, tmp_path / "out", "--quick", "--only", "numerics", program=[str(program)]
     )
     assert done.returncode == 1, done.stdout + done.stderr
     outcomes = {outcome["name"].split(": ")[1]: outcome for outcome in report["outcomes"]}
@@ -289,9 +288,9 @@ def test_a_broken_provider_is_reported(tmp_path: Path, fault: str, reason: str) 
     assert "decode, window" in done.stdout
 
 
-def test_missing_kernels_are_a_report_too(tmp_path: Path) -> None:
+def test_missing_kernels_are_a_report_too(warm: WarmPython, tmp_path: Path) -> None:
     """Where the kernels cannot be had the kit says why, and its exit status is 2."""
-    done, report = run_kit(tmp_path, "--kernels", "mate", "--only", "numerics")
+    done, report = run_kit(warm, tmp_path, "--kernels", "mate", "--only", "numerics")
     assert done.returncode == 2
     assert "sees no musa device" in report["broken"]["device"]
     assert "numerics" in report["broken"]
@@ -351,9 +350,9 @@ def test_a_graph_that_keeps_its_first_lengths_fails() -> None:
 
 
 @pytest.mark.engine
-def test_a_served_model_is_compared_with_torch_native(tmp_path: Path) -> None:
+def test_a_served_model_is_compared_with_torch_native(warm: WarmPython, tmp_path: Path) -> None:
     """The engine part boots both engines, finds equal tokens, and one plan a pass."""
-    done, report = run_kit(tmp_path, "--quick", "--only", "engine")
+    done, report = run_kit(warm, tmp_path, "--quick", "--only", "engine")
     assert done.returncode == 0, done.stdout + done.stderr
     outcomes = {outcome["name"]: outcome for outcome in report["outcomes"]}
     assert {outcome["status"] for outcome in outcomes.values()} == {PASS}
@@ -781,9 +780,9 @@ def test_the_cases_of_memcheck_are_there() -> None:
     assert set(validate_memcheck.GRAPHS) == set(validate_graphs.CASES)
 
 
-def test_parts_for_nvidia_gpus_are_skipped_elsewhere(tmp_path: Path) -> None:
+def test_parts_for_nvidia_gpus_are_skipped_elsewhere(warm: WarmPython, tmp_path: Path) -> None:
     """A CPU has the reason in place of each mode and each case under the sanitizer."""
-    done, report = run_kit(tmp_path, "--only", "memcheck,modes", "--modes", "eagle,mla")
+    done, report = run_kit(warm, tmp_path, "--only", "memcheck,modes", "--modes", "eagle,mla")
     assert done.returncode == 2
     reasons = {
         (outcome["part"], outcome["status"], "NVIDIA" in outcome["reason"])
