@@ -28,7 +28,7 @@ MOST_KEYS = 32768
 MOST_SCORES = 1 << 26
 """Query rows times keys of a call that is compared; more would hold up serving for seconds."""
 CALLS_A_LINE = 100
-"""Compared calls between two lines in the log."""
+"""Chosen calls between two lines in the log, whether they could be compared or not."""
 
 
 @dataclass
@@ -57,6 +57,8 @@ class OutputSampler:
         self._unchecked: Counter[str] = Counter()
         self._chosen = False
         """True if the running call over a paged cache is to be compared."""
+        self._calls = 0
+        """Calls that were chosen."""
         # A generator of its own: SGLang seeds the process's, and models draw from it.
         self._random = random.Random(0)
 
@@ -108,6 +110,9 @@ class OutputSampler:
         kept = dict(arguments)
         result = served(arguments)
         self._compare(function, kept, result)
+        self._calls += 1
+        if self._calls % CALLS_A_LINE == 0:
+            logger.info("sglang_musa_ext compared outputs: %s", self.report())
         return result
 
     def report(self) -> dict[str, Any]:
@@ -169,8 +174,6 @@ class OutputSampler:
                 "call %d of %d compared ones that does. Please report this with the model and the "
                 "versions of the kernels.", mode, largest, errors.wrong, errors.compared,
             )  # fmt: skip
-        if sum(each.compared for each in self._modes.values()) % CALLS_A_LINE == 0:
-            logger.info("sglang_musa_ext compared outputs: %s", self.report())
 
 
 def _is_long(arguments: Arguments) -> bool:

@@ -108,6 +108,23 @@ def test_what_cannot_be_compared_is_counted(monkeypatch: pytest.MonkeyPatch) -> 
     assert modes(backend) == {"decode": (2, 0)}
 
 
+@pytest.mark.parametrize("longest", [32768, 0], ids=["compared", "too long to compare"])
+def test_the_log_says_now_and_then_what_was_seen(
+    longest: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The whole report, after so many calls: also where none of them could be compared."""
+    model, backend = served(monkeypatch, "1")
+    monkeypatch.setattr(sampling, "MOST_KEYS", longest)
+    monkeypatch.setattr(sampling, "CALLS_A_LINE", 4)
+    requests = model.requests(5)
+    with caplog.at_level(logging.INFO, logger=sampling.logger.name):
+        for _ in range(4):
+            model.run_pass(backend, model.decode(requests))
+    lines = [line for line in caplog.messages if "compared outputs" in line]
+    assert len(lines) == 2
+    assert lines[-1].endswith(str(backend.musa_fa3_report()["output_check"]))
+
+
 @pytest.mark.parametrize(
     "value", ["output:0", "output:1.5", "output:", "output:few", "metadata:0.1"]
 )
