@@ -9,7 +9,9 @@ from __future__ import annotations
 import dataclasses
 import gc
 import inspect
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +22,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_sta
 
 from tests.fuzzing.generation import EDGES, HAS_ENCODERS, random_case
 from tests.fuzzing.oracle import InjectedFault, KernelWatch, Mismatch, Totals, require_own_plan
-from tests.fuzzing.passes import Lane, Operation, World, run_case
+from tests.fuzzing.passes import Lane, Operation, World, case_from, run_case
 from tests.support.backend import (
     Model,
     attention_layer,
@@ -60,6 +62,8 @@ ONE_PASS = (
 OTHER = (
     "draft", "replay", "again", "fault", "finish", "idle", "reload", "one shot", "prefix chunks",
 )  # fmt: skip
+CASES = sorted(Path(__file__).with_name("cases").glob("*.json"))
+"""Small cases that went wrong once, in this package or in a copy that was broken on purpose."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -126,6 +130,15 @@ def test_random_cases_are_right(seed: int) -> None:
     """Cases as ``scripts/soak`` generates them, over models of every kind."""
     totals = run_case(random_case(seed, operations=25))
     assert totals.outputs > 0
+
+
+@pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
+def test_a_case_that_went_wrong_stays_right(path: Path) -> None:
+    """The smallest one of its kind, as ``scripts/soak`` wrote it; its ``error`` says of what."""
+    case = case_from(json.loads(path.read_text()))
+    if any(lane.encoder for lane in case.lanes) and not HAS_ENCODERS:
+        pytest.skip("this SGLang serves one request with an encoder at a time")
+    assert run_case(case).calls > 0
 
 
 # --- the oracle itself ----------------------------------------------------------------------------
