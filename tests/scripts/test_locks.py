@@ -88,6 +88,18 @@ def test_what_the_extras_ask_for_is_locked(python: str) -> None:
     assert unmet == []
 
 
+def test_what_is_resolved_is_what_the_extras_ask_for() -> None:
+    """With its marker, which uv reads for each Python; the metadata of an installation agrees."""
+    asked = {Requirement(text) for text in locks.asked_by_extras()}
+    for python in locks.PYTHONS:
+        applying = {
+            canonicalize_name(each.name): each.specifier
+            for each in asked
+            if each.marker is None or applies(each.marker, python, "")
+        }
+        assert applying == {canonicalize_name(each.name): each.specifier for each in extras(python)}
+
+
 def test_every_release_of_sglang_is_locked() -> None:
     """The file of what is installed alone has them and torchada, and nothing else."""
     releases = {f"sglang=={row.version}" for row in SUPPORTED_RELEASES}
@@ -166,6 +178,33 @@ def test_a_lock_is_written_as_it_is_read(tmp_path: Path) -> None:
         f"attrs==1.0 --hash=sha256:{digests[0]}",
         f"torch==2 --hash=sha256:{digests[0]} --hash=sha256:{digests[1]}",
     ]
+
+
+def test_every_lock_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For each Python and machine, uv is asked by requirements alone: it builds nothing."""
+    written: dict[Path, set[str]] = {}
+
+    def run(command: list[str | Path], *, input: str, **_: object) -> None:  # noqa: A002
+        asked = [Requirement(line) for line in input.splitlines()]
+        digest = "a" * 64 if "x86_64-manylinux_2_34" in command else "b" * 64
+        lines = [
+            f'[[packages]]\nname = "{each.name}"\nversion = "1"\n'
+            f'wheels = [{{hashes = {{sha256 = "{digest}"}}}}]'
+            for each in asked
+        ]
+        Path(command[command.index("--output-file") + 1]).write_text("\n".join(lines))
+
+    def write(lock: Path, locked: locks.Locked) -> None:
+        assert all(len(digests) == len(locks.MACHINES) for digests in locked.values())
+        written[lock] = {name for name, _ in locked}
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(locks, "write", write)
+    locks.renew()
+    assert set(written) == {*LOCKS, ALONE}
+    assert written[ALONE] == {"sglang", "torchada"}
+    assert written[lock_of()] >= {each.name for each in extras(THIS_PYTHON)} | {"nixl"}
+    assert written[lock_of(part="tools-")] == {"uv", "pip-audit"}
 
 
 @pytest.mark.parametrize(("statuses", "expected"), [((0, 0), 0), ((0, 1), 1), ((1, 0), 1)])

@@ -12,6 +12,7 @@ vulnerabilities (--service osv), and fails if there is one, or if a package coul
 from __future__ import annotations
 
 import argparse
+import configparser
 import shutil
 import subprocess
 import sys
@@ -67,9 +68,8 @@ def make_tools() -> None:
 
 def renew() -> None:
     """Write every lock anew."""
-    extras = ("pyproject.toml", "--extra", "cpu", "--extra", "dev")
     for python in PYTHONS:
-        resolved = resolve(python, extras, constraint=f"torch=={TORCH}")
+        resolved = resolve(python, ("-",), asked_by_extras(), constraint=f"torch=={TORCH}")
         of_torch = {each for each in resolved if belongs_to_torch(each[0])}
         write(lock_of(python, "torch-"), {each: resolved[each] for each in of_torch})
         write(
@@ -85,6 +85,18 @@ def renew() -> None:
             for package, wheels in resolve(python, ("-", "--no-deps"), [requirement]).items():
                 alone.setdefault(package, set()).update(wheels)
     write(ALONE, alone)
+
+
+def asked_by_extras() -> list[str]:
+    """Return the requirements of this package's extras, cpu and dev, with their markers.
+
+    uv would build the package to know them, which it may not while it takes wheels alone.
+    """
+    settings = configparser.ConfigParser()
+    settings.read(ROOT / "setup.cfg", encoding="utf-8")
+    extras = settings["options.extras_require"]
+    lines = [*extras["cpu"].splitlines(), *extras["dev"].splitlines()]
+    return [line for line in lines if line]
 
 
 def runs_on(release: Release, python: str) -> bool:
