@@ -24,6 +24,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import urllib.request
@@ -453,9 +454,35 @@ def booted(case: EngineCase) -> Iterator[Any]:
             arguments["nccl_port"] = port
         engine = sglang.Engine(model_path=str(case.model), **arguments)
         try:
-            yield engine
+            with _ending_with_its_processes():
+                yield engine
         finally:
             engine.shutdown()
+
+
+@contextlib.contextmanager
+def _ending_with_its_processes() -> Iterator[None]:
+    """End this process, an engine's, soon after one of its own processes.
+
+    A scheduler that dies of an exception sends SIGQUIT, and SGLang's handler ends the engine; but
+    uvloop, between two requests, when its loop does not run, forgets signals. An engine that missed
+    it would wait for an answer until its time is up. So the signal is sent again.
+    """
+    children = multiprocessing.active_children()
+    is_over = threading.Event()
+
+    def watch() -> None:
+        while not is_over.wait(0.5):
+            if not all(child.is_alive() for child in children):
+                os.kill(os.getpid(), signal.SIGQUIT)
+
+    watching = threading.Thread(target=watch, daemon=True)
+    watching.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        watching.join()
 
 
 def fork_always() -> None:
