@@ -47,14 +47,19 @@ def test_it_says_its_version(capsys: pytest.CaptureFixture[str]) -> None:
 def command(
     python: Path, folder: Path, *arguments: str, **variables: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run the installed command in ``folder``, with nothing of this checkout on its search path."""
+    """Run the installed command in ``folder``."""
+    return run(folder, python.parent / "sglang-musa-ext", *arguments, **variables)
+
+
+def run(folder: Path, *words: str | Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run a command in ``folder``, with nothing of this checkout on Python's search path."""
     environ = {
         name: value
         for name, value in os.environ.items()
         if not name.startswith(("PYTHON", "SGLANG_"))
     }
     return subprocess.run(
-        [python.parent / "sglang-musa-ext", *arguments],
+        words,
         cwd=folder,
         env=environ | variables,
         capture_output=True,
@@ -166,10 +171,24 @@ def test_kernels_are_warmed_from_the_wheel(beside_torch: Path, tmp_path: Path) -
     assert " s  " in done.stdout
 
 
+FEW_CASES = """
+import sys
+from sglang_musa_ext.validation import command, numerics
+cases = numerics.cases()[:3]
+numerics.cases, numerics.fp8_cases, command.PROGRAM = lambda: cases, list, (__file__,)
+sys.exit(command.main())
+"""
+
+
 def test_the_kit_runs_from_the_wheel_in_an_empty_folder(beside_torch: Path, tmp_path: Path) -> None:
-    """Beside a torch it compares the kernels, with its reference from the wheel."""
+    """Beside a torch it compares the kernels, a few of its cases, with its reference from the
+    wheel.
+    """
+    program = tmp_path / "few.py"
+    program.write_text(FEW_CASES)
     options = ("--kernels", "reference", "--device", "cpu", "--only", "numerics", "--quick")
-    done = command(beside_torch, tmp_path, "validate", *options, "--out", "report")
+    done = run(tmp_path, beside_torch, program, *options, "--out", "report")
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert len(report["outcomes"]) == 3
     assert {outcome["status"] for outcome in report["outcomes"]} == {"pass"}
