@@ -13,6 +13,7 @@ mutation.
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import os
 import shutil
@@ -399,7 +400,7 @@ PASS_RULES = (
         "calls that take no plan count as reuses",
         CACHE,
         "elif known.plan is not None:",
-        "else:",
+        "elif not known.unsplit:",
         "unequal_queries",
     ),
     Mutant(
@@ -993,14 +994,29 @@ def mutated(mutant: Mutant | None, into: Path) -> None:
     if mutant is None:
         return
     source = into / PACKAGE / mutant.file
-    text = source.read_text()
+    source.write_text(broken(mutant, source.read_text()))
+
+
+def broken(mutant: Mutant, text: str) -> str:
+    """Return the text of a file, broken as ``mutant`` says.
+
+    Raises:
+        BrokenRun: the mutant's own text is not there once, or what comes out is no Python, which
+            every test would notice.
+    """
+    follow = "Follow the source in scripts/lib/mutants/__main__.py."
     if text.count(mutant.old) != 1:
         raise BrokenRun(
             f"mutant {mutant.name!r}: its text occurs {text.count(mutant.old)} times in "
-            f"{mutant.file}, expected once. "
-            f"Follow the source in scripts/lib/mutants/__main__.py. The text:\n{mutant.old}"
+            f"{mutant.file}, expected once. {follow} The text:\n{mutant.old}"
         )
-    source.write_text(text.replace(mutant.old, mutant.new))
+    changed = text.replace(mutant.old, mutant.new)
+    try:
+        ast.parse(changed)
+    except SyntaxError as error:
+        reason = f"mutant {mutant.name!r} leaves no Python in {mutant.file}: {error}. {follow}"
+        raise BrokenRun(reason) from error
+    return changed
 
 
 def start(mutant: Mutant | None, guards: str, tests: Sequence[str], folder: Path) -> int:
