@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,7 +28,7 @@ def test_a_mutant_is_another_program(mutant: Mutant, repository: Path) -> None:
         ({"new": "else:"}, "leaves no Python in file.py: invalid syntax"),
     ],
 )
-def test_a_mutant_that_proves_nothing_ends_the_run(change: dict[str, str], message: str) -> None:
+def test_a_mutant_that_proves_nothing_ends_the_run(change: dict[str, Any], message: str) -> None:
     """A text that is gone, that is there twice, or whose file no test could import."""
     text = "count = 2\nother = 2\n"
     assert broken(MUTANT, text) == "count = 1\nother = 2\n"
