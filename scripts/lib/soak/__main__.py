@@ -6,7 +6,8 @@ engines, whose tokens are compared with those of SGLang's torch_native attention
 nothing was wrong, 1 if something was, 2 if the run itself failed.
 
 A case that went wrong is written, as small as it could be made, into the folder of --failures, and
-`--case FILE` runs it again. Reports of several runs add up: `--add FILE...`.
+`--case FILE` runs it again. Those in tests/fuzzing/cases are run by the tests. Reports of several
+runs add up: `--add FILE...`.
 """
 
 from __future__ import annotations
