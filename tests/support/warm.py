@@ -210,12 +210,12 @@ def run_main(*words: str) -> None:
             sys.argv = [module, *arguments]
             runpy.run_module(module, run_name="__main__", alter_sys=True)
         case "-c", code, *arguments:
-            sys.argv = ["-c", *arguments]
+            sys.argv, sys.path[0] = ["-c", *arguments], ""
             main = sys.modules["__main__"] = ModuleType("__main__")
             exec(compile(code, "<string>", "exec"), vars(main))
         case script, *arguments:
             sys.argv = [script, *arguments]
-            sys.path[0] = str(Path(script).parent)
+            sys.path[0] = str(Path(script).resolve().parent)
             runpy.run_path(script, run_name="__main__")
 
 
