@@ -24,9 +24,9 @@ from typing import Any
 
 import pytest
 
-from tests.support.engine import EngineCase, EngineServer, Request, booted, fork_always
+from tests.support.engine import EngineCase, EngineServer, Request, booted
 from tests.support.tiny_models import llama, tokens
-from tests.support.warm import WarmPython
+from tests.support.warm import WarmPython, fork_always
 
 ON = {"SGLANG_MUSA_EXT": "on", "SGLANG_MUSA_EXT_KERNELS": "reference"}
 # One process imports SGLang and forks for each case, so that each loads the plugin anew.

@@ -21,10 +21,10 @@ from tests.support.engine import (
     EngineCase,
     EngineServer,
     booted,
-    fork_always,
     reports_of,
 )
 from tests.support.tiny_models import SMALL, VOCABULARY, EagleDraft, TinyModel, llama
+from tests.support.warm import fork_always
 
 NEAR_TIE = 1e-3
 """Where two tokens are this close in log-probability, either is right, and the talk goes on apart.

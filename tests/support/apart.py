@@ -13,9 +13,9 @@ from tests.support.engine import (
     EngineServer,
     ask_booted,
     booted,
-    fork_always,
 )
 from tests.support.ports import held_port
+from tests.support.warm import fork_always
 
 HALVES = ("prefill", "decode")
 SECONDS = 100.0

@@ -38,6 +38,7 @@ from sglang_musa_ext import envs
 from tests.support import tiny_models
 from tests.support.ports import held_port
 from tests.support.tiny_models import TinyModel
+from tests.support.warm import fork_always, use_one_thread_in_forks
 
 ROOT = Path(__file__).resolve().parents[2]
 IMPORT_SECONDS = 300.0
@@ -356,15 +357,11 @@ def import_engine() -> None:
         "tests.support.tiny_models",
     ):
         importlib.import_module(name)
-    import torch
     from sglang.srt.models.registry import ModelRegistry
 
     ModelRegistry.get_supported_archs()
     remember_contract()
-    # PyTorch makes its thread pool anew at the first use after a fork, and not under a lock: an
-    # engine whose loader threads are that first use now and then dies of "Invalid thread pool!". So
-    # it is made while there is one thread.
-    os.register_at_fork(after_in_child=functools.partial(torch.set_num_threads, 1))
+    use_one_thread_in_forks()
 
 
 def remember_contract() -> None:
@@ -483,12 +480,6 @@ def _ending_with_its_processes() -> Iterator[None]:
     finally:
         is_over.set()
         watching.join()
-
-
-def fork_always() -> None:
-    """Let the engine's own processes be forks of this one; SGLang asks for spawned ones."""
-    multiprocessing.set_start_method("fork", force=True)
-    multiprocessing.set_start_method = lambda *_, **__: None
 
 
 def reports_of(engine: Any) -> list[dict[str, Any]]:

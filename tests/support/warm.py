@@ -141,6 +141,7 @@ def serve(address: str) -> None:
     """Import the libraries, then fork for each command that comes to ``address``."""
     for name in LIBRARIES:
         importlib.import_module(name)
+    use_one_thread_in_forks()
     # What was imported stays: a fork's garbage collector neither looks at it nor copies its pages.
     gc.collect()
     gc.freeze()
@@ -178,6 +179,7 @@ def be_command(words: Sequence[str], environ: Mapping[str, str], folder: str) ->
         sys.path_importer_cache.clear()
         sys.stdin = os.fdopen(0, closefd=False)
         fork_always()
+        vars(subprocess)["Popen"] = ForkingPopen
         load_torchs_extensions()
         run_main(*words)
         status = 0
@@ -225,16 +227,20 @@ def _can_fork(words: Sequence[str]) -> bool:
 
 
 def fork_always() -> None:
-    """Let what this process starts be forks: SGLang's processes and other Pythons."""
-    import torch
-
-    # PyTorch makes its thread pool anew at the first use after a fork, and not under a lock: an
-    # engine whose loader's threads are that first use now and then dies of "Invalid thread pool!".
-    os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
-    torch.set_num_threads(1)
+    """Let SGLang's processes be forks of the one that starts them; it asks for spawned ones."""
     multiprocessing.set_start_method("fork", force=True)
     multiprocessing.set_start_method = lambda *_, **__: None
-    vars(subprocess)["Popen"] = ForkingPopen
+
+
+def use_one_thread_in_forks() -> None:
+    """Have PyTorch's thread pool made where there is one thread.
+
+    PyTorch makes it anew at the first use after a fork, and not under a lock: an engine whose
+    loader's threads are that first use now and then dies of "Invalid thread pool!".
+    """
+    import torch
+
+    os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 
 class ForkingPopen(subprocess.Popen[Any]):
