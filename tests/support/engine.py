@@ -79,6 +79,8 @@ class Request:
 
     prompt: tuple[int, ...]
     new_tokens: int = 8
+    """0: the request does not say, and gets SGLang's 128, or as many as its context has room for.
+    """
     adapter: str | None = None
     """The name of a LoRA adapter that the engine knows."""
     room: int | None = None
@@ -521,7 +523,9 @@ async def _phase(engine: Any, case: EngineCase, requests: Sequence[Request]) -> 
 
 
 def _arguments_of(request: Request, logprobs: bool) -> dict[str, Any]:
-    sampling = {"temperature": 0, "max_new_tokens": request.new_tokens, "ignore_eos": True}
+    sampling: dict[str, Any] = {"temperature": 0, "ignore_eos": True}
+    if request.new_tokens:
+        sampling["max_new_tokens"] = request.new_tokens
     arguments = {"input_ids": list(request.prompt), "sampling_params": sampling}
     image = list(request.image) if isinstance(request.image, tuple) else request.image
     more = {"lora_path": request.adapter, "image_data": image}
