@@ -178,7 +178,8 @@ def reasons_against_fa3(asked: Configuration, version: str | None = None) -> tup
         if not mate_serves_head_dims(asked.mate or NEWEST_MATE, headdim, headdim_v):
             reasons.append(f"MATE has no kernels for head dimensions {headdim}/{headdim_v}")
     paged = replace(asked, page_size=asked.page_size or PAGE_SIZE)
-    reasons += [f"fa3 does not serve {limit.condition}" for limit in limits_of(paged, version)]
+    limits = [limit for limit in limits_of(paged, version) if not limit.is_best]
+    reasons += [f"fa3 does not serve {limit.condition}" for limit in limits]
     return tuple(reasons)
 
 

@@ -472,7 +472,8 @@ KINDS = {
         "in float16 on MUSA",
     ),
     "MLA, a tree": Kind(MLA_FILE, "", "of an MLA model", _TREE),
-    "Gemma-3 with images": Kind(GEMMA_3_IMAGES, "", "both ways"),
+    "Gemma-3, text alone": Kind(GEMMA_3_IMAGES, "fa3", CHOSEN),
+    "Gemma-3 with images": Kind(GEMMA_3_IMAGES, "", "both ways", {"enable_multimodal": True}),
     "Llama, fp8, named": Kind(
         LLAMA_FILE,
         "triton",

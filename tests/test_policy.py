@@ -71,6 +71,7 @@ LATENT_FLOAT16: dict[str, Any] = {
     "architectures": ("DeepseekV3ForCausalLM",),
 }
 """A model whose first decode ends the server, on any backend."""
+GEMMA_3: dict[str, Any] = {"architectures": ("Gemma3ForConditionalGeneration",)}
 
 
 @pytest.mark.parametrize(
@@ -95,7 +96,8 @@ LATENT_FLOAT16: dict[str, Any] = {
         ({"has_sliding_windows": True, "topk": 4}, "sliding windows"),
         ({"dtype": "float16", "kv_cache_dtype": "bfloat16"}, "float16"),
         (LATENT_FLOAT16, "in float16 on MUSA"),
-        ({"architectures": ("Gemma3ForConditionalGeneration",)}, "both ways"),
+        (GEMMA_3 | {"takes_images": True}, "both ways"),
+        ({"architectures": ("InklingForConditionalGeneration",)}, "Inkling"),
         ({"capability": (2, 2)}, "2.2"),
     ],
 )
@@ -113,10 +115,13 @@ def test_a_rule_against_fa3_names_what_it_is_about(asked: dict[str, Any], word: 
         {"page_size": 1, "is_encoder_decoder": True, "max_running_requests": 1},
         {"page_size": 1, "has_sliding_windows": True, "topk": 4},
         {"has_sliding_windows": True},
+        GEMMA_3,
         {"head_dims": frozenset({(192, 192), (80, 80)}), "mate": (0, 2, 0)},
         {"use_mla": True},
         {"use_mla": True, "page_size": 64, "topk": 1},
         {"topk": 4},
+        # The limit of its drafts' graphs in two releases is less than what Triton lacks there.
+        {"speculative_algorithm": "EAGLE", "topk": 1},
         FP8_CACHE,
         FP8_CACHE | {"head_dims": frozenset({(256, 256)}), "dtype": "bfloat16"},
         FP8_CACHE | {"mate": (0, 2, 3)},

@@ -70,6 +70,9 @@ def _server_parser() -> argparse.ArgumentParser:
     parser.add_argument("--speculative-algorithm")
     parser.add_argument("--enable-mixed-chunk", action="store_true")
     parser.add_argument("--max-running-requests", type=int)
+    parser.add_argument("--enable-multimodal", action="store_true")
+    parser.add_argument("--language-model-only", action="store_true")
+    parser.add_argument("--model-impl")
     parser.add_argument("--is-embedding", action="store_true")
     parser.add_argument("--disable-radix-cache", action="store_true")
     parser.add_argument("--chunked-prefill-size", type=int)
@@ -130,11 +133,20 @@ def _configuration(options: argparse.Namespace, on_musa: bool) -> Configuration:
         speculative_algorithm=options.speculative_algorithm,
         mixed_chunk=options.enable_mixed_chunk,
         max_running_requests=options.max_running_requests,
+        takes_images=_takes_images(options),
         skips_cache=skips_cache(options),
         mate=identify_mate().known_release,
         on_musa=on_musa,
         **quantization,
     )
+
+
+def _takes_images(options: argparse.Namespace) -> bool:
+    """Tell whether a server looks at images, if its model is one for which SGLang must be asked
+    to, as are those that this matters for.
+    """
+    is_asked = options.enable_multimodal or options.model_impl == "transformers"
+    return is_asked and not options.language_model_only
 
 
 def _dtype(options: argparse.Namespace, config: Mapping[str, Any]) -> str:

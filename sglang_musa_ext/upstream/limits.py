@@ -70,6 +70,8 @@ class Configuration:
     """``--max-running-requests``; ``None``: what SGLang chooses."""
     mixed_chunk: bool = False
     """``--enable-mixed-chunk``."""
+    takes_images: bool = False
+    """True if the server looks at images, as far as its model can; see :func:`takes_images`."""
     skips_cache: bool = False
     """True if prompts are embedded without a KV cache; see :func:`skips_cache`."""
     capability: tuple[int, int] | None = None
@@ -103,6 +105,7 @@ class Configuration:
             "has_sinks": getattr(model_config, "has_attention_sinks", False),
             "head_dims": frozenset(head_dims_of(model_config, known.get("use_mla", False))),
             "mixed_chunk": server_args.enable_mixed_chunk,
+            "takes_images": takes_images(server_args, model_config),
             "skips_cache": skips_cache(server_args),
             "device": getattr(server_args, "device", None) or "",
             "expert_columns": expert_columns(server_args, text),
@@ -178,6 +181,20 @@ def skips_cache(server_args: Any) -> bool:
     embeds = getattr(server_args, "is_embedding", False)
     keeps_none = getattr(server_args, "disable_radix_cache", False)
     return bool(embeds and keeps_none and server_args.chunked_prefill_size == -1)
+
+
+def takes_images(server_args: Any, model_config: Any) -> bool:
+    """Tell whether a server looks at images.
+
+    For some models, Gemma-3 among them, SGLang does so only under ``--enable-multimodal``. A server
+    that gets its images from an encoder's (``--language-only``) looks at them, too.
+
+    Args:
+        server_args: SGLang's ``ServerArgs``, or a view of it.
+        model_config: SGLang's ``ModelConfig``, which settles what is said by the arguments.
+    """
+    is_text_only = getattr(server_args, "language_model_only", False)  # from 0.5.18 on
+    return bool(getattr(model_config, "is_multimodal", False) and not is_text_only)
 
 
 def expert_columns(server_args: Any, text_config: Any) -> int | None:
@@ -268,6 +285,9 @@ class UpstreamLimit:
     """The setting to use in its place."""
     is_fatal: bool = True
     """True if nothing useful is served, so that a server is stopped at start, not warned."""
+    is_best: bool = False
+    """True if ``fa3`` serves more than what SGLang would choose on MUSA, so that it stays the
+    default there."""
     since: str | None = None
     until: str | None = None
     """The releases that have it, both included; ``None``: the oldest, and still."""
@@ -298,6 +318,8 @@ class UpstreamLimit:
 
 _TWO_WAY_IMAGES = frozenset({"Gemma3ForConditionalGeneration"})
 """Models whose tokens of an image attend to one another both ways."""
+_BIASED = frozenset({"InklingForConditionalGeneration", "InklingForConditionalGenerationMTP"})
+"""Models whose scores have a bias by the distance of a query from a key."""
 _DRAFTING = frozenset({"EAGLE", "EAGLE3", "NEXTN", "STANDALONE"})
 """Algorithms in which a model drafts."""
 _PREFILL_AWARE = frozenset({"UnlimitedOCRForCausalLM"})
@@ -451,6 +473,14 @@ UPSTREAM_LIMITS = (
         since="0.5.13.post1",
     ),
     UpstreamLimit(
+        "Inkling",
+        lambda asked: _is_one_of(asked, _BIASED),
+        "SGLang passes the bias of its scores (score_mod, rel_bias) to fa4 and triton alone, and "
+        "the first forward ends in an AssertionError",
+        "Leave --attention-backend unset, or set it to triton",
+        since="0.5.16",
+    ),
+    UpstreamLimit(
         "experts whose columns on a rank are no multiple of 32 on --device cpu",
         lambda asked: asked.device == "cpu" and (asked.expert_columns or 0) % 32 != 0,
         "SGLang pads them there and leaves what it pads unwritten: log-probabilities are wrong or "
@@ -460,10 +490,11 @@ UPSTREAM_LIMITS = (
         until="0.5.22",
     ),
     UpstreamLimit(
-        "images whose tokens attend to one another both ways (Gemma-3)",
-        lambda asked: _is_one_of(asked, _TWO_WAY_IMAGES),
+        "images whose tokens attend to one another both ways (Gemma-3 with --enable-multimodal)",
+        lambda asked: asked.takes_images and _is_one_of(asked, _TWO_WAY_IMAGES),
         "they attend one way only, and answers about images are worse; text alone is right",
-        "Start the server with --attention-backend triton to ask about images",
+        "Start the server with --attention-backend triton to ask about images, or without "
+        "--enable-multimodal to ask about text alone",
         is_fatal=False,
     ),
     UpstreamLimit(
@@ -472,6 +503,8 @@ UPSTREAM_LIMITS = (
         "a request that reaches it ends the server with an AssertionError about a page table",
         "Keep requests shorter than the context by --speculative-num-steps",
         is_fatal=False,
+        # SGLang's triton ends at the first draft there: it takes the wrong runner for its graphs.
+        is_best=True,
         since="0.5.13.post1",
         until="0.5.14",
         reported="sgl-project/sglang#29516",

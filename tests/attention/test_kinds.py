@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
+import sys
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -191,6 +194,50 @@ def test_models_may_pass_the_newer_keywords_as_none(mode: str) -> None:
     backend, requests = model.backend(), model.requests(200, 5)
     step = model.decode(requests) if mode == "decode" else model.extend(requests, [30, 60])
     model.run_pass(backend, step, **{name: None for name in known if name in FORWARD_PARAMETERS})
+
+
+@needs_keyword("rel_bias")
+@pytest.mark.parametrize("mode", ["decode", "prefill"])
+@pytest.mark.parametrize("name", ["score_mod", "rel_bias"])
+def test_a_bias_of_scores_is_refused_by_upstream(mode: str, name: str) -> None:
+    """Upstream's forwards, and so ours, say that FA4 alone takes what Inkling's layers pass."""
+    model = Model(uniform_layers(1))
+    backend, requests = model.backend(), model.requests(200, 5)
+    step = model.decode(requests) if mode == "decode" else model.extend(requests, [30, 60])
+    with pytest.raises(RuntimeError, match=f"{name} .*only supported by the FA4 backend"):
+        model.run_pass(backend, step, None, **{name: torch.zeros(1)})
+
+
+@needs_keyword("rel_bias")
+def test_a_layer_of_inkling_takes_no_fa3(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Upstream's own layer stops before it asks its backend; a row of the limits says so."""
+    from sglang.srt.model_executor import forward_context
+
+    inkling = _layers_of_inkling(monkeypatch)
+    model = Model(uniform_layers(1), arguments={"attention_backend": "fa3"})
+    backend = model.backend()
+    backend.prefill_attention_backend_str = backend.decode_attention_backend_str = "fa3"
+    monkeypatch.setattr(forward_context, "get_attn_backend", lambda: backend)
+    layer = inkling.InklingAttention.__new__(inkling.InklingAttention)
+    torch.nn.Module.__init__(layer)
+    layer.d_rel, layer.is_local = 1, False
+    layer._project_qkvr = lambda rows: (rows,) * 4
+    step = model.decode(model.requests(5))
+    with pytest.raises(AssertionError) as failure:
+        layer(torch.zeros(1, 1), step.batch.positions, step.batch)
+    assert str(failure.traceback[-1].path) == inkling.__file__
+
+
+def _layers_of_inkling(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Upstream's module, beside a stand-in for FA4, whose libraries are not installed here."""
+    folder = "sglang.kernels.ops.attention.flash_attn.cute"
+    for name in (folder, f"{folder}.batch_invariance", f"{folder}.seqlen_info"):
+        monkeypatch.setitem(sys.modules, name, MagicMock())
+    name = "sglang.srt.models.inkling_common.attn"
+    module = importlib.import_module(name)
+    # Whoever imports it later gets one without stand-ins.
+    del sys.modules[name]
+    return module
 
 
 @needs_keyword("return_lse")

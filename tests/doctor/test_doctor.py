@@ -535,6 +535,7 @@ def test_a_command_line_that_cannot_serve(
     assert part in result.finding
 
 
+GEMMA_3 = {"architectures": ["Gemma3ForConditionalGeneration"]}
 LATENT = {"architectures": ["DeepseekV2ForCausalLM"], "kv_lora_rank": 512}
 FLOAT16 = LATENT | {"dtype": "float16"}
 LIMITS = [
@@ -552,6 +553,10 @@ LIMITS = [
         "attention in chunks",
     ),
     ({"sliding_window": 64}, ["--speculative-eagle-topk", "1"], CheckStatus.PASS, "fa3"),
+    (GEMMA_3, [], CheckStatus.PASS, "fa3"),
+    (GEMMA_3, ["--enable-multimodal"], CheckStatus.WARN, "both ways"),
+    (GEMMA_3, ["--model-impl", "transformers"], CheckStatus.WARN, "both ways"),
+    (GEMMA_3, ["--enable-multimodal", "--language-model-only"], CheckStatus.PASS, "fa3"),
     (LATENT, ["--dtype", "float16"], CheckStatus.FAIL, "float16 on MUSA"),
     (FLOAT16, [], CheckStatus.FAIL, "float16 on MUSA"),
     (LATENT | {"dtype": "float32"}, [], CheckStatus.FAIL, "float16 on MUSA"),
@@ -598,7 +603,8 @@ def test_mla_models_take_one_page_size(
         ({"architectures": ["GptOssForCausalLM"]}, "attention sinks"),
         ({"architectures": ["WhisperForConditionalGeneration"]}, "Whisper"),
         ({"architectures": ["MllamaForConditionalGeneration"]}, "encoder-decoder"),
-        ({"architectures": ["Gemma3ForConditionalGeneration"]}, "both ways"),
+        (GEMMA_3, None),
+        ({"architectures": ["InklingForConditionalGeneration"]}, "Inkling"),
         ({"architectures": ["X"], "text_config": {"learnable_sink": True}}, "attention sinks"),
         ({"architectures": ["Gemma4ForConditionalGeneration"]}, "Gemma-4"),
         ({"architectures": ["X"], "head_dim": 576}, "head dimensions 576/576"),
@@ -609,7 +615,8 @@ def test_mla_models_take_one_page_size(
         "sinks",
         "Whisper",
         "encoder-decoder",
-        "images",
+        "images that nobody asks about",
+        "a bias of scores",
         "sinks of a text part",
         "SGLang's own list",
         "head dimensions",

@@ -60,9 +60,9 @@ def _text(name: str, model: tiny_models.TinyModel, architecture: str, **argument
     return Kind(name, model.config, model.fields, architecture, arguments)
 
 
-def _parts(name: str, config: str, family: str, text: Mapping[str, Any]) -> Kind:
+def _parts(name: str, config: str, family: str, text: Mapping[str, Any], **arguments: Any) -> Kind:
     """Return a model of several parts, such as text and images."""
-    return Kind(name, config, {}, f"{family}ForConditionalGeneration", text=text)
+    return Kind(name, config, {}, f"{family}ForConditionalGeneration", arguments, text=text)
 
 
 _LLAMA, _MLA = cases.LLAMA, cases.MLA_DENSE
@@ -74,7 +74,14 @@ KINDS = [
     _text("Qwen3-MoE", cases.QWEN_3_MOE, "Qwen3MoeForCausalLM"),
     _text("Gemma-2", cases.GEMMA_2, "Gemma2ForCausalLM"),
     _text("Gemma-3, text", cases.GEMMA_3, "Gemma3ForCausalLM"),
-    _parts("Gemma-3, images", "Gemma3Config", "Gemma3", cases.GEMMA_3.fields),
+    _parts("Gemma-3, text and images", "Gemma3Config", "Gemma3", cases.GEMMA_3.fields),
+    _parts(
+        "Gemma-3, `--enable-multimodal`",
+        "Gemma3Config",
+        "Gemma3",
+        cases.GEMMA_3.fields,
+        enable_multimodal=True,
+    ),
     _text("GPT-OSS", cases.GPT_OSS, "GptOssForCausalLM"),
     Kind("OLMo-2", "Olmo2Config", _LLAMA.fields, "Olmo2ForCausalLM"),
     _text("OLMo-3", cases.OLMO_3, "Olmo3ForCausalLM"),

@@ -24,7 +24,8 @@ from tests.support.engine import EngineServer
 pytestmark = pytest.mark.engine
 
 FA3 = {
-    "Llama", "Qwen3-MoE", "Gemma-2", "Gemma-3, text", "OLMo-2", "OLMo-3", "Llama-4", "Qwen2.5-VL",
+    "Llama", "Qwen3-MoE", "Gemma-2", "Gemma-3, text", "Gemma-3, text and images", "OLMo-2",
+    "OLMo-3", "Llama-4", "Qwen2.5-VL",
     "MLA (DeepSeek-V3)", "MLA, EAGLE, topk 1", "Llama, EAGLE, topk 1",
     "Llama, EAGLE, topk 4", "Llama, `--page-size 16`", "Llama, deterministic inference",
     "Llama, hierarchical cache", "Llama, `--kv-cache-dtype fp8_e4m3`",

@@ -81,8 +81,12 @@ MEETING: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"mixed_chunk": False},
     ),
     "both ways": (
-        {"architectures": ("Gemma3ForConditionalGeneration",)},
-        {"architectures": ("Gemma3ForCausalLM",)},
+        {"architectures": ("Gemma3ForConditionalGeneration",), "takes_images": True},
+        {"takes_images": False},
+    ),
+    "Inkling": (
+        {"architectures": ("InklingForConditionalGeneration",)},
+        {"architectures": ("LlamaForCausalLM",)},
     ),
     "chains of drafts": ({"speculative_algorithm": "EAGLE"}, {"speculative_algorithm": None}),
     "NGRAM": ({"speculative_algorithm": "NGRAM"}, {"speculative_algorithm": None}),
@@ -134,6 +138,7 @@ def test_a_limit_says_what_to_do(limit: Any) -> None:
 # What shows in upstream's sources that a limit is there, by module. ``tests/engine/test_limits.py``
 # shows others in a running server.
 GEMMA_3 = "sglang.srt.models.gemma3_mm"
+INKLING = "sglang.srt.models.inkling_common.attn"
 MODELS = "sglang.srt.arg_groups.model_hook"
 UPDATE = "sglang.srt.configs.update_config"
 LATENT = "sglang.srt.models.deepseek_common.attention_forward_methods.forward_mla"
@@ -179,6 +184,7 @@ EVIDENCE = {
     "several requests": (FLASH_ATTENTION, r"forward_batch\.encoder_lens\.numel\(\) == 1"),
     "Unlimited-OCR": (FLASH_ATTENTION, r"Prefill-aware SWA requires page_size=1"),
     "Gemma-4": (MODELS, r'"Gemma4 only supports trtllm_mha, triton'),
+    "Inkling": (INKLING, r'assert (?:server_args\.)?attention_backend in \("fa4", "triton"\)'),
     # The mask of images is made for one backend alone.
     "both ways": (GEMMA_3, r"isinstance\([\w.()]+, TritonAttnBackend\)"),
     # Before it kept what was there, the last rank's weights did not load.
