@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from sglang_musa_ext.upstream.limits import (
     Configuration,
     UpstreamLimit,
     limits_of,
+    takes_images,
 )
 from sglang_musa_ext.upstream.names import FLASH_ATTENTION
 from sglang_musa_ext.upstream.releases import SUPPORTED_RELEASES
@@ -115,6 +117,23 @@ def test_float16_with_mla_is_served_elsewhere(change: dict[str, Any]) -> None:
     """Other devices, models with an attention of their own, and quantised weights have no cast."""
     meeting, _ = MEETING["in float16 on MUSA"]
     assert met("in float16 on MUSA", meeting | change) == []
+
+
+@pytest.mark.parametrize(
+    ("is_multimodal", "arguments", "expected"),
+    [
+        (True, {}, True),
+        (True, {"language_model_only": False}, True),
+        (True, {"language_model_only": True}, False),
+        (False, {"language_model_only": False}, False),
+    ],
+)
+def test_a_server_looks_at_images_as_sglang_settled(
+    is_multimodal: bool, arguments: dict[str, bool], expected: bool
+) -> None:
+    """SGLang's own answer counts, and the option of 0.5.18 and later by which it refuses images."""
+    config = SimpleNamespace(is_multimodal=is_multimodal)
+    assert takes_images(SimpleNamespace(**arguments), config) is expected
 
 
 def met(word: str, fields: dict[str, Any]) -> list[UpstreamLimit]:
