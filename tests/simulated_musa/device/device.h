@@ -1,7 +1,9 @@
 // A simulated Moore Threads GPU: PyTorch's PrivateUse1 device over host memory.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Generator.h>
+#include <ATen/core/Tensor.h>
+#include <c10/core/Allocator.h>
 
 #include <functional>
 #include <memory>
