@@ -14,6 +14,7 @@ import importlib
 import importlib.util
 import os
 import sys
+import types
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -257,6 +258,7 @@ def interpret_triton() -> None:
     _reinterpret_standard_library()
     _install_libdevice()
     _take_first_config()
+    _keep_language_patched()
 
 
 def _reinterpret_standard_library() -> None:
@@ -274,6 +276,35 @@ def _reinterpret_standard_library() -> None:
     for name in ("standard", "random"):
         importlib.reload(importlib.import_module(f"triton.language.{name}"))
     importlib.reload(tl)
+
+
+def _keep_language_patched() -> None:
+    """Let the interpreter put itself behind Triton's language once, and not at every call of a
+    device function, which takes longer than most calls do. Nothing here compiles, so nobody misses
+    the language as it was.
+    """
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    module: Any = interpreter
+    patch = module._patch_lang
+    if hasattr(patch, "behind"):
+        return
+    behind: set[int] = set()
+    nothing_to_restore = types.SimpleNamespace(restore=lambda: None)
+
+    def patch_once(function: Any) -> Any:
+        """Patch what ``function`` sees of the language, unless that was done."""
+        seen = {
+            id(value) for value in function.__globals__.values() if value is tl or value is tl.core
+        }
+        if not seen <= behind:
+            patch(function)
+            behind.update(seen)
+        return nothing_to_restore
+
+    patch_once.behind = behind  # type: ignore[attr-defined]
+    module._patch_lang = patch_once
 
 
 # libdevice's names of what NumPy can compute. ``fast_*`` are approximations on a GPU.
