@@ -10,11 +10,14 @@ from __future__ import annotations
 import contextlib
 import inspect
 import json
+import multiprocessing
 import os
 import re
 import select
+import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -226,13 +229,39 @@ def serve(arguments: dict[str, Any], descriptor: int) -> None:
             reply({"error": f"{type(error).__name__}: {error}"})
             return
         reply({"ready": True})
-        for line in sys.stdin:
-            try:
-                reply(_answer(served, SimpleNamespace(**json.loads(line))))
-            except Exception as error:  # noqa: BLE001  # The same.
-                traceback.print_exc()
-                reply({"error": f"{type(error).__name__}: {error}"})
+        with ending_with_its_processes():
+            for line in sys.stdin:
+                try:
+                    reply(_answer(served, SimpleNamespace(**json.loads(line))))
+                except Exception as error:  # noqa: BLE001  # The same.
+                    traceback.print_exc()
+                    reply({"error": f"{type(error).__name__}: {error}"})
         served.shutdown()
+
+
+@contextlib.contextmanager
+def ending_with_its_processes() -> Iterator[None]:
+    """End this process, an engine's, soon after one of its own processes.
+
+    A scheduler that dies of an exception sends SIGQUIT, and SGLang's handler ends the engine; but
+    uvloop, between two requests, when its loop does not run, forgets signals. An engine that missed
+    it would wait for an answer without end. So the signal is sent again.
+    """
+    children = multiprocessing.active_children()
+    is_over = threading.Event()
+
+    def watch() -> None:
+        while not is_over.wait(0.5):
+            if not all(child.is_alive() for child in children):
+                os.kill(os.getpid(), signal.SIGQUIT)
+
+    watching = threading.Thread(target=watch, daemon=True)
+    watching.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        watching.join()
 
 
 def _boot(arguments: dict[str, Any]) -> Any:

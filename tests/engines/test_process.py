@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -61,3 +64,25 @@ def test_an_engine_that_cannot_boot_says_why(tmp_path: Path) -> None:
             engine.ask([[4]], 1)
     finally:
         engine.close()
+
+
+LEFT = """
+import multiprocessing, sys, time
+from sglang_musa_ext.engines.process import ending_with_its_processes
+multiprocessing.set_start_method("fork")
+child = multiprocessing.Process(target=time.sleep, args=(float(sys.argv[1]),), daemon=True)
+child.start()
+with ending_with_its_processes():
+    time.sleep(float(sys.argv[2]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("child", "engine", "status"), [(0.1, 60, -signal.SIGQUIT), (60, 0.1, 0)], ids=["left", "kept"]
+)
+def test_an_engine_that_its_scheduler_has_left_ends(
+    child: float, engine: float, status: int
+) -> None:
+    """Also where the scheduler ended without an error, and no signal came."""
+    command = [sys.executable, "-c", LEFT, str(child), str(engine)]
+    assert subprocess.run(command, check=False, timeout=50).returncode == status

@@ -17,14 +17,12 @@ import functools
 import gc
 import importlib
 import json
-import multiprocessing
 import os
 import pickle
 import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import traceback
 import urllib.request
@@ -35,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_musa_ext import envs
+from sglang_musa_ext.engines.process import ending_with_its_processes
 from tests.support import tiny_models
 from tests.support.ports import held_port
 from tests.support.tiny_models import TinyModel
@@ -453,35 +452,10 @@ def booted(case: EngineCase) -> Iterator[Any]:
             arguments["nccl_port"] = port
         engine = sglang.Engine(model_path=str(case.model), **arguments)
         try:
-            with _ending_with_its_processes():
+            with ending_with_its_processes():
                 yield engine
         finally:
             engine.shutdown()
-
-
-@contextlib.contextmanager
-def _ending_with_its_processes() -> Iterator[None]:
-    """End this process, an engine's, soon after one of its own processes.
-
-    A scheduler that dies of an exception sends SIGQUIT, and SGLang's handler ends the engine; but
-    uvloop, between two requests, when its loop does not run, forgets signals. An engine that missed
-    it would wait for an answer until its time is up. So the signal is sent again.
-    """
-    children = multiprocessing.active_children()
-    is_over = threading.Event()
-
-    def watch() -> None:
-        while not is_over.wait(0.5):
-            if not all(child.is_alive() for child in children):
-                os.kill(os.getpid(), signal.SIGQUIT)
-
-    watching = threading.Thread(target=watch, daemon=True)
-    watching.start()
-    try:
-        yield
-    finally:
-        is_over.set()
-        watching.join()
 
 
 def reports_of(engine: Any) -> list[dict[str, Any]]:
