@@ -16,6 +16,7 @@ from tests.simulated_musa.build import ROOT
 from tests.simulated_musa.cases import GEMMA_2, HalfModel
 from tests.support import tiny_models
 from tests.support.engine import EngineServer
+from tests.support.warm import WarmPython
 
 pytestmark = pytest.mark.engine
 
@@ -23,21 +24,14 @@ Command = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture
-def command(musa_environment: Mapping[str, str], tmp_path: Path) -> Command:
+def command(warm: WarmPython, musa_environment: Mapping[str, str], tmp_path: Path) -> Command:
     """Runs ``sglang-musa-ext`` with these arguments, in an empty folder."""
     paths = os.pathsep.join([musa_environment["PYTHONPATH"], str(ROOT)])
     environment = {**os.environ, **musa_environment, "PYTHONPATH": paths}
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "sglang_musa_ext", *arguments],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=900,
-            check=False,
-        )
+        words = [sys.executable, "-m", "sglang_musa_ext", *arguments]
+        return warm.run(words, cwd=tmp_path, env=environment, timeout=900)
 
     return run
 
