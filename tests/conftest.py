@@ -53,14 +53,16 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the files that boot engines, and among like files with those of most tests, so
-    that no process is left with a long one when the others have nothing to do.
+    """Begin with the files that boot engines, the largest first, then those of fewest tests, which
+    are the ones that start processes. The last ones are quick, so that no process is left with a
+    long one when the others have nothing to do.
     """
     booting = {item.path for item in items if item.get_closest_marker("engine")}
     counts = Counter(item.path for item in items)
 
     def turn(item: pytest.Item) -> tuple[bool, int, Path]:
-        return item.path not in booting, -counts[item.path], item.path
+        is_quick = item.path not in booting
+        return is_quick, counts[item.path] * (1 if is_quick else -1), item.path
 
     items.sort(key=turn)
 

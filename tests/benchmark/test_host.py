@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import io
-import subprocess
 import sys
 
 from sglang_musa_ext.__main__ import main
 from sglang_musa_ext.benchmark import host
 from tests.support.engine import EngineServer
+from tests.support.warm import WarmPython
 
 COMMAND = ("bench", "host", "--turns", "4")
 
@@ -19,10 +19,9 @@ PEERS = (
 )  # fmt: skip
 
 
-def test_the_command_runs_anywhere() -> None:
+def test_the_command_runs_anywhere(warm: WarmPython) -> None:
     """It needs no setting, and has a row for each backend in each mode."""
-    command = (sys.executable, "-m", "sglang_musa_ext", *COMMAND)
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    ran = warm.run([sys.executable, "-m", "sglang_musa_ext", *COMMAND])
     assert ran.returncode == 0, ran.stderr
     require_every_backend(ran.stdout)
 
