@@ -21,7 +21,12 @@ from tests.support.layers import (
 
 @pytest.fixture
 def own_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Backends share a workspace of a size that no other test asks for."""
+    """Backends share a workspace of a size that no other test asks for.
+
+    Backends of other tests may be there for good: modules of SGLang keep the error of an import
+    that they can do without (``torch_memory_saver``), and with it every frame of whatever test
+    imported them first.
+    """
     monkeypatch.setenv(envs.MLA_WORKSPACE_MB, "7")
 
 
