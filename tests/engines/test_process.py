@@ -67,8 +67,10 @@ def test_an_engine_that_cannot_boot_says_why(tmp_path: Path) -> None:
 
 
 LEFT = """
-import multiprocessing, sys, time
+import multiprocessing, signal, sys, time
 from sglang_musa_ext.engines.process import ending_with_its_processes
+# A shell has what it starts in the background ignore it; SGLang has a handler.
+signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 multiprocessing.set_start_method("fork")
 child = multiprocessing.Process(target=time.sleep, args=(float(sys.argv[1]),), daemon=True)
 child.start()
