@@ -14,16 +14,16 @@ import importlib
 import importlib.util
 import os
 import sys
-import types
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from sglang_musa_ext import patching
 from sglang_musa_ext.cpu import trees
 from sglang_musa_ext.cpu.host_memory import pin_nothing
 
@@ -286,25 +286,22 @@ def _keep_language_patched() -> None:
     import triton.language as tl
     from triton.runtime import interpreter
 
-    module: Any = interpreter
-    patch = module._patch_lang
-    if hasattr(patch, "behind"):
-        return
     behind: set[int] = set()
-    nothing_to_restore = types.SimpleNamespace(restore=lambda: None)
+    nothing_to_restore = SimpleNamespace(restore=lambda: None)
 
-    def patch_once(function: Any) -> Any:
-        """Patch what ``function`` sees of the language, unless that was done."""
-        seen = {
-            id(value) for value in function.__globals__.values() if value is tl or value is tl.core
-        }
-        if not seen <= behind:
-            patch(function)
-            behind.update(seen)
-        return nothing_to_restore
+    def patching_once(patch: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        def patch_once(function: Any) -> Any:
+            """Patch what ``function`` sees of the language, unless that was done."""
+            values = function.__globals__.values()
+            seen = {id(value) for value in values if value is tl or value is tl.core}
+            if not seen <= behind:
+                patch(function)
+                behind.update(seen)
+            return nothing_to_restore
 
-    patch_once.behind = behind  # type: ignore[attr-defined]
-    module._patch_lang = patch_once
+        return patch_once
+
+    patching.wrap(interpreter, "_patch_lang", patching_once)
 
 
 # libdevice's names of what NumPy can compute. ``fast_*`` are approximations on a GPU.
