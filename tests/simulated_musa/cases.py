@@ -62,21 +62,25 @@ def prompts(*lengths: int, new_tokens: int = 8) -> tuple[Request, ...]:
 
 
 SHARED = tokens(1500, seed=77)
-LONG = (
-    # Long and short ones swap places, so that a plan of the batch before is wrong for the next one.
-    (Request(tokens(900, 1)), Request(tokens(40, 2))),
-    (Request(tokens(30, 3)), Request(tokens(1100, 4))),
-    (Request(SHARED),),
-    (Request(SHARED[:1400] + tokens(100, 5)), Request(tokens(200, 6))),
-)
-"""Requests whose contexts are of several splits, the last ones with a prefix that is cached."""
-LESS_LONG = (
-    (Request(tokens(520, 1)), Request(tokens(40, 2))),
-    (Request(tokens(30, 3)), Request(tokens(600, 4))),
-    (Request(SHARED[:700]),),
-    (Request(SHARED[:640] + tokens(100, 5)), Request(tokens(200, 6))),
-)
-"""The same for MLA, a token of which takes Triton's interpreter longest, also in chunks of 512."""
+
+
+def swapping(first: int, second: int, prefix: int, cached: int) -> tuple[tuple[Request, ...], ...]:
+    """Return requests whose contexts are of several splits: two of these many tokens, one of
+    ``prefix`` and one that has ``cached`` of them in common with it.
+
+    Long and short ones swap places, so that a plan of the batch before is wrong for the next one.
+    """
+    return (
+        (Request(tokens(first, 1)), Request(tokens(40, 2))),
+        (Request(tokens(30, 3)), Request(tokens(second, 4))),
+        (Request(SHARED[:prefix]),),
+        (Request(SHARED[:cached] + tokens(100, 5)), Request(tokens(200, 6))),
+    )
+
+
+LONG = swapping(900, 1100, prefix=1500, cached=1400)
+LESS_LONG = swapping(520, 600, prefix=700, cached=640)
+"""For MLA, a token of which takes Triton's interpreter longest; also in chunks of 512."""
 # A graph of a whole prefill has room for one request in each 512 tokens of a chunk.
 ONE_BY_ONE = (LONG[0][:1], LONG[2], LONG[3][:1])
 PREFIX = SHARED[:192]
