@@ -22,8 +22,8 @@ from sglang_musa_ext import patching
 from sglang_musa_ext.kernels.reference import RefusedType, RefusedValue
 from tests.support.backend import Model, attention_layer, mla_layer, replace_kernels
 from tests.support.engine import EngineCase, EngineServer, Request, ask_engine
+from tests.support.forks import fork_always
 from tests.support.tiny_models import llama, tokens
-from tests.support.warm import fork_always
 
 FAULTS = {
     "out of memory": torch.OutOfMemoryError("MUSA out of memory. Tried to allocate 2.00 GiB"),

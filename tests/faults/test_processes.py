@@ -25,8 +25,9 @@ from typing import Any
 import pytest
 
 from tests.support.engine import EngineCase, EngineServer, Request, booted
+from tests.support.forks import fork_always
 from tests.support.tiny_models import llama, tokens
-from tests.support.warm import WarmPython, fork_always
+from tests.support.warm import WarmPython
 
 ON = {"SGLANG_MUSA_EXT": "on", "SGLANG_MUSA_EXT_KERNELS": "reference"}
 # One process imports SGLang and forks for each case, so that each loads the plugin anew.

@@ -23,8 +23,8 @@ from tests.support.engine import (
     booted,
     reports_of,
 )
+from tests.support.forks import fork_always
 from tests.support.tiny_models import SMALL, VOCABULARY, EagleDraft, TinyModel, llama
-from tests.support.warm import fork_always
 
 NEAR_TIE = 1e-3
 """Where two tokens are this close in log-probability, either is right, and the talk goes on apart.

@@ -14,8 +14,8 @@ from tests.support.engine import (
     ask_booted,
     booted,
 )
+from tests.support.forks import fork_always
 from tests.support.ports import held_port
-from tests.support.warm import fork_always
 
 HALVES = ("prefill", "decode")
 SECONDS = 100.0

@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import gc
 import importlib
 import json
 import os
@@ -22,27 +21,30 @@ import pickle
 import signal
 import subprocess
 import sys
-import tempfile
-import time
 import traceback
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from multiprocessing.connection import Client, Connection, Listener
+from multiprocessing.connection import Connection, Listener
 from pathlib import Path
 from typing import Any
 
 from sglang_musa_ext import envs
 from sglang_musa_ext.engines.process import ending_with_its_processes
 from tests.support import tiny_models
+from tests.support.forks import (
+    ForkServer,
+    TaskFailed,
+    fork_always,
+    freeze_imports,
+    kill_group,
+    start,
+    use_one_thread_in_forks,
+)
 from tests.support.ports import held_port
 from tests.support.tiny_models import TinyModel
-from tests.support.warm import fork_always, use_one_thread_in_forks
 
-ROOT = Path(__file__).resolve().parents[2]
-IMPORT_SECONDS = 300.0
-"""SGLang's imports take 10 to 60 seconds, according to the machine's load."""
-
+THIS_MODULE = "tests.support.engine"
 ENVIRONMENT = {
     "SGLANG_PLATFORM": "musa_reference",
     # A tiny model gains nothing from threads, and two engines run at once.
@@ -153,30 +155,24 @@ class EngineRun:
         return statistics
 
 
-class EngineFailed(AssertionError):
-    """A task raised, died or took too long; the text ends with the end of its log."""
-
-    def __init__(self, what: str, log: Path) -> None:
-        self.log = log.read_text(errors="replace") if log.exists() else ""
-        super().__init__(f"{what}\n--- end of its log ---\n{self.log[-6000:]}")
+class EngineFailed(TaskFailed):
+    """A task of an :class:`EngineServer` raised, died or took too long."""
 
 
-class EngineServer:
+class EngineServer(ForkServer):
     """A process that has imported SGLang, and forks one for each task."""
+
+    failure = EngineFailed
 
     def __init__(self, directory: Path, environment: Mapping[str, str] = ENVIRONMENT) -> None:
         """Start it; models and logs go to ``directory``, ``environment`` over this process's."""
-        self._directory = directory
+        super().__init__(THIS_MODULE, directory, _environ(environment))
         self._environment = environment
-        # A socket's path is limited to some hundred characters: not every directory will do.
-        self._address = str(Path(tempfile.mkdtemp(prefix="engine-")) / "socket")
-        self._log = self._directory / "server.log"
         self.last_log = self._log
         """Of the task that was sent last."""
         self._tasks = 0
         self._models: dict[str, Path] = {}
         self._known: dict[tuple[str, tuple[int, ...], int], Any] = {}
-        self._process = _start([*_THIS_MODULE, self._address], self._log, environment)
 
     def run(self, case: EngineCase, *, timeout: float = 120.0) -> EngineRun:
         """Boot the engine of ``case`` in a forked process, and get what it answers.
@@ -197,7 +193,7 @@ class EngineServer:
             try:
                 return self._reply(connection, function.__name__, log, timeout)
             finally:
-                _kill_group(task)
+                kill_group(task)
 
     def spawn(self, case: EngineCase, *, timeout: float = 300.0) -> EngineRun:
         """Run in a fresh Python whose engine spawns its processes, as outside of tests."""
@@ -207,7 +203,7 @@ class EngineServer:
         )
         question.write_bytes(pickle.dumps(case))
         log = self._directory / f"{self._tasks}-spawned.log"
-        command = [*_THIS_MODULE, "--spawn", str(question), str(answer)]
+        command = [sys.executable, "-m", THIS_MODULE, "--spawn", str(question), str(answer)]
         with started(command, log, self._environment) as process:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(timeout)
@@ -244,11 +240,6 @@ class EngineServer:
             self._known.update(zip(new, answers, strict=True))
         return [self._known[key] for key in asked]
 
-    def close(self) -> None:
-        """End the server; every task of it has been ended already."""
-        _kill_group(self._process.pid)
-        self._process.wait()
-
     def _reply(self, connection: Connection[Any, Any], name: str, log: Path, timeout: float) -> Any:
         if not connection.poll(timeout):
             raise EngineFailed(f"{name} took more than {timeout:.0f} s.", log)
@@ -259,15 +250,6 @@ class EngineServer:
         if error is not None:
             raise EngineFailed(f"{name} raised:\n{error}", log)
         return result
-
-    def _connect(self) -> Connection[Any, Any]:
-        """A connection to the server, as soon as it has imported SGLang."""
-        deadline = time.monotonic() + IMPORT_SECONDS
-        while time.monotonic() < deadline and self._process.poll() is None:
-            with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
-                return Client(self._address)
-            time.sleep(0.1)
-        raise EngineFailed("The process that imports SGLang did not come up.", self._log)
 
 
 def post(url: str, body: Mapping[str, Any], *, timeout: float = 120.0) -> Any:
@@ -285,35 +267,17 @@ def started(
     """``command`` running under the CPU reference platform, or in another ``environment``, its
     output in ``log``; ended with its children.
     """
-    process = _start(command, log, environment)
+    process = start(command, log, _environ(environment))
     try:
         yield process
     finally:
-        _kill_group(process.pid)
+        kill_group(process.pid)
         process.wait()
 
 
-_THIS_MODULE = (sys.executable, "-m", "tests.support.engine")
-
-
-def _start(
-    command: Sequence[str], log: Path, environment: Mapping[str, str]
-) -> subprocess.Popen[bytes]:
-    with log.open("w") as stream:
-        return subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env={**os.environ, **ENDS_AT_ONCE, **environment},
-            stdin=subprocess.DEVNULL,
-            stdout=stream,
-            stderr=stream,
-            start_new_session=True,
-        )
-
-
-def _kill_group(leader: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(leader, signal.SIGKILL)
+def _environ(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the whole environment of a process that has ``environment`` over this one's."""
+    return {**os.environ, **ENDS_AT_ONCE, **environment}
 
 
 # In the server's process
@@ -323,9 +287,7 @@ def _kill_group(leader: int) -> None:
 def serve(address: str) -> None:
     """Import SGLang, then fork a process for each connection to ``address``."""
     import_engine()
-    # What was imported stays: a fork's garbage collector neither looks at it nor copies its pages.
-    gc.collect()
-    gc.freeze()
+    freeze_imports()
     # Finished tasks are reaped by the kernel.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     with Listener(address) as listener:

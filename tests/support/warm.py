@@ -12,27 +12,27 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import gc
 import importlib
 import inspect
-import multiprocessing
 import os
 import runpy
-import signal
 import subprocess
 import sys
-import tempfile
-import time
 import traceback
 from collections.abc import Mapping, Sequence
-from multiprocessing.connection import Client, Connection, Listener
+from multiprocessing.connection import Listener
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
-ROOT = Path(__file__).resolve().parents[2]
-IMPORT_SECONDS = 300.0
-"""The imports take 10 to 60 seconds, according to the machine's load."""
+from tests.support.forks import (
+    ForkServer,
+    fork_always,
+    freeze_imports,
+    kill_group,
+    use_one_thread_in_forks,
+)
+
 LIBRARIES = (
     "torch._dynamo",
     "torch._inductor.compile_fx",
@@ -63,21 +63,12 @@ OURS = ("sglang_musa_ext", "tests")
 """Packages that a command imports anew, whatever this module has imported."""
 
 
-class WarmPython:
+class WarmPython(ForkServer):
     """A process that forks for each command, one at a time."""
 
     def __init__(self, directory: Path) -> None:
         """Start it; outputs go through files of ``directory``."""
-        self._directory = directory
-        # A socket's path is limited to some hundred characters: not every directory will do.
-        self._address = str(Path(tempfile.mkdtemp(prefix="warm-")) / "socket")
-        self._log = directory / "warm.log"
-        with self._log.open("w") as stream:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", __name__, self._address], cwd=ROOT,
-                env={**os.environ, **ENVIRONMENT},
-                stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, start_new_session=True,
-            )  # fmt: skip
+        super().__init__(__name__, directory, {**os.environ, **ENVIRONMENT})
 
     def run(
         self,
@@ -108,8 +99,7 @@ class WarmPython:
             task = connection.recv()
             expired = not connection.poll(timeout)
             # What it has started ends with it.
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(task, signal.SIGKILL)
+            kill_group(task)
             status = connection.recv()
         stdout, stderr = (Path(name).read_text(errors="replace") for name in outputs)
         if expired:
@@ -118,20 +108,6 @@ class WarmPython:
         if check:
             done.check_returncode()
         return done
-
-    def close(self) -> None:
-        """End it."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-
-    def _connect(self) -> Connection[Any, Any]:
-        deadline = time.monotonic() + IMPORT_SECONDS
-        while time.monotonic() < deadline and self._process.poll() is None:
-            with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
-                return Client(self._address)
-            time.sleep(0.1)
-        raise AssertionError(f"The warm Python did not come up: {self._log.read_text()[-3000:]}")
 
 
 # --- in its process -------------------------------------------------------------------------------
@@ -142,9 +118,7 @@ def serve(address: str) -> None:
     for name in LIBRARIES:
         importlib.import_module(name)
     use_one_thread_in_forks()
-    # What was imported stays: a fork's garbage collector neither looks at it nor copies its pages.
-    gc.collect()
-    gc.freeze()
+    freeze_imports()
     with Listener(address) as listener:
         while True:
             with listener.accept() as connection:
@@ -224,23 +198,6 @@ def run_main(*words: str) -> None:
 def _can_fork(words: Sequence[str]) -> bool:
     """Return whether these arguments of Python are those that :func:`run_main` takes."""
     return words[0] in ("-m", "-c") or not words[0].startswith("-")
-
-
-def fork_always() -> None:
-    """Let SGLang's processes be forks of the one that starts them; it asks for spawned ones."""
-    multiprocessing.set_start_method("fork", force=True)
-    multiprocessing.set_start_method = lambda *_, **__: None
-
-
-def use_one_thread_in_forks() -> None:
-    """Have PyTorch's thread pool made where there is one thread.
-
-    PyTorch makes it anew at the first use after a fork, and not under a lock: an engine whose
-    loader's threads are that first use now and then dies of "Invalid thread pool!".
-    """
-    import torch
-
-    os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 
 class ForkingPopen(subprocess.Popen[Any]):
