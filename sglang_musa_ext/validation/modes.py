@@ -86,7 +86,7 @@ CHAIN = {"speculative_num_steps": 3, "speculative_eagle_topk": 1, "speculative_n
 TREE = {"speculative_num_steps": 3, "speculative_eagle_topk": 4, "speculative_num_draft_tokens": 8}
 FP8 = {"page_size": 64, "kv_cache_dtype": "fp8_e4m3"}
 EXPERTS = {"first_k_dense_replace": 1}
-# SGLang turns this fusion on for DeepSeek's models over several GPUs, and it has nothing to do with
+# SGLang turns this fusion on for some models over several GPUs, and it has nothing to do with
 # attention. The first engine compiles it for minutes, while the others wait.
 UNFUSED = {"enforce_disable_flashinfer_allreduce_fusion": True}
 OVERLAP = {
@@ -160,7 +160,7 @@ MODES: Mapping[str, Mode] = {
         "llama", {"tp_size": 2, "page_size": 1, **EAGLE_TREE}, plans=(1, 2), draft="eagle"
     ),
     "tp2-window-softcap": _on_two("gemma2", {"tp_size": 2}, plans=(2,)),
-    "tp2-window-sinks": _on_two("gpt_oss", {"tp_size": 2}, plans=(2,)),
+    "tp2-window-sinks": _on_two("gpt_oss", {"tp_size": 2, **UNFUSED}, plans=(2,)),
     "dp2": _on_two("llama", {"dp_size": 2}, plans=(1,), singly=True),
     "dp-attention": _on_two("deepseek_v3", DP_ATTENTION, changes=EXPERTS, singly=True),
     "dp-attention-mtp": _on_two(
