@@ -26,10 +26,10 @@ from typing import Any
 import pytest
 
 from sglang_musa_ext import envs
+from sglang_musa_ext.engines.ports import held_port
 from tests.support import nvidia_state, process_state
 from tests.support.engine import EngineFailed, post, started
 from tests.support.isolation import NAME, differences, install_package, link_libraries
-from tests.support.ports import held_port
 from tests.support.releases import require_release
 
 INSTALLED = "installed"

@@ -25,7 +25,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from sglang_musa_ext.engines import changes
+from sglang_musa_ext.engines import changes, ports
 
 GRAPH_SIZES = ("cuda_graph_bs_decode", "cuda_graph_bs")
 LARGEST_GRAPH = ("cuda_graph_max_bs_decode", "cuda_graph_max_bs")
@@ -41,9 +41,17 @@ FORCE_UPDATE = "SGLANG_MUSA_FA3_FORCE_UPDATE_METADATA"
 class EngineDied(RuntimeError):
     """An engine's process ended, or said that it could not do what it was asked."""
 
+    def __init__(self, what: str, log: str = "") -> None:
+        """Say what; ``log`` is the output of an engine that ended by itself."""
+        super().__init__(what)
+        self.log = log
+
 
 class Engine:
-    """An engine in a process of its own, which boots on while others do; questions wait for it."""
+    """An engine in a process of its own, which boots on while others do; questions wait for it.
+
+    Its ranks meet at a port that no other process gets while it lives.
+    """
 
     def __init__(
         self,
@@ -60,34 +68,53 @@ class Engine:
             log: where its output goes; ``None``: where ours goes.
             patience: seconds that an answer may take; ``None``: any time.
         """
+        self._held = contextlib.ExitStack()
+        port = self._held.enter_context(ports.held_port())
+        self._arguments = {**arguments, **ports.rendezvous(arguments, port)}
+        inherited = {name: value for name, value in os.environ.items() if name != FORCE_UPDATE}
+        self._environ = inherited | dict(environ)
+        self._ready, self._killed, self._patience, self._log = False, False, patience, log
+        if log is not None:
+            log.write_text("")
+        self._start()
+
+    def _start(self) -> None:
         reading, writing = os.pipe()
         command = [
             sys.executable,
             "-m",
             "sglang_musa_ext.engines.process",
-            json.dumps(arguments),
+            json.dumps(self._arguments),
             str(writing),
         ]
-        inherited = {name: value for name, value in os.environ.items() if name != FORCE_UPDATE}
-        output = contextlib.nullcontext() if log is None else log.open("w")
+        output = contextlib.nullcontext() if self._log is None else self._log.open("a")
         with output as stream:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, pass_fds=[writing], text=True,
-                env=inherited | dict(environ),
-                stdout=stream, stderr=stream,
+                env=self._environ, stdout=stream, stderr=stream,
             )  # fmt: skip
         os.close(writing)
         self._answers = os.fdopen(reading)
-        self._ready, self._patience, self._log = False, patience, log
+
+    def _start_again(self) -> None:
+        """Start a process in place of the one that could not listen on one of its ports."""
+        self._end()
+        note = "Another process had one of this engine's ports: it is started again.\n"
+        if self._log is None:
+            sys.stderr.write(note)
+        else:
+            with self._log.open("a") as stream:
+                stream.write(note)
+        self._start()
 
     def wait(self) -> Engine:
-        """Return when the engine is up.
+        """Return when the engine is up; it is started again if one of its ports was taken.
 
         Raises:
             EngineDied: with its error.
         """
         if not self._ready:
-            self._read()
+            ports.with_other_ports(self._read, EngineDied, self._start_again)
             self._ready = True
         return self
 
@@ -137,19 +164,24 @@ class Engine:
     def kill(self) -> None:
         """End its process at once; whoever waits for an answer gets an :class:`EngineDied`."""
         # What it started ends with it: SGLang's processes watch their parent.
+        self._killed = True
         self._process.kill()
 
     def close(self) -> None:
         """End it and wait: in order if it serves, at once if it still boots."""
-        assert self._process.stdin is not None
         if not self._ready:
             self.kill()
+        self._end()
+        self._held.close()
+
+    def _end(self) -> None:
+        assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
         try:
             self._process.wait(60)
         except subprocess.TimeoutExpired:
-            self.kill()
+            self._process.kill()
             self._process.wait()
         self._answers.close()
 
@@ -170,12 +202,19 @@ class Engine:
         if not line:
             raise EngineDied(
                 f"The engine's process ended with status {self._process.wait()}. "
-                f"{self._last_error()}"
+                f"{self._last_error()}",
+                self._output(),
             )
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
-            raise EngineDied(f"{answer['error']} {self._last_error()}")
+            raise EngineDied(f"{answer['error']} {self._last_error()}", self._output())
         return answer
+
+    def _output(self) -> str:
+        """Return what it wrote; nothing if it was killed, or if its output is ours."""
+        if self._killed or self._log is None or not self._log.is_file():
+            return ""
+        return self._log.read_text(errors="replace")
 
     def _last_error(self) -> str:
         return "Its output says why." if self._log is None else f"Its log: {last_error(self._log)}"

@@ -64,15 +64,25 @@ def run_cases(
     device: torch.device | None,
     done: Collection[str],
     emit: Emit,
+    total: int | None = None,
 ) -> None:
     """Run and report each case that is not done yet.
 
     After a case that hurt the device, nothing of this process can be believed: it ends, and another
     one goes on.
+
+    Args:
+        cases: names, and what gives their outcomes.
+        device: the one that a case may hurt.
+        done: names of those that another process ran.
+        emit: takes the messages.
+        total: how many cases there are, if each comes when it can be run.
     """
-    listed = list(cases)
-    emit({"total": len(listed)})
-    for name, case in listed:
+    if total is None:
+        cases = list(cases)
+        total = len(cases)
+    emit({"total": total})
+    for name, case in cases:
         if name in done:
             continue
         emit({"start": name})

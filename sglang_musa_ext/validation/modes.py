@@ -26,14 +26,15 @@ import json
 import os
 import threading
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from sglang_musa_ext.engines.changes import PLANS, WEIGHTS
 from sglang_musa_ext.engines.models import write_model
+from sglang_musa_ext.engines.ports import LOOPBACK, held_block
 from sglang_musa_ext.engines.process import FORCE_UPDATE, Engine, EngineDied
 from sglang_musa_ext.validation import several
 from sglang_musa_ext.validation.engine import (
@@ -49,6 +50,8 @@ from sglang_musa_ext.validation.refusals import why_not_on_musa
 from sglang_musa_ext.validation.report import FAIL, PASS, SKIP, Outcome, total
 
 Emit = Callable[[Mapping[str, Any]], None]
+Case = tuple[str, Callable[[], Outcome]]
+"""A case's name, and what gives its outcome."""
 PART = "modes"
 
 
@@ -189,7 +192,7 @@ GRAPHS = [1, 2, 4, 8]
 ENVIRON = {
     "SGLANG_ENABLE_JIT_DEEPGEMM": "0",
     "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0",
-    "SGLANG_HOST_IP": several.LOOPBACK,
+    "SGLANG_HOST_IP": LOOPBACK,
 }
 """Defaults of the environment: FP8 in attention alone, GPUs shared with other engines, and servers
 that are apart on this machine.
@@ -198,8 +201,6 @@ BYTES = 6 << 30
 """Device memory that an engine is counted with."""
 SECONDS = 600.0
 """The longest time from an engine's start to its end."""
-FIRST_PORT, PORTS = 21000, 50
-"""Where the ports of engines that talk over TCP begin, and how many each has for itself."""
 
 
 class BackendChoice(NamedTuple):
@@ -366,6 +367,17 @@ class Fleet:
             peer = "this package without reuse of plans" if choice.fresh else "SGLang's own fa3"
             raise Missing(f"{peer} does not serve this: {error}") from error
 
+    def completed(self, names: Iterable[str]) -> Iterator[str]:
+        """Yield each of these modes when all its engines have answered or ended."""
+        waiting = dict.fromkeys(names)
+        while waiting:
+            going_on = [key for key, future in self._asked.items() if not future.done()]
+            unfinished = {name for name, _ in going_on}
+            for name in [name for name in waiting if name not in unfinished]:
+                del waiting[name]
+                yield name
+            wait([self._asked[key] for key in going_on], return_when=FIRST_COMPLETED)
+
     def close(self) -> None:
         """Start no more engines, and wait for those that are up."""
         self._pool.shutdown(cancel_futures=True)
@@ -387,23 +399,25 @@ class Fleet:
     def _engine(
         self, name: str, choice: BackendChoice, number: int, log: Path
     ) -> Iterator[several.Server]:
-        server = self._started(name, choice, number, log)
-        # A server that hangs must not hang the others' cases.
-        alarm = threading.Timer(SECONDS, server.kill)
-        alarm.start()
-        try:
-            yield server.wait()
-        finally:
-            alarm.cancel()
-            server.close()
+        with held_block() as port:
+            server = self._started(name, choice, number, log, port)
+            # A server that hangs must not hang the others' cases.
+            alarm = threading.Timer(SECONDS, server.kill)
+            alarm.start()
+            try:
+                yield server.wait()
+            finally:
+                alarm.cancel()
+                server.close()
 
-    def _started(self, name: str, choice: BackendChoice, number: int, log: Path) -> several.Server:
+    def _started(
+        self, name: str, choice: BackendChoice, number: int, log: Path, port: int
+    ) -> several.Server:
         """Start the engines of a server, each on its part of the mode's GPUs."""
         mode = MODES[name]
         cards = [self.cards[(number + index) % len(self.cards)] for index in range(mode.gpus)]
         environ = {key: os.environ.get(key, value) for key, value in ENVIRON.items()}
         environ |= {WEIGHTS: "1"} | choice.environ
-        port = FIRST_PORT + PORTS * (number % 200)
         arguments = self._arguments(name, choice, number)
         parts = several.parts(mode.nodes, port, apart=mode.apart)
         share = mode.gpus // len(parts)
@@ -488,19 +502,19 @@ class ModeCases:
     def __init__(self, fleet: Fleet, peers: Peers = PEERS_ON["cuda"]) -> None:
         self.fleet, self.peers = fleet, peers
 
-    def cases(
-        self, names: Sequence[str], done: Collection[str]
-    ) -> list[tuple[str, Callable[[], Outcome]]]:
-        """The cases of modes, by name. Their engines are all asked for at once."""
+    def cases(self, names: Sequence[str], done: Collection[str]) -> dict[str, list[Case]]:
+        """Return the cases of each mode. Their engines are all asked for at once, in this order."""
         judges = {name: self._of_mode(name) for name in names}
         for name, cases in judges.items():
             if set(cases) - set(done):
                 self.fleet.begin(name, self._choices(name))
-        return [
-            (case, functools.partial(guarded, PART, case, functools.partial(judge, name)))
+        return {
+            name: [
+                (case, functools.partial(guarded, PART, case, functools.partial(judge, name)))
+                for case, judge in cases.items()
+            ]
             for name, cases in judges.items()
-            for case, judge in cases.items()
-        ]
+        }
 
     def _choices(self, name: str) -> list[BackendChoice]:
         mode = MODES[name]
@@ -747,7 +761,7 @@ def run(options: argparse.Namespace, done: Collection[str], emit: Emit) -> None:
     from sglang_musa_ext.validation.device import find_device, run_cases
 
     device = str(find_device(options))
-    names = [name for name in MODES if not options.modes or name in options.modes]
+    names = list(dict.fromkeys(options.modes or MODES))
     cards: list[str] = []
     kind = device.partition(":")[0]
     peers = PEERS_ON.get(kind, PEERS_ON["cuda"])
@@ -764,11 +778,15 @@ def run(options: argparse.Namespace, done: Collection[str], emit: Emit) -> None:
     jobs = 1 if why else options.jobs or default_jobs(len(cards), most, kind)
     fleet = Fleet(options, cards, jobs, emit, peers.visible)
     try:
-        cases = ModeCases(fleet, peers).cases([name for name in names if name not in skipped], done)
-        cases += [
+        served = [name for name in names if name not in skipped]
+        cases: list[Case] = [
             (name, functools.partial(Outcome, PART, name, SKIP, reasons[name])) for name in skipped
         ]
-        run_cases(cases, None, done, emit)
+        by_mode = ModeCases(fleet, peers).cases(served, done)
+        total = len(cases) + sum(map(len, by_mode.values()))
+        # A mode that hangs must not keep back what is known of the others.
+        answered = (case for name in fleet.completed(served) for case in by_mode[name])
+        run_cases(itertools.chain(cases, answered), None, done, emit, total)
     finally:
         fleet.close()
 

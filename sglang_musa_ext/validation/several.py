@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from sglang_musa_ext.engines.ports import LOOPBACK
 from sglang_musa_ext.engines.process import Engine
 
-LOOPBACK = "127.0.0.1"
-# What the engines of a server listen on, beyond the first of its ports. SGLang derives some more
-# from the first two of these, and counts those of data-parallel attention from 233 on.
+# What the engines of a server listen on, beyond the first port of its block. SGLang derives those
+# of data-parallel attention from the first two of these.
 RENDEZVOUS, SECOND_ENGINE, BOOTSTRAP = 1, 10, 20
 HALVES = ("prefill", "decode")
 

@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 
 from sglang_musa_ext import envs
+from sglang_musa_ext.engines.ports import held_port
 from tests.engine.test_engine_modes import MLA_DENSE
 from tests.support import tiny_models
 from tests.support.answers import require_tokens_of_another, require_tokens_of_transformers
@@ -36,7 +37,6 @@ from tests.support.engine import (
     started,
 )
 from tests.support.plan_table import note_plans
-from tests.support.ports import held_port
 from tests.support.tiny_models import TinyModel, llama, tokens
 
 pytestmark = pytest.mark.engine

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from sglang_musa_ext import envs, ranks
+from sglang_musa_ext.engines.ports import held_port
 from tests.support.answers import require_tokens_of_transformers
 from tests.support.engine import EngineCase, EngineFailed, EngineServer, Request
-from tests.support.ports import held_port
 from tests.support.tiny_models import llama, tokens
 
 pytestmark = pytest.mark.engine

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +67,119 @@ def test_an_engine_that_cannot_boot_says_why(tmp_path: Path) -> None:
             engine.ask([[4]], 1)
     finally:
         engine.close()
+
+
+STAND_IN = """
+import os, pathlib, socket
+
+class Engine:
+    'Looks for a free port if it is told of none, as SGLang does, and listens there later.'
+
+    def __init__(self, nccl_port=None, fault=None, **_):
+        counter = pathlib.Path(os.environ["STARTS"])
+        starts = int(counter.read_text()) if counter.exists() else 0
+        counter.write_text(str(starts + 1))
+        if fault:
+            raise RuntimeError(fault)
+        self.port = nccl_port or int(os.environ["FREE_PORTS"].split(",")[starts])
+        self.server = socket.socket()
+        self.server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.server.bind(("127.0.0.1", self.port))
+        self.server.listen()
+
+    def get_server_info(self):
+        return {"internal_states": [{"port": self.port}]}
+
+    def shutdown(self):
+        self.server.close()
+"""
+
+
+class OfStandIn:
+    """Engines of a stand-in for SGLang, which imports in no time; ``free`` are ports it finds."""
+
+    def __init__(self, folder: Path, *free: int) -> None:
+        self.folder, self.log, self.counter = folder, folder / "engine.log", folder / "starts"
+        arguments = folder / "sglang" / "srt" / "server_args.py"
+        arguments.parent.mkdir(parents=True)
+        for module in (folder / "sglang" / "srt" / "__init__.py", arguments):
+            module.write_text("class ServerArgs: pass\n")
+        (folder / "sglang" / "__init__.py").write_text(STAND_IN)
+        self.environ = {
+            "PYTHONPATH": f"{folder}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+            "STARTS": str(self.counter),
+            "FREE_PORTS": ",".join(map(str, free)),
+        }
+
+    def engine(self, **arguments: Any) -> Engine:
+        return Engine(arguments, self.environ, self.log)
+
+    @property
+    def starts(self) -> int:
+        """How many processes were started."""
+        return int(self.counter.read_text())
+
+
+@pytest.fixture
+def occupied() -> Iterator[int]:
+    """A port on which somebody listens."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1]
+
+
+def free_port() -> int:
+    """A port that is free now."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+        return port
+
+
+def test_engines_do_not_meet_at_one_port(tmp_path: Path, occupied: int) -> None:
+    """Also where both would find the same one free, which is in use when they listen; nobody else
+    gets it while they live.
+    """
+    of_stand_in = OfStandIn(tmp_path, occupied, occupied, occupied, occupied)
+    engines = [of_stand_in.engine(), of_stand_in.engine()]
+    try:
+        own = {engine.wait().state()["port"] for engine in engines}
+        assert len(own) == 2
+        for port in own:
+            with socket.socket() as other, pytest.raises(OSError, match="in use"):
+                other.bind(("127.0.0.1", port))
+    finally:
+        for engine in engines:
+            engine.close()
+    assert of_stand_in.starts == 2
+    for port in own:
+        socket.create_server(("127.0.0.1", port)).close()
+
+
+def test_an_engine_whose_port_was_taken_is_started_again(tmp_path: Path, occupied: int) -> None:
+    """Replicas of data parallelism look for ports themselves; the log keeps both starts' words."""
+    of_stand_in = OfStandIn(tmp_path, occupied, free_port())
+    engine = of_stand_in.engine(dp_size=2)
+    try:
+        assert engine.wait().state()["port"] != occupied
+    finally:
+        engine.close()
+    assert of_stand_in.starts == 2
+    assert "Address already in use" in of_stand_in.log.read_text()
+    assert "it is started again" in of_stand_in.log.read_text()
+
+
+@pytest.mark.parametrize(("fault", "starts"), [(None, 2), ("CUDA error: out of memory", 1)])
+def test_an_engine_is_started_again_once_and_for_a_port_alone(
+    fault: str | None, starts: int, tmp_path: Path, occupied: int
+) -> None:
+    """A port that is taken twice, and anything else, is what the caller hears."""
+    of_stand_in = OfStandIn(tmp_path, occupied, occupied)
+    engine = of_stand_in.engine(dp_size=2, fault=fault)
+    try:
+        with pytest.raises(EngineDied, match=fault or "Address already in use"):
+            engine.wait()
+    finally:
+        engine.close()
+    assert of_stand_in.starts == starts
 
 
 LEFT = """

@@ -26,9 +26,9 @@ import aiohttp
 import psutil
 
 from sglang_musa_ext.attention import metrics
+from sglang_musa_ext.engines.ports import held_port
 from tests.support import tiny_models
 from tests.support.engine import EngineFailed, EngineServer, started
-from tests.support.ports import held_port
 from tests.support.tiny_models import VOCABULARY, llama
 
 HOST = "127.0.0.1"

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
+from sglang_musa_ext.engines.ports import held_port
 from tests.simulated_musa import build, cases
 from tests.simulated_musa.cases import CASES, MusaCase, run_case
 from tests.support.engine import EngineFailed, EngineServer
-from tests.support.ports import held_port
 
 pytestmark = pytest.mark.engine
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from sglang_musa_ext.engines.ports import held_port
 from tests.engine import test_apart, test_nodes
 from tests.simulated_musa import cases, stand_ins
 from tests.simulated_musa.cases import BF16, CHUNKS, LIMIT, MusaCase, run_case
 from tests.support.apart import serve_apart
 from tests.support.engine import EngineFailed, EngineServer, Request
-from tests.support.ports import held_port
 from tests.support.tiny_models import tokens
 
 pytestmark = pytest.mark.engine

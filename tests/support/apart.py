@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+from sglang_musa_ext.engines.ports import held_port
 from tests.support.engine import (
     EngineCase,
     EngineRun,
@@ -15,7 +16,6 @@ from tests.support.engine import (
     booted,
 )
 from tests.support.forks import fork_always
-from tests.support.ports import held_port
 
 HALVES = ("prefill", "decode")
 SECONDS = 100.0

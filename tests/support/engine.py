@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_musa_ext import envs
+from sglang_musa_ext.engines.ports import held_port, rendezvous
 from sglang_musa_ext.engines.process import ending_with_its_processes
 from tests.support import tiny_models
 from tests.support.forks import (
@@ -41,7 +42,6 @@ from tests.support.forks import (
     start,
     use_one_thread_in_forks,
 )
-from tests.support.ports import held_port
 from tests.support.tiny_models import TinyModel
 
 THIS_MODULE = "tests.support.engine"
@@ -409,9 +409,7 @@ def booted(case: EngineCase) -> Iterator[Any]:
         case.before_boot()
     arguments = {**case.usual, **case.arguments}
     with held_port() as port:
-        if "dp_size" not in arguments:
-            # Each replica of data parallelism wants a port of its own, and SGLang finds them.
-            arguments["nccl_port"] = port
+        arguments |= rendezvous(arguments, port)
         engine = sglang.Engine(model_path=str(case.model), **arguments)
         try:
             with ending_with_its_processes():

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import pytest
+import torch
 
-from sglang_musa_ext.engines.process import FORCE_UPDATE, Engine
-from sglang_musa_ext.validation import command, modes, several
-from sglang_musa_ext.validation.modes import FIRST_PORT, MODES, PORTS, Mode, _placed, phases
+from sglang_musa_ext.engines.process import FORCE_UPDATE, Engine, EngineDied
+from sglang_musa_ext.validation import command, device, modes, several
+from sglang_musa_ext.validation.modes import MODES, Mode, _placed, phases
 from sglang_musa_ext.validation.refusals import why_not_on_musa
 from sglang_musa_ext.validation.report import (
     ABSENT,
@@ -90,18 +92,6 @@ def test_parts_of_a_server_differ_in_rank_or_role() -> None:
         assert len({part["port"] for part in parts}) == len(parts)
 
 
-def test_ports_of_servers_do_not_meet() -> None:
-    """Engines of a server listen within its own ports, and not where SGLang puts the ports of
-    data-parallel attention of another server: from 233 after its first on.
-    """
-    own = {several.RENDEZVOUS + more for more in range(8)}
-    own |= {0, several.SECOND_ENGINE, several.BOOTSTRAP}
-    theirs = {(233 + more) % PORTS for more in range(10)}
-    assert max(own) < PORTS
-    assert not own & theirs
-    assert FIRST_PORT + 200 * PORTS < 32768
-
-
 @pytest.mark.parametrize("quick", [True, False])
 def test_a_request_goes_to_the_rank_that_has_its_prefix(quick: bool) -> None:
     """Under data-parallel attention both ranks get requests, and a later one with the same
@@ -126,6 +116,61 @@ def test_every_mode_takes_as_many_cards_as_its_engines_need() -> None:
             ranks *= mode.arguments.get("dp_size", 1)
         assert mode.gpus == ranks * (2 if mode.apart else 1)
         assert mode.gpus % engines == 0
+
+
+class HangingEngine(MusaStandIn):
+    """An engine that does not come up, if it serves Gemma, before ``goes_on`` is set."""
+
+    goes_on = threading.Event()
+    modes: ClassVar[dict[int, str]] = {}
+    """By the number of an engine, in the order in which they were to start."""
+
+    def __init__(self, arguments: dict[str, Any], environ: dict[str, str], log: Path) -> None:
+        super().__init__(arguments, environ, log)
+        self.mode, number = Path(arguments["model_path"]).name.split(".")
+        self.modes[int(number)] = self.mode
+
+    def wait(self) -> MusaStandIn:
+        if self.mode == "window-softcap" and not self.goes_on.wait(10):
+            raise EngineDied("it hung")
+        return super().wait()
+
+
+def test_a_mode_that_hangs_keeps_no_other_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Engines start in the order in which modes were given; cases are reported as soon as all
+    engines of a mode have answered.
+    """
+    monkeypatch.setattr(modes, "Engine", HangingEngine)
+    monkeypatch.setattr(device, "find_device", lambda _: "cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    HangingEngine.goes_on.clear()
+    HangingEngine.modes.clear()
+    reported: list[tuple[str, str]] = []
+
+    def emit(message: Any) -> None:
+        if outcome := message.get("outcome"):
+            reported.append((outcome["name"].partition(":")[0], outcome["status"]))
+            # The last of the mode that does not hang.
+            if len(reported) == 5 + 1:
+                HangingEngine.goes_on.set()
+
+    names = ("window-softcap", "tp2", "dense-page1")
+    options = SimpleNamespace(
+        out=str(tmp_path), scratch=str(tmp_path / "models"), quick=True, modes=names, jobs=16,
+        kernels="hopper",
+    )  # fmt: skip
+    modes.run(options, (), emit)  # type: ignore[arg-type]
+    # One plan a pass is right for the model of one kind of layers alone.
+    statuses = {name: [status for mode, status in reported if mode == name] for name in names}
+    assert statuses["dense-page1"] == [PASS] * 5
+    assert statuses["tp2"] == [SKIP]
+    assert "it hung" not in str(statuses)
+    assert [name for name, _ in reported[:6]] == ["tp2"] + ["dense-page1"] * 5
+    assert len(statuses["window-softcap"]) == 6
+    in_order = [HangingEngine.modes[number] for number in range(11)]
+    assert in_order == ["window-softcap"] * 6 + ["dense-page1"] * 5
 
 
 # On MUSA -----------------------------------------------------------------------------------------
@@ -153,7 +198,7 @@ def musa_outcomes(
     peers = modes.PEERS_ON["musa"]
     fleet = modes.Fleet(options, ["0"], 2, lambda _: None, peers.visible)  # type: ignore[arg-type]
     try:
-        cases = modes.ModeCases(fleet, peers).cases([mode], ())
+        cases = modes.ModeCases(fleet, peers).cases([mode], ())[mode]
         outcomes = [case() for _, case in cases]
     finally:
         fleet.close()

@@ -522,7 +522,7 @@ def mode_outcomes(
     emitted: list[Any] = []
     fleet = validate_modes.Fleet(options, ["0", "1"], 2, emitted.append)  # type: ignore[arg-type]
     try:
-        outcomes = [case() for _, case in validate_modes.ModeCases(fleet).cases([mode], ())]
+        outcomes = [case() for _, case in validate_modes.ModeCases(fleet).cases([mode], ())[mode]]
     finally:
         fleet.close()
     assert all("engines done" in message["progress"] for message in emitted)
@@ -781,7 +781,9 @@ def test_the_cases_of_memcheck_are_there() -> None:
 
 
 def test_parts_for_nvidia_gpus_are_skipped_elsewhere(warm: WarmPython, tmp_path: Path) -> None:
-    """A CPU has the reason in place of each mode and each case under the sanitizer."""
+    """A CPU has the reason in place of each mode, in the order in which they were asked for, and of
+    each case under the sanitizer.
+    """
     done, report = run_kit(warm, tmp_path, "--only", "memcheck,modes", "--modes", "eagle,mla")
     assert done.returncode == 2
     reasons = {
@@ -790,8 +792,8 @@ def test_parts_for_nvidia_gpus_are_skipped_elsewhere(warm: WarmPython, tmp_path:
     }
     assert reasons == {("memcheck", SKIP, True), ("modes", SKIP, True)}
     assert [outcome["name"] for outcome in report["outcomes"] if outcome["part"] == "modes"] == [
-        "mla",
         "eagle",
+        "mla",
     ]
 
 

@@ -8,11 +8,9 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from tests.fuzzing.workloads import Workload, WrongTokens, random_workload, run_workload
+from sglang_musa_ext.engines.ports import with_other_ports
+from tests.fuzzing.workloads import WrongTokens, random_workload, run_workload
 from tests.support.engine import EngineFailed, EngineServer
-
-PORT_TAKEN = "EADDRINUSE"
-"""In the log of an engine that could not listen, and so answered nothing."""
 
 
 def engine_job(first: int, stride: int, deadline: float, folder: Path, messages: Any) -> None:
@@ -29,20 +27,11 @@ def engine_job(first: int, stride: int, deadline: float, folder: Path, messages:
     messages.put(("ended", time.monotonic() - began))
 
 
-def _started(server: EngineServer, workload: Workload) -> dict[str, int]:
-    """Run a workload; once more if another process had the port of its engine."""
-    try:
-        return run_workload(server, workload)
-    except EngineFailed as error:
-        if PORT_TAKEN not in error.log:
-            raise
-    return run_workload(server, workload)
-
-
 def _run_seed(server: EngineServer, seed: int, folder: Path, messages: Any) -> None:
     workload = random_workload(seed)
     try:
-        messages.put(("counts", _started(server, workload)))
+        counts = with_other_ports(lambda: run_workload(server, workload), EngineFailed)
+        messages.put(("counts", counts))
     except Exception as error:  # noqa: BLE001 - whatever a workload raises is what is looked for
         path = folder / f"workload-{seed}.txt"
         path.write_text(f"seed {seed}\n{workload}\n\n{traceback.format_exc()}")
