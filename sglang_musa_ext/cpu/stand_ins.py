@@ -8,6 +8,7 @@ because SGLang's own imports need what it prepares.
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import functools
 import importlib
@@ -259,6 +260,8 @@ def interpret_triton() -> None:
     _install_libdevice()
     _take_first_config()
     _keep_language_patched()
+    _compute_types_once()
+    _skip_unread_checks()
 
 
 def _reinterpret_standard_library() -> None:
@@ -302,6 +305,55 @@ def _keep_language_patched() -> None:
         return patch_once
 
     patching.wrap(interpreter, "_patch_lang", patching_once)
+
+
+def _compute_types_once() -> None:
+    """Let the interpreter remember what it works out of a type at every operation: NumPy's type of
+    it, for which it makes a table each time, and the types of blocks.
+    """
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patching.wrap(interpreter, "_get_np_dtype", lambda original: _once(original, _name_of))
+    patching.wrap(
+        interpreter.InterpreterBuilder,
+        "get_block_ty",
+        lambda original: _once(original, lambda _, element, shape: (element.name, tuple(shape))),
+    )
+    patching.wrap(
+        tl.block_type,
+        "with_element_ty",
+        lambda original: _once(original, lambda block, element: (element.name, tuple(block.shape))),
+    )
+
+
+def _once(function: Callable[..., Any], key_of: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``function``, called once for all arguments of which ``key_of`` returns the same."""
+    known: dict[Any, Any] = {}
+
+    def call(*args: Any) -> Any:
+        key = key_of(*args)
+        if key not in known:
+            known[key] = function(*args)
+        return known[key]
+
+    return call
+
+
+def _name_of(dtype: Any) -> str:
+    """Return the name of a type of Triton's, which no other type has."""
+    name: str = dtype.name
+    return name
+
+
+def _skip_unread_checks() -> None:
+    """Ask for checks of integer overflow in debugging mode alone, as nothing else reads their
+    results; they take a third of the interpreter's time.
+    """
+    from triton.runtime.interpreter import interpreter_builder
+
+    options = interpreter_builder.options
+    interpreter_builder.options = dataclasses.replace(options, sanitize_overflow=options.debug)
 
 
 # libdevice's names of what NumPy can compute. ``fast_*`` are approximations on a GPU.

@@ -279,6 +279,43 @@ def test_the_autotuner_takes_its_first_configuration(interpreted: dict[str, Any]
     assert interpreted["block"] == 4
 
 
+def test_what_is_remembered_of_types_is_what_triton_works_out(warm: WarmPython) -> None:
+    """A scalar, a pointer and blocks of each type keep their own NumPy type, and a block of another
+    element or shape is another; overflow is looked for in no kernel, and in debugging mode in all.
+    """
+    assert run_python(
+        warm,
+        """
+        import dataclasses, itertools, json
+        from sglang_musa_ext.cpu import stand_ins
+        from sglang_musa_ext.patching import original_of
+        stand_ins.prepare_process()
+        import triton.language as tl
+        from triton.runtime import interpreter
+
+        builder = interpreter.interpreter_builder
+        scalars = [tl.int1, tl.int8, tl.uint8, tl.int32, tl.uint32, tl.int64, tl.float16,
+                   tl.bfloat16, tl.float32, tl.float64, tl.float8e5]
+        elements = [*scalars, *map(tl.pointer_type, scalars)]
+        wrong = []
+        for _, element, shape in itertools.product("12", elements, [[4], [2, 4], [4, 2]]):
+            fresh = tl.block_type(element, shape)
+            for kept in (builder.get_block_ty(element, shape),
+                         tl.block_type(tl.int16, shape).with_element_ty(element)):
+                same = kept == fresh and kept.name == fresh.name and kept.numel == fresh.numel
+                wrong += [] if same else [fresh.name]
+            for each in (element, fresh):
+                numpys = interpreter._get_np_dtype(each)
+                if numpys != original_of(interpreter._get_np_dtype)(each):
+                    wrong.append(each.name)
+        checked = [builder.options.sanitize_overflow]
+        builder.options = dataclasses.replace(builder.options, debug=True)
+        stand_ins._skip_unread_checks()
+        print(json.dumps([wrong, *checked, builder.options.sanitize_overflow]))
+        """,
+    ) == [[], False, True]
+
+
 # Host and device memory
 # ---------------------------------------------------------------------------
 
