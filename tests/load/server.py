@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import json
 import random
+import runpy
 import sys
 import tempfile
 import time
@@ -28,7 +29,8 @@ import psutil
 from sglang_musa_ext.attention import metrics
 from sglang_musa_ext.engines.ports import held_port
 from tests.support import tiny_models
-from tests.support.engine import EngineFailed, EngineServer, started
+from tests.support.engine import EngineServer
+from tests.support.forks import fork_always
 from tests.support.tiny_models import VOCABULARY, llama
 
 HOST = "127.0.0.1"
@@ -126,7 +128,7 @@ def random_asks(count: int, seed: int) -> list[Ask]:
 
 
 @contextlib.contextmanager
-def serving(model: Path, log: Path) -> Iterator[tuple[str, psutil.Process]]:
+def serving(engines: EngineServer, model: Path) -> Iterator[tuple[str, psutil.Process]]:
     """Yield the URL and the process of a server of ``model`` that is ready."""
     with held_port() as port, held_port() as nccl_port:
         options = {
@@ -135,16 +137,22 @@ def serving(model: Path, log: Path) -> Iterator[tuple[str, psutil.Process]]:
             "--context-length": CONTEXT, "--max-total-tokens": 8192, "--random-seed": 0,
         }  # fmt: skip
         words = [str(word) for option in options.items() for word in option]
-        words.append("--enable-metrics")
-        command = [sys.executable, "-m", "sglang.launch_server", *words]
-        with started(command, log) as process:
-            while "ready to roll" not in log.read_text(errors="replace"):
-                if process.poll() is not None:
-                    raise EngineFailed("The server ended.", log)
+        with engines.running(launch_server, [*words, "--enable-metrics"]) as server:
+            while "ready to roll" not in server.log.read_text(errors="replace"):
+                server.require_running("The server")
                 time.sleep(0.2)
-            yield f"http://{HOST}:{port}", psutil.Process(process.pid)
-            if process.poll() is not None:
-                raise EngineFailed("The server did not outlive its requests.", log)
+            yield f"http://{HOST}:{port}", psutil.Process(server.pid)
+            server.require_running("The server")
+
+
+def launch_server(options: Sequence[str]) -> None:
+    """Do what ``python -m sglang.launch_server`` does with these options, in forks of this process.
+
+    What only fresh ones show is left to ``tests/engine/test_engine.py::test_http_server``.
+    """
+    fork_always()
+    sys.argv = ["sglang.launch_server", *options]
+    runpy.run_module("sglang.launch_server", run_name="__main__")
 
 
 # --- requests -------------------------------------------------------------------------------------
@@ -299,11 +307,11 @@ async def held_by_backends(url: str) -> dict[str, int]:
     return {name: sum(each[name] for each in held) for name in held[0]}
 
 
-def load_server(directory: Path, engines: EngineServer, requests: int, waves: int) -> LoadReport:
+def load_server(engines: EngineServer, requests: int, waves: int) -> LoadReport:
     """Serve a tiny model, and run ``waves`` waves of ``requests`` requests."""
     model = engines.model(llama())
     engines.call(tiny_models.add_tokenizer, model)
-    with serving(model, directory / "server.log") as (url, process):
+    with serving(engines, model) as (url, process):
         return asyncio.run(run_load(url, process, random_asks(requests, seed=1), waves))
 
 
@@ -316,7 +324,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="load-") as folder:
         engines = EngineServer(Path(folder))
         try:
-            report = load_server(Path(folder), engines, options.requests, options.waves)
+            report = load_server(engines, options.requests, options.waves)
         finally:
             engines.close()
     print(f"{report.asked} requests, {report.finished} finished, {report.left} left early")

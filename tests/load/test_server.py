@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -14,9 +13,9 @@ pytest.importorskip("prometheus_client")
 
 
 @pytest.mark.engine
-def test_a_server_under_load_loses_nothing(engines: EngineServer, tmp_path: Path) -> None:
+def test_a_server_under_load_loses_nothing(engines: EngineServer) -> None:
     """Every finished answer is that of the request alone; no request, token, file, plan is left."""
-    report = load_server(tmp_path, engines, requests=24, waves=2)
+    report = load_server(engines, requests=24, waves=2)
     report.require_nothing_lost()
     assert (report.asked, report.finished + report.left) == (48, 48)
     assert report.left > 0

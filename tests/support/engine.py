@@ -159,6 +159,20 @@ class EngineFailed(TaskFailed):
     """A task of an :class:`EngineServer` raised, died or took too long."""
 
 
+@dataclass(frozen=True)
+class RunningTask:
+    """A function that runs in a forked process while its caller does something else."""
+
+    pid: int
+    log: Path
+    connection: Connection[Any, Any]
+
+    def require_running(self, what: str) -> None:
+        """Fail if the function has returned or raised, or its process died."""
+        if self.connection.poll():
+            raise EngineFailed(f"{what} ended.", self.log)
+
+
 class EngineServer(ForkServer):
     """A process that has imported SGLang, and forks one for each task."""
 
@@ -192,6 +206,20 @@ class EngineServer(ForkServer):
             task: int = connection.recv()
             try:
                 return self._reply(connection, function.__name__, log, timeout)
+            finally:
+                kill_group(task)
+
+    @contextlib.contextmanager
+    def running(self, function: Callable[..., Any], *arguments: Any) -> Iterator[RunningTask]:
+        """Run ``function(*arguments)`` in a forked process that ends at the end of the context."""
+        self._tasks += 1
+        log = self.last_log = self._directory / f"{self._tasks}-{function.__name__}.log"
+        log.touch()
+        with self._connect() as connection:
+            connection.send((log, function, arguments))
+            task: int = connection.recv()
+            try:
+                yield RunningTask(task, log, connection)
             finally:
                 kill_group(task)
 
