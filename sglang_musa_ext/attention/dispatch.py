@@ -133,6 +133,8 @@ def _paged_dispatcher(original: Callable[..., Any]) -> Callable[..., Any]:
             if known is not None:
                 if known.raw:
                     k_cache, v_cache = own_keys
+                elif own_keys is not None:
+                    q = q.contiguous()
                 if known.options is None:
                     return known.function(q, k_cache, v_cache, **known.keywords_with(options))
                 return known.function(q, k_cache, v_cache, **known.keywords)

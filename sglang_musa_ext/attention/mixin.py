@@ -39,7 +39,12 @@ from sglang_musa_ext.attention.calls import (
 from sglang_musa_ext.attention.dispatch import RUNNING
 from sglang_musa_ext.attention.metrics import export
 from sglang_musa_ext.attention.plans import SchedulerMetadataCache, Tensors, stream_probe
-from sglang_musa_ext.attention.raw_keys import attends_to_the_batch, new_rows, raw_arguments
+from sglang_musa_ext.attention.raw_keys import (
+    attends_to_the_batch,
+    new_rows,
+    raw_arguments,
+    uncopied,
+)
 from sglang_musa_ext.attention.sampling import OutputSampler
 from sglang_musa_ext.attention.workspace import MLAWorkspace
 from sglang_musa_ext.envs import Settings
@@ -157,6 +162,7 @@ class MusaFA3Mixin:
         # Keys that this forward does not write to the cache may be others than the cache's.
         if self._new_rows is not None and k is not None and save_kv_cache:
             self.own_keys = k, v
+            q = uncopied(q)
         running = RUNNING.stack
         running.append(self)
         # Python calls faster where it has no dict of arguments to unpack.
@@ -224,6 +230,9 @@ class MusaFA3Mixin:
         paged = dict(arguments) if self._check == "output" else None
         site, own_keys = self._site(arguments), self.own_keys
         raw = None if own_keys is None else self._raw_arguments(arguments, own_keys, site)
+        if own_keys is not None and raw is None:
+            # The copy that `uncopied` has kept upstream's forward from making.
+            arguments["q"] = arguments["q"].contiguous()
         if own_keys is None or raw is None:
             result = self._call_with_plan(arguments, site)
         else:

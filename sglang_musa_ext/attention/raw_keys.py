@@ -3,6 +3,9 @@
 A prompt without a prefix attends to the keys that its layers have just computed. Upstream writes
 them to the paged cache and reads them back from there; FA3's ``flash_attn_varlen_func`` reads them
 as they are, which is faster, on MATE above all. The cache is written as before.
+
+Nor are the queries copied: a model's are often a slice of one projection's output, upstream makes a
+copy in one piece of them for every call, and kernels read them by their strides.
 """
 
 from __future__ import annotations
@@ -26,6 +29,39 @@ _OF_THE_CACHE = (
     "num_splits",
 )  # fmt: skip
 """Arguments that say where the keys are and how a read of the cache is split."""
+
+
+class UncopiedQueries:
+    """A layer's queries, whose copy in one piece is left out until something is known to need it.
+
+    It stands for a slice ``(tokens, heads * head_dim)`` in upstream's forward. Asked for a copy in
+    one piece, it is one, and its view is the slice's. All else that the forward does with queries,
+    which the contract with SGLang lists, is done with the slice.
+    """
+
+    __slots__ = ("_slice",)
+
+    def __init__(self, q: torch.Tensor) -> None:
+        self._slice = q
+
+    def contiguous(self) -> UncopiedQueries:
+        """Make no copy."""
+        return self
+
+    def view(self, *shape: int) -> torch.Tensor:
+        """Return a view of the slice, which is in as many pieces."""
+        return self._slice.view(*shape)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._slice, name)
+
+
+def uncopied(q: torch.Tensor) -> Any:
+    """Return what upstream's forward is to take for ``q``, so that it makes no copy of it."""
+    # A kernel reads queries by the strides of rows and heads, and elements must follow each other.
+    if q.ndim != 2 or q.is_contiguous() or q.stride(1) != 1:
+        return q
+    return UncopiedQueries(q)
 
 
 def new_rows(forward_batch: Any) -> int | None:

@@ -128,6 +128,33 @@ def _find_forward_imports(tree: SourceTree, module: str, name: str) -> set[str]:
     return lines
 
 
+def _find_query_uses(tree: SourceTree, module: str, name: str) -> set[str]:
+    """Return what ``forward_extend`` of a class does with its queries ``q``.
+
+    An attribute of them is ``q.name``, a call that is given them ``callee(q)``, and whatever else
+    names them stands as written.
+    """
+    owner = tree.definition(module, name)
+    forward = next(method for method in methods(owner) if method.name == "forward_extend")
+    uses: set[str] = set()
+    for node in ast.walk(forward):
+        children = node.keywords if isinstance(node, ast.Call) else ()
+        given = [*ast.iter_child_nodes(node), *(keyword.value for keyword in children)]
+        if any(map(_is_query, given)) and not isinstance(node, ast.keyword):
+            uses.add(_query_use(node))
+    return uses
+
+
+def _is_query(node: ast.AST) -> bool:
+    return isinstance(node, ast.Name) and node.id == "q" and isinstance(node.ctx, ast.Load)
+
+
+def _query_use(node: ast.AST) -> str:
+    if isinstance(node, ast.Attribute):
+        return f"q.{node.attr}"
+    return f"{ast.unparse(node.func)}(q)" if isinstance(node, ast.Call) else ast.unparse(node)
+
+
 def _find_imports_from(tree: SourceTree, module: str, name: str) -> set[str]:
     """Return what ``module`` imports, anywhere in it, from the module ``name``."""
     parts = (imported.rpartition(".") for imported in imports(tree.module(module)))
@@ -174,6 +201,7 @@ ALLOWANCES: dict[str, Callable[[SourceTree, str, str], set[str]]] = {
     "kernel_calls": _find_kernel_calls,
     "kernel_keywords": _find_kernel_keywords,
     "forward_imports": _find_forward_imports,
+    "query_uses": _find_query_uses,
     "imports_from": _find_imports_from,
     "metadata_writers": _find_metadata_writers,
     "constructors": _find_constructors,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest.mock import Mock
 
@@ -20,6 +20,7 @@ from tests.support.backend import (
     attention_layer,
     counted,
     mixin,
+    raw_keys,
     recorded,
     upstream,
 )
@@ -80,6 +81,58 @@ def test_one_request_attends_to_its_own_keys() -> None:
     assert counts_of(model, backend, model.extend([model.request(0)], [100])) == (2, 0)
     assert {call.name for call in calls} == {"flash_attn_varlen_func"}
     assert {len(call.arguments[name]) for call in calls for name in "qkv"} == {100}
+
+
+def queries_seen(serves: bool) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    """Yield each layer's kernel call, the queries that it got, and those that the layer had."""
+    model = Model(uniform_layers(2))
+    backend, step = model.backend(), model.extend(model.requests(0, 0), [70, 9])
+    serve(backend, lambda **_: serves)
+    calls = recorded(backend)
+    backend.init_forward_metadata(step.batch)
+    for layer in model.layers:
+        inputs = model.inputs(step, layer)
+        assert inputs["q"] is not None
+        assert not inputs["q"].is_contiguous()
+        model.require(model.forward(backend, step, layer, inputs), step, layer, inputs)
+        attention = [call for call in calls if call.name != "get_scheduler_metadata"]
+        yield attention[-1].name, attention[-1].arguments["q"], inputs["q"]
+    assert len(attention) == len(model.layers)
+
+
+def test_queries_are_read_where_the_layer_has_them() -> None:
+    """No copy is made of a slice, in the first call of a pass as in those like it."""
+    for name, q, own in queries_seen(serves=True):
+        assert name == "flash_attn_varlen_func"
+        assert q.data_ptr() == own.data_ptr()
+        assert q.stride(0) == own.stride(0)
+
+
+def test_queries_of_calls_over_the_cache_are_in_one_piece() -> None:
+    """Where a prefill without prefix reads the cache, its kernels get what upstream gives them."""
+    for name, q, _ in queries_seen(serves=False):
+        assert name == "flash_attn_with_kvcache"
+        assert q.is_contiguous()
+
+
+@pytest.mark.parametrize(
+    "q",
+    [torch.zeros(3, 8), torch.zeros(3, 16)[:, ::2], torch.zeros(3, 8, 4).transpose(1, 2)],
+    ids=["in one piece", "every other element", "heads innermost"],
+)
+def test_other_queries_are_upstreams_to_copy(q: torch.Tensor) -> None:
+    """Nothing stands for queries that need no copy, or that could not be viewed by heads."""
+    assert raw_keys.uncopied(q) is q
+
+
+def test_what_stands_for_queries_is_them_in_all_else() -> None:
+    """Upstream asks for their dtype and shape, and casts them for an fp8 cache."""
+    q = torch.arange(24.0).view(3, 8)[:, :6]
+    stands = raw_keys.uncopied(q)
+    assert stands is not q
+    assert stands.contiguous().view(-1, 2, 3).equal(q.reshape(-1, 2, 3))
+    assert (stands.dtype, stands.shape) == (q.dtype, q.shape)
+    assert stands.to(torch.float64).equal(q.double())
 
 
 def test_sinks_reach_the_kernels_of_raw_keys() -> None:

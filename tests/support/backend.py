@@ -51,6 +51,7 @@ __all__ = [
     "dispatch",
     "mixin",
     "mla_layer",
+    "raw_keys",
     "recorded",
     "replace_kernels",
     "upstream",
@@ -97,7 +98,7 @@ with warnings.catch_warnings(), environment(**_PLATFORM):
     from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
     from transformers import PretrainedConfig
 
-    from sglang_musa_ext.attention import dispatch, mixin
+    from sglang_musa_ext.attention import dispatch, mixin, raw_keys
     from sglang_musa_ext.attention import selection as attention
 
 Tensor = torch.Tensor
@@ -582,7 +583,9 @@ class Model:
         self, step: Step, layer: RadixAttention, share_kv: bool = False
     ) -> dict[str, Tensor | None]:
         """Arguments ``q``, ``k``, ``v`` (MLA: and ``k_rope``) of a layer's forward in ``step``."""
-        q = self.normal(step.rows, layer.tp_q_head_num * layer.head_dim)
+        # A slice of what one projection makes of the hidden states, as models pass it.
+        columns = layer.tp_q_head_num * layer.head_dim
+        q = self.normal(step.rows, columns + layer.head_dim)[:, :columns]
         if share_kv:
             return {"q": q, "k": None, "v": None}
         loc = (

@@ -167,7 +167,7 @@ EDITS = {
         r"also \*\*self.more\(\)",
     ),
     "positional argument": (
-        (FA, r"= flash_attn_with_kvcache\(", "= flash_attn_with_kvcache(q,"),
+        (FA, r"= flash_attn_with_kvcache\(", "= flash_attn_with_kvcache(layer,"),
         (BACKEND, "kernel_keywords"),
         "also 1 positional arguments",
     ),
@@ -239,6 +239,11 @@ EDITS = {
         (FA, r"self\.page_size = model_runner", "self.page_length = model_runner"),
         (f"{BACKEND}.page_size", "attribute"),
         "no page_size set by",
+    ),
+    "queries used in a new way": (
+        (FA, r"(?m)^        metadata = self\.forward_metadata$", "        metadata = adjusted(q)"),
+        (BACKEND, "query_uses"),
+        r"also adjusted\(q\)",
     ),
     "name that the stand-in for sgl_kernel lacks": (
         (

@@ -174,6 +174,30 @@ ROWS = (
         why="This import inside a forward is the mask callback of FlashAttention 4, not a kernel.",
         remove_when="Upstream no longer imports it there.",
     ),
+    *(
+        Requirement(
+            "query_uses",
+            FLASH_ATTENTION,
+            _CLASS,
+            uses,
+            since,
+            until,
+            why=(
+                "In a prefill without a prefix something stands for the queries that lets the "
+                "forward ask for a copy in one piece, and makes none."
+            ),
+            remove_when="Upstream's forward no longer copies queries.",
+        )
+        for uses, since, until in (
+            (("q.contiguous", "q.dtype", "q.view"), None, None),
+            (("q.to",), None, "0.5.18"),
+            (("q.shape",), "0.5.14", None),
+            # It casts them for an fp8 cache, and returns them.
+            (("self.prepare_paged_mha_query(q)",), "0.5.19", None),
+            # In a verify alone.
+            (("can_use_fused_suffix_attention_merge(q)",), "0.5.20", None),
+        )
+    ),
     Requirement(
         "imports_from",
         FLASH_ATTENTION,
