@@ -132,6 +132,21 @@ class Batch:
             cache[row[at // page], at % page] = tokens
         return cache.to(self.device)
 
+    def raw(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values as layers pass them, on the device.
+
+        Where there is a key for each query they are slices of what one projection makes.
+        """
+        tensors = [torch.cat(each) for each in (self.q, self.k, self.v)]
+        if self.shape.rows != self.shape.keys:
+            q, k, v = (tensor.to(self.device) for tensor in tensors)
+            return q, k, v
+        columns = [tensor[0].numel() for tensor in tensors]
+        made = torch.cat([tensor.flatten(1) for tensor in tensors], 1).to(self.device)
+        slices = zip(torch.split(made, columns, 1), tensors, strict=True)
+        q, k, v = (each.view(tensor.shape) for each, tensor in slices)
+        return q, k, v
+
     def arguments(self, **options: Any) -> dict[str, Any]:
         """Return arguments of ``flash_attn_with_kvcache`` as upstream passes them."""
         return dict(
@@ -302,9 +317,9 @@ def varlen(setting: Setting, shape: Shape, options: dict[str, Any]) -> list[Comp
     """Ragged attention over raw keys and values, which takes no plan."""
     batch = Batch(shape, setting.dtype, setting.device)
     options = _with_sinks(setting, shape, options)
+    q, k, v = batch.raw()
     result = setting.kernels.flash_attn_varlen_func(
-        q=torch.cat(batch.q).to(setting.device), k=torch.cat(batch.k).to(setting.device),
-        v=torch.cat(batch.v).to(setting.device), cu_seqlens_q=batch.offsets(shape.rows),
+        q=q, k=k, v=v, cu_seqlens_q=batch.offsets(shape.rows),
         cu_seqlens_k=batch.offsets(shape.keys), max_seqlen_q=max(shape.rows),
         max_seqlen_k=max(shape.keys),
         softmax_scale=batch.scale, return_softmax_lse=True, ver=3, **options,
