@@ -23,7 +23,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -36,14 +36,17 @@ MATE_RELEASE = (0, 2, 7)
 """The release of MATE whose rules the adapter applies: the newest known one."""
 IN_TREE = "sglang.srt.hardware_backend.musa.attention.flashattention_backend"
 KERNEL_NAMES = ("flash_attn_with_kvcache", "flash_attn_varlen_func")
-UPSTREAM, COMPOSED, OVER_MATE, OVER_HOPPER, UNPLANNED = (
+UPSTREAM, COMPOSED, OVER_MATE, OVER_HOPPER, UNPLANNED, SAMPLED = (
     "upstream",
     "composing alone",
     "ours over MATE",
     "ours over Hopper",
     "ours over MATE without plans",
+    "ours over MATE, sampling outputs",
 )
 IN_TREE_NAME, WRAPPED = "in-tree", "upstream with its wrappers"
+SHARE = 1e-9
+"""Of the outputs, so few that none is compared: what is left is the time of choosing them."""
 WARM_UP = 20
 """Passes of each backend that are not timed."""
 PASS_KINDS = ("decode", "prefill with a prefix", "prefill without a prefix")
@@ -423,13 +426,17 @@ def _our_peer(name: str, runner: Any) -> HostPeer:
     from sglang_musa_ext import patching
     from sglang_musa_ext.attention import mixin, selection
     from sglang_musa_ext.attention.dispatch import install_kernel_dispatch
+    from sglang_musa_ext.envs import Settings
 
     library, record = _record(name)
-    undo = patching.replace(mixin, "select_kernels", lambda *_: record)
-    try:
+    check = f"output:{SHARE}" if name == SAMPLED else "off"
+    settings = dataclasses.replace(Settings.from_environ(), check=check)
+    with ExitStack() as stack:
+        stack.callback(patching.replace(mixin, "select_kernels", lambda *_: record))
+        stack.callback(
+            patching.replace(mixin, "Settings", SimpleNamespace(from_environ=lambda: settings))
+        )
         backend = selection.MusaFA3Backend(runner)
-    finally:
-        undo()
     undo = install_kernel_dispatch()
     names = {name: getattr(upstream, name) for name in KERNEL_NAMES}
     undo()
@@ -595,7 +602,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _peers(runner: Any) -> list[HostPeer]:
     """Return what is measured."""
     peers = [_upstream_peer(UPSTREAM, runner)]
-    peers += [_our_peer(name, runner) for name in (OVER_MATE, OVER_HOPPER, UNPLANNED)]
+    peers += [_our_peer(name, runner) for name in (OVER_MATE, OVER_HOPPER, UNPLANNED, SAMPLED)]
     peers += [_composed_peer(runner), _upstream_peer(f"{UPSTREAM} again", runner)]
     try:
         peers.append(_in_tree_peer(runner))

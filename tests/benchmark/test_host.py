@@ -14,7 +14,8 @@ from tests.support.warm import WarmPython
 COMMAND = ("bench", "host", "--turns", "4")
 
 PEERS = (
-    "ours over MATE", "ours over Hopper", "ours over MATE without plans", "composing alone",
+    "ours over MATE", "ours over Hopper", "ours over MATE without plans",
+    "ours over MATE, sampling outputs", "composing alone",
     "upstream again", "in-tree", "upstream with its wrappers",
 )  # fmt: skip
 
