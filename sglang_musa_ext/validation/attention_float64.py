@@ -52,10 +52,11 @@ def attention(
     before they multiply the values, as kernels that read fp8 do.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    (rows, heads), keys = q.shape[:2], k.shape[0]
-    shared = torch.arange(heads) // (heads // k.shape[1])
-    q, k, v = q.to(dtype), k.to(dtype)[:, shared], v.to(dtype)[:, shared]
-    logits = torch.einsum("qhd,khd->hqk", q, k) * scale
+    (rows, heads, dim), (keys, heads_kv) = q.shape, k.shape[:2]
+    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    # The g query heads that share a key head n are beside one another.
+    q = q.reshape(rows, heads_kv, heads // heads_kv, dim)
+    logits = torch.einsum("qngd,knd->ngqk", q, k).reshape(heads, rows, keys) * scale
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
     logits = logits.where(visible_keys(rows, keys, causal, window, chunk), -math.inf)
@@ -68,4 +69,6 @@ def attention(
     if weights_dtype is not None and keys:
         largest = weights.amax(-1, keepdim=True).clamp_min(torch.finfo(dtype).tiny)
         weights = (weights / largest).to(weights_dtype).to(dtype) * largest
-    return torch.einsum("hqk,khd->qhd", weights, v), torch.logsumexp(logits, dim=-1)
+    weights = weights.reshape(heads_kv, heads // heads_kv, rows, keys)
+    output = torch.einsum("ngqk,knd->qngd", weights, v).reshape(rows, heads, v.shape[-1])
+    return output, torch.logsumexp(logits, dim=-1)
