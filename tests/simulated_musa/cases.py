@@ -41,6 +41,7 @@ def usual(release: tuple[int, ...]) -> dict[str, Any]:
 
 
 _OLD_NAMES = {
+    "cuda_graph_bs_decode": "cuda_graph_bs",
     "disable_prefill_cuda_graph": "disable_piecewise_cuda_graph",
     "cuda_graph_bs_prefill": "piecewise_cuda_graph_tokens",
     "cuda_graph_backend_prefill": None,
@@ -80,7 +81,9 @@ def swapping(first: int, second: int, prefix: int, cached: int) -> tuple[tuple[R
 
 LONG = swapping(900, 1100, prefix=1500, cached=1400)
 LESS_LONG = swapping(520, 600, prefix=700, cached=640)
-"""For MLA, a token of which takes Triton's interpreter longest; also in chunks of 512."""
+"""For what takes Triton's interpreter longest: a token of MLA's cache, and of the embedding of a
+rank; also in chunks of 512.
+"""
 # A graph of a whole prefill has room for one request in each 512 tokens of a chunk.
 ONE_BY_ONE = (LONG[0][:1], LONG[2], LONG[3][:1])
 PREFIX = SHARED[:192]
@@ -164,10 +167,13 @@ SPECULATIVE = (
     (Request(tokens(12, seed=99) * 6, 16),),
 )
 THOUSANDS = (prompts(4200, 60), prompts(40, 4100))
-# Experts run in Triton's interpreter, which takes a minute for a thousand tokens.
+# Experts run in Triton's interpreter, which takes half a minute for a thousand tokens.
 EXPERTS = (prompts(330, 40), prompts(40))
+SIZES_OF_EXPERTS = {"cuda_graph_bs_decode": [1, 2]}
+"""The decode graphs that are replayed for them: a capture runs the model three times."""
 FEW_EXPERTS = (prompts(130, 40, new_tokens=4),)
 """For attention with sinks, which MATE never splits, so that longer contexts show nothing more."""
+SIZE_OF_FEW_EXPERTS = {"cuda_graph_bs_decode": [2]}
 TWICE = (prompts(560), prompts(560))
 DRAFTS_BEHIND_A_PREFIX = (
     (Request(PREFIX, 16),),
@@ -243,7 +249,7 @@ CASES = [
     prefill_graphs(
         "MLA, prefill graphs", MLA_DENSE, phases=EXPERTS, limit=8 * LIMIT, **BF16, **SMALL_GRAPHS
     ),
-    MusaCase("Qwen3-MoE", QWEN_3_MOE, EXPERTS),
+    MusaCase("Qwen3-MoE", QWEN_3_MOE, EXPERTS, CHUNKS | SIZES_OF_EXPERTS),
     MusaCase("Gemma-2", GEMMA_2),
     MusaCase(
         "Gemma-2, outputs compared", GEMMA_2, arguments=CHUNKS | {"disable_cuda_graph": True},
@@ -252,9 +258,14 @@ CASES = [
     MusaCase("Gemma-3", GEMMA_3),
     MusaCase("OLMo-3", OLMO_3),
     # A near tie between experts changes log-probabilities by 0.2.
-    MusaCase("GPT-OSS", GPT_OSS, FEW_EXPERTS, arguments=CHUNKS | FA3, limit=8 * LIMIT),
+    MusaCase(
+        "GPT-OSS", GPT_OSS, FEW_EXPERTS, CHUNKS | FA3 | SIZE_OF_FEW_EXPERTS, limit=8 * LIMIT
+    ),
     MusaCase("MLA", MLA_DENSE, LESS_LONG, CHUNKS | BF16, limit=8 * LIMIT),
-    MusaCase("MLA with experts", MLA_EXPERTS, EXPERTS, CHUNKS | BF16, limit=8 * LIMIT),
+    MusaCase(
+        "MLA with experts", MLA_EXPERTS, EXPERTS, CHUNKS | BF16 | SIZES_OF_EXPERTS,
+        limit=8 * LIMIT,
+    ),
     MusaCase(
         "MLA, one-shot prefix", MLA_DENSE, TWICE, CHUNKS | BF16,
         {"SGLANG_CHUNKED_PREFIX_CACHE_THRESHOLD": "1"}, limit=8 * LIMIT,
@@ -268,7 +279,7 @@ CASES = [
     MusaCase("EAGLE, a tree", LLAMA, SPECULATIVE, TREE, draft=EAGLE),
     MusaCase("EAGLE, a cached prefix", LLAMA, DRAFTS_BEHIND_A_PREFIX, CHAIN, draft=EAGLE),
     MusaCase("STANDALONE", LLAMA, SPECULATIVE, ALONE, draft=LLAMA),
-    MusaCase("tensor parallel 2", LLAMA, arguments=CHUNKS | {"tp_size": 2}),
+    MusaCase("tensor parallel 2", LLAMA, LESS_LONG, CHUNKS | {"tp_size": 2}),
     MusaCase("pipeline parallel 2", LLAMA, arguments=CHUNKS | {"pp_size": 2}),
     MusaCase("data parallel 2", LLAMA, arguments=CHUNKS | {"dp_size": 2}),
 ]  # fmt: skip
