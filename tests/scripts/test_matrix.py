@@ -531,6 +531,23 @@ def test_a_release_is_unpacked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert (downloads, [path.name for path in tmp_path.iterdir()]) == (["0.5.21"], ["0.5.21"])
 
 
+def test_what_a_release_compiles_to_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A level's tests import the release, and leave its bytecode for the next process, also where
+    the environment says that none is to be written.
+    """
+    sources = tmp_path / "release"
+    sources.mkdir()
+    (sources / "unpacked.py").write_text("")
+    (tmp_path / "test_level.py").write_text("import unpacked\ndef test_nothing(): pass\n")
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    monkeypatch.setattr(matrix_levels, "TESTS", {"backend": [str(tmp_path / "test_level.py")]})
+    result = matrix_levels._run_tests(release(), "backend", sources, tmp_path / "logs")
+    assert (result.error, len(result.passed)) == ("", 1)
+    assert [path.name.partition(".")[0] for path in sources.rglob("*.pyc")] == ["unpacked"]
+
+
 def test_a_release_without_a_lock_is_refused(tmp_path: Path) -> None:
     """Nothing is downloaded whose digest is not known; the message says which command adds it."""
     with pytest.raises(MatrixError, match=r"sglang==9\.9\.9 .* scripts/locks"):
