@@ -448,6 +448,8 @@ UPSTREAM_LIMITS = (
         ),
         "the first prefill ends in an AssertionError",
         "Start the server with a --page-size that divides the model's attention_chunk_size",
+        # Before, the row above has every page size but 1.
+        since="0.5.20",
         until="0.5.21",
     ),
     UpstreamLimit(
@@ -486,7 +488,8 @@ UPSTREAM_LIMITS = (
         "SGLang pads them there and leaves what it pads unwritten: log-probabilities are wrong or "
         "NaN, and no error says so",
         "Start the server with a --tp-size that leaves a multiple of 32 to each rank, such as 1",
-        since="0.5.15.post1",
+        # Before, the weights of the last rank do not load.
+        since="0.5.17",
         until="0.5.22",
     ),
     UpstreamLimit(

@@ -128,7 +128,7 @@ def require_release(word: str, since: str = "0.5.11") -> None:
     if not row.holds_in(version):
         pytest.skip(f"SGLang {version} has not this limit")
     if version_key(version) < version_key(since):
-        pytest.skip(f"up to {since} SGLang's drafts need CUDA, or a compiler for their library")
+        pytest.skip(f"before {since} SGLang's drafts need CUDA, or a compiler for their library")
 
 
 def leave_the_check_out() -> None:

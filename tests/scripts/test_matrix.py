@@ -37,7 +37,7 @@ from scripts.lib.matrix.report import (
 )
 from sglang_musa_ext.upstream.releases import SUPPORTED_RELEASES
 
-ALL_PASS = {"contract": "pass", "backend": "pass", "engine": "pass", "musa": "pass"}
+ALL_PASS = dict.fromkeys(("contract", "backend", "engine", "musa", "limits"), "pass")
 EXCEPTION = ExpectedFailure("backend", "test_old", "It cannot.")
 GOOD = LevelResult(["test_new"])
 
@@ -48,6 +48,7 @@ contract = "pass"
 backend = "{backend}"
 engine = "pass"
 musa = "pass"
+limits = "pass"
 exceptions = [{exceptions}]
 """
 
@@ -218,7 +219,7 @@ def test_releases_and_levels_are_selected() -> None:
         rows[:1],
     )
     assert select_levels("engine,contract") == ["contract", "engine"]
-    assert select_levels("") == ["contract", "backend", "engine", "musa"]
+    assert select_levels("") == list(ALL_PASS)
 
 
 def test_releases_for_another_python_are_left_out() -> None:
@@ -295,11 +296,7 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeMatrix:
     return made
 
 
-CELLS = [
-    (version, level)
-    for level in ("contract", "backend", "engine", "musa")
-    for version in ("0.5.20", "0.5.21")
-]
+CELLS = [(version, level) for level in ALL_PASS for version in ("0.5.20", "0.5.21")]
 
 
 def test_every_cell_runs_once(fake: FakeMatrix, capsys: pytest.CaptureFixture[str]) -> None:
@@ -308,12 +305,11 @@ def test_every_cell_runs_once(fake: FakeMatrix, capsys: pytest.CaptureFixture[st
     assert sorted(fake.ran) == sorted(CELLS)
     lines = capsys.readouterr().out.splitlines()
     # Cells that run beside each other end in any order.
-    shown = [
-        re.fullmatch(r"\[(\d)/8\] (\S+) (\w+): pass \(1 passed\), 0 s", line) for line in lines[:8]
-    ]
-    assert [line and int(line[1]) for line in shown] == [1, 2, 3, 4, 5, 6, 7, 8]
+    pattern = r"\[ ?(\d+)/10\] (\S+) (\w+): pass \(1 passed\), 0 s"
+    shown = [re.fullmatch(pattern, line) for line in lines[: len(CELLS)]]
+    assert [line and int(line[1]) for line in shown] == list(range(1, 11))
     assert sorted(line.group(2, 3) for line in shown if line) == sorted(CELLS)
-    assert lines[-1].startswith("matrix: 8 passed in ")
+    assert lines[-1].startswith("matrix: 10 passed in ")
 
 
 def test_a_second_run_repeats_nothing_unless_told_to(fake: FakeMatrix) -> None:
@@ -360,7 +356,7 @@ def test_a_failure_is_shown_and_run_again(
     assert fake() == 1
     out = capsys.readouterr().out
     assert "FAIL 0.5.21 engine: test_tokens: other tokens" in out
-    assert out.splitlines()[-1].startswith("matrix: 1 failed, 7 passed in ")
+    assert out.splitlines()[-1].startswith("matrix: 1 failed, 9 passed in ")
     fake()
     assert sorted(fake.ran) == [("0.5.21", "engine")]
 
@@ -415,6 +411,7 @@ def test_results_are_written_as_json_and_docs(fake: FakeMatrix) -> None:
         "pass (1 passed)",
         "pass (1 passed)",
         "pass (1 passed, 1 not applicable)",
+        "pass (1 passed)",
         "pass (1 passed)",
     ]
     row = f"| 0.5.20 | >=3.10 | 2.13.0 | {' | '.join(cells)} |"
@@ -477,7 +474,7 @@ def test_some_levels_leave_the_others_of_the_page(fake: FakeMatrix) -> None:
     fake.runs["0.5.20", "musa"] = LevelResult(["a", "b", "c"])
     assert fake("--write-docs", "--fresh", "--level", "musa") == 0
     passed = "pass (1 passed)"
-    cells = [passed, passed, "pass (2 passed)", "pass (3 passed)"]
+    cells = [passed, passed, "pass (2 passed)", "pass (3 passed)", passed]
     assert f"| 0.5.20 | >=3.10 | 2.13.0 | {' | '.join(cells)} |" in page.read_text().splitlines()
     exceptions = [line for line in page.read_text().splitlines() if "test_old" in line]
     assert exceptions == ["* engine, 0.5.20: `test_old`. Kept."]
@@ -498,7 +495,7 @@ def test_the_docs_state_the_releases_of_this_package(repository: Path) -> None:
     cells = [page_cells(line) for line in lines]
     (levels,) = [row[3:] for row in cells if row[0] == "SGLang"]
     expected = {row.version: row.expected for row in read_rows(matrix.RELEASES)}
-    assert {"contract", "backend", "engine"} <= set(levels)
+    assert levels == list(ALL_PASS)
     rows = {row[0]: row[1:] for row in cells if row[0].startswith("0.")}
     assert list(rows) == [release.version for release in SUPPORTED_RELEASES]
     for release in SUPPORTED_RELEASES:
@@ -559,4 +556,6 @@ def test_the_tests_of_each_level_exist() -> None:
     root = Path(matrix_levels.__file__).parents[3]
     paths = [name for tests in matrix_levels.TESTS.values() for name in tests if "/" in name]
     assert len(paths) >= 4
-    assert [name for name in paths if not (root / name).exists()] == []
+    assert [name for name in paths if not (root / name.partition("::")[0]).exists()] == []
+    single = [name.partition("[")[0].split("::") for name in paths if "::" in name]
+    assert [test for file, test in single if f"def {test}(" not in (root / file).read_text()] == []

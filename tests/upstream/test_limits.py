@@ -159,7 +159,6 @@ def test_a_limit_says_what_to_do(limit: Any) -> None:
 GEMMA_3 = "sglang.srt.models.gemma3_mm"
 INKLING = "sglang.srt.models.inkling_common.attn"
 MODELS = "sglang.srt.arg_groups.model_hook"
-UPDATE = "sglang.srt.configs.update_config"
 LATENT = "sglang.srt.models.deepseek_common.attention_forward_methods.forward_mla"
 EXPERTS = "sglang.srt.layers.moe.fused_moe_triton.layer"
 EAGER = "sglang.srt.model_executor.runner.eager_runner"
@@ -187,7 +186,8 @@ EVIDENCE = {
         FLASH_ATTENTION,
         r"local_attn_metadata = None\n\s+return\n\n\s+cu_seqlens_q_np = ",
     ),
-    "no multiple of the page": (FLASH_ATTENTION, r"assert attn_chunk_size % page_size == 0"),
+    # The assertion is older, but chunks were rounded to pages before it.
+    "no multiple of the page": (FLASH_ATTENTION, r"preserve_attn_chunk_size=True"),
     "embeddings without": (
         FLASH_ATTENTION,
         r"\(self\.kv_cache_dtype\)(?s:.)+elif self\.fa_skip_kv_cache:",
@@ -206,8 +206,11 @@ EVIDENCE = {
     "Inkling": (INKLING, r'assert (?:server_args\.)?attention_backend in \("fa4", "triton"\)'),
     # The mask of images is made for one backend alone.
     "both ways": (GEMMA_3, r"isinstance\([\w.()]+, TritonAttnBackend\)"),
-    # Before it kept what was there, the last rank's weights did not load.
-    "no multiple of 32": (UPDATE, r'"original_" \+ attr_name'),
+    # Before, a rank's part was as large as what it is padded to, and the last one did not load.
+    "no multiple of 32": (
+        EXPERTS,
+        r"loaded_shard_size = loaded_weight\.shape\[shard_dim\] // self\.moe_tp_size",
+    ),
 }
 
 SIGNS_OF_A_FIX = {

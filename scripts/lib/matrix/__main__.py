@@ -1,9 +1,10 @@
 """Check this package with every SGLang release that it supports, against tests/releases.toml.
 
-There are four levels. "contract" compares the release's sources with sglang_musa_ext/upstream;
+There are five levels. "contract" compares the release's sources with sglang_musa_ext/upstream;
 "backend" runs the tests of the attention backend over the release's own backend; "engine" boots the
-release's engine on the CPU; "musa" boots it on a simulated Moore Threads GPU. The release's
-wheel is downloaded without its dependencies and unpacked into .cache/releases (or found below
+release's engine on the CPU; "musa" boots it on a simulated Moore Threads GPU; "limits" shows in
+running servers what sglang_musa_ext/upstream/limits.py says of the release. The release's wheel is
+downloaded without its dependencies and unpacked into .cache/releases (or found below
 SGLANG_RELEASES), and all releases run in the one environment of scripts/dev-env. A result holds
 until this package, its tests or the environment change, so an interrupted run continues where it
 stopped. Results, logs and matrix.json are in .cache/matrix.

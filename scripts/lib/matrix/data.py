@@ -12,7 +12,7 @@ from typing import Any
 
 from sglang_musa_ext.upstream.releases import SUPPORTED_RELEASES
 
-LEVELS = ("contract", "backend", "engine", "musa")
+LEVELS = ("contract", "backend", "engine", "musa", "limits")
 
 
 class MatrixError(Exception):

@@ -32,7 +32,17 @@ TESTS = {
     ],
     "engine": ["tests/engine/test_release.py"],
     "musa": ["tests/simulated_musa/test_release.py"],
+    "limits": [
+        "tests/engine/test_release.py::test_release_is_the_expected_one",
+        "tests/engine/test_release.py::test_engine_is_of_the_expected_release",
+        "tests/engine/test_limits.py",
+        "tests/simulated_musa/test_limits.py",
+        "tests/simulated_musa/test_sglang_alone.py::test_what_sglang_cannot_do[MLA, with us]",
+        "tests/simulated_musa/test_sglang_alone.py::test_what_sglang_cannot_do[MLA, fa3 named]",
+    ],
 }
+ON_SIMULATED_GPU = ("musa", "limits")
+"""Levels that boot engines there, which is written in C++."""
 IMPORTED_BY_TESTS = ("tests/engine/test_engine_modes.py",)
 """Test files that other test files import, so that they belong to every level."""
 CELL_SECONDS = 1800.0
@@ -43,8 +53,7 @@ def fingerprint(level: str) -> str:
     """Hash what a result of ``level`` depends on: package, the level's tests, environment."""
     sources = sorted((ROOT / "sglang_musa_ext").rglob("*.py"))
     tests = sorted(path for path in (ROOT / "tests").rglob("*.py") if _is_used_by(path, level))
-    # The simulated GPU is written in C++.
-    tests += sorted((ROOT / "tests").rglob("*.cpp")) if level == "musa" else []
+    tests += sorted((ROOT / "tests").rglob("*.cpp")) if level in ON_SIMULATED_GPU else []
     digest = hashlib.sha256()
     for path in [*sources, *tests, ROOT / ".venv" / "dev-env.stamp"]:
         if path.is_file():
@@ -57,7 +66,7 @@ def _is_used_by(path: Path, level: str) -> bool:
     if not path.name.startswith("test_"):
         return True
     used = (*TESTS.get(level, ()), *IMPORTED_BY_TESTS)
-    return any(path.is_relative_to(ROOT / name) for name in used)
+    return any(path.is_relative_to(ROOT / name.partition("::")[0]) for name in used)
 
 
 def fetch(version: str, directory: Path) -> Path:

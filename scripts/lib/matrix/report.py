@@ -135,8 +135,12 @@ expected.
   decode graphs and nothing else named: a dense model, the same with prefill graphs, sliding
   windows in two models, multi-head latent attention, the same with experts, and a chain of drafts.
   Tokens are transformers', and this package serves on a stand-in of MATE.
+* **limits**: servers that are started although a row of [limits](limits.md) names them end, or
+  answer wrongly, as the row says. A row that upstream has corrected fails here. Rows that a CPU
+  cannot show are looked for in the sources of each release, by `tests/upstream/test_limits.py`.
 
-All of it runs on a CPU, and all but the last column with the reference kernels, in one environment:
+All of it runs on a CPU, and with the reference kernels but for the column musa and two rows of
+limits, which the simulated GPU shows, in one environment:
 {environment}.
 All of the tests under other Pythons: [pythons](pythons.md).
 A test is not applicable where the release lacks the feature that it tests.
