@@ -320,11 +320,12 @@ def _compute_types_once() -> None:
         "get_block_ty",
         lambda original: _once(original, lambda _, element, shape: (element.name, tuple(shape))),
     )
-    patching.wrap(
-        tl.block_type,
-        "with_element_ty",
-        lambda original: _once(original, lambda block, element: (element.name, tuple(block.shape))),
-    )
+    if hasattr(tl.block_type, "with_element_ty"):  # Triton 3.2, MUSA's, has no such method.
+        patching.wrap(
+            tl.block_type,
+            "with_element_ty",
+            lambda original: _once(original, lambda block, type_: (type_.name, tuple(block.shape))),
+        )
 
 
 def _once(function: Callable[..., Any], key_of: Callable[..., Any]) -> Callable[..., Any]:

@@ -316,6 +316,21 @@ def test_what_is_remembered_of_types_is_what_triton_works_out(warm: WarmPython) 
     ) == [[], False, True]
 
 
+def test_triton_of_musas_stack_is_prepared(warm: WarmPython) -> None:
+    """Triton 3.2 makes the types of blocks without the method that newer releases have for it."""
+    assert run_python(
+        warm,
+        """
+        import json
+        import triton.language as tl
+        del tl.block_type.with_element_ty
+        from sglang_musa_ext.cpu import stand_ins
+        stand_ins.prepare_process()
+        print(json.dumps(not hasattr(tl.block_type, "with_element_ty")))
+        """,
+    )
+
+
 # Host and device memory
 # ---------------------------------------------------------------------------
 
