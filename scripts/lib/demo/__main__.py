@@ -100,10 +100,7 @@ def run(options: argparse.Namespace) -> None:
         before = backend_report(server)["statistics"]
         answer = ask(server, options.question)
         report = backend_report(server)
-        counts = {
-            name: report["statistics"][name] - before[name]
-            for name in ("passes", "calls", "plans", "reuses")
-        }
+        counts = counts_since(before, report["statistics"])
         print_table(server, report, counts, answer, options.dtype)
         require_composed(report, counts, answer)
         self_check(children, server, model, options, answer)
@@ -144,6 +141,12 @@ def backend_report(server: Server) -> dict[str, Any]:
         )
     report: dict[str, Any] = reports[0]
     return report
+
+
+def counts_since(before: dict[str, Any], after: dict[str, Any]) -> dict[str, int]:
+    """Return what a backend's counts of passes, calls and plans have grown by."""
+    names = ("passes", "calls", "raw_calls", "unsplit_calls", "plans", "reuses")
+    return {name: after[name] - before[name] for name in names}
 
 
 def chat_request(question: str) -> dict[str, Any]:
@@ -201,6 +204,7 @@ def print_table(
         "page size": report["page_size"],
         "forward passes": counts["passes"],
         "attention calls": counts["calls"],
+        "over raw keys": counts["raw_calls"],
         "plans computed": counts["plans"],
         "plans reused": counts["reuses"],
         "answer": f"{answer.tokens} tokens, the first after {answer.first_token_s:.1f} s",
@@ -213,7 +217,10 @@ def print_table(
 def require_composed(
     report: dict[str, Any], counts: dict[str, int], answer: StreamedAnswer
 ) -> None:
-    """Raise unless our backend alone gave an answer, with the one plan a pass of uniform layers."""
+    """Raise unless our backend alone gave an answer, with the one plan a pass of uniform layers.
+
+    Calls over raw keys, of a prompt without a prefix, take none.
+    """
     if not answer.text.strip():
         raise DemoError("the answer is empty; expected words from an instruction-tuned model")
     if report["backend"] != "MusaFA3Backend":
@@ -223,11 +230,15 @@ def require_composed(
             f"{counts['plans']} plans in {counts['passes']} passes; expected one each, and at "
             "least one"
         )
-    if counts["reuses"] + counts["plans"] != counts["calls"]:
+    without_plan = counts["raw_calls"] + counts["unsplit_calls"]
+    if counts["reuses"] + counts["plans"] + without_plan != counts["calls"]:
         raise DemoError(
-            f"{counts['calls']} attention calls, of which {counts['plans']} computed a plan and "
-            f"{counts['reuses']} reused one; expected every call to do either"
+            f"{counts['calls']} attention calls, of which {counts['plans']} computed a plan, "
+            f"{counts['reuses']} reused one and {without_plan} took none because they were over "
+            "raw keys or not split; expected every call to do one of these"
         )
+    if not counts["raw_calls"]:
+        raise DemoError("no call was over raw keys; expected those of the prompt to be")
 
 
 def self_check(

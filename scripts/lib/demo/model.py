@@ -6,6 +6,7 @@ Run as a command it converts: ``python -m scripts.lib.demo.model GGUF_FILE DIREC
 from __future__ import annotations
 
 import fcntl
+import importlib.metadata
 import os
 import shutil
 import sys
@@ -83,9 +84,12 @@ def _run_python(title: str, arguments: list[str], log: Path, environ: dict[str, 
 
 def convert(gguf: Path, directory: Path) -> None:
     """Write the model and tokenizer in ``gguf`` to ``directory`` in transformers' own format."""
+    import gguf as reader
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    # Under Python 3.10 transformers 5.12 finds no distribution of this package, and asks it itself.
+    vars(reader)["__version__"] = importlib.metadata.version("gguf")
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16
     )
