@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -19,6 +21,17 @@ def test_a_server_under_load_loses_nothing(engines: EngineServer) -> None:
     report.require_nothing_lost()
     assert (report.asked, report.finished + report.left) == (48, 48)
     assert report.left > 0
+
+
+@pytest.mark.long
+@pytest.mark.engine
+def test_the_command_runs(repository: Path) -> None:
+    """A short run of it, by itself."""
+    command = ["scripts/load", "--requests", "24", "--waves", "1"]
+    done = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.startswith("24 requests, ")
+    assert done.stdout.endswith("nothing was lost\n")
 
 
 KEPT = Kept(0, 0, open_files=9, resident=1000, backend={"plans": 1, "mla_slots": 0})
