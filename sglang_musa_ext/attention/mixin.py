@@ -230,13 +230,13 @@ class MusaFA3Mixin:
         paged = dict(arguments) if self._check == "output" else None
         site, own_keys = self._site(arguments), self.own_keys
         raw = None if own_keys is None else self._raw_arguments(arguments, own_keys, site)
-        if own_keys is not None and raw is None:
-            # The copy that `uncopied` has kept upstream's forward from making.
-            arguments["q"] = arguments["q"].contiguous()
-        if own_keys is None or raw is None:
-            result = self._call_with_plan(arguments, site)
-        else:
+        if own_keys is not None and raw is not None:
             result = self._call_over_raw_keys(arguments, site, raw, own_keys)
+        else:
+            if own_keys is not None:
+                # The copy that `uncopied` has kept upstream's forward from making.
+                arguments["q"] = arguments["q"].contiguous()
+            result = self._call_with_plan(arguments, site)
         if paged is not None and not self._plans.capturing:
             checks.require_reference_output(result, paged, self._pool_device, self._place())
         return result

@@ -17,6 +17,7 @@ import os
 import sys
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec
+from operator import attrgetter
 from types import ModuleType, SimpleNamespace
 from typing import Any, NoReturn
 
@@ -314,7 +315,9 @@ def _compute_types_once() -> None:
     import triton.language as tl
     from triton.runtime import interpreter
 
-    patching.wrap(interpreter, "_get_np_dtype", lambda original: _once(original, _name_of))
+    patching.wrap(
+        interpreter, "_get_np_dtype", lambda original: _once(original, attrgetter("name"))
+    )
     patching.wrap(
         interpreter.InterpreterBuilder,
         "get_block_ty",
@@ -339,12 +342,6 @@ def _once(function: Callable[..., Any], key_of: Callable[..., Any]) -> Callable[
         return known[key]
 
     return call
-
-
-def _name_of(dtype: Any) -> str:
-    """Return the name of a type of Triton's, which no other type has."""
-    name: str = dtype.name
-    return name
 
 
 def _skip_unread_checks() -> None:

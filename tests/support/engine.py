@@ -199,15 +199,8 @@ class EngineServer(ForkServer):
 
     def call(self, function: Callable[..., Any], *arguments: Any, timeout: float = 120.0) -> Any:
         """The result of ``function(*arguments)`` in a forked process; both must pickle."""
-        self._tasks += 1
-        log = self.last_log = self._directory / f"{self._tasks}-{function.__name__}.log"
-        with self._connect() as connection:
-            connection.send((log, function, arguments))
-            task: int = connection.recv()
-            try:
-                return self._reply(connection, function.__name__, log, timeout)
-            finally:
-                kill_group(task)
+        with self.running(function, *arguments) as task:
+            return self._reply(task.connection, function.__name__, task.log, timeout)
 
     @contextlib.contextmanager
     def running(self, function: Callable[..., Any], *arguments: Any) -> Iterator[RunningTask]:
