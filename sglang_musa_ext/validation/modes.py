@@ -83,6 +83,8 @@ class Mode:
     singly: bool = False
     """True if requests come one at a time. Several would be batched by when they come, and batches
     decide last bits."""
+    environ: Mapping[str, str] = field(default_factory=dict)
+    """Environment variables of its engines."""
 
 
 CHAIN = {"speculative_num_steps": 3, "speculative_eagle_topk": 1, "speculative_num_draft_tokens": 4}
@@ -109,6 +111,9 @@ CONTEXT_PARALLEL = {"tp_size": 2, "attn_cp_size": 2, "enable_prefill_cp": True, 
 ZIGZAG = CONTEXT_PARALLEL | {"cp_strategy": "zigzag"}
 INTERLEAVE = CONTEXT_PARALLEL | {"cp_strategy": "interleave"}
 COMPILED = {"enable_torch_compile": True, "torch_compile_max_bs": 2}
+# In SGLang's own mode, max-autotune-no-cudagraphs, each process times kernels for its matrix
+# products and takes the quickest, so that two engines of one backend differ in the last bits.
+UNTUNED = {"SGLANG_TORCH_COMPILE_MODE": "default"}
 
 
 def _on_two(family: str, arguments: Mapping[str, Any], **fields: Any) -> Mode:
@@ -155,7 +160,7 @@ MODES: Mapping[str, Mode] = {
     "pp2-mla": Mode("deepseek_v3", {"page_size": 64, "pp_size": 2}, (1,), gpus=2),
     # With no other exchange between experts, SGLang overlaps only with data-parallel attention.
     "two-batch-overlap": Mode("deepseek_v3", {"page_size": 64, **OVERLAP}, changes=EXPERTS, gpus=2),
-    "torch-compile": Mode("llama", {"page_size": 64, **COMPILED}, (1,)),
+    "torch-compile": Mode("llama", {"page_size": 64, **COMPILED}, (1,), environ=UNTUNED),
     "mla-mtp": Mode("deepseek_v3", {"page_size": 64, **MTP}, changes=WITH_MTP),
     "tp2-mla-mtp": _on_two("deepseek_v3", {"tp_size": 2, **UNFUSED, **MTP}, changes=WITH_MTP),
     "tp2-eagle": _on_two("llama", {"tp_size": 2, **EAGLE_CHAIN}, plans=(1,), draft="eagle"),
@@ -417,7 +422,7 @@ class Fleet:
         mode = MODES[name]
         cards = [self.cards[(number + index) % len(self.cards)] for index in range(mode.gpus)]
         environ = {key: os.environ.get(key, value) for key, value in ENVIRON.items()}
-        environ |= {WEIGHTS: "1"} | choice.environ
+        environ |= {WEIGHTS: "1", **mode.environ} | choice.environ
         arguments = self._arguments(name, choice, number)
         parts = several.parts(mode.nodes, port, apart=mode.apart)
         share = mode.gpus // len(parts)
