@@ -1,6 +1,7 @@
-"""Changes to SGLang in engines of the kit and the benchmark, where a variable asks for them.
+"""Changes to engines of the kit and the benchmark, where a variable asks for them.
 
-Each is made to one module of SGLang, right after its import, in every process of an engine.
+Each is made to one module, of SGLang or PyTorch, right after its import, in every process of an
+engine.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ WEIGHTS = "MUSA_EXT_ENGINE_WEIGHTS"
 """Set for engines whose dummy-loaded models get weights of :func:`initialize`."""
 PLANS = "MUSA_EXT_ENGINE_PLANS"
 """Set for engines whose upstream backend asks FA3 for a new plan before every call."""
+UNTUNED = "MUSA_EXT_ENGINE_UNTUNED"
+"""Set for engines in which ``torch.compile`` chooses nothing by timing it."""
 
 
 def initialize(model: Any) -> None:
@@ -79,6 +82,17 @@ def _plan_calls(module: Any) -> None:
     module.flash_attn_with_kvcache = planned
 
 
+def _choose_by_rule(module: Any) -> None:
+    """Have ``torch.compile`` choose each kernel, and how it is launched, by rule in all its modes.
+
+    SGLang compiles models in a mode in which every process times kernels for its matrix products,
+    and how the others are launched, and takes the quickest, so that two engines of one and the same
+    backend differ in the last bits.
+    """
+    assert hasattr(module, "list_mode_options"), f"{module.__name__} has no list_mode_options"
+    module.list_mode_options = lambda *_args, **_kwargs: {"coordinate_descent_tuning": False}
+
+
 def plan_of(arguments: Mapping[str, Any]) -> Any:
     """Return FA3's plan for a ``flash_attn_with_kvcache`` call over a paged cache.
 
@@ -109,6 +123,7 @@ def plan_of(arguments: Mapping[str, Any]) -> Any:
 CHANGES: Mapping[str, tuple[str, Callable[[Any], None]]] = {
     WEIGHTS: ("sglang.srt.model_loader.loader", _give_weights),
     PLANS: ("sglang.srt.layers.attention.flashattention_backend", _plan_calls),
+    UNTUNED: ("torch._inductor", _choose_by_rule),
 }
 """By variable: the module, and what is done to it."""
 

@@ -32,7 +32,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sglang_musa_ext.engines.changes import PLANS, WEIGHTS
+from sglang_musa_ext.engines.changes import PLANS, UNTUNED, WEIGHTS
 from sglang_musa_ext.engines.models import write_model
 from sglang_musa_ext.engines.ports import LOOPBACK, held_block
 from sglang_musa_ext.engines.process import FORCE_UPDATE, Engine, EngineDied
@@ -111,9 +111,6 @@ CONTEXT_PARALLEL = {"tp_size": 2, "attn_cp_size": 2, "enable_prefill_cp": True, 
 ZIGZAG = CONTEXT_PARALLEL | {"cp_strategy": "zigzag"}
 INTERLEAVE = CONTEXT_PARALLEL | {"cp_strategy": "interleave"}
 COMPILED = {"enable_torch_compile": True, "torch_compile_max_bs": 2}
-# In SGLang's own mode, max-autotune-no-cudagraphs, each process times kernels for its matrix
-# products and takes the quickest, so that two engines of one backend differ in the last bits.
-UNTUNED = {"SGLANG_TORCH_COMPILE_MODE": "default"}
 
 
 def _on_two(family: str, arguments: Mapping[str, Any], **fields: Any) -> Mode:
@@ -160,7 +157,7 @@ MODES: Mapping[str, Mode] = {
     "pp2-mla": Mode("deepseek_v3", {"page_size": 64, "pp_size": 2}, (1,), gpus=2),
     # With no other exchange between experts, SGLang overlaps only with data-parallel attention.
     "two-batch-overlap": Mode("deepseek_v3", {"page_size": 64, **OVERLAP}, changes=EXPERTS, gpus=2),
-    "torch-compile": Mode("llama", {"page_size": 64, **COMPILED}, (1,), environ=UNTUNED),
+    "torch-compile": Mode("llama", {"page_size": 64, **COMPILED}, (1,), environ={UNTUNED: "1"}),
     "mla-mtp": Mode("deepseek_v3", {"page_size": 64, **MTP}, changes=WITH_MTP),
     "tp2-mla-mtp": _on_two("deepseek_v3", {"tp_size": 2, **UNFUSED, **MTP}, changes=WITH_MTP),
     "tp2-eagle": _on_two("llama", {"tp_size": 2, **EAGLE_CHAIN}, plans=(1,), draft="eagle"),

@@ -438,6 +438,7 @@ class StandInEngine:
             not self.ours and engine_changes.PLANS not in environ and self.fault == "other splits"
         )
         self.fresh = FORCE_UPDATE in environ
+        self.tunes = self.fault == "tunes" and engine_changes.UNTUNED not in environ
         self.flushed = 0
 
     def wait(self) -> StandInEngine:
@@ -464,6 +465,7 @@ class StandInEngine:
             else 0.0
         )
         off += 0.03 if self.other_splits else 0.0
+        off += 0.02 if self.tunes and self.ours else 0.0
         if self.raw_prefill and self.fault[:9] == "raw keys ":
             off += float(self.fault[9:])
         logprobs = [[-1.0 - start % 89 / 89 + off] * new_tokens for start in starts]
@@ -602,6 +604,35 @@ def test_prefill_over_raw_keys_is_used_and_within_upstreams_tolerance(
     if fault.startswith("raw keys"):
         assert outcomes["graphs"].status == PASS
         assert outcomes["graphs"].numbers["allowed"] == 0
+
+
+@pytest.mark.parametrize(("mode", "status"), [("torch-compile", PASS), ("dense-page1", FAIL)])
+def test_compiled_engines_are_compared_as_one_compiles(
+    mode: str, status: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where each engine would choose kernels by timing them, they are told not to."""
+    outcomes = mode_outcomes("tunes", 0.0, tmp_path, monkeypatch, mode)
+    assert outcomes["graphs"].status == status, outcomes
+    assert outcomes["graphs"].numbers["allowed"] == 0
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
+def test_a_compiled_engine_times_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither matrix products nor launches are tuned, in the mode in which SGLang compiles."""
+    inductor = importlib.import_module("torch._inductor")
+    monkeypatch.setattr(inductor, "list_mode_options", inductor.list_mode_options)
+    # SGLang does, before it compiles.
+    monkeypatch.setattr(inductor.config, "coordinate_descent_tuning", True)
+
+    def tuned() -> set[bool]:
+        compiler = torch._TorchCompileInductorWrapper("max-autotune-no-cudagraphs", None, None)
+        config = compiler.get_compiler_config()
+        return {config["max_autotune"], config["coordinate_descent_tuning"]}
+
+    assert tuned() == {True}
+    module, change = engine_changes.CHANGES[engine_changes.UNTUNED]
+    change(importlib.import_module(module))
+    assert tuned() == {False}
 
 
 def test_modes_of_an_fp8_cache_ask_for_one() -> None:
