@@ -118,11 +118,17 @@ def has_equal_queries(arguments: Mapping[str, Any]) -> bool:
 
 ABSENT: Any = type("_Absent", (), {"__repr__": lambda self: "ABSENT"})()
 """Stands for an argument that a call does not have."""
-OPTIONS = (
-    "softmax_scale", "causal", "window_size", "softcap", "return_softmax_lse", "num_splits", "out",
-    "ver", "qv", "sinks", "k_descale", "v_descale",
+_PLAIN_OPTIONS = (
+    "softmax_scale", "causal", "window_size", "softcap", "return_softmax_lse", "num_splits", "ver",
 )  # fmt: skip
-"""Arguments of a paged call that say how to attend; the last four are tensors of each layer."""
+OPTIONS = (*_PLAIN_OPTIONS, "out", "qv", "sinks", "k_descale", "v_descale")
+"""Arguments of a paged call that say how to attend; the last ones may be tensors of each layer."""
+_PLAIN = len(_PLAIN_OPTIONS)
+VARLEN_OPTIONS = (
+    "max_seqlen_q", "max_seqlen_k", "softmax_scale", "causal", "return_softmax_lse", "out", "ver",
+)  # fmt: skip
+"""The arguments of upstream's calls over raw keys, beside :data:`VARLEN_TENSORS`."""
+VARLEN_TENSORS = ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k")
 _TENSORS = ("q", "k_cache", "v_cache")
 _LENGTHS = ("page_table", "cache_seqlens", "cu_seqlens_q")
 _UPSTREAMS = {*OPTIONS, *_TENSORS, *_LENGTHS, "max_seqlen_q", "scheduler_metadata"}
@@ -151,6 +157,7 @@ class CallSite:
 
     __slots__ = (
         "_option_facts",
+        "_plain",
         "drops_plan",
         "geometry",
         "keywords",
@@ -185,8 +192,9 @@ class CallSite:
         self.tensor_facts = _tensor_facts(arguments)
         options = options_of(arguments)
         self.pass_facts = pass_facts(*_get_lengths(arguments))
-        self._option_facts = tuple([_fact(value) for value in options])
-        """The options, with what is compared of tensors in place of them."""
+        self._plain = options[:_PLAIN]
+        self._option_facts = [_fact(value) for value in options[_PLAIN:]]
+        """The other options, with what is compared of tensors in place of them."""
         named = zip(OPTIONS, options, strict=True)
         self.tensor_options = tuple([n for n, value in named if isinstance(value, torch.Tensor)])
         self.options = None if self.tensor_options else options
@@ -204,7 +212,13 @@ class CallSite:
         """Tell whether these are this kind's options, and tensors among them look alike."""
         if self.options is not None:
             return options == self.options
-        return tuple([_fact(value) for value in options]) == self._option_facts
+        if options[:_PLAIN] != self._plain:
+            return False
+        for value, fact in zip(options[_PLAIN:], self._option_facts, strict=True):
+            # Most are None, or absent, and need no more.
+            if value is not fact and _fact(value) != fact:
+                return False
+        return True
 
     def geometry_of(self, arguments: Arguments) -> tuple[CallGeometry, dict[str, Any]]:
         """Return the geometry of a call of this kind, and as keywords."""
@@ -274,6 +288,7 @@ class KnownCall:
         "_own_names",
         "_q_device",
         "_settled",
+        "_varying",
         "_versions",
         "cache_seqlens",
         "cu_seqlens_q",
@@ -318,6 +333,7 @@ class KnownCall:
         own = settled.own_names
         self._own_names = [(name, own[name]) for name in self.of_a_pass if name in own]
         self._nothing = dict.fromkeys([own for _, own in self._own_names])
+        self._varying = [(OPTIONS.index(name), own) for name, own in settled.varying]
         self.plan: Any = None
         self.in_place: Any = None
         """For a plan in a workspace: the entry that says that the workspace still holds it."""
@@ -426,9 +442,10 @@ class KnownCall:
 
     def keywords_with(self, options: tuple[Any, ...]) -> Arguments:
         """Return the keywords of a call like this one that has other tensors among its options."""
-        values = dict(zip(OPTIONS, options, strict=True))
-        varying = {own: values[name] for name, own in self._settled.varying}
-        return self.keywords | varying
+        keywords = self.keywords.copy()
+        for index, own in self._varying:
+            keywords[own] = options[index]
+        return keywords
 
     def _takes_table(self, page_table: Any) -> bool:
         """Take another page table of the same shape for this and the calls after it."""
@@ -500,6 +517,86 @@ class KnownRawCall(KnownCall):
             and self.v_dense == (v.is_contiguous() or v.stride())
             and self._q_device == q.device
             and (not self._versions or self._has_versions(cache_seqlens, cu_seqlens_q))
+        )
+
+
+def is_upstreams_varlen(arguments: Mapping[str, Any]) -> bool:
+    """Tell whether a call over raw keys has upstream's arguments, and tensors alone for tensors."""
+    if not {*VARLEN_TENSORS, *VARLEN_OPTIONS}.issuperset(arguments):
+        return False
+    tensors = {name for name, value in arguments.items() if isinstance(value, torch.Tensor)}
+    return tensors == {*VARLEN_TENSORS}
+
+
+def varlen_kind(arguments: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return what settles how a call over raw keys is made, but for its lengths; it hashes."""
+    tensors = [arguments[name] for name in ("q", "k", "v")]
+    facts = [(t.shape[1:], t.dtype, t.device, density(t)) for t in tensors]
+    lengths = [(arguments[name].dtype, density(arguments[name])) for name in VARLEN_TENSORS[3:]]
+    options = [arguments.get(name, ABSENT) for name in VARLEN_OPTIONS[2:]]
+    return (*arguments, *facts, *lengths, *options)
+
+
+class KnownVarlenCall:
+    """A call over raw keys that the running pass has seen, and how calls like it are served.
+
+    Like it are calls over the very same lengths, with the same options and with tensors of equal
+    shapes, dtypes and layouts: nothing else decides how the kernels are called.
+
+    Lifetime: a pass.
+    """
+
+    __slots__ = (
+        "_cu_seqlens_k",
+        "_cu_seqlens_q",
+        "_device",
+        "_k_dense",
+        "_k_dtype",
+        "_k_shape",
+        "_options",
+        "_q_dense",
+        "_q_dtype",
+        "_q_shape",
+        "_v_dense",
+        "_v_dtype",
+        "_v_shape",
+        "function",
+        "keywords",
+        "uses",
+    )
+
+    def __init__(self, arguments: Arguments, settled: SettledCall) -> None:
+        """Describe a call that :func:`is_upstreams_varlen` accepts."""
+        self.function, self.keywords = settled.function, settled.keywords
+        self.uses = 0
+        """Calls that were served as this one and are not in the statistics yet."""
+        q, k, v = arguments["q"], arguments["k"], arguments["v"]
+        self._cu_seqlens_q = arguments["cu_seqlens_q"]
+        self._cu_seqlens_k = arguments["cu_seqlens_k"]
+        self._options = tuple([arguments.get(name, ABSENT) for name in VARLEN_OPTIONS])
+        self._device = q.device
+        self._q_shape, self._q_dtype, self._q_dense = q.shape, q.dtype, density(q)
+        self._k_shape, self._k_dtype, self._k_dense = k.shape, k.dtype, density(k)
+        self._v_shape, self._v_dtype, self._v_dense = v.shape, v.dtype, density(v)
+
+    def matches(
+        self, q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, options: tuple[Any, ...]
+    ) -> bool:
+        """Tell whether a call is like this one."""
+        return (
+            cu_seqlens_q is self._cu_seqlens_q
+            and cu_seqlens_k is self._cu_seqlens_k
+            and options == self._options
+            and q.shape == self._q_shape
+            and k.shape == self._k_shape
+            and v.shape == self._v_shape
+            and q.dtype is self._q_dtype
+            and k.dtype is self._k_dtype
+            and v.dtype is self._v_dtype
+            and (q.is_contiguous() or q.stride()) == self._q_dense
+            and (k.is_contiguous() or k.stride()) == self._k_dense
+            and (v.is_contiguous() or v.stride()) == self._v_dense
+            and q.device == self._device
         )
 
 

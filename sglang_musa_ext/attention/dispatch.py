@@ -15,7 +15,13 @@ from typing import Any, Protocol
 from sglang.srt.layers.attention import flashattention_backend as upstream
 
 from sglang_musa_ext import patching
-from sglang_musa_ext.attention.calls import ABSENT, KnownCall
+from sglang_musa_ext.attention.calls import (
+    ABSENT,
+    VARLEN_OPTIONS,
+    VARLEN_TENSORS,
+    KnownCall,
+    KnownVarlenCall,
+)
 from sglang_musa_ext.upstream.names import KERNEL_PARAMETERS
 
 
@@ -33,6 +39,9 @@ class Backend(Protocol):
 
     def call_unlike_others(self, arguments: dict[str, Any]) -> Any:
         """Serve a call over a paged KV cache that :meth:`begin_call` has noted."""
+
+    def known_varlen(self) -> Sequence[KnownVarlenCall]:
+        """Return the calls over raw keys and values of this pass that one may be like."""
 
     def call_flash_attn_varlen_func(self, arguments: dict[str, Any]) -> Any:
         """Serve attention over raw keys and values."""
@@ -67,17 +76,36 @@ def install_kernel_dispatch() -> Callable[[], None]:
         return undo.pop_all().close
 
 
+_VARLEN = (*VARLEN_TENSORS, *VARLEN_OPTIONS)
+
+
 def _varlen_dispatcher(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Return what stands in upstream's module for its function over raw keys and values."""
+    """Return what stands in upstream's module for its function over raw keys and values.
+
+    It has parameters for the same reason as :func:`_paged_dispatcher`'s.
+    """
     parameters = KERNEL_PARAMETERS["flash_attn_varlen_func"]
 
     @functools.wraps(original)
-    def flash_attn_varlen_func(*args: Any, **arguments: Any) -> Any:
+    def flash_attn_varlen_func(
+        *args: Any, q: Any = ABSENT, k: Any = ABSENT, v: Any = ABSENT, cu_seqlens_q: Any = ABSENT,
+        cu_seqlens_k: Any = ABSENT, max_seqlen_q: Any = ABSENT, max_seqlen_k: Any = ABSENT,
+        softmax_scale: Any = ABSENT, causal: Any = ABSENT, return_softmax_lse: Any = ABSENT,
+        out: Any = ABSENT, ver: Any = ABSENT, **others: Any,
+    ) -> Any:  # fmt: skip
         running = RUNNING.stack
+        options = max_seqlen_q, max_seqlen_k, softmax_scale, causal, return_softmax_lse, out, ver
+        if running and not (args or others):
+            for known in running[-1].known_varlen():
+                if known.matches(q, k, v, cu_seqlens_q, cu_seqlens_k, options):
+                    known.uses += 1
+                    return known.function(q, k, v, **known.keywords)
+        given = zip(_VARLEN, (q, k, v, cu_seqlens_q, cu_seqlens_k, *options), strict=True)
+        arguments = {name: value for name, value in given if value is not ABSENT}
+        arguments.update(others)
         if not running:
             return original(*args, **arguments)
-        if args:
-            arguments.update(zip(parameters, args, strict=False))
+        arguments.update(zip(parameters, args, strict=False))
         return running[-1].call_flash_attn_varlen_func(arguments)
 
     return flash_attn_varlen_func
@@ -113,8 +141,8 @@ def _paged_dispatcher(original: Callable[..., Any]) -> Callable[..., Any]:
         if running:
             backend = running[-1]
             options = (
-                softmax_scale, causal, window_size, softcap, return_softmax_lse, num_splits, out,
-                ver, qv, sinks, k_descale, v_descale,
+                softmax_scale, causal, window_size, softcap, return_softmax_lse, num_splits, ver,
+                out, qv, sinks, k_descale, v_descale,
             )  # fmt: skip
             own_keys = backend.own_keys
             known: KnownCall | None

@@ -18,10 +18,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from sglang_musa_ext.attention.calls import CallGeometry, KnownCall
+from sglang_musa_ext.attention.calls import CallGeometry, KnownCall, KnownVarlenCall
 
 _MOST_EARLIER = 4
 """Calls of passes that are over that the next ones may make again: a model has a few kinds."""
+_MOST_VARLEN = 2
+"""Kinds of calls over raw keys that a pass remembers, its first ones."""
 
 Tensors = dict[str, torch.Tensor]
 """The tensors of a call whose contents its plan depends on, by name."""
@@ -144,7 +146,7 @@ class _Plan(NamedTuple):
 class Pass:
     """One forward pass: what its calls over a paged cache have so far, which ends with it."""
 
-    __slots__ = ("computed", "earlier", "in_place", "known", "layers", "plans")
+    __slots__ = ("computed", "earlier", "in_place", "known", "known_varlen", "layers", "plans")
 
     def __init__(self, earlier: list[KnownCall]) -> None:
         self.earlier = earlier
@@ -153,6 +155,8 @@ class Pass:
         """A pass has few of them, and comparing keys takes less time than hashing them."""
         self.known: list[KnownCall] = []
         """Calls that later ones of this pass may be like."""
+        self.known_varlen: list[KnownVarlenCall] = []
+        """Likewise, over raw keys."""
         self.in_place: dict[int, _Plan] = {}
         """The plan that each call role's slot of the workspace holds."""
         self.layers: dict[Any, object] = {}
@@ -292,6 +296,9 @@ class SchedulerMetadataCache:
             elif known.unsplit:
                 statistics.unsplit_calls += known.uses
             known.uses = 0
+        for varlen in self.current.known_varlen:
+            statistics.calls += varlen.uses
+            varlen.uses = 0
 
     def _holds(self, known: KnownCall) -> bool:
         """Tell whether a plan in a workspace is still there, and the running role's."""
@@ -345,6 +352,14 @@ class SchedulerMetadataCache:
         if in_place:
             known.role, known.in_place = self.role, self.current.in_place[self.role]
         self.current.known.append(known)
+
+    def remember_varlen(self, known: KnownVarlenCall) -> None:
+        """Have ``known`` found by later calls over raw keys of this pass, if there is room."""
+        # A chunk of a prefix has lengths of its own in every layer, so that no call is like its.
+        if len(self.current.known_varlen) < _MOST_VARLEN:
+            self.current.known_varlen.append(known)
+        # What ends a pass lets go of it.
+        self._ended = False
 
     def forget_plans(self) -> None:
         """Drop the plans of this pass, so that the next call computes its own."""

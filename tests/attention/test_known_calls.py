@@ -201,7 +201,10 @@ def new_backend() -> Any:
 
 
 def outcomes(
-    kernels: str, calls: Sequence[Made], lengths: Sequence[dict[str, Any]] | None = None
+    kernels: str,
+    calls: Sequence[Made],
+    lengths: Sequence[dict[str, Any]] | None = None,
+    function: str = "flash_attn_with_kvcache",
 ) -> list[Any]:
     """Make ``calls`` as layers of one pass; return what each came to, as a library sees it.
 
@@ -225,7 +228,7 @@ def outcomes(
             backend._plans.begin_layer(layers[-1], batch, backend.forward_metadata)
             backend.own_keys = own_keys
             try:
-                result = upstream.flash_attn_with_kvcache(**arguments)
+                result = getattr(upstream, function)(**arguments)
             except (UnsupportedKernelArgument, KeyError) as refusal:
                 seen.append(str(refusal))
                 continue
@@ -255,11 +258,13 @@ def _address(tensor: torch.Tensor) -> int | None:
     return tensor.data_ptr() if tensor.numel() > TABLE.numel() * 2 else None
 
 
-def require_each_as_if_first(kernels: str, calls: Sequence[Made]) -> list[Any]:
+def require_each_as_if_first(
+    kernels: str, calls: Sequence[Made], function: str = "flash_attn_with_kvcache"
+) -> list[Any]:
     """Compare what comes of calls in one pass with what comes of each alone; return the former."""
-    served = outcomes(kernels, calls)
+    served = outcomes(kernels, calls, None, function)
     for each, made in zip(served, calls, strict=True):
-        assert each == outcomes(kernels, [made])[0]
+        assert each == outcomes(kernels, [made], None, function)[0]
     return served
 
 
@@ -304,6 +309,60 @@ def test_mate_refuses_a_change_by_name_between_two_calls(change: str) -> None:
     served = outcomes("mate", [first, changed, last])
     assert REFUSED[change] in served[1]
     assert served[2][0] == "flash_attn_with_kvcache"
+
+
+OPTION_TENSORS: dict[str, dict[str, Any]] = {
+    "sinks": {"sinks": zeros(HEADS)},
+    "qv": {"qv": zeros(ROWS, HEADS, 512)},
+    "scales": {"k_descale": torch.ones(REQUESTS, KV_HEADS), "v_descale": torch.ones(1, KV_HEADS)},
+}
+OPTION_CHANGES: dict[str, dict[str, Any]] = {
+    "none": {"sinks": None, "qv": None, "k_descale": None, "v_descale": None},
+    "dtype": {"sinks": zeros(HEADS, dtype=torch.float32), "qv": zeros(*Q, dtype=torch.float16)},
+    "size": {"sinks": zeros(2 * HEADS), "qv": zeros(ROWS, HEADS, 256)},
+    "dims": {"sinks": zeros(1, HEADS), "qv": zeros(HEADS, 512)},
+    "stride": {"sinks": every_other(HEADS), "qv": every_other(ROWS, HEADS, 512)},
+    "scale of k alone": {"v_descale": None},
+    "scale": {"softmax_scale": 0.5},
+    "other tensors": {"sinks": zeros(HEADS), "out": zeros(*Q)},
+}
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("tensors", OPTION_TENSORS)
+@pytest.mark.parametrize("change", OPTION_CHANGES)
+def test_a_changed_call_with_tensors_of_its_layer_is_made_as_if_it_were_the_first(
+    kernels: str, tensors: str, change: str
+) -> None:
+    """What each layer brings along is compared by type and layout, and handed on itself."""
+    own = [{name: each.clone() for name, each in OPTION_TENSORS[tensors].items()} for _ in range(3)]
+    calls = [({**base(False)[0], **each}, None) for each in own]
+    changed = {**base(False)[0], **OPTION_TENSORS[tensors], **OPTION_CHANGES[change]}, None
+    require_each_as_if_first(kernels, [*calls[:2], changed, calls[2]])
+
+
+@pytest.mark.parametrize("change", [name for name in OPTION_CHANGES if name != "scale of k alone"])
+def test_another_kind_of_tensor_is_a_call_of_its_own(change: str) -> None:
+    """No library here tells all of them apart, but calls that are settled together are alike."""
+    kind = OPTION_TENSORS["sinks"]
+    backend, _ = first_calls_of([kind, {**kind, **OPTION_CHANGES[change]}, kind])
+    assert [known.uses for known in backend._plans.current.known] == [1, 0]
+
+
+def first_calls_of(changes: Sequence[dict[str, Any]]) -> tuple[Any, Library]:
+    """Return a backend whose layers of one pass made these calls over a cache, and its library."""
+    library, record = _hopper()
+    backend = new_backend()
+    backend._kernels = record
+    batch = SimpleNamespace()
+    dispatch.RUNNING.stack.append(backend)
+    try:
+        for change in changes:
+            backend._plans.begin_layer(object(), batch, backend.forward_metadata)
+            upstream.flash_attn_with_kvcache(**base(False)[0] | change)
+    finally:
+        dispatch.RUNNING.stack.pop()
+    return backend, library
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
@@ -576,3 +635,136 @@ def test_calls_by_position_are_served_as_well(passes: int) -> None:
         dispatch.RUNNING.stack.pop()
     (_, named), (_, by_position) = library.calls
     assert [named[name] is by_position[name] for name in TENSORS] == [True] * 3
+
+
+# --- upstream's own calls over raw keys, as in prefill of MLA -------------------------------------
+
+VARLEN: dict[str, Any] = {
+    "cu_seqlens_q": OFFSETS, "cu_seqlens_k": OFFSETS, "max_seqlen_q": 2, "max_seqlen_k": 2,
+    "softmax_scale": 0.125, "causal": True, "return_softmax_lse": False, "out": None, "ver": 3,
+}  # fmt: skip
+ONE_REQUEST = {
+    "cu_seqlens_q": torch.tensor([0, ROWS], dtype=torch.int32), "max_seqlen_q": ROWS,
+    "cu_seqlens_k": torch.tensor([0, ROWS], dtype=torch.int32), "max_seqlen_k": ROWS,
+}  # fmt: skip
+VARLEN_TENSORS = {"q": Q, "k": OWN, "v": OWN}
+VARLEN_CHANGES: dict[str, dict[str, Any]] = {
+    **{
+        f"{name} {what}": {name: made}
+        for name, shape in VARLEN_TENSORS.items()
+        for what, made in {
+            "dtype": zeros(*shape, dtype=torch.float16),
+            "stride 2": every_other(*shape),
+            "gaps": with_gaps(*shape),
+            "heads": zeros(*shape[:-2], 2 * shape[-2], shape[-1]),
+            "head dim": zeros(*shape[:-1], 192),
+            "rows": zeros(shape[0] + 1, *shape[1:]),
+        }.items()
+    },
+    "offsets of queries": {"cu_seqlens_q": OFFSETS.clone()},
+    "offsets of keys": {"cu_seqlens_k": OFFSETS.clone()},
+    "longest query": {"max_seqlen_q": 3},
+    "longest key": {"max_seqlen_k": 3},
+    "softmax_scale": {"softmax_scale": 0.5},
+    "causal": {"causal": False},
+    "return_softmax_lse": {"return_softmax_lse": True},
+    "out": {"out": zeros(*Q)},
+    "ver": {"ver": 4},
+    "no out": {"out": ABSENT},
+    "softcap": {"softcap": 30.0},
+    "window_size": {"window_size": (7, 0)},
+    "sinks": {"sinks": zeros(HEADS)},
+    "score_mod": {"score_mod": object()},
+    "one request": ONE_REQUEST,
+}
+
+
+def varlen(change: dict[str, Any] | None = None) -> Made:
+    """A call of a layer over keys that it has just computed."""
+    tensors = {name: zeros(*shape) for name, shape in VARLEN_TENSORS.items()}
+    made = VARLEN | tensors | (change or {})
+    return {name: value for name, value in made.items() if value is not ABSENT}, None
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("change", VARLEN_CHANGES)
+@pytest.mark.parametrize("requests", [{}, ONE_REQUEST], ids=["three requests", "one request"])
+def test_a_changed_varlen_call_is_made_as_if_it_were_the_first(
+    kernels: str, change: str, requests: dict[str, Any]
+) -> None:
+    """Dtypes, layouts, shapes, lengths and options, of one request and of several."""
+    calls = [varlen(requests) for _ in range(2)]
+    calls += [varlen({**requests, **VARLEN_CHANGES[change]}), varlen(requests)]
+    require_each_as_if_first(kernels, calls, "flash_attn_varlen_func")
+
+
+def backend_after_varlen_calls(
+    calls: Sequence[Made], kernels: str = "mate", **attributes: Any
+) -> tuple[Any, Library]:
+    """Return a backend whose layers of one pass have made these calls, and their library."""
+    library, record = KERNELS[kernels]()
+    backend = new_backend()
+    vars(backend).update(_kernels=record, **attributes)
+    batch = SimpleNamespace()
+    dispatch.RUNNING.stack.append(backend)
+    try:
+        for arguments, _ in calls:
+            backend._plans.begin_layer(object(), batch, backend.forward_metadata)
+            upstream.flash_attn_varlen_func(**arguments)
+    finally:
+        dispatch.RUNNING.stack.pop()
+    return backend, library
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_varlen_calls_like_one_before_are_known_and_counted(kernels: str) -> None:
+    """The test above says something only if calls are recognised at all."""
+    backend, library = backend_after_varlen_calls([varlen() for _ in range(3)], kernels)
+    assert [known.uses for known in backend._plans.current.known_varlen] == [2]
+    assert len(library.calls) == backend.musa_fa3_report()["statistics"]["calls"] == 3
+
+
+@pytest.mark.parametrize("change", ["q gaps", "k gaps", "v gaps", "v head dim"])
+def test_a_varlen_call_of_another_layout_is_one_of_its_own(change: str) -> None:
+    """No rule of an adapter asks for it, but calls that are settled together are alike."""
+    calls = [varlen(), varlen(VARLEN_CHANGES[change]), varlen()]
+    backend, _ = backend_after_varlen_calls(calls, "hopper")
+    assert [known.uses for known in backend._plans.current.known_varlen] == [1, 0]
+
+
+def test_chunks_of_a_prefix_are_served_and_not_kept() -> None:
+    """Each has lengths of its own in every layer, and a pass may have hundreds of them."""
+    chunks = [varlen({"cu_seqlens_k": OFFSETS.clone()}) for _ in range(9)]
+    backend, library = backend_after_varlen_calls([varlen(), *chunks, varlen()])
+    assert len(backend._plans.current.known_varlen) == 2
+    assert backend._plans.current.known_varlen[0].uses == 1
+    assert len(library.calls) == 11
+
+
+@pytest.mark.parametrize("ends", ["metadata", "batch"])
+def test_a_pass_of_varlen_calls_alone_is_let_go_of(ends: str) -> None:
+    """What is known of raw keys ends with the pass, in which no call was over a cache."""
+    backend, _ = backend_after_varlen_calls([varlen()])
+    if ends == "metadata":
+        backend._plans.end_pass()
+    else:
+        backend._plans.begin_layer(object(), SimpleNamespace(), backend.forward_metadata)
+    assert backend._plans.current.known_varlen == []
+    assert backend.musa_fa3_report()["statistics"]["calls"] == 1
+
+
+def test_nothing_is_known_of_varlen_calls_where_every_call_is_looked_at() -> None:
+    """A check of the outputs sees each call, and so does whoever samples them."""
+    for attributes in ({"_remembers": False}, {"_sampler": SimpleNamespace(report=dict)}):
+        backend, library = backend_after_varlen_calls([varlen(), varlen()], **attributes)
+        assert backend._plans.current.known_varlen == []
+        assert len(library.calls) == 2
+
+
+def test_few_kinds_of_varlen_calls_are_kept() -> None:
+    """A server that changes its options for ever holds no more than some."""
+    scales = [varlen({"softmax_scale": index / 100}) for index in range(70)]
+    backend, library = backend_after_varlen_calls(scales)
+    assert len(library.calls) == 70
+    assert len(backend._varlen_kinds) <= 64
+    assert backend.musa_fa3_report()["held"]["kinds_of_calls"] <= 64

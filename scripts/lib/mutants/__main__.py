@@ -159,15 +159,29 @@ RAW_SIGNATURE = (
     "and self.v_dense == (v.is_contiguous() or v.stride())",
 )
 """The values that a known call over raw keys is compared by."""
+VARLEN_SIGNATURE = (
+    "and cu_seqlens_k is self._cu_seqlens_k",
+    "and options == self._options",
+    "and q.shape == self._q_shape",
+    "and k.shape == self._k_shape",
+    "and v.shape == self._v_shape",
+    "and q.dtype is self._q_dtype",
+    "and k.dtype is self._k_dtype",
+    "and v.dtype is self._v_dtype",
+    "and (q.is_contiguous() or q.stride()) == self._q_dense",
+    "and (k.is_contiguous() or k.stride()) == self._k_dense",
+    "and (v.is_contiguous() or v.stride()) == self._v_dense",
+)
+"""The values that a known call of upstream's over raw keys is compared by."""
 CHANGED = (
     "as_if_it_were_the_first or differ_in_one_thing or told_apart or goes_raw_after or "
-    "another_layout"
+    "another_layout or another_kind"
 )
 
 
 def signature_mutants() -> Iterator[Mutant]:
     """Each part left out of what tells calls apart before their geometry is worked out."""
-    for part in (*SIGNATURE, *RAW_SIGNATURE):
+    for part in (*SIGNATURE, *RAW_SIGNATURE, *VARLEN_SIGNATURE):
         yield Mutant(f"known calls without {part[4:]}", CALLS_FILE, part, "", CHANGED)
     for name in ("cache_seqlens", "cu_seqlens_q"):
         for old in (f"{name} is self.{name}\n", f"self.{name} is {name}\n"):
@@ -176,6 +190,43 @@ def signature_mutants() -> Iterator[Mutant]:
         old = f" is {name}.dtype is {name}_cache.dtype"
         new = f" is {name}.dtype"
         yield Mutant(f"raw calls whatever the dtype of {name}_cache", CALLS_FILE, old, new, CHANGED)
+    for name, old, new in (
+        ("offsets of queries", "cu_seqlens_q is self._cu_seqlens_q\n", "True\n"),
+        ("plain options", "if options[:_PLAIN] != self._plain:", "if False:"),
+        ("tensors", "if value is not fact and _fact(value) != fact:", "if False:"),
+    ):
+        yield Mutant(f"known calls with any {name}", CALLS_FILE, old, new, CHANGED)
+    yield Mutant(
+        "varlen calls with other arguments", DISPATCH, "not (args or others)", "not args", CHANGED
+    )
+    yield Mutant(
+        "varlen calls of a pass that is over",
+        CACHE,
+        "        # What ends a pass lets go of it.\n        self._ended = False\n",
+        "",
+        "varlen_calls_alone",
+    )
+    yield Mutant(
+        "varlen calls without an end",
+        CACHE,
+        "if len(self.current.known_varlen) < _MOST_VARLEN:",
+        "if True:",
+        "chunks_of_a_prefix",
+    )
+    yield Mutant(
+        "known varlen calls are not counted",
+        CACHE,
+        "calls += varlen.uses",
+        "calls += 0",
+        "known_and_counted",
+    )
+    yield Mutant(
+        "varlen calls are known where each is looked at",
+        BACKEND,
+        "not self._remembers or self._sampler is not None or ",
+        "",
+        "every_call_is_looked_at",
+    )
     yield Mutant("known calls with other arguments", DISPATCH, ") and not others:", "):", CHANGED)
     yield Mutant(
         "calls of any names are of one kind",
