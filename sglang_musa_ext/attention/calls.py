@@ -118,12 +118,11 @@ def has_equal_queries(arguments: Mapping[str, Any]) -> bool:
 
 ABSENT: Any = type("_Absent", (), {"__repr__": lambda self: "ABSENT"})()
 """Stands for an argument that a call does not have."""
-_PLAIN_OPTIONS = (
-    "softmax_scale", "causal", "window_size", "softcap", "return_softmax_lse", "num_splits", "ver",
+OPTIONS = (
+    "softmax_scale", "causal", "window_size", "softcap", "return_softmax_lse", "num_splits", "out",
+    "ver", "qv", "sinks", "k_descale", "v_descale",
 )  # fmt: skip
-OPTIONS = (*_PLAIN_OPTIONS, "out", "qv", "sinks", "k_descale", "v_descale")
-"""Arguments of a paged call that say how to attend; the last ones may be tensors of each layer."""
-_PLAIN = len(_PLAIN_OPTIONS)
+"""Arguments of a paged call that say how to attend; the last four are tensors of each layer."""
 VARLEN_OPTIONS = (
     "max_seqlen_q", "max_seqlen_k", "softmax_scale", "causal", "return_softmax_lse", "out", "ver",
 )  # fmt: skip
@@ -132,6 +131,7 @@ VARLEN_TENSORS = ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k")
 _TENSORS = ("q", "k_cache", "v_cache")
 _LENGTHS = ("page_table", "cache_seqlens", "cu_seqlens_q")
 _UPSTREAMS = {*OPTIONS, *_TENSORS, *_LENGTHS, "max_seqlen_q", "scheduler_metadata"}
+_PLACES = range(len(OPTIONS))
 _get_lengths = operator.itemgetter("page_table", "cache_seqlens", "cu_seqlens_q")
 
 
@@ -156,8 +156,9 @@ class CallSite:
     """
 
     __slots__ = (
-        "_option_facts",
-        "_plain",
+        "_others",
+        "_others_of",
+        "_tensors",
         "drops_plan",
         "geometry",
         "keywords",
@@ -192,12 +193,14 @@ class CallSite:
         self.tensor_facts = _tensor_facts(arguments)
         options = options_of(arguments)
         self.pass_facts = pass_facts(*_get_lengths(arguments))
-        self._plain = options[:_PLAIN]
-        self._option_facts = [_fact(value) for value in options[_PLAIN:]]
-        """The other options, with what is compared of tensors in place of them."""
-        named = zip(OPTIONS, options, strict=True)
-        self.tensor_options = tuple([n for n, value in named if isinstance(value, torch.Tensor)])
-        self.options = None if self.tensor_options else options
+        places = {index for index, value in enumerate(options) if isinstance(value, torch.Tensor)}
+        self.tensor_options = tuple([OPTIONS[index] for index in sorted(places)])
+        self._tensors = [(index, _layout(options[index])) for index in sorted(places)]
+        """The places of tensors among the options, and what is compared of each."""
+        self._others_of = operator.itemgetter(*(index for index in _PLACES if index not in places))
+        self._others = self._others_of(options)
+        """The other options."""
+        self.options = None if places else options
         """``None``: there are tensors among them."""
 
     def is_of(self, arguments: Arguments) -> bool:
@@ -212,11 +215,11 @@ class CallSite:
         """Tell whether these are this kind's options, and tensors among them look alike."""
         if self.options is not None:
             return options == self.options
-        if options[:_PLAIN] != self._plain:
+        if self._others_of(options) != self._others:
             return False
-        for value, fact in zip(options[_PLAIN:], self._option_facts, strict=True):
-            # Most are None, or absent, and need no more.
-            if value is not fact and _fact(value) != fact:
+        for index, layout in self._tensors:
+            value = options[index]
+            if not isinstance(value, torch.Tensor) or _layout(value) != layout:
                 return False
         return True
 
@@ -233,11 +236,12 @@ class CallSite:
         return geometry, keywords
 
 
-def _fact(value: Any) -> Any:
-    """Return what is compared of an option."""
-    if isinstance(value, torch.Tensor):
-        return value.dtype, value.ndim, tuple(value.shape[-1:]), value.stride()[-1:]
-    return value
+def _layout(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Return what is compared of a tensor among the options."""
+    dims = tensor.dim()
+    if dims == 0:
+        return tensor.dtype, dims
+    return tensor.dtype, dims, tensor.size(-1), tensor.stride(-1)
 
 
 def options_of(arguments: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -141,8 +141,8 @@ def _paged_dispatcher(original: Callable[..., Any]) -> Callable[..., Any]:
         if running:
             backend = running[-1]
             options = (
-                softmax_scale, causal, window_size, softcap, return_softmax_lse, num_splits, ver,
-                out, qv, sinks, k_descale, v_descale,
+                softmax_scale, causal, window_size, softcap, return_softmax_lse, num_splits, out,
+                ver, qv, sinks, k_descale, v_descale,
             )  # fmt: skip
             own_keys = backend.own_keys
             known: KnownCall | None

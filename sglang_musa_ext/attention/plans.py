@@ -265,9 +265,15 @@ class SchedulerMetadataCache:
             current = self.current
         self._ended = False
         current.layers[call] = layer
-        if current.in_place:
-            return [known for known in current.known if self._holds(known)]
-        return current.known
+        if not current.in_place:
+            return current.known
+        held = current.in_place.get(role)
+        # A plan in a workspace must be there still, and the running role's.
+        return [
+            known
+            for known in current.known
+            if known.in_place is None or (known.in_place is held and known.role == role)
+        ]
 
     def count_call(self, *, raw: bool = False) -> None:
         """Count a call that is none of those that :meth:`begin_call` returned.
@@ -299,12 +305,6 @@ class SchedulerMetadataCache:
         for varlen in self.current.known_varlen:
             statistics.calls += varlen.uses
             varlen.uses = 0
-
-    def _holds(self, known: KnownCall) -> bool:
-        """Tell whether a plan in a workspace is still there, and the running role's."""
-        if known.in_place is None:
-            return True
-        return known.role == self.role and self.current.in_place.get(self.role) is known.in_place
 
     def plan(
         self, geometry: CallGeometry, tensors: Tensors, compute: Callable[[], torch.Tensor]

@@ -50,6 +50,9 @@ SHARE = 1e-9
 WARM_UP = 20
 """Passes of each backend that are not timed."""
 PASS_KINDS = ("decode", "prefill with a prefix", "prefill without a prefix")
+MLA_KINDS = tuple(f"MLA {kind}" for kind in PASS_KINDS)
+"""Decode and prefill with a prefix attend to the latent cache, prefill without one to raw keys."""
+LATENT_DIM, ROPE_DIM, NOPE_DIM, MLA_HEADS = 512, 64, 128, 16
 
 
 class _NoKernels:
@@ -140,7 +143,7 @@ def upstream_kernels_that_do_nothing() -> Any:
         page_table: Any = None, softmax_scale: Any = None, causal: Any = False, qv: Any = None,
         q_descale: Any = None, k_descale: Any = None, v_descale: Any = None,
         window_size: Any = (-1, -1), attention_chunk: Any = 0, softcap: Any = 0.0,
-        num_splits: Any = 1, pack_gqa: Any = None, sm_margin: Any = 0,
+        num_splits: Any = 1, pack_gqa: Any = None, only_qv: Any = False, sm_margin: Any = 0,
         return_softmax_lse: Any = False, sinks: Any = None, score_mod: Any = None,
         aux_tensors: Any = None, ver: Any = 3, out: Any = None,
     ) -> Any:  # fmt: skip
@@ -190,6 +193,22 @@ class _NoPool:
         return self._buffers
 
     def set_kv_buffer(self, *arguments: Any, **options: Any) -> None:
+        """Write nothing."""
+
+
+class _NoLatentPool:
+    """Likewise for MLA, whose layers have one latent vector a token."""
+
+    dtype = torch.bfloat16
+
+    def __init__(self) -> None:
+        self._buffer = torch.zeros(8 * PAGE_SIZE, 1, LATENT_DIM + ROPE_DIM, dtype=self.dtype)
+
+    def get_key_buffer(self, layer_id: int) -> torch.Tensor:
+        """Return the latent vectors of any layer."""
+        return self._buffer
+
+    def set_mla_kv_buffer(self, *arguments: Any, **options: Any) -> None:
         """Write nothing."""
 
 
@@ -265,23 +284,82 @@ def _runner(pool: str = "sglang") -> Any:
     )
 
 
+def _mla_runner() -> Any:
+    """Return the same of a model with MLA, over a pool that does nothing."""
+    from sglang.srt.configs.model_config import AttentionArch
+
+    runner = _runner("none")
+    vars(runner.model_config).update(
+        attention_arch=AttentionArch.MLA,
+        head_dim=LATENT_DIM + ROPE_DIM,
+        kv_lora_rank=LATENT_DIM,
+        qk_rope_head_dim=ROPE_DIM,
+        qk_nope_head_dim=NOPE_DIM,
+        v_head_dim=NOPE_DIM,
+        hf_text_config=SimpleNamespace(num_attention_heads=MLA_HEADS),
+        get_num_kv_heads=lambda _: 1,
+    )
+    runner.token_to_kv_pool = _NoLatentPool()
+    return runner
+
+
 @dataclass
 class _Pass:
-    """A forward pass: upstream's batch, and the tensors that every layer is called with."""
+    """A forward pass: upstream's batch, the layers, and what each of them is called with."""
 
     batch: Any
+    layers: Sequence[Any]
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
+    output: torch.Tensor
+    """What the kernels return."""
+    stores: bool = True
+    """False: the layer's keys are in the cache already."""
+    more: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 def _pass(mode: str, runner: Any) -> _Pass:
     """Return a decode of eight requests, or a prefill of one."""
+    tokens = 8 if mode.endswith("decode") else 512
+    batch = _batch(mode.removeprefix("MLA "), runner, tokens)
+    if mode not in MLA_KINDS:
+        q, output = _zeros(tokens, HEADS * HEAD_DIM), _zeros(tokens, HEADS, HEAD_DIM)
+        k, v = (_zeros(tokens, KV_HEADS, HEAD_DIM) for _ in range(2))
+        return _Pass(batch, _layers(HEADS, HEAD_DIM, KV_HEADS, HEAD_DIM), q, k, v, output)
+    heads, dim = MLA_HEADS, NOPE_DIM + ROPE_DIM
+    if mode == "MLA prefill without a prefix":
+        batch.attn_attend_prefix_cache = batch.mha_return_lse = batch.mha_one_shot = False
+        q, k, v = (_zeros(tokens, heads, size) for size in (dim, dim, NOPE_DIM))
+        layers = _layers(heads, dim, heads, NOPE_DIM)
+        return _Pass(batch, layers, q.flatten(1), k, v, torch.zeros_like(v), stores=False)
+    q, k = _zeros(tokens, heads, LATENT_DIM), _zeros(tokens, 1, LATENT_DIM)
+    more = {"q_rope": _zeros(tokens, heads, ROPE_DIM), "k_rope": _zeros(tokens, 1, ROPE_DIM)}
+    layers = _layers(heads, LATENT_DIM + ROPE_DIM, 1, LATENT_DIM)
+    return _Pass(batch, layers, q, k, k, torch.zeros_like(q), more=more)
+
+
+def _zeros(*shape: int) -> torch.Tensor:
+    return torch.zeros(shape, dtype=torch.bfloat16)
+
+
+def _layers(heads: int, head_dim: int, kv_heads: int, v_head_dim: int) -> list[Any]:
+    from sglang.srt.layers.radix_attention import RadixAttention
+
+    scale = head_dim**-0.5
+    return [
+        RadixAttention(heads, head_dim, scale, kv_heads, index, v_head_dim=v_head_dim)
+        for index in range(LAYERS)
+    ]
+
+
+def _batch(mode: str, runner: Any, tokens: int) -> Any:
+    """Return upstream's batch of a pass."""
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
     from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
     decoding = mode == "decode"
-    requests, tokens = (8, 8) if decoding else (1, 512)
+    requests = tokens if decoding else 1
     prefix = 0 if mode == "prefill without a prefix" else 1024
     lengths = [prefix + tokens // requests] * requests
     batch = ForwardBatch(
@@ -311,9 +389,7 @@ def _pass(mode: str, runner: Any) -> _Pass:
         }
     for name, value in fields.items():
         setattr(batch, name, value)
-    q = torch.zeros(tokens, HEADS * HEAD_DIM, dtype=torch.bfloat16)
-    k, v = (torch.zeros(tokens, KV_HEADS, HEAD_DIM, dtype=torch.bfloat16) for _ in range(2))
-    return _Pass(batch, q, k, v)
+    return batch
 
 
 # --- the backends ---------------------------------------------------------------------------------
@@ -452,8 +528,10 @@ def _record(name: str) -> tuple[Any, Any]:
         return library, hopper_record(library, plans_unequal_queries=False)
     library = mate_kernels_that_do_nothing()
     record = mate_record(library, MATE_RELEASE)
-    # The number of splits is a matter of the device, and there is none here.
-    record = dataclasses.replace(record, static_num_splits=lambda **geometry: 2)
+    # The number of splits, and the room of a plan, are matters of the device; there is none here.
+    record = dataclasses.replace(
+        record, static_num_splits=lambda **geometry: 2, mla_plan_bytes=lambda *_: 4096
+    )
     if name == UNPLANNED:
         record = dataclasses.replace(record, drops_plan=lambda arguments: True)
     return library, record
@@ -506,11 +584,6 @@ def measure(peers: Sequence[HostPeer], mode: str, runner: Any, turns: int) -> Ti
 
     So each finds its own code in the processor's caches, as a server's only backend does.
     """
-    from sglang.srt.layers.radix_attention import RadixAttention
-
-    layers = [
-        RadixAttention(HEADS, HEAD_DIM, HEAD_DIM**-0.5, KV_HEADS, index) for index in range(LAYERS)
-    ]
     names = [peer.name for peer in peers]
     first_times: dict[str, list[float]] = {name: [] for name in names}
     further_times: dict[str, list[float]] = {name: [] for name in names}
@@ -519,29 +592,30 @@ def measure(peers: Sequence[HostPeer], mode: str, runner: Any, turns: int) -> Ti
     for turn in range(-WARM_UP, turns):
         start = turn % len(peers)
         for peer in [*peers[start:], *peers[:start]]:
-            _time_pass(peer, made, layers)
-            first, further = _time_pass(peer, made, layers)
+            _time_pass(peer, made)
+            first, further = _time_pass(peer, made)
             if turn >= 0:
                 times.first[peer.name].append(1e6 * first)
                 times.further[peer.name].append(1e6 * further)
     return times
 
 
-def _time_pass(peer: HostPeer, made: _Pass, layers: Sequence[Any]) -> tuple[float, float]:
+def _time_pass(peer: HostPeer, made: _Pass) -> tuple[float, float]:
     """Return the seconds of the first layer's forward, and of all others'."""
     from sglang.srt.layers.attention import flashattention_backend as upstream
 
-    peer.library.state.output = made.q.view(-1, HEADS, HEAD_DIM)
+    peer.library.state.output = made.output
     before = {name: getattr(upstream, name) for name in peer.names}
     vars(upstream).update(peer.names)
     try:
         backend, q, k, v, batch = peer.backend, made.q, made.k, made.v, made.batch
+        stores, more = made.stores, made.more
         backend.init_forward_metadata(batch)
         began = time.perf_counter()
-        backend.forward(q, k, v, layers[0], batch, True)
+        backend.forward(q, k, v, made.layers[0], batch, stores, **more)
         planned = time.perf_counter()
-        for layer in layers[1:]:
-            backend.forward(q, k, v, layer, batch, True)
+        for layer in made.layers[1:]:
+            backend.forward(q, k, v, layer, batch, stores, **more)
         return planned - began, time.perf_counter() - planned
     finally:
         vars(upstream).update(before)
@@ -595,6 +669,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         runner = _runner(options.pool)
         peers = _peers(runner)
         measured = {mode: measure(peers, mode, runner, options.turns) for mode in PASS_KINDS}
+        runner = _mla_runner()
+        peers = _mla_peers(runner)
+        measured |= {mode: measure(peers, mode, runner, options.turns) for mode in MLA_KINDS}
     _print_tables(measured, options)
     return 0
 
@@ -609,6 +686,14 @@ def _peers(runner: Any) -> list[HostPeer]:
     except ImportError as error:
         print(f"{IN_TREE_NAME}: {error}", file=sys.stderr)
     # Last, because it has upstream's wrappers call its kernels from here on.
+    return [*peers, _upstream_peer(WRAPPED, runner, wrappers=True)]
+
+
+def _mla_peers(runner: Any) -> list[HostPeer]:
+    """Return what is measured of MLA, whose plans come from a workspace and cannot be left out."""
+    peers = [_upstream_peer(UPSTREAM, runner)]
+    peers += [_our_peer(name, runner) for name in (OVER_MATE, OVER_HOPPER)]
+    peers += [_composed_peer(runner), _upstream_peer(f"{UPSTREAM} again", runner)]
     return [*peers, _upstream_peer(WRAPPED, runner, wrappers=True)]
 
 
@@ -629,7 +714,10 @@ def _print_tables(measured: dict[str, Times], options: argparse.Namespace) -> No
     rows = []
     for mode, times in measured.items():
         forward = statistics.median(times.forward(UPSTREAM))
-        ratios = ["{:.2f} ± {:.2f}".format(*times.ratio(name)) for name in names]
+        ratios = [
+            "{:.2f} ± {:.2f}".format(*times.ratio(name)) if name in times.first else "–"
+            for name in names
+        ]
         rows.append((release, mode, f"{forward:.1f}", *ratios))
     columns = ("SGLang", "Pass", "upstream, µs", *names)
     _print_table("A forward, as ratios to upstream's bare one", columns, rows)
@@ -643,6 +731,8 @@ def _print_tables(measured: dict[str, Times], options: argparse.Namespace) -> No
     for mode, times in measured.items():
         spent = [
             f"{part(times.first, each):.1f}, {part(times.further, each) / (LAYERS - 1):.2f}"
+            if {each.peer, each.less or each.peer} <= times.first.keys()
+            else "–"
             for each in parts
         ]
         rows.append((release, mode, *spent))

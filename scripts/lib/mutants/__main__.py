@@ -192,8 +192,9 @@ def signature_mutants() -> Iterator[Mutant]:
         yield Mutant(f"raw calls whatever the dtype of {name}_cache", CALLS_FILE, old, new, CHANGED)
     for name, old, new in (
         ("offsets of queries", "cu_seqlens_q is self._cu_seqlens_q\n", "True\n"),
-        ("plain options", "if options[:_PLAIN] != self._plain:", "if False:"),
-        ("tensors", "if value is not fact and _fact(value) != fact:", "if False:"),
+        ("plain options", "if self._others_of(options) != self._others:", "if False:"),
+        ("layout of a tensor", " or _layout(value) != layout:", ":"),
+        ("lack of a tensor", "not isinstance(value, torch.Tensor) or ", ""),
     ):
         yield Mutant(f"known calls with any {name}", CALLS_FILE, old, new, CHANGED)
     yield Mutant(
