@@ -239,9 +239,9 @@ PLANS_SAY = (
     "From a profiler's trace of single passes: of a prompt of 2048 tokens, and after it. The last "
     "columns are what the device works in all kernels of the pass, so that what the host takes "
     "between them does not count. A call with a plan that is not split has a kernel of 1 µs that "
-    "clears a counter, in place of one that plans. The in-tree backend prefills a prompt without a "
-    "prefix from keys and values as they were made, and SGLang's own, which this package runs, "
-    "from the paged cache: hence its shorter time there."
+    "clears a counter, in place of one that plans. This package and the in-tree backend prefill a "
+    "prompt without a prefix from keys and values as they were made, SGLang's own from the paged "
+    "cache, and before version 0.2.0 this package too."
 )
 KERNELS = (
     "Call", "In a graph: µs without a plan", "with it", "spared", "a plan alone",
@@ -487,9 +487,7 @@ def thresholds(every: Sequence[Place], result: Mapping[str, Any]) -> list[list[s
             sides = [planned(result, model, mode, peer) for peer in (OURS, baseline)]
             if all(sides):
                 ours, theirs = (side["plans"] for side in sides if side)
-                met = (
-                    "yes" if ours <= GEOMETRIES.get(model, 1) else NO_PLANS.get((model, mode), "no")
-                )
+                met = "yes" if ours <= GEOMETRIES.get(model, 1) else NO_PLANS.get(mode, "no")
                 rows.append(
                     [f"a plan a geometry: {model}, {mode}", f"{ours:g}, {baseline} {theirs:g}", met]
                 )
@@ -501,10 +499,7 @@ GEOMETRIES = {"gemma2": 2}
 
 
 NO_PLANS = {
-    (
-        "mla",
-        "EXTEND",
-    ): "none can be passed: prefill of MLA attends to raw keys, and FA3 takes no plan for those"
+    "EXTEND": "none can be passed: a prompt attends to raw keys, and FA3 takes no plan for those"
 }
 """Passes whose calls plan for themselves, and why."""
 

@@ -177,15 +177,16 @@ def test_ratios_of_turns_are_told_with_who_stood_beside() -> None:
 
 def test_passes_whose_calls_take_no_plan_say_why() -> None:
     """A plan a layer is a threshold not met, unless no plan can be passed there."""
-    traces = [{"peer": peer, "mode": "EXTEND", "kernels": {"prepare_varlen_num_blocks": [27, 80.0]}}
-              for peer in ("ours", "upstream")]  # fmt: skip
+    kernels = {"prepare_varlen_num_blocks": [27, 80.0]}
     data = result()
-    data["models"] = {
-        name: {**data["models"]["dense"], "traces": traces} for name in ("mla", "dense")
-    }
+    data["models"]["dense"]["traces"] = [
+        {"peer": peer, "mode": mode, "kernels": kernels}
+        for peer in ("ours", "upstream")
+        for mode in ("DECODE", "EXTEND")
+    ]
     rows = {row[0]: row for row in bench_report.thresholds(bench_report.places(data), data)}
-    assert rows["a plan a geometry: dense, EXTEND"][1:] == ["27, upstream 27", "no"]
-    assert rows["a plan a geometry: mla, EXTEND"][2].startswith("none can be passed")
+    assert rows["a plan a geometry: dense, DECODE"][1:] == ["27, upstream 27", "no"]
+    assert rows["a plan a geometry: dense, EXTEND"][2].startswith("none can be passed")
 
 
 def test_memory_is_told_in_tokens() -> None:
