@@ -528,17 +528,10 @@ def is_upstreams_varlen(arguments: Mapping[str, Any]) -> bool:
     """Tell whether a call over raw keys has upstream's arguments, and tensors alone for tensors."""
     if not {*VARLEN_TENSORS, *VARLEN_OPTIONS}.issuperset(arguments):
         return False
+    if not all(name in arguments for name in VARLEN_OPTIONS[:2]):
+        return False
     tensors = {name for name, value in arguments.items() if isinstance(value, torch.Tensor)}
     return tensors == {*VARLEN_TENSORS}
-
-
-def varlen_kind(arguments: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Return what settles how a call over raw keys is made, but for its lengths; it hashes."""
-    tensors = [arguments[name] for name in ("q", "k", "v")]
-    facts = [(t.shape[1:], t.dtype, t.device, density(t)) for t in tensors]
-    lengths = [(arguments[name].dtype, density(arguments[name])) for name in VARLEN_TENSORS[3:]]
-    options = [arguments.get(name, ABSENT) for name in VARLEN_OPTIONS[2:]]
-    return (*arguments, *facts, *lengths, *options)
 
 
 class KnownVarlenCall:
@@ -547,7 +540,8 @@ class KnownVarlenCall:
     Like it are calls over the very same lengths, with the same options and with tensors of equal
     shapes, dtypes and layouts: nothing else decides how the kernels are called.
 
-    Lifetime: a pass.
+    Lifetime: a pass. When that is over, :meth:`release` takes its tensors away, and :meth:`begin`
+    may give it those of a later pass.
     """
 
     __slots__ = (
@@ -557,10 +551,13 @@ class KnownVarlenCall:
         "_k_dense",
         "_k_dtype",
         "_k_shape",
+        "_length_facts",
         "_options",
+        "_own_names",
         "_q_dense",
         "_q_dtype",
         "_q_shape",
+        "_settled",
         "_v_dense",
         "_v_dtype",
         "_v_shape",
@@ -568,15 +565,20 @@ class KnownVarlenCall:
         "keywords",
         "uses",
     )
+    _OF_A_PASS = (*VARLEN_TENSORS[3:], *VARLEN_OPTIONS[:2])
 
     def __init__(self, arguments: Arguments, settled: SettledCall) -> None:
         """Describe a call that :func:`is_upstreams_varlen` accepts."""
+        self._settled = settled
         self.function, self.keywords = settled.function, settled.keywords
+        own = settled.own_names
+        self._own_names = [(name, own[name]) for name in self._OF_A_PASS if name in own]
         self.uses = 0
         """Calls that were served as this one and are not in the statistics yet."""
         q, k, v = arguments["q"], arguments["k"], arguments["v"]
         self._cu_seqlens_q = arguments["cu_seqlens_q"]
         self._cu_seqlens_k = arguments["cu_seqlens_k"]
+        self._length_facts = _length_facts(self._cu_seqlens_q, self._cu_seqlens_k)
         self._options = tuple([arguments.get(name, ABSENT) for name in VARLEN_OPTIONS])
         self._device = q.device
         self._q_shape, self._q_dtype, self._q_dense = q.shape, q.dtype, density(q)
@@ -586,7 +588,7 @@ class KnownVarlenCall:
     def matches(
         self, q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, options: tuple[Any, ...]
     ) -> bool:
-        """Tell whether a call is like this one."""
+        """Tell whether a call is like this one; ``options`` are those of :data:`VARLEN_OPTIONS`."""
         return (
             cu_seqlens_q is self._cu_seqlens_q
             and cu_seqlens_k is self._cu_seqlens_k
@@ -602,6 +604,46 @@ class KnownVarlenCall:
             and (v.is_contiguous() or v.stride()) == self._v_dense
             and q.device == self._device
         )
+
+    def begin(
+        self, q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, options: tuple[Any, ...]
+    ) -> bool:
+        """Become a call of another pass, if that is like this one but for its lengths."""
+        if ABSENT in options[:2]:
+            return False
+        if _length_facts(cu_seqlens_q, cu_seqlens_k) != self._length_facts:
+            return False
+        self._cu_seqlens_q, self._cu_seqlens_k = cu_seqlens_q, cu_seqlens_k
+        self._options = options[:2] + self._options[2:]
+        self._q_shape = q.shape[:1] + self._q_shape[1:]
+        self._k_shape = k.shape[:1] + self._k_shape[1:]
+        self._v_shape = v.shape[:1] + self._v_shape[1:]
+        call = dict(zip(VARLEN_TENSORS, (q, k, v, cu_seqlens_q, cu_seqlens_k), strict=True))
+        call["max_seqlen_q"], call["max_seqlen_k"] = options[:2]
+        if not self.matches(q, k, v, cu_seqlens_q, cu_seqlens_k, options) or (
+            self._settled.is_changed_by_steps(call)
+        ):
+            self.release()
+            return False
+        for name, own in self._own_names:
+            self.keywords[own] = call[name]
+        return True
+
+    def release(self) -> None:
+        """Let go of the tensors of a pass that is over; no call is like this one from here on."""
+        self._cu_seqlens_q = self._cu_seqlens_k = ABSENT
+        for _, own in self._own_names:
+            self.keywords[own] = None
+
+
+def _length_facts(cu_seqlens_q: Any, cu_seqlens_k: Any) -> Any:
+    """Return what a library may ask of the lengths of a call over raw keys beside their shapes.
+
+    ``None``: not both are tensors.
+    """
+    if not (isinstance(cu_seqlens_q, torch.Tensor) and isinstance(cu_seqlens_k, torch.Tensor)):
+        return None
+    return cu_seqlens_q.dtype, density(cu_seqlens_q), cu_seqlens_k.dtype, density(cu_seqlens_k)
 
 
 def _table_facts(page_table: torch.Tensor) -> tuple[Any, ...]:

@@ -43,6 +43,9 @@ class Backend(Protocol):
     def known_varlen(self) -> Sequence[KnownVarlenCall]:
         """Return the calls over raw keys and values of this pass that one may be like."""
 
+    def varlen_known_before(self, *call: Any) -> KnownVarlenCall | None:
+        """Return a call of a pass that is over that this one is like, made one of this pass."""
+
     def call_flash_attn_varlen_func(self, arguments: dict[str, Any]) -> Any:
         """Serve attention over raw keys and values."""
 
@@ -96,10 +99,16 @@ def _varlen_dispatcher(original: Callable[..., Any]) -> Callable[..., Any]:
         running = RUNNING.stack
         options = max_seqlen_q, max_seqlen_k, softmax_scale, causal, return_softmax_lse, out, ver
         if running and not (args or others):
-            for known in running[-1].known_varlen():
-                if known.matches(q, k, v, cu_seqlens_q, cu_seqlens_k, options):
+            backend, call = running[-1], (q, k, v, cu_seqlens_q, cu_seqlens_k, options)
+            known: KnownVarlenCall | None
+            for known in backend.known_varlen():
+                if known.matches(*call):
                     known.uses += 1
-                    return known.function(q, k, v, **known.keywords)
+                    break
+            else:
+                known = backend.varlen_known_before(*call)
+            if known is not None:
+                return known.function(q, k, v, **known.keywords)
         given = zip(_VARLEN, (q, k, v, cu_seqlens_q, cu_seqlens_k, *options), strict=True)
         arguments = {name: value for name, value in given if value is not ABSENT}
         arguments.update(others)

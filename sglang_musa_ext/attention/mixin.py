@@ -37,7 +37,6 @@ from sglang_musa_ext.attention.calls import (
     is_upstreams_varlen,
     options_of,
     planned_tensors,
-    varlen_kind,
 )
 from sglang_musa_ext.attention.dispatch import RUNNING
 from sglang_musa_ext.attention.metrics import export
@@ -52,7 +51,6 @@ from sglang_musa_ext.attention.sampling import OutputSampler
 from sglang_musa_ext.attention.workspace import MLAWorkspace
 from sglang_musa_ext.envs import Settings
 from sglang_musa_ext.kernels.provider import FA3Kernels, select_kernels
-from sglang_musa_ext.kernels.record import Settle
 from sglang_musa_ext.upstream.limits import head_dims_of
 from sglang_musa_ext.upstream.names import KERNEL_PARAMETERS
 from sglang_musa_ext.upstream.rows.passes import PASS_METHODS
@@ -132,8 +130,6 @@ class MusaFA3Mixin:
         """The kinds of paged calls that this backend has served, by their names."""
         self._functions: dict[tuple[str, tuple[str, ...]], Attention] = {}
         """The functions that serve calls, by function called and names."""
-        self._varlen_kinds: dict[tuple[Any, ...], Settle] = {}
-        """What settles the kinds of calls over raw keys that this backend has served."""
         self._unsplit: dict[CallGeometry, bool] = {}
         """The geometries that were asked for, and whether the kernels do not split their calls."""
         self._new_rows: int | None = None
@@ -219,23 +215,30 @@ class MusaFA3Mixin:
     def call_flash_attn_varlen_func(self, arguments: Arguments) -> Any:
         """Serve a call over raw keys and values; ``arguments`` may be changed."""
         self._plans.count_call()
-        if not self._remembers or self._sampler is not None or not is_upstreams_varlen(arguments):
+        plans = self._plans
+        remembers = self._remembers and self._sampler is None and plans.has_room_for_varlen
+        if not (remembers and is_upstreams_varlen(arguments)):
             return self._prepared("flash_attn_varlen_func", arguments)(arguments)
-        kind = varlen_kind(arguments)
-        settle = self._varlen_kinds.get(kind)
-        if settle is None:
-            if len(self._varlen_kinds) >= _MOST_SITES:
-                self._varlen_kinds.clear()
-            settle = self._kernels.settling("flash_attn_varlen_func", arguments)
-            self._varlen_kinds[kind] = settle
-        known = KnownVarlenCall(arguments, settle(arguments))
+        settled = self._kernels.settling("flash_attn_varlen_func", arguments)(arguments)
+        known = KnownVarlenCall(arguments, settled)
         result = known.function(arguments["q"], arguments["k"], arguments["v"], **known.keywords)
-        self._plans.remember_varlen(known)
+        plans.remember_varlen(known)
         return result
 
     def known_varlen(self) -> Sequence[KnownVarlenCall]:
         """Return the calls over raw keys of this pass, which later ones may be like."""
         return self._plans.current.known_varlen
+
+    def varlen_known_before(self, *call: Any) -> KnownVarlenCall | None:
+        """Return a call of an earlier pass that this one is like, as one of this pass."""
+        earlier = self._plans.current.earlier_varlen
+        for index, known in enumerate(earlier):
+            if known.begin(*call):
+                del earlier[index]
+                self._plans.count_call()
+                self._plans.remember_varlen(known)
+                return known
+        return None
 
     def call_unlike_others(self, arguments: Arguments) -> Any:
         """Serve a call over a paged KV cache that is like none before it in its pass.
@@ -553,7 +556,7 @@ class MusaFA3Mixin:
     def _held(self) -> dict[str, int]:
         """Return how much this backend keeps: what no number of requests may let grow."""
         slots = 0 if self._workspace is None else self._workspace.slots_of(self)
-        sites = sum(map(len, self._sites.values())) + len(self._varlen_kinds)
+        sites = sum(map(len, self._sites.values()))
         return self._plans.held() | {"kinds_of_calls": sites, "mla_slots": slots}
 
     def _configuration(self) -> str:

@@ -146,11 +146,22 @@ class _Plan(NamedTuple):
 class Pass:
     """One forward pass: what its calls over a paged cache have so far, which ends with it."""
 
-    __slots__ = ("computed", "earlier", "in_place", "known", "known_varlen", "layers", "plans")
+    __slots__ = (
+        "computed",
+        "earlier",
+        "earlier_varlen",
+        "in_place",
+        "known",
+        "known_varlen",
+        "layers",
+        "plans",
+    )
 
-    def __init__(self, earlier: list[KnownCall]) -> None:
+    def __init__(self, earlier: list[KnownCall], earlier_varlen: list[KnownVarlenCall]) -> None:
         self.earlier = earlier
         """Calls of passes that are over, without their tensors, that this pass may make again."""
+        self.earlier_varlen = earlier_varlen
+        """Likewise, over raw keys."""
         self.plans: list[_Plan] = []
         """A pass has few of them, and comparing keys takes less time than hashing them."""
         self.known: list[KnownCall] = []
@@ -185,7 +196,7 @@ class SchedulerMetadataCache:
     def __init__(self, stream_state: Callable[[], tuple[int, bool]]) -> None:
         """``stream_state`` tells where work is being issued; see :func:`stream_probe`."""
         self._statistics = PlanStatistics()
-        self.current = Pass([])
+        self.current = Pass([], [])
         self.layer: object = None
         """The layer that is running, or ran last; ``None`` where no layer makes the call."""
         self.role = -1
@@ -224,7 +235,7 @@ class SchedulerMetadataCache:
             return
         self._count_uses()
         self.most_calls = max(self.most_calls, len(self.current.layers))
-        self.current = Pass(self._earlier())
+        self.current = Pass(self._earlier(), self._earlier_varlen())
         self._ended = True
 
     @property
@@ -353,11 +364,17 @@ class SchedulerMetadataCache:
             known.role, known.in_place = self.role, self.current.in_place[self.role]
         self.current.known.append(known)
 
+    @property
+    def has_room_for_varlen(self) -> bool:
+        """Tell whether one more call over raw keys is remembered in this pass.
+
+        A chunk of a prefix has lengths of its own in every layer, so that no call is like it.
+        """
+        return len(self.current.known_varlen) < _MOST_VARLEN
+
     def remember_varlen(self, known: KnownVarlenCall) -> None:
-        """Have ``known`` found by later calls over raw keys of this pass, if there is room."""
-        # A chunk of a prefix has lengths of its own in every layer, so that no call is like its.
-        if len(self.current.known_varlen) < _MOST_VARLEN:
-            self.current.known_varlen.append(known)
+        """Have ``known`` found by later calls over raw keys, until the pass ends."""
+        self.current.known_varlen.append(known)
         # What ends a pass lets go of it.
         self._ended = False
 
@@ -388,6 +405,12 @@ class SchedulerMetadataCache:
         for known in ended:
             known.release()
         return [*ended, *self.current.earlier][:_MOST_EARLIER]
+
+    def _earlier_varlen(self) -> list[KnownVarlenCall]:
+        """Return the calls over raw keys that the next pass may make again."""
+        for known in self.current.known_varlen:
+            known.release()
+        return [*self.current.known_varlen, *self.current.earlier_varlen][:_MOST_EARLIER]
 
 
 def _holder(batch: object) -> Callable[[], object]:

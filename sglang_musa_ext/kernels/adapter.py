@@ -193,7 +193,11 @@ class CallAdapter:
 
         def settle(arguments: Mapping[str, Any]) -> SettledCall:
             if act(arguments):
-                return anew(arguments)
+                # One that needs no change by its lengths need not be decided by itself any more.
+                changed = act_by_lengths(arguments)
+                return anew(arguments)._replace(
+                    is_changed_by_steps=lambda call: act_by_lengths(call) != changed
+                )
             keywords = {own_name: arguments[name] for name, own_name in names}
             return SettledCall(self._function, keywords | given, same, own_names, act_by_lengths)
 

@@ -56,8 +56,8 @@ class SettledCall(NamedTuple):
     own_names: Mapping[str, str]
     """The function's names of ``keywords``, by FA3's."""
     is_changed_by_steps: Callable[[Mapping[str, Any]], bool] = lambda arguments: False
-    """Tells of a call of another pass whether it needs a change that these did not need, from its
-    queries, keys, values, page table and lengths under FA3's names.
+    """Tells of a call of another pass whether it needs a change that these did not need, or needs
+    none where these did, from its queries, keys, values, page table and lengths under FA3's names.
     """
 
 

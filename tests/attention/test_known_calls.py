@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from sglang_musa_ext.attention.calls import ABSENT, OPTIONS
+from sglang_musa_ext.kernels.adapter import CallAdapter
 from sglang_musa_ext.kernels.hopper import hopper_record
 from sglang_musa_ext.kernels.mate import mate_record
 from sglang_musa_ext.kernels.record import FA3Kernels, UnsupportedKernelArgument
@@ -771,10 +772,152 @@ def test_nothing_is_known_of_varlen_calls_where_every_call_is_looked_at() -> Non
         assert len(library.calls) == 2
 
 
-def test_few_kinds_of_varlen_calls_are_kept() -> None:
-    """A server that changes its options for ever holds no more than some."""
-    scales = [varlen({"softmax_scale": index / 100}) for index in range(70)]
-    backend, library = backend_after_varlen_calls(scales)
-    assert len(library.calls) == 70
-    assert len(backend._varlen_kinds) <= 64
-    assert backend.musa_fa3_report()["held"]["kinds_of_calls"] <= 64
+VARLEN_PASS_CHANGES: dict[str, dict[str, Any]] = {
+    "requests": {
+        "q": zeros(4, HEADS, DIM), "k": zeros(4, *OWN[1:]), "v": zeros(4, *OWN[1:]),
+        "cu_seqlens_q": OFFSETS[:3], "cu_seqlens_k": OFFSETS[:3],
+    },
+    "one request and padding": {
+        "cu_seqlens_q": OFFSETS[:2], "cu_seqlens_k": OFFSETS[:2],
+        "max_seqlen_q": 2, "max_seqlen_k": 2,
+    },
+    "offsets dtype": {"cu_seqlens_q": OFFSETS.long()},
+    "offsets of keys dtype": {"cu_seqlens_k": OFFSETS.long()},
+    "offsets gaps": {"cu_seqlens_k": torch.zeros(8, dtype=torch.int32)[::2]},
+    "no longest key": {"max_seqlen_k": ABSENT},
+    "no offsets": {"cu_seqlens_k": None},
+}  # fmt: skip
+"""Changes that come from one pass to the next, beside those within a pass."""
+FIRST_VARLEN_CHANGES = VARLEN_CHANGES | VARLEN_PASS_CHANGES
+
+
+def varlen_of_new_pass(change: dict[str, Any], requests: dict[str, Any]) -> Made:
+    """A call over lengths of its own, changed."""
+    made = VARLEN | requests
+    lengths = {name: made[name].clone() for name in ("cu_seqlens_q", "cu_seqlens_k")}
+    return varlen({**requests, **lengths, **change})
+
+
+def varlen_outcomes(kernels: str, calls: Sequence[Made]) -> list[Any]:
+    """Make each call in two layers of a pass of its own; return what the library saw, or why not.
+
+    The second layer of a pass is there to be served as the first.
+    """
+    library, record = KERNELS[kernels]()
+    backend = new_backend()
+    backend._kernels = record
+    seen: list[Any] = []
+    dispatch.RUNNING.stack.append(backend)
+    try:
+        for arguments, _ in calls:
+            for layer in (object(), object()):
+                backend._plans.begin_layer(layer, None, arguments)
+                try:
+                    upstream.flash_attn_varlen_func(**arguments)
+                except UnsupportedKernelArgument as refusal:
+                    seen.append(str(refusal))
+                else:
+                    seen.append(_by_identity(library.calls[-1][1]))
+    finally:
+        dispatch.RUNNING.stack.pop()
+    return seen
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("change", FIRST_VARLEN_CHANGES)
+@pytest.mark.parametrize("requests", [{}, ONE_REQUEST], ids=["three requests", "one request"])
+def test_the_first_varlen_call_of_a_pass_is_made_as_if_there_had_been_none(
+    kernels: str, change: str, requests: dict[str, Any]
+) -> None:
+    """It is known from the pass before, and all that a library can tell apart is compared."""
+    changes: list[dict[str, Any]] = [{}, {}, FIRST_VARLEN_CHANGES[change], {}]
+    passes = [varlen_of_new_pass(each, requests) for each in changes]
+    served = varlen_outcomes(kernels, passes)
+    alone = [outcome for made in passes for outcome in varlen_outcomes(kernels, [made])]
+    assert served == alone
+
+
+@pytest.mark.parametrize("change", [{}, VARLEN_PASS_CHANGES["requests"]], ids=["equal", "other"])
+def test_only_the_first_pass_describes_a_varlen_call_anew(
+    monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
+) -> None:
+    """The test above says something only if first calls are recognised; the counts stay right."""
+    library, record = _mate()
+    backend = new_backend()
+    backend._kernels = record
+    described: list[int] = []
+    anew = backend.call_flash_attn_varlen_func
+    dispatch.RUNNING.stack.append(backend)
+    try:
+        for index, each in enumerate(({}, change, {})):
+
+            def noted(call: dict[str, Any], index: int = index) -> Any:
+                described.append(index)
+                return anew(call)
+
+            monkeypatch.setattr(backend, "call_flash_attn_varlen_func", noted)
+            arguments, _ = varlen_of_new_pass(each, {})
+            for layer in (object(), object()):
+                backend._plans.begin_layer(layer, None, arguments)
+                upstream.flash_attn_varlen_func(**arguments)
+    finally:
+        dispatch.RUNNING.stack.pop()
+    assert described == [0]
+    assert len(library.calls) == backend.musa_fa3_report()["statistics"]["calls"] == 6
+
+
+def test_a_pass_without_padding_after_one_with_is_decided_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """MATE's adapter looks at each call of a padded pass, and at no more than those."""
+    looked: list[int] = []
+    library, record = _mate()
+    translation = CallAdapter._translation
+    backend = new_backend()
+    backend._kernels = record
+    padding = VARLEN_PASS_CHANGES["one request and padding"]
+    dispatch.RUNNING.stack.append(backend)
+    try:
+        for index, each in enumerate((padding, ONE_REQUEST)):
+
+            def noted(site: Any, call: dict[str, Any], index: int = index) -> Any:
+                looked.append(index)
+                return translation(site, call)
+
+            monkeypatch.setattr(CallAdapter, "_translation", noted)
+            arguments, _ = varlen_of_new_pass(each, ONE_REQUEST)
+            for layer in [object() for _ in range(4)]:
+                backend._plans.begin_layer(layer, None, arguments)
+                upstream.flash_attn_varlen_func(**arguments)
+    finally:
+        dispatch.RUNNING.stack.pop()
+    assert looked.count(0) >= 4
+    assert looked.count(1) == 1
+    assert [call["seqused_k"] is None for _, call in library.calls] == [False] * 4 + [True] * 4
+
+
+def test_a_varlen_pass_that_is_over_holds_no_tensor() -> None:
+    """What is known of it outlives its lengths, whether the next pass takes it over or not."""
+    backend, _ = backend_after_varlen_calls([varlen()])
+    backend._plans.end_pass()
+    (known,) = backend._plans.current.earlier_varlen
+    assert not known.begin(*(zeros(*shape) for shape in (Q, OWN, OWN)), OFFSETS, OFFSETS, (2, 2))
+    held = [known._cu_seqlens_q, known._cu_seqlens_k, *known.keywords.values()]
+    assert not any(isinstance(each, torch.Tensor) for each in held)
+
+
+def test_few_varlen_calls_of_earlier_passes_are_kept() -> None:
+    """A server that changes its options for ever holds no more than a few."""
+    scales = [varlen_of_new_pass({"softmax_scale": index / 10}, {}) for index in range(9)]
+    library, record = _mate()
+    backend = new_backend()
+    backend._kernels = record
+    dispatch.RUNNING.stack.append(backend)
+    try:
+        for arguments, _ in scales:
+            backend._plans.begin_layer(object(), None, arguments)
+            upstream.flash_attn_varlen_func(**arguments)
+    finally:
+        dispatch.RUNNING.stack.pop()
+    assert len(library.calls) == 9
+    assert len(backend._plans.current.earlier_varlen) == 4

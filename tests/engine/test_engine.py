@@ -222,7 +222,7 @@ def keep_plans_for_ever() -> None:
     from sglang_musa_ext.attention.plans import Pass, SchedulerMetadataCache
 
     def end_pass(self: Any) -> None:
-        former, self.current = self.current, Pass([])
+        former, self.current = self.current, Pass([], [])
         self.current.plans, self.current.in_place = former.plans, former.in_place
         self._ended = True
 

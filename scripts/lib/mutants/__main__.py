@@ -210,9 +210,52 @@ def signature_mutants() -> Iterator[Mutant]:
     yield Mutant(
         "varlen calls without an end",
         CACHE,
-        "if len(self.current.known_varlen) < _MOST_VARLEN:",
-        "if True:",
+        "return len(self.current.known_varlen) < _MOST_VARLEN",
+        "return True",
         "chunks_of_a_prefix",
+    )
+    yield Mutant(
+        "varlen calls of passes without an end",
+        CACHE,
+        "*self.current.earlier_varlen][:_MOST_EARLIER]",
+        "*self.current.earlier_varlen]",
+        "few_varlen_calls",
+    )
+    for name, old, new, guards in (
+        (
+            "length facts",
+            "if _length_facts(cu_seqlens_q, cu_seqlens_k) != self._length_facts:",
+            "if False:",
+            "first_varlen_call",
+        ),
+        (
+            "steps",
+            "            self._settled.is_changed_by_steps(call)\n        ):",
+            "            False\n        ):",
+            "first_varlen_call",
+        ),
+        (
+            "keywords",
+            "            self.keywords[own] = call[name]\n",
+            "            pass\n",
+            "first_varlen_call",
+        ),
+        (
+            "names",
+            "if not all(name in arguments for name in VARLEN_OPTIONS[:2]):",
+            "if False:",
+            "first_varlen_call",
+        ),
+    ):
+        yield Mutant(
+            f"varlen calls of another pass whatever their {name}", CALLS_FILE, old, new, guards
+        )
+    yield Mutant(
+        "calls decided one by one for ever",
+        KERNELS,
+        "is_changed_by_steps=lambda call: act_by_lengths(call) != changed",
+        "is_changed_by_steps=lambda call: False",
+        "decided_once",
     )
     yield Mutant(
         "known varlen calls are not counted",
