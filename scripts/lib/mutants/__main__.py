@@ -267,7 +267,7 @@ def signature_mutants() -> Iterator[Mutant]:
     yield Mutant(
         "varlen calls are known where each is looked at",
         BACKEND,
-        "not self._remembers or self._sampler is not None or ",
+        "self._remembers and self._sampler is None and ",
         "",
         "every_call_is_looked_at",
     )
