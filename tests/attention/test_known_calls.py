@@ -896,12 +896,15 @@ def test_a_pass_without_padding_after_one_with_is_decided_once(
     assert [call["seqused_k"] is None for _, call in library.calls] == [False] * 4 + [True] * 4
 
 
-def test_a_varlen_pass_that_is_over_holds_no_tensor() -> None:
-    """What is known of it outlives its lengths, whether the next pass takes it over or not."""
+@pytest.mark.parametrize("taken_over", [False, True], ids=["left", "asked for another kind"])
+def test_a_varlen_pass_that_is_over_holds_no_tensor(taken_over: bool) -> None:
+    """What is known of it outlives its lengths, and so it does where the next one is another."""
     backend, _ = backend_after_varlen_calls([varlen()])
     backend._plans.end_pass()
     (known,) = backend._plans.current.earlier_varlen
-    assert not known.begin(*(zeros(*shape) for shape in (Q, OWN, OWN)), OFFSETS, OFFSETS, (2, 2))
+    if taken_over:
+        tensors = [zeros(*shape) for shape in (Q, OWN, OWN)]
+        assert not known.begin(*tensors, OFFSETS, OFFSETS, (2, 2, 0.5, True, False, None, 3))
     held = [known._cu_seqlens_q, known._cu_seqlens_k, *known.keywords.values()]
     assert not any(isinstance(each, torch.Tensor) for each in held)
 

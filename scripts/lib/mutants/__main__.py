@@ -445,7 +445,7 @@ PASS_RULES = (
     Mutant(
         "plans survive their pass",
         CACHE,
-        "        self.current = Pass(self._earlier())\n",
+        "        self.current = Pass(self._earlier(), self._earlier_varlen())\n",
         "        self.current.layers.clear()\n",
         "decode_of_uniform or takes_no_plan or reuse_one_metadata_object",
     ),
@@ -678,6 +678,12 @@ CALLS = (
     ),
 )
 
+ORIGINAL = (
+    "\n            return original(*args, **arguments)\n"
+    "        arguments.update(zip(parameters, args, strict=False))\n"
+    "        return"
+)
+"""The end of both dispatchers."""
 ISOLATION = (
     Mutant(
         "threads share what runs",
@@ -689,22 +695,22 @@ ISOLATION = (
     Mutant(
         "dispatcher never dispatches",
         DISPATCH,
-        "not running:\n            return original(*args, **arguments)\n        arguments",
-        "True:\n            return original(*args, **arguments)\n        arguments",
+        f"not running:{ORIGINAL} backend.call_unlike",
+        f"True:{ORIGINAL} backend.call_unlike",
         "decode_of_uniform",
     ),
     Mutant(
         "dispatcher always dispatches",
         DISPATCH,
-        "not running:\n            return original(*args, **arguments)\n        arguments",
-        "False:\n            return original(*args, **arguments)\n        arguments",
+        f"not running:{ORIGINAL} backend.call_unlike",
+        f"False:{ORIGINAL} backend.call_unlike",
         "other_users",
     ),
     Mutant(
         "dispatcher of raw keys always dispatches",
         DISPATCH,
-        "not running:\n            return original(*args, **arguments)\n        if args",
-        "False:\n            return original(*args, **arguments)\n        if args",
+        f"not running:{ORIGINAL} running[-1]",
+        f"False:{ORIGINAL} running[-1]",
         "other_users",
     ),
     Mutant(
@@ -1048,8 +1054,15 @@ FIRST_CALLS = [
         "        self.k_shape, self.v_shape = rows + self.k_shape[1:], rows + self.v_shape[1:]\n",
         "", "only_the_first_pass",
     ),
-    Mutant("a pass that is over keeps its tensors", CACHE, "            known.release()\n",
-        "            pass\n", "holds_no_tensor",
+    Mutant("a pass that is over keeps its tensors", CACHE,
+        "            known.release()\n        return [*ended",
+        "            pass\n        return [*ended",
+        "holds_no_tensor",
+    ),
+    Mutant("a varlen pass that is over keeps its tensors", CACHE,
+        "            known.release()\n        return [*self",
+        "            pass\n        return [*self",
+        "holds_no_tensor",
     ),
     Mutant(
         "lengths of a call of another kind are kept", BACKEND,
@@ -1059,7 +1072,7 @@ FIRST_CALLS = [
     Mutant("what is known keeps its arguments", CALLS_FILE,
         "        self.keywords.update(self._nothing)\n", "", "holds_no_tensor",
     ),
-    Mutant("ever more calls of earlier passes", CACHE, "[:_MOST_EARLIER]", "",
+    Mutant("ever more calls of earlier passes", CACHE, ".earlier][:_MOST_EARLIER]", ".earlier]",
         "few_calls_of_earlier",
     ),
     Mutant("plans in slots of earlier passes", CACHE, " if known.in_place is None]", "]",
