@@ -230,6 +230,9 @@ async def run_load(
             for index, ask in enumerate(asks)
         ]
         await malformed(session, url)
+    # Threads of SGLang's and ours open their files of metrics with the first reading, seconds after
+    # the start; ours begins last.
+    await counted(url)
     report.before = await settled(url, process)
     for wave in range(waves):
         connector = aiohttp.TCPConnector(limit=0)
