@@ -214,8 +214,8 @@ class MusaFA3Mixin:
 
     def call_flash_attn_varlen_func(self, arguments: Arguments) -> Any:
         """Serve a call over raw keys and values; ``arguments`` may be changed."""
-        self._plans.count_call()
         plans = self._plans
+        plans.count_call()
         remembers = self._remembers and self._sampler is None and plans.has_room_for_varlen
         if not (remembers and is_upstreams_varlen(arguments)):
             return self._prepared("flash_attn_varlen_func", arguments)(arguments)

@@ -221,8 +221,11 @@ class SchedulerMetadataCache:
 
     def held(self) -> dict[str, int]:
         """Return how much of the pass that runs or ran last is held, as plain data."""
-        plans = len(self.current.plans) + len(self.current.in_place)
-        return {"plans": plans, "known_calls": len(self.current.known)}
+        current = self.current
+        return {
+            "plans": len(current.plans) + len(current.in_place),
+            "known_calls": len(current.known) + len(current.known_varlen),
+        }
 
     @property
     def capturing(self) -> bool:
