@@ -53,7 +53,9 @@ PYBIND11_MODULE(_MUSAC, module) {
       .def(py::init<>())
       .def("begin_capture", &Graph::begin_capture)
       .def("end_capture", &Graph::end_capture)
-      .def("replay", &Graph::replay)
+      // Without the interpreter's lock, as PyTorch replays a graph: a thread of gloo may wait for
+      // the lock while it holds its queue, which a collective of the graph waits for.
+      .def("replay", &Graph::replay, py::call_guard<py::gil_scoped_release>())
       .def("reset", &Graph::reset)
       .def("__len__", &Graph::size);
 }
