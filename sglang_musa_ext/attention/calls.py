@@ -618,16 +618,15 @@ class KnownVarlenCall:
         self._q_shape = q.shape[:1] + self._q_shape[1:]
         self._k_shape = k.shape[:1] + self._k_shape[1:]
         self._v_shape = v.shape[:1] + self._v_shape[1:]
-        call = dict(zip(VARLEN_TENSORS, (q, k, v, cu_seqlens_q, cu_seqlens_k), strict=True))
-        call["max_seqlen_q"], call["max_seqlen_k"] = options[:2]
-        if not self.matches(q, k, v, cu_seqlens_q, cu_seqlens_k, options) or (
-            self._settled.is_changed_by_steps(call)
-        ):
-            self.release()
-            return False
-        for name, own in self._own_names:
-            self.keywords[own] = call[name]
-        return True
+        if self.matches(q, k, v, cu_seqlens_q, cu_seqlens_k, options):
+            call = dict(zip(VARLEN_TENSORS, (q, k, v, cu_seqlens_q, cu_seqlens_k), strict=True))
+            call["max_seqlen_q"], call["max_seqlen_k"] = options[:2]
+            if not self._settled.is_changed_by_steps(call):
+                for name, own in self._own_names:
+                    self.keywords[own] = call[name]
+                return True
+        self.release()
+        return False
 
     def release(self) -> None:
         """Let go of the tensors of a pass that is over; no call is like this one from here on."""

@@ -14,7 +14,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -25,6 +25,7 @@ _MOST_EARLIER = 4
 _MOST_VARLEN = 2
 """Kinds of calls over raw keys that a pass remembers, its first ones."""
 
+_Known = TypeVar("_Known", KnownCall, KnownVarlenCall)
 Tensors = dict[str, torch.Tensor]
 """The tensors of a call whose contents its plan depends on, by name."""
 
@@ -238,7 +239,13 @@ class SchedulerMetadataCache:
             return
         self._count_uses()
         self.most_calls = max(self.most_calls, len(self.current.layers))
-        self.current = Pass(self._earlier(), self._earlier_varlen())
+        current = self.current
+        # The slots of plans in a workspace go on to others.
+        ended = [known for known in current.known if known.in_place is None]
+        self.current = Pass(
+            _known_again(ended, current.earlier),
+            _known_again(current.known_varlen, current.earlier_varlen),
+        )
         self._ended = True
 
     @property
@@ -402,18 +409,12 @@ class SchedulerMetadataCache:
         passes[current.computed] += 1
         return _Plan(key, value, tensors)
 
-    def _earlier(self) -> list[KnownCall]:
-        """Return the calls that the next pass may make again; the slots of others' plans go on."""
-        ended = [known for known in self.current.known if known.in_place is None]
-        for known in ended:
-            known.release()
-        return [*ended, *self.current.earlier][:_MOST_EARLIER]
 
-    def _earlier_varlen(self) -> list[KnownVarlenCall]:
-        """Return the calls over raw keys that the next pass may make again."""
-        for known in self.current.known_varlen:
-            known.release()
-        return [*self.current.known_varlen, *self.current.earlier_varlen][:_MOST_EARLIER]
+def _known_again(ended: list[_Known], earlier: list[_Known]) -> list[_Known]:
+    """Return the calls that the next pass may make again, without tensors of the one that ends."""
+    for known in ended:
+        known.release()
+    return (ended + earlier)[:_MOST_EARLIER]
 
 
 def _holder(batch: object) -> Callable[[], object]:

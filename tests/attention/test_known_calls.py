@@ -8,7 +8,8 @@ what reaches the library, or the refusal, must be that of a backend that has see
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -109,6 +110,18 @@ def with_gaps(*shape: int) -> torch.Tensor:
     return zeros(*shape[:-2], 2 * shape[-2], shape[-1])[..., : shape[-2], :]
 
 
+def others(*shape: int, head_dim: int = 128, more_rows: bool = False) -> dict[str, torch.Tensor]:
+    """Tensors that differ from one of zeros of this shape in one thing each."""
+    made = {
+        "dtype": zeros(*shape, dtype=torch.float16),
+        "stride 2": every_other(*shape),
+        "gaps": with_gaps(*shape),
+        "heads": zeros(*shape[:-2], 2 * shape[-2], shape[-1]),
+        "head dim": zeros(*shape[:-1], head_dim),
+    }
+    return made | ({"rows": zeros(shape[0] + 1, *shape[1:])} if more_rows else {})
+
+
 CACHE = (9, PAGE, KV_HEADS, DIM)
 OWN = (ROWS, KV_HEADS, DIM)
 Q = (ROWS, HEADS, DIM)
@@ -127,13 +140,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     **{
         f"{name} {what}": {name: made}
         for name, shape in TENSORS.items()
-        for what, made in {
-            "dtype": zeros(*shape, dtype=torch.float16),
-            "stride 2": every_other(*shape),
-            "gaps": with_gaps(*shape),
-            "heads": zeros(*shape[:-2], 2 * shape[-2], shape[-1]),
-            "head dim": zeros(*shape[:-1], 128),
-        }.items()
+        for what, made in others(*shape).items()
     },
     "rows": {"q": zeros(ROWS - 2, HEADS, DIM)},
     "pages": {"k_cache": zeros(8, *CACHE[1:]), "v_cache": zeros(8, *CACHE[1:])},
@@ -162,14 +169,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 Own = tuple[torch.Tensor, torch.Tensor] | None
 Made = tuple[dict[str, Any], Own]
 
-OWN_CHANGES = {
-    "dtype": zeros(*OWN, dtype=torch.float16),
-    "stride 2": every_other(*OWN),
-    "gaps": with_gaps(*OWN),
-    "heads": zeros(ROWS, 2 * KV_HEADS, DIM),
-    "head dim": zeros(ROWS, KV_HEADS, 128),
-    "rows": zeros(ROWS + 1, KV_HEADS, DIM),
-}
+OWN_CHANGES = others(*OWN, more_rows=True)
 RAW_CHANGES: dict[str, Made] = {}
 for _name, _change in CHANGES.items():
     RAW_CHANGES[_name] = (_change, (zeros(*OWN), zeros(*OWN)))
@@ -201,6 +201,17 @@ def new_backend() -> Any:
     return attention.MusaFA3Backend(_runner())
 
 
+@contextmanager
+def running(backend: Any) -> Iterator[None]:
+    """Have calls under upstream's names be of the layers of ``backend`` meanwhile."""
+    dispatch.RUNNING.stack.append(backend)
+    try:
+        yield
+    finally:
+        dispatch.RUNNING.stack.pop()
+        backend.own_keys = None
+
+
 def outcomes(
     kernels: str,
     calls: Sequence[Made],
@@ -216,8 +227,7 @@ def outcomes(
     backend._kernels, backend._new_rows = record, ROWS
     batch, layers = SimpleNamespace(), []
     seen: list[Any] = []
-    dispatch.RUNNING.stack.append(backend)
-    try:
+    with running(backend):
         for index, (arguments, own_keys) in enumerate(calls):
             layers.append(object())
             of_pass = BASE if lengths is None else lengths[index]
@@ -237,9 +247,6 @@ def outcomes(
             plan = call.pop("scheduler_metadata", None)
             planned = None if plan is None else _by_identity(library.planned[id(plan)])
             seen.append((name, _by_identity(call), planned, result is arguments.get("out")))
-    finally:
-        dispatch.RUNNING.stack.pop()
-        backend.own_keys = None
     return seen
 
 
@@ -366,13 +373,10 @@ def first_calls_of(changes: Sequence[dict[str, Any]]) -> tuple[Any, Library]:
     backend = new_backend()
     backend._kernels = record
     batch = SimpleNamespace()
-    dispatch.RUNNING.stack.append(backend)
-    try:
+    with running(backend):
         for change in changes:
             backend._plans.begin_layer(object(), batch, backend.forward_metadata)
             upstream.flash_attn_with_kvcache(**base(False)[0] | change)
-    finally:
-        dispatch.RUNNING.stack.pop()
     return backend, library
 
 
@@ -383,13 +387,10 @@ def test_calls_like_one_before_are_known(kernels: str) -> None:
     backend = new_backend()
     backend._kernels = record
     batch, layers = SimpleNamespace(), [object() for _ in range(3)]
-    dispatch.RUNNING.stack.append(backend)
-    try:
+    with running(backend):
         for layer in layers:
             backend._plans.begin_layer(layer, batch, backend.forward_metadata)
             upstream.flash_attn_with_kvcache(**base(own_keys=False)[0])
-    finally:
-        dispatch.RUNNING.stack.pop()
     assert [known.uses for known in backend._plans.current.known] == [2]
     assert len(library.calls) == 3
 
@@ -411,14 +412,11 @@ def test_raw_keys_of_another_layout_are_a_call_of_their_own(change: str) -> None
     backend._kernels, backend._new_rows = record, ROWS
     backend.forward_metadata = SimpleNamespace(cu_seqlens_q=OFFSETS, cache_seqlens_int32=LENGTHS)
     batch, layers = SimpleNamespace(), [object(), object()]
-    dispatch.RUNNING.stack.append(backend)
-    try:
+    with running(backend):
         for layer, own_keys in zip(layers, (base(True)[1], RAW_CHANGES[change][1]), strict=True):
             backend._plans.begin_layer(layer, batch, backend.forward_metadata)
             backend.own_keys = own_keys
             upstream.flash_attn_with_kvcache(**base(True)[0])
-    finally:
-        dispatch.RUNNING.stack.pop()
     assert [known.uses for known in backend._plans.current.known] == [0, 0]
     assert [name for name, _ in library.calls] == ["flash_attn_varlen_func"] * 2
 
@@ -521,8 +519,7 @@ def first_calls(
     described: list[int] = []
     anew = backend.call_unlike_others
     layers = [object(), object()]
-    dispatch.RUNNING.stack.append(backend)
-    try:
+    with running(backend):
         for index, ((arguments, own_keys), lengths) in enumerate(calls):
 
             def noted(call: dict[str, Any], index: int = index) -> Any:
@@ -538,9 +535,6 @@ def first_calls(
                 backend._plans.begin_layer(layer, None, backend.forward_metadata)
                 backend.own_keys = own_keys
                 upstream.flash_attn_with_kvcache(**arguments)
-    finally:
-        dispatch.RUNNING.stack.pop()
-        backend.own_keys = None
     return backend, described
 
 
@@ -599,8 +593,7 @@ def functions_called(rows: Sequence[int | None]) -> list[str]:
     library, record = _mate()
     backend = new_backend()
     backend._kernels = record
-    dispatch.RUNNING.stack.append(backend)
-    try:
+    with running(backend):
         for count in rows:
             (arguments, own_keys), lengths = of_new_pass(True)
             backend._new_rows, backend.own_keys = count, None if count is None else own_keys
@@ -609,9 +602,6 @@ def functions_called(rows: Sequence[int | None]) -> list[str]:
             )
             backend._plans.begin_layer(object(), None, backend.forward_metadata)
             upstream.flash_attn_with_kvcache(**arguments)
-    finally:
-        dispatch.RUNNING.stack.pop()
-        backend.own_keys = None
     return [name for name, _ in library.calls]
 
 
@@ -634,16 +624,13 @@ def test_calls_by_position_are_served_as_well(passes: int) -> None:
     library, record = _mate()
     backend = new_backend()
     backend._kernels = record
-    dispatch.RUNNING.stack.append(backend)
-    try:
+    with running(backend):
         arguments, _ = base(own_keys=False)
         tensors = [arguments.pop(name) for name in TENSORS]
         backend._plans.begin_layer(object(), None, None)
         upstream.flash_attn_with_kvcache(**dict(zip(TENSORS, tensors, strict=True)), **arguments)
         backend._plans.begin_layer(object(), None, object() if passes == 2 else None)
         upstream.flash_attn_with_kvcache(*tensors, **arguments)
-    finally:
-        dispatch.RUNNING.stack.pop()
     (_, named), (_, by_position) = library.calls
     assert [named[name] is by_position[name] for name in TENSORS] == [True] * 3
 
@@ -663,14 +650,7 @@ VARLEN_CHANGES: dict[str, dict[str, Any]] = {
     **{
         f"{name} {what}": {name: made}
         for name, shape in VARLEN_TENSORS.items()
-        for what, made in {
-            "dtype": zeros(*shape, dtype=torch.float16),
-            "stride 2": every_other(*shape),
-            "gaps": with_gaps(*shape),
-            "heads": zeros(*shape[:-2], 2 * shape[-2], shape[-1]),
-            "head dim": zeros(*shape[:-1], 192),
-            "rows": zeros(shape[0] + 1, *shape[1:]),
-        }.items()
+        for what, made in others(*shape, head_dim=192, more_rows=True).items()
     },
     "offsets of queries": {"cu_seqlens_q": OFFSETS.clone()},
     "offsets of keys": {"cu_seqlens_k": OFFSETS.clone()},
@@ -717,13 +697,10 @@ def backend_after_varlen_calls(
     backend = new_backend()
     vars(backend).update(_kernels=record, **attributes)
     batch = SimpleNamespace()
-    dispatch.RUNNING.stack.append(backend)
-    try:
+    with running(backend):
         for arguments, _ in calls:
             backend._plans.begin_layer(object(), batch, backend.forward_metadata)
             upstream.flash_attn_varlen_func(**arguments)
-    finally:
-        dispatch.RUNNING.stack.pop()
     return backend, library
 
 
@@ -807,8 +784,7 @@ def varlen_outcomes(kernels: str, calls: Sequence[Made]) -> list[Any]:
     backend = new_backend()
     backend._kernels = record
     seen: list[Any] = []
-    dispatch.RUNNING.stack.append(backend)
-    try:
+    with running(backend):
         for arguments, _ in calls:
             for layer in (object(), object()):
                 backend._plans.begin_layer(layer, None, arguments)
@@ -818,8 +794,6 @@ def varlen_outcomes(kernels: str, calls: Sequence[Made]) -> list[Any]:
                     seen.append(str(refusal))
                 else:
                     seen.append(_by_identity(library.calls[-1][1]))
-    finally:
-        dispatch.RUNNING.stack.pop()
     return seen
 
 
@@ -847,8 +821,7 @@ def test_only_the_first_pass_describes_a_varlen_call_anew(
     backend._kernels = record
     described: list[int] = []
     anew = backend.call_flash_attn_varlen_func
-    dispatch.RUNNING.stack.append(backend)
-    try:
+    with running(backend):
         for index, each in enumerate(({}, change, {})):
 
             def noted(call: dict[str, Any], index: int = index) -> Any:
@@ -860,8 +833,6 @@ def test_only_the_first_pass_describes_a_varlen_call_anew(
             for layer in (object(), object()):
                 backend._plans.begin_layer(layer, None, arguments)
                 upstream.flash_attn_varlen_func(**arguments)
-    finally:
-        dispatch.RUNNING.stack.pop()
     assert described == [0]
     assert len(library.calls) == backend.musa_fa3_report()["statistics"]["calls"] == 6
 
@@ -876,8 +847,7 @@ def test_a_pass_without_padding_after_one_with_is_decided_once(
     backend = new_backend()
     backend._kernels = record
     padding = VARLEN_PASS_CHANGES["one request and padding"]
-    dispatch.RUNNING.stack.append(backend)
-    try:
+    with running(backend):
         for index, each in enumerate((padding, ONE_REQUEST)):
 
             def noted(site: Any, call: dict[str, Any], index: int = index) -> Any:
@@ -889,8 +859,6 @@ def test_a_pass_without_padding_after_one_with_is_decided_once(
             for layer in [object() for _ in range(4)]:
                 backend._plans.begin_layer(layer, None, arguments)
                 upstream.flash_attn_varlen_func(**arguments)
-    finally:
-        dispatch.RUNNING.stack.pop()
     assert looked.count(0) >= 4
     assert looked.count(1) == 1
     assert [call["seqused_k"] is None for _, call in library.calls] == [False] * 4 + [True] * 4
@@ -915,12 +883,9 @@ def test_few_varlen_calls_of_earlier_passes_are_kept() -> None:
     library, record = _mate()
     backend = new_backend()
     backend._kernels = record
-    dispatch.RUNNING.stack.append(backend)
-    try:
+    with running(backend):
         for arguments, _ in scales:
             backend._plans.begin_layer(object(), None, arguments)
             upstream.flash_attn_varlen_func(**arguments)
-    finally:
-        dispatch.RUNNING.stack.pop()
     assert len(library.calls) == 9
     assert len(backend._plans.current.earlier_varlen) == 4
